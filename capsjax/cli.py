@@ -1,0 +1,189 @@
+"""The command line (floor 6): parse, call, print. Errors are one line, with exit code 2."""
+
+import contextlib
+import io
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import NoReturn, TypeVar
+
+import tyro
+
+from capsjax.data import DataError
+from capsjax.training import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    EvaluateConfig,
+    Evaluation,
+    Result,
+    TrainConfig,
+    evaluate,
+    train,
+)
+from capsjax.training.run_directory import RunDirectory
+from capsjax.version import __version__
+
+T = TypeVar("T")
+_BOX = "─│╭╮╰╯"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs ``capsjax``; the arguments are those of the process when None."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(f"capsjax {__version__}")
+    elif arguments[:1] == ["train"]:
+        train_main("capsjax train", arguments[1:])
+    elif arguments[:1] == ["evaluate"]:
+        evaluate_main("capsjax evaluate", arguments[1:])
+    else:
+        # Help, or an error: no command was named.
+        _parse(
+            "capsjax",
+            lambda: tyro.extras.subcommand_cli_from_dict(
+                {"train": TrainConfig, "evaluate": EvaluateConfig},
+                prog="capsjax",
+                description="Capsule networks for JAX.",
+                args=arguments,
+            ),
+        )
+
+
+def train_main(prog: str = "train.py", argv: Sequence[str] | None = None) -> None:
+    """Runs ``capsjax train`` or ``scripts/train.py``."""
+
+    def parse(default: TrainConfig | None = None) -> TrainConfig:
+        if default is None:
+            return _parse(prog, lambda: tyro.cli(TrainConfig, prog=prog, args=argv))
+        return _parse(prog, lambda: tyro.cli(TrainConfig, prog=prog, args=argv, default=default))
+
+    config = parse()
+
+    def command() -> None:
+        if config.resume and config.run_dir is not None:
+            # Parsed again over the run's own options, so that only what is given may differ.
+            started, _, _ = RunDirectory(config.run_dir).read_config()
+            _print_result(prog, train(parse(started)))
+        else:
+            _print_result(prog, train(config))
+
+    _run(prog, command)
+
+
+def evaluate_main(prog: str = "evaluate.py", argv: Sequence[str] | None = None) -> None:
+    """Runs ``capsjax evaluate`` or ``scripts/evaluate.py``."""
+    positional = (tyro.conf.PositionalRequiredArgs,)
+    config = _parse(prog, lambda: tyro.cli(EvaluateConfig, prog=prog, args=argv, config=positional))
+
+    def command() -> None:
+        evaluated = evaluate(config)
+        _print_error(f"{evaluated.dataset} test error", evaluated.test)
+        print(f"loss {evaluated.test.loss:.4f}; checkpoint of step {evaluated.step:,}")
+
+    _run(prog, command)
+
+
+def _print_result(prog: str, result: Result) -> None:
+    if result.stopped_by is not None:
+        print(
+            f"stopped by {result.stopped_by.name} at step {result.step:,}, everything saved;"
+            f" go on with: {prog} --resume --run-dir {result.run_dir}"
+        )
+        sys.exit(128 + result.stopped_by)
+    assert result.test is not None  # a run that was not stopped has been tested
+    _print_error("test error", result.test)
+    print(f"trained {result.step:,} steps in {_duration(result.seconds)}; see {result.run_dir}")
+    picture = RunDirectory(result.run_dir).picture
+    if picture.exists():
+        print(f"test images over their reconstructions: {picture}")
+
+
+def _print_error(what: str, evaluation: Evaluation) -> None:
+    print(f"{what}: {evaluation.error:.2%} ({evaluation.wrong:,} of {evaluation.count:,} wrong)")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _parse(prog: str, parse: Callable[[], T]) -> T:
+    """Parses options; what tyro says of a wrong one in a box is said in one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parse()
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        _fail(prog, f"{_in_one_line(said.getvalue())} (see {prog} --help)", 2)
+    except ConfigError as error:
+        _fail(prog, str(error), 2)
+
+
+def _in_one_line(box: str) -> str:
+    """The error, and the first suggestion, of a box that tyro draws."""
+    parts = [""]
+    for line in box.splitlines()[1:-1]:
+        text = line.strip(_BOX + " ")
+        if text or "─" not in line:
+            parts[-1] = f"{parts[-1]} {text}".strip()
+        else:
+            parts.append("")
+    message = re.sub(r"^Error parsing \w+Config: ", "", parts[0]).rstrip(".")
+    for part in parts[1:]:
+        if suggestion := re.match(r"Perhaps you meant: (--\S+)", part):
+            message += f"; perhaps you meant {suggestion[1]}"
+        elif part.startswith("Available"):
+            message += f"; {part[0].lower()}{part[1:]}"
+    return message
+
+
+def _run(prog: str, command: Callable[[], None]) -> None:
+    _quieten_libraries()
+    try:
+        command()
+    except (ConfigError, DataError) as error:
+        _fail(prog, str(error), 2)
+    except CheckpointError as error:
+        with contextlib.suppress(SystemExit):
+            _fail(prog, str(error), 2)
+        # Reads and writes that Orbax gave up on would end in tracebacks while Python shuts down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
+    except DivergedError as error:
+        _fail(prog, str(error), 1)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        _fail(prog, f"{error.strerror or error}{where}", 1)
+    except KeyboardInterrupt:
+        _fail(prog, "interrupted", 130)
+
+
+def _quieten_libraries() -> None:
+    """What matters of other libraries' messages reaches the user as an error of ours."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    told, told_unraisable = sys.excepthook, sys.unraisablehook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # TensorStore's threads report to an event loop that Orbax closed at its first error.
+        if str(error) != "Event loop is closed":
+            told(kind, error, trace)
+
+    def unraisable_hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        # The reads that were under way when one failed.
+        code = getattr(unraisable.object, "cr_code", None)
+        if code is None or "orbax" not in code.co_filename:
+            told_unraisable(unraisable)
+
+    sys.excepthook, sys.unraisablehook = hook, unraisable_hook
+
+
+def _fail(prog: str, message: str, code: int) -> NoReturn:
+    print(f"{prog}: error: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,78 @@
+"""What happens to images on the device (floor 4): order, shift, scale."""
+
+import jax
+import jax.numpy as jnp
+
+
+def epoch_order(key: jax.Array, num_examples: int) -> jax.Array:
+    """Returns the order in which an epoch visits its examples, int32 ``[num_examples]``.
+
+    Example:
+      >>> import jax
+      >>> from capsjax.data import epoch_order
+      >>> sorted(epoch_order(jax.random.key(0), 5).tolist())
+      [0, 1, 2, 3, 4]
+    """
+    return jax.random.permutation(key, num_examples).astype(jnp.int32)
+
+
+def scale_pixels(images: jax.Array) -> jax.Array:
+    """Returns uint8 images as float32 in [0, 1].
+
+    Raises:
+      TypeError: the images are not uint8.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax.data import scale_pixels
+      >>> print(scale_pixels(jnp.array([0, 51, 255], jnp.uint8)))
+      [0.  0.2 1. ]
+    """
+    if images.dtype != jnp.uint8:
+        raise TypeError(f"images must be uint8, got {images.dtype}")
+    return images.astype(jnp.float32) / 255
+
+
+def random_shift(keys: jax.Array, images: jax.Array, *, max_shift: int) -> jax.Array:
+    """Moves each image by up to `max_shift` pixels along both axes; zeros move in.
+
+    Every whole-pixel shift is equally likely, 25 of them for 2 pixels. An image's shift depends on
+    its own key alone, not on the batch around it.
+
+    Args:
+      keys: one random key per image, ``[B]``.
+      images: ``[B, H, W, C]``, any dtype.
+      max_shift: largest shift in pixels, at least 0.
+
+    Returns:
+      The moved images, of the same shape and dtype.
+
+    Raises:
+      ValueError: `max_shift` is negative, or there is not one key per image.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from capsjax.data import random_shift
+      >>> keys = jax.random.split(jax.random.key(0), 2)
+      >>> random_shift(keys, jnp.ones((2, 28, 28, 1)), max_shift=2).shape
+      (2, 28, 28, 1)
+
+    Reference:
+      Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 5.
+    """
+    if max_shift < 0:
+        raise ValueError(f"max_shift must not be negative, got {max_shift}")
+    if keys.shape != images.shape[:1]:
+        raise ValueError(
+            f"keys must have one key per image, shape {images.shape[:1]}, got shape {keys.shape}"
+        )
+    if max_shift == 0:
+        return images
+    margin = (max_shift, max_shift)
+    padded = jnp.pad(images, ((0, 0), margin, margin, (0, 0)))
+
+    def move(key: jax.Array, image: jax.Array) -> jax.Array:
+        row, column = jax.random.randint(key, (2,), 0, 2 * max_shift + 1)
+        return jax.lax.dynamic_slice(image, (row, column, 0), images.shape[1:])
+
+    return jax.vmap(move)(keys, padded)

@@ -1,0 +1,20 @@
+"""Whole networks (floor 4): a configuration, a module, and named presets."""
+
+from capsjax.models.baseline import BaselineCNN, BaselineConfig
+from capsjax.models.capsnet import CapsNet, CapsNetConfig
+from capsjax.models.network import Prediction
+from capsjax.models.presets import ModelConfig, Network, build, configure, create, presets
+
+__all__ = [
+    "BaselineCNN",
+    "BaselineConfig",
+    "CapsNet",
+    "CapsNetConfig",
+    "ModelConfig",
+    "Network",
+    "Prediction",
+    "build",
+    "configure",
+    "create",
+    "presets",
+]

@@ -1,0 +1,225 @@
+"""The capsule network of the paper (floor 4): Conv1, PrimaryCaps, DigitCaps, decoder."""
+
+import dataclasses
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from capsjax.models.network import Prediction, check_images, check_positive
+from capsjax.nn import Decoder, DenseCapsules, PrimaryCapsules
+from capsjax.ops import conv_general_dilated, length
+from capsjax.routing import Routed
+
+Initialisation = Literal["lecun", "official"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CapsNetConfig:
+    """Sizes and options of a :class:`CapsNet`.
+
+    Attributes:
+      image_shape: rows, columns and channels of the images.
+      num_classes: J, the number of class capsules.
+      conv_features: channels of the first convolution.
+      conv_kernel: rows and columns of its kernel.
+      conv_strides: its stride.
+      primary_types: primary capsule types per grid position.
+      primary_features: K, dimension of a primary capsule.
+      primary_kernel: rows and columns of the primary capsules' kernel.
+      primary_strides: their stride.
+      primary_coupling: constant on their convolution; see :class:`capsjax.nn.PrimaryCapsules`.
+      padding: of both convolutions, ``"VALID"`` or ``"SAME"``.
+      class_features: D, dimension of a class capsule.
+      num_iterations: routing iterations.
+      routing_bias: whether the class capsules have a bias inside routing.
+      leaky: whether a primary capsule may go to no class.
+      stop_gradient: whether gradients skip the updates of the routing logits.
+      decoder_features: widths of the decoder's hidden layers; empty for no decoder.
+      initialisation: ``"lecun"`` for convolutions and decoder and σ 0.1 for the capsules; or
+        ``"official"``: truncated normal with σ 0.05 for the first convolution and σ 0.1 elsewhere,
+        biases 0.1, as in the authors' code.
+      dtype: dtype of the computation, ``"float32"`` or ``"bfloat16"``; parameters, norms and
+        routing sums are float32 in both.
+    """
+
+    image_shape: tuple[int, int, int] = (28, 28, 1)
+    num_classes: int = 10
+    conv_features: int = 256
+    conv_kernel: int = 9
+    conv_strides: int = 1
+    primary_types: int = 32
+    primary_features: int = 8
+    primary_kernel: int = 9
+    primary_strides: int = 2
+    primary_coupling: float = 1.0
+    padding: str = "VALID"
+    class_features: int = 16
+    num_iterations: int = 3
+    routing_bias: bool = False
+    leaky: bool = False
+    stop_gradient: bool = False
+    decoder_features: tuple[int, ...] = (512, 1024)
+    initialisation: Initialisation = "lecun"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Checks the fields, so that a wrong one is named before anything is built."""
+        check_positive(
+            self, "image_shape", "num_classes", "conv_features", "conv_kernel", "conv_strides",
+            "primary_types", "primary_features", "primary_kernel", "primary_strides",
+            "class_features", "num_iterations", "decoder_features",
+        )  # fmt: skip
+        if self.initialisation not in get_args(Initialisation):
+            raise ValueError(
+                f"initialisation must be one of {get_args(Initialisation)}, got"
+                f" {self.initialisation!r}"
+            )
+        if self.padding not in ("VALID", "SAME"):
+            raise ValueError(f"padding must be 'VALID' or 'SAME', got {self.padding!r}")
+        if min(self.grid) < 1:
+            raise ValueError(
+                f"image_shape {self.image_shape} is too small for kernels {self.conv_kernel} and"
+                f" {self.primary_kernel} with {self.padding} padding"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the grid of primary capsules."""
+
+        def out(size: int, kernel: int, stride: int) -> int:
+            return -(-(size - (kernel - 1 if self.padding == "VALID" else 0)) // stride)
+
+        rows, columns = (
+            out(out(size, self.conv_kernel, self.conv_strides), self.primary_kernel,
+                self.primary_strides)
+            for size in self.image_shape[:2]
+        )  # fmt: skip
+        return rows, columns
+
+    @property
+    def num_primary(self) -> int:
+        """I, the number of primary capsules."""
+        rows, columns = self.grid
+        return rows * columns * self.primary_types
+
+
+class CapsNet(nnx.Module):
+    """Convolution, primary capsules, class capsules by dynamic routing, reconstruction.
+
+    Args:
+      config: sizes and options.
+      rngs: random streams; uses ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax import models
+      >>> from flax import nnx
+      >>> network = models.create("small", rngs=nnx.Rngs(0))
+      >>> prediction = network(jnp.zeros((2, 28, 28, 1)))
+      >>> prediction.scores.shape, prediction.poses.shape, prediction.reconstruction.shape
+      ((2, 10), (2, 10, 16), (2, 28, 28, 1))
+
+    Reference:
+      Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 4.
+    """
+
+    def __init__(self, config: CapsNetConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dtype = jnp.dtype(config.dtype)
+        official = config.initialisation == "official"
+        conv_init = _truncated(0.05) if official else nnx.initializers.lecun_normal()
+        wide_init = _truncated(0.1) if official else nnx.initializers.lecun_normal()
+        capsule_init = _truncated(0.1) if official else nnx.initializers.normal(0.1)
+        bias_init = nnx.initializers.constant(0.1 if official else 0.0)
+        self.conv = nnx.Conv(
+            config.image_shape[-1],
+            config.conv_features,
+            (config.conv_kernel, config.conv_kernel),
+            config.conv_strides,
+            padding=config.padding,
+            dtype=dtype,
+            kernel_init=conv_init,
+            bias_init=bias_init,
+            conv_general_dilated=conv_general_dilated,
+            rngs=rngs,
+        )
+        self.primary = PrimaryCapsules(
+            config.conv_features,
+            config.primary_types,
+            config.primary_features,
+            kernel_size=config.primary_kernel,
+            strides=config.primary_strides,
+            padding=config.padding,
+            coupling=config.primary_coupling,
+            dtype=dtype,
+            kernel_init=wide_init,
+            bias_init=bias_init,
+            rngs=rngs,
+        )
+        self.classes = DenseCapsules(
+            config.num_primary,
+            config.primary_features,
+            config.num_classes,
+            config.class_features,
+            num_iterations=config.num_iterations,
+            use_bias=config.routing_bias,
+            leaky=config.leaky,
+            stop_gradient=config.stop_gradient,
+            dtype=dtype,
+            kernel_init=capsule_init,
+            bias_init=bias_init,
+            rngs=rngs,
+        )
+        self.decoder: Decoder | None
+        if config.decoder_features:
+            self.decoder = Decoder(
+                config.num_classes,
+                config.class_features,
+                config.image_shape,
+                hidden_features=config.decoder_features,
+                dtype=dtype,
+                kernel_init=wide_init,
+                bias_init=bias_init,
+                rngs=rngs,
+            )
+        else:
+            self.decoder = nnx.data(None)
+
+    def route(self, images: jax.Array) -> Routed:
+        """Class capsules of images ``[..., H, W, C]`` in [0, 1], with their coupling."""
+        check_images(images, self.config.image_shape)
+        features = jax.nn.relu(self.conv(images))
+        routed: Routed = self.classes(self.primary(features))
+        return routed
+
+    def __call__(
+        self, images: jax.Array, *, target: jax.Array | None = None, keys: jax.Array | None = None
+    ) -> Prediction:
+        """Predicts the classes of images and reconstructs them.
+
+        Args:
+          images: pixels in [0, 1], ``[..., H, W, C]``.
+          target: the classes that the decoder sees, one-hot or multi-hot ``[..., J]``: the true
+            ones in training. None: the class of the longest capsule.
+          keys: unused; nothing is drawn at random.
+
+        Returns:
+          :class:`capsjax.models.Prediction`; the scores are the lengths of the class capsules.
+
+        Raises:
+          ValueError: the images or the target have the wrong shape.
+        """
+        del keys
+        poses = self.route(images).poses
+        lengths = length(poses.astype(jnp.float32))
+        if self.decoder is None:
+            return Prediction(lengths, poses)
+        if target is None:
+            target = jax.nn.one_hot(jnp.argmax(lengths, axis=-1), lengths.shape[-1])
+        return Prediction(lengths, poses, self.decoder(poses, target).astype(jnp.float32))
+
+
+def _truncated(stddev: float) -> nnx.Initializer:
+    return nnx.initializers.truncated_normal(stddev)

@@ -1,0 +1,108 @@
+"""Named networks (floor 4)."""
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+
+from capsjax.models.baseline import BaselineCNN, BaselineConfig
+from capsjax.models.capsnet import CapsNet, CapsNetConfig
+
+ModelConfig = CapsNetConfig | BaselineConfig
+Network = CapsNet | BaselineCNN
+
+_PAPER = CapsNetConfig()
+
+_PRESETS: dict[str, ModelConfig] = {
+    # The formulas as printed: 8,215,568 parameters on MNIST.
+    "paper": _PAPER,
+    # The authors' code: biases, 1/32 coupling, its initialisers; 8,215,728 parameters on MNIST.
+    "official": dataclasses.replace(
+        _PAPER, primary_coupling=1 / 32, routing_bias=True, initialisation="official"
+    ),
+    # The same layers, cut down until two CPU cores train them in minutes: 1,051,344 parameters.
+    "small": dataclasses.replace(
+        _PAPER,
+        conv_features=64,
+        conv_strides=2,
+        primary_types=4,
+        primary_features=16,
+        primary_kernel=5,
+        primary_strides=1,
+        decoder_features=(256, 512),
+    ),
+    # The convolutional network that the paper compares with: 35,445,522 parameters on MNIST.
+    "baseline": BaselineConfig(),
+}
+
+
+def presets() -> tuple[str, ...]:
+    """Names of the networks that :func:`create` builds.
+
+    Example:
+      >>> from capsjax import models
+      >>> models.presets()
+      ('paper', 'official', 'small', 'baseline')
+    """
+    return tuple(_PRESETS)
+
+
+def configure(preset: str, **overrides: Any) -> ModelConfig:
+    """Returns the configuration of a preset, with some fields replaced.
+
+    Args:
+      preset: one of :func:`presets`.
+      **overrides: fields of the preset's configuration.
+
+    Returns:
+      :class:`CapsNetConfig` or :class:`BaselineConfig`.
+
+    Raises:
+      ValueError: the preset, a field or a value is unknown.
+
+    Example:
+      >>> from capsjax import models
+      >>> models.configure("paper", image_shape=(36, 36, 1)).num_primary
+      3200
+    """
+    if preset not in _PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(_PRESETS)}, got {preset!r}")
+    config = _PRESETS[preset]
+    known = [field.name for field in dataclasses.fields(config)]
+    for name in overrides:
+        if name not in known:
+            raise ValueError(f"preset {preset!r} has no field {name!r}, only {', '.join(known)}")
+    return dataclasses.replace(config, **overrides)
+
+
+def build(config: ModelConfig, *, rngs: nnx.Rngs) -> Network:
+    """Builds the network that a configuration describes."""
+    if isinstance(config, BaselineConfig):
+        return BaselineCNN(config, rngs=rngs)
+    return CapsNet(config, rngs=rngs)
+
+
+def create(preset: str, *, rngs: nnx.Rngs, **overrides: Any) -> Network:
+    """Builds a network from a preset.
+
+    Args:
+      preset: one of :func:`presets`.
+      rngs: random streams; uses ``params``.
+      **overrides: fields of the preset's configuration, as in :func:`configure`.
+
+    Returns:
+      A Flax NNX module; see :class:`CapsNet` and :class:`BaselineCNN`.
+
+    Raises:
+      ValueError: the preset, a field or a value is unknown.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax import models
+      >>> from flax import nnx
+      >>> network = models.create(
+      ...     "small", rngs=nnx.Rngs(0), image_shape=(32, 32, 3), num_classes=5)
+      >>> network(jnp.zeros((1, 32, 32, 3))).scores.shape
+      (1, 5)
+    """
+    return build(configure(preset, **overrides), rngs=rngs)

@@ -1,0 +1,99 @@
+"""The reconstruction network (floor 3): from class capsules back to an image."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer, PrecisionLike
+
+
+class Decoder(nnx.Module):
+    r"""Reconstructs an image from the poses of the class capsules that a mask lets through.
+
+    .. math::
+      \hat x = \sigma(A_n \, \mathrm{ReLU}(\dots \mathrm{ReLU}(A_1 \, \mathrm{vec}(m_j v_j))))
+
+    Masked capsules are set to zero, so that no gradient reaches them.
+
+    Args:
+      in_capsules: number J of class capsules.
+      in_features: dimension D of a class capsule.
+      image_shape: rows, columns and channels of the image.
+      hidden_features: widths of the hidden layers.
+      dtype: dtype of the computation; the promotion of inputs and parameters when None.
+      param_dtype: dtype of the parameters.
+      precision: of the matrix products.
+      kernel_init: initialiser of the kernels.
+      bias_init: initialiser of the biases.
+      rngs: random streams; uses ``params``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from capsjax.nn import Decoder
+      >>> decoder = Decoder(10, 16, (28, 28, 1), rngs=nnx.Rngs(0))
+      >>> decoder(jnp.ones((2, 10, 16)), jax.nn.one_hot(jnp.array([3, 7]), 10)).shape
+      (2, 28, 28, 1)
+
+    Reference:
+      Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 4.1.
+    """
+
+    def __init__(
+        self,
+        in_capsules: int,
+        in_features: int,
+        image_shape: Sequence[int],
+        *,
+        hidden_features: Sequence[int] = (512, 1024),
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),
+        bias_init: Initializer = nnx.initializers.zeros_init(),
+        rngs: nnx.Rngs,
+    ):
+        self.image_shape = tuple(image_shape)
+        sizes = (in_capsules * in_features, *hidden_features, math.prod(self.image_shape))
+        self.layers = nnx.List(
+            [
+                nnx.Linear(
+                    a,
+                    b,
+                    dtype=dtype,
+                    param_dtype=param_dtype,
+                    precision=precision,
+                    kernel_init=kernel_init,
+                    bias_init=bias_init,
+                    rngs=rngs,
+                )
+                for a, b in itertools.pairwise(sizes)
+            ]
+        )
+
+    def __call__(self, poses: jax.Array, mask: jax.Array) -> jax.Array:
+        """Reconstructs images.
+
+        Args:
+          poses: class capsules, ``[..., J, D]``.
+          mask: which of them the decoder sees, ``[..., J]``, bool or numeric, one-hot or multi-hot.
+
+        Returns:
+          Pixels in [0, 1], ``[..., H, W, C]``.
+
+        Raises:
+          ValueError: the mask's shape is not that of the poses without D.
+        """
+        if mask.shape != poses.shape[:-1]:
+            raise ValueError(
+                f"mask must have shape [..., J] = {poses.shape[:-1]}, got {mask.shape}"
+            )
+        hidden = poses * mask.astype(poses.dtype)[..., None]
+        hidden = hidden.reshape(*poses.shape[:-2], -1)
+        for layer in self.layers[:-1]:
+            hidden = jax.nn.relu(layer(hidden))
+        pixels = jax.nn.sigmoid(self.layers[-1](hidden))
+        return pixels.reshape(*pixels.shape[:-1], *self.image_shape)

@@ -1,0 +1,88 @@
+"""Squash and length (floor 1): a capsule's vector as direction and probability."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from capsjax.ops._checks import accumulator, as_floating, safe_sqrt
+
+
+def squash(s: ArrayLike, axis: int = -1, *, epsilon: float = 0.0) -> jax.Array:
+    r"""Shrinks vectors to a length below one and keeps their direction.
+
+    .. math::
+      v = \frac{\|s\|^2}{1 + \|s\|^2} \frac{s}{\|s\|}
+
+    Evaluated as :math:`s \, \|s\| / (1 + \|s\|^2)`, so that no division by zero occurs: a zero
+    vector gives a zero vector and passes back a zero gradient. The norm is taken in float32 (or
+    float64 for float64 input), where vectors shorter than about 1e-19 count as zero and the result
+    holds up to lengths of 1e19.
+
+    Args:
+      s: vectors, ``[..., D]``, any floating dtype.
+      axis: the axis of the vector components.
+      epsilon: added to :math:`\|s\|^2` under the root of the norm that divides, as several public
+        implementations do. The paper has none.
+
+    Returns:
+      Array of the shape and dtype of ``s``.
+
+    Raises:
+      TypeError: ``s`` is not floating point.
+      ValueError: ``axis`` is out of range, or ``epsilon`` is negative.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax import squash
+      >>> print(squash(jnp.array([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0]])).round(4))
+      [[0.5769 0.7692]
+       [0.5    0.    ]
+       [0.     0.    ]]
+
+    Reference:
+      Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, equation 1.
+    """
+    s = as_floating("s", s)
+    if epsilon < 0:
+        raise ValueError(f"epsilon must not be negative, got {epsilon}")
+    wide = s.astype(accumulator(s.dtype))
+    squared = jnp.sum(wide * wide, axis=axis, keepdims=True)
+    if epsilon:
+        scale = squared / ((1 + squared) * jnp.sqrt(squared + epsilon))
+    else:
+        scale = safe_sqrt(squared) / (1 + squared)
+    return (wide * scale).astype(s.dtype)
+
+
+def length(v: ArrayLike, axis: int = -1) -> jax.Array:
+    r"""Euclidean length of vectors; after :func:`squash`, the probability of an entity.
+
+    .. math::
+      \|v\| = \sqrt{\textstyle\sum_d v_d^2}
+
+    A zero vector has length zero and passes back a zero gradient. The sum is taken in float32 (or
+    float64 for float64 input).
+
+    Args:
+      v: vectors, ``[..., D]``, any floating dtype.
+      axis: the axis of the vector components.
+
+    Returns:
+      Array ``[...]``: the shape of ``v`` without ``axis``, its dtype.
+
+    Raises:
+      TypeError: ``v`` is not floating point.
+      ValueError: ``axis`` is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax import length
+      >>> print(length(jnp.array([[3.0, 4.0], [0.0, 0.0]])))
+      [5. 0.]
+
+    Reference:
+      Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 3.
+    """
+    v = as_floating("v", v)
+    wide = v.astype(accumulator(v.dtype))
+    return safe_sqrt(jnp.sum(wide * wide, axis=axis)).astype(v.dtype)

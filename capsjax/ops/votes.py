@@ -1,0 +1,49 @@
+"""Votes of a fully connected capsule layer (floor 1)."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from capsjax.ops._checks import as_floating
+
+
+def dense_votes(
+    poses: ArrayLike, weights: ArrayLike, *, precision: jax.lax.PrecisionLike = None
+) -> jax.Array:
+    r"""Every child capsule's prediction of every parent capsule's pose.
+
+    .. math::
+      \hat u_{j|i} = W_{ij} u_i
+
+    Args:
+      poses: child poses :math:`u`, ``[..., I, K]``, any floating dtype.
+      weights: one matrix per pair, ``[I, K, J, D]``, floating.
+      precision: of the matrix product, as in :func:`jax.numpy.einsum`.
+
+    Returns:
+      Votes ``[..., I, J, D]`` in the dtype to which the arguments promote.
+
+    Raises:
+      TypeError: an argument is not floating point.
+      ValueError: the ranks are off, or I or K differ between the arguments.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax import dense_votes
+      >>> dense_votes(jnp.ones((32, 1152, 8)), jnp.ones((1152, 8, 10, 16))).shape
+      (32, 1152, 10, 16)
+
+    Reference:
+      Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, equation 2.
+    """
+    poses = as_floating("poses", poses)
+    weights = as_floating("weights", weights)
+    if weights.ndim != 4:
+        raise ValueError(f"weights must have shape [I, K, J, D], got shape {weights.shape}")
+    if poses.ndim < 2 or poses.shape[-2:] != weights.shape[:2]:
+        raise ValueError(
+            f"poses must have shape [..., I, K] = [..., {weights.shape[0]},"
+            f" {weights.shape[1]}] as the weights {weights.shape} have, got shape"
+            f" {poses.shape}"
+        )
+    return jnp.einsum("...ik,ikjd->...ijd", poses, weights, precision=precision)

@@ -1,0 +1,20 @@
+"""What every routing function returns (floor 2)."""
+
+from typing import NamedTuple
+
+import jax
+
+
+class Routed(NamedTuple):
+    """Parent capsules and how the children were assigned to them.
+
+    Attributes:
+      poses: parent poses, ``[..., J, D]``.
+      activations: probability that each parent is present, ``[..., J]``.
+      coupling: share of each child that goes to each parent, ``[..., I, J]``, or None where the
+        implementation never stores it.
+    """
+
+    poses: jax.Array
+    activations: jax.Array
+    coupling: jax.Array | None

@@ -1,0 +1,47 @@
+"""Training (floor 5): one pure step, drivers that run it anywhere, a loop that loses nothing."""
+
+from capsjax.training.checkpoints import CheckpointError, Checkpoints
+from capsjax.training.config import ConfigError, EvaluateConfig, TrainConfig
+from capsjax.training.drivers import Driver, make_driver
+from capsjax.training.evaluation import Evaluated, evaluate
+from capsjax.training.loop import DivergedError, Result, train
+from capsjax.training.objectives import cross_entropy_loss, official_loss, paper_loss
+from capsjax.training.programs import make_evaluate, make_run_steps
+from capsjax.training.session import Evaluation, Session, hold_out
+from capsjax.training.step import (
+    StepMetrics,
+    TrainState,
+    init_state,
+    make_train_step,
+    paper_optimizer,
+    split_network,
+)
+
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "ConfigError",
+    "DivergedError",
+    "Driver",
+    "EvaluateConfig",
+    "Evaluated",
+    "Evaluation",
+    "Result",
+    "Session",
+    "StepMetrics",
+    "TrainConfig",
+    "TrainState",
+    "cross_entropy_loss",
+    "evaluate",
+    "hold_out",
+    "init_state",
+    "make_driver",
+    "make_evaluate",
+    "make_run_steps",
+    "make_train_step",
+    "official_loss",
+    "paper_loss",
+    "paper_optimizer",
+    "split_network",
+    "train",
+]

@@ -1,0 +1,179 @@
+"""Checkpoints (floor 5): asynchronous, the latest few and the best, through Orbax."""
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from capsjax.training.step import TrainState
+
+_METRIC = "validation_error"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written or read; the message is one line."""
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+      path: their directory; made if it is missing.
+      keep: number of latest checkpoints to keep, besides the best.
+      read_only: whether only to read.
+
+    Raises:
+      CheckpointError: the directory cannot be used.
+    """
+
+    def __init__(self, path: Path, *, keep: int = 3, read_only: bool = False):
+        self.path = path.absolute()
+        best = preservation_policy.BestN(
+            get_metric_fn=_error, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_error,
+            best_mode="min",
+            preservation_policy=preservation_policy.AnyPreservationPolicy(
+                [preservation_policy.LatestN(keep), best]
+            ),
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.path, options=options, item_handlers=ocp.StandardCheckpointHandler()
+            )
+        except Exception as error:
+            raise CheckpointError(f"checkpoints in {path} cannot be used: {_line(error)}") from None
+
+    def steps(self) -> list[int]:
+        """Returns the steps that have a complete checkpoint, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, step: int, validation_error: float | None) -> None:
+        """Starts writing a checkpoint; the state may be donated as soon as this returns.
+
+        Raises:
+          CheckpointError: this or the previous checkpoint could not be written.
+        """
+        snapshot = jax.tree.map(lambda x: x.copy(), state)
+        metrics = None if validation_error is None else {_METRIC: validation_error}
+        self._guard(
+            step,
+            lambda: self._manager.save(
+                step, args=ocp.args.StandardSave(snapshot), metrics=metrics, force=True
+            ),
+        )
+
+    def finish(self) -> None:
+        """Waits until everything is on disk.
+
+        Raises:
+          CheckpointError: a checkpoint could not be written.
+        """
+        self._guard(None, self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits for what is being written and releases threads; never raises."""
+        with contextlib.suppress(Exception):  # `finish` or `save` have reported it
+            self._manager.close()
+
+    def choose(self, which: str | int) -> int:
+        """Returns the step of the ``"last"``, the ``"best"`` or a numbered checkpoint.
+
+        Raises:
+          CheckpointError: there is none such.
+        """
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"no checkpoint in {self.path}")
+        if which == "last":
+            return steps[-1]
+        if which == "best":
+            best = self._manager.best_step()
+            if best is None or _error(self._manager.metrics(best)) == math.inf:
+                raise CheckpointError(f"no checkpoint in {self.path} has a validation error")
+            return int(best)
+        if isinstance(which, str) and not which.isdecimal():
+            raise CheckpointError(f"checkpoint must be last, best or a step, got {which!r}")
+        if int(which) not in steps:
+            known = ", ".join(map(str, steps))
+            raise CheckpointError(f"no checkpoint of step {which} in {self.path}, only {known}")
+        return int(which)
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Reads a checkpoint into arrays with the shapes, dtypes and shardings of `like`.
+
+        Raises:
+          CheckpointError: it is of another network, or it cannot be read.
+        """
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
+        try:
+            found = _shapes(self._manager.item_metadata(step).tree)
+            expected = _shapes(target)
+        except Exception as error:
+            raise self._unreadable(step, error) from None
+        for name in sorted(found.keys() | expected.keys()):
+            if found.get(name) != expected.get(name):
+                raise CheckpointError(
+                    f"checkpoint {self.path / str(step)} is of another network: {name} has shape"
+                    f" {found.get(name, 'none')}, expected {expected.get(name, 'none')}"
+                )
+        try:
+            restored: TrainState = self._manager.restore(
+                step, args=ocp.args.StandardRestore(target)
+            )
+        except Exception as error:
+            raise self._unreadable(step, error) from None
+        return restored
+
+    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+        others = ", ".join(str(other) for other in self.steps() if other != step)
+        rest = f"; move it away to use those of step {others}" if others else ""
+        return CheckpointError(
+            f"checkpoint {self.path / str(step)} is damaged or truncated ({_line(error)}){rest}"
+        )
+
+    def _guard(self, step: int | None, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:
+            kept = self.steps()
+            last = f"; complete up to step {kept[-1]}" if kept else ""
+            which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+            raise CheckpointError(
+                f"{which} could not be written to {self.path}: {_line(error)}{last}"
+            ) from None
+
+
+def _error(metrics: Any) -> float:
+    return math.inf if metrics is None else float(metrics[_METRIC])
+
+
+def _line(error: BaseException) -> str:
+    """The error in one line: the operating system's own words where it has some."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    for known in ("No space left on device", "Permission denied", "File too large"):
+        if known in text:
+            return known
+    return text if len(text) <= 80 else text[:80] + " …"
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by path, the same for a state and for Orbax's description of one."""
+
+    def name(path: tuple[Any, ...]) -> str:
+        return jax.tree_util.keystr(path, simple=True, separator=".")
+
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
+    return {name(path): tuple(leaf.shape) for path, leaf in leaves}

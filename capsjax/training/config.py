@@ -1,0 +1,199 @@
+"""Options of a training run (floor 5); the command line is made from this dataclass."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from capsjax.training.drivers import DriverName
+from capsjax.training.objectives import LossName
+
+
+class ConfigError(ValueError):
+    """An option that cannot be; the message names it, what came and what was expected."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a capsule network on a set of images.
+
+    The run directory receives the configuration, metrics as JSON lines and for TensorBoard,
+    checkpoints, the test result, and a picture of test images over their reconstructions.
+    """
+
+    preset: Literal["small", "paper", "official", "baseline"] = "small"
+    """Network: small (minutes on two cores), paper (formulas as printed), official (the authors'
+    code), baseline (the paper's convolutional network)."""
+
+    dataset: Literal["mnist_5k", "mnist", "fashion_mnist", "kmnist", "image_folder"] = "mnist_5k"
+    """Data set: mnist_5k is part of the package; image_folder reads DATA_DIR/train/CLASS/*.png and
+    DATA_DIR/test/CLASS/*.png."""
+
+    data_dir: Path | None = None
+    """Where data sets are prepared and looked for; TFDS's own default if not given."""
+
+    run_dir: Path | None = None
+    """Run directory; runs/DATASET-PRESET-TIME if not given."""
+
+    resume: bool = False
+    """Go on with the run in RUN_DIR from its last checkpoint, with the options it was started
+    with."""
+
+    epochs: int = 20
+    """Passes over the training images."""
+
+    steps: int | None = None
+    """Train this many steps, whatever the epochs."""
+
+    batch_size: int = 128
+    """Examples in a step, over all devices together."""
+
+    loss: LossName | None = None
+    """Objective: paper (margin + 0.0005 x squared error), official (the authors' scale: the
+    reconstruction counts 20 times more), cross_entropy (baseline only); the preset's own if not
+    given."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the computation; parameters, norms and routing sums are float32 in both."""
+
+    learning_rate: float = 1e-3
+    """Adam's learning rate at the first step."""
+
+    decay_rate: float = 0.96
+    """The learning rate is multiplied by this factor every DECAY_STEPS steps, continuously."""
+
+    decay_steps: int = 2000
+    """Steps over which the learning rate decays by DECAY_RATE."""
+
+    min_learning_rate: float = 1e-6
+    """The learning rate never falls below this."""
+
+    max_shift: int = 2
+    """Training images are shifted by up to this many pixels along both axes, zero-padded."""
+
+    validation: int | None = None
+    """Training images held out to choose the best checkpoint; a tenth of them if not given, 0 for
+    none. The test set is never used for a choice."""
+
+    seed: int = 0
+    """Seed of initialisation, order and shifts; a run is determined by its options."""
+
+    driver: DriverName = "pmap"
+    """How the step runs: pmap (mapped over the devices), shard (jit over a sharded mesh), jit (one
+    device)."""
+
+    devices: int | None = None
+    """Use the first so many devices; all of them if not given (one for jit)."""
+
+    steps_per_dispatch: int = 256
+    """At most this many steps run on the devices before the host hears of them; fewer where they
+    are slow, so that progress stays visible."""
+
+    log_every: int = 50
+    """Steps between two records of the training metrics."""
+
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints with validation; once an epoch if not given."""
+
+    keep: int = 3
+    """Latest checkpoints to keep, besides the one with the best validation error."""
+
+    tensorboard: bool = True
+    """Also write metrics for TensorBoard."""
+
+    def __post_init__(self) -> None:
+        """Checks every option that can be checked without data and devices."""
+        for name in ("epochs", "batch_size", "decay_steps", "steps_per_dispatch", "log_every",
+                     "keep"):  # fmt: skip
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("steps", "devices", "checkpoint_every"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "at least 1")
+        self._require("validation", self.validation is None or self.validation >= 0, "at least 0")
+        self._require("max_shift", self.max_shift >= 0, "at least 0")
+        self._require("seed", 0 <= self.seed < 2**32, "between 0 and 4294967295")
+        for name in ("learning_rate", "min_learning_rate"):
+            value = getattr(self, name)
+            self._require(name, math.isfinite(value) and value > 0, "positive")
+        self._require(
+            "min_learning_rate", self.min_learning_rate <= self.learning_rate,
+            f"at most the learning rate, {self.learning_rate}",
+        )  # fmt: skip
+        self._require("decay_rate", 0 < self.decay_rate <= 1, "above 0 and at most 1")
+        if self.resume and self.run_dir is None:
+            raise ConfigError("--resume needs --run-dir, the directory of the run to go on with")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} must be {expected}, got {getattr(self, name)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the options as JSON values, for the run directory."""
+        values = dataclasses.asdict(self)
+        values["data_dir"] = None if self.data_dir is None else str(self.data_dir)
+        for name in _OF_THE_CALL:
+            del values[name]
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], *, run_dir: Path) -> "TrainConfig":
+        """Returns the options that a run directory holds, to resume it."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {name: value for name, value in values.items() if name in known}
+        if values.get("data_dir") is not None:
+            values["data_dir"] = Path(values["data_dir"])
+        return cls(**values, run_dir=run_dir, resume=True)
+
+    def check_resumes(self, started: "TrainConfig") -> None:
+        """Raises a ConfigError if an option that shapes the parameters differs from the run's."""
+        for field in dataclasses.fields(self):
+            if field.name in _MAY_CHANGE:
+                continue
+            now, then = getattr(self, field.name), getattr(started, field.name)
+            if now != then:
+                option = "--" + field.name.replace("_", "-")
+                raise ConfigError(
+                    f"{option} must stay {then} to resume the run in {self.run_dir}, got {now}"
+                )
+
+
+_OF_THE_CALL = ("run_dir", "resume")
+_MAY_CHANGE = (
+    *_OF_THE_CALL, "data_dir", "epochs", "steps", "driver", "devices", "steps_per_dispatch",
+    "log_every", "checkpoint_every", "keep", "tensorboard",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluate a run's checkpoint on the whole test set."""
+
+    run_dir: Path
+    """Directory of the run."""
+
+    checkpoint: str = "last"
+    """Which checkpoint: last, best (by validation error), or a step."""
+
+    dataset: Literal["mnist_5k", "mnist", "fashion_mnist", "kmnist", "image_folder"] | None = None
+    """Evaluate on the test images of this data set; the run's own if not given."""
+
+    data_dir: Path | None = None
+    """Where data sets are looked for; the run's own if not given."""
+
+    batch_size: int = 100
+    """Examples in a batch, over all devices together."""
+
+    driver: DriverName = "pmap"
+    """How it runs: pmap, shard, or jit (one device)."""
+
+    devices: int | None = None
+    """Use the first so many devices; all of them if not given (one for jit)."""
+
+    def __post_init__(self) -> None:
+        """Checks every option that can be checked without data and devices."""
+        for name in ("batch_size", "devices"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                option = "--" + name.replace("_", "-")
+                raise ConfigError(f"{option} must be at least 1, got {value}")

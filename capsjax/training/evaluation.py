@@ -1,0 +1,84 @@
+"""Evaluating a finished or running run from its directory (floor 5)."""
+
+import dataclasses
+from pathlib import Path
+
+from flax import nnx
+
+from capsjax import models
+from capsjax.data import load
+from capsjax.training.checkpoints import Checkpoints
+from capsjax.training.config import ConfigError, EvaluateConfig
+from capsjax.training.drivers import make_driver
+from capsjax.training.objectives import choose_loss
+from capsjax.training.run_directory import RunDirectory
+from capsjax.training.session import (
+    Evaluation,
+    Evaluator,
+    check_dataset,
+    choose_devices,
+    make_optimizer,
+)
+from capsjax.training.step import TrainState, init_state, split_network
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """An evaluation, and of what.
+
+    Attributes:
+      run_dir: the run's directory.
+      step: of the checkpoint.
+      dataset: name of the data set whose test images were used.
+      test: the evaluation.
+    """
+
+    run_dir: Path
+    step: int
+    dataset: str
+    test: Evaluation
+
+
+def evaluate(config: EvaluateConfig) -> Evaluated:
+    """Evaluates a run's checkpoint on a whole test set.
+
+    Args:
+      config: the options.
+
+    Returns:
+      The evaluation; every test image is counted once.
+
+    Raises:
+      ConfigError: an option cannot be, or the images are not such as the network takes.
+      capsjax.data.DataError: the data set cannot be had.
+      CheckpointError: the checkpoint cannot be read.
+    """
+    started, model, _ = RunDirectory(config.run_dir).read_config()
+    name = config.dataset or started.dataset
+    # A run's own directory goes with its own data set only.
+    data_dir = config.data_dir or (started.data_dir if name == started.dataset else None)
+    try:
+        driver = make_driver(
+            config.driver, batch_size=config.batch_size, devices=choose_devices(config.devices)
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    dataset = load(name, data_dir=data_dir)
+    check_dataset(dataset, model)
+    apply, params = split_network(models.build(model, rngs=nnx.Rngs(0)))
+    like = driver.replicate(init_state(params, make_optimizer(started)))
+    step, state = restore(RunDirectory(config.run_dir), config.checkpoint, like)
+    loss = choose_loss(started.loss, started.preset, model)
+    test = Evaluator(apply, loss, driver, config.batch_size, model)(state, dataset.test)
+    assert test is not None  # only a request to stop ends it early, and there is none
+    return Evaluated(config.run_dir, step, name, test)
+
+
+def restore(directory: RunDirectory, which: str | int, like: TrainState) -> tuple[int, TrainState]:
+    """Reads the last, the best or a numbered checkpoint of a run, and tells its step."""
+    checkpoints = Checkpoints(directory.checkpoints, read_only=True)
+    try:
+        step = checkpoints.choose(which)
+        return step, checkpoints.restore(step, like)
+    finally:
+        checkpoints.close()

@@ -1,0 +1,334 @@
+"""The training loop (floor 5): from options to a finished run directory."""
+
+import collections
+import dataclasses
+import datetime
+import signal
+import time
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from capsjax import models
+from capsjax.data import Dataset, Split, load, scale_pixels
+from capsjax.training.checkpoints import Checkpoints
+from capsjax.training.config import ConfigError, TrainConfig
+from capsjax.training.picture import write_picture
+from capsjax.training.programs import NEVER, StepSums
+from capsjax.training.reporting import Report
+from capsjax.training.run_directory import RunDirectory, write_json
+from capsjax.training.session import Evaluation, Pace, Session
+from capsjax.training.step import Apply, TrainState
+from capsjax.training.stopping import StopRequest
+
+_PICTURED = 16
+
+
+class DivergedError(Exception):
+    """The loss or the parameters are no longer finite; the message names the step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+      run_dir: its directory.
+      step: steps taken.
+      test: evaluation of the last parameters on the whole test set; None if the run was stopped.
+      validation_error: of the last checkpoint that was validated, or None.
+      seconds: time in this process, compilation included.
+      stopped_by: the signal that stopped the run before its end, or None.
+    """
+
+    run_dir: Path
+    step: int
+    test: Evaluation | None
+    validation_error: float | None
+    seconds: float
+    stopped_by: signal.Signals | None = None
+
+
+def train(
+    config: TrainConfig,
+    *,
+    model: models.ModelConfig | None = None,
+    dataset: Dataset | None = None,
+) -> Result:
+    """Trains a network, or goes on with a run.
+
+    Args:
+      config: the options.
+      model: the network's configuration; the preset's for the data set when None. A resumed run
+        keeps its own.
+      dataset: the images; loaded by the options when None.
+
+    Returns:
+      What the run came to.
+
+    Raises:
+      ConfigError: an option cannot be.
+      capsjax.data.DataError: the data set cannot be had.
+      CheckpointError: a checkpoint cannot be written or read.
+      DivergedError: the loss is not finite; the last good checkpoint is kept.
+    """
+    started = time.monotonic()
+    with StopRequest() as stop:
+        directory = RunDirectory(_run_dir(config))
+        if config.resume:
+            first_config, model, _ = directory.read_config()
+            config.check_resumes(first_config)
+        elif directory.config.exists():
+            directory.create()  # refuses, before anything is loaded
+        if dataset is None:
+            dataset = load(config.dataset, data_dir=config.data_dir)
+        model = model or _configure(config, dataset)
+        session = Session(config, model, dataset)
+        if not config.resume:
+            directory.create()
+            directory.write_config(config, model, dataset.class_names)
+        checkpoints = Checkpoints(directory.checkpoints, keep=config.keep)
+        try:
+            loop = _Loop(session, directory, checkpoints, stop)
+            return loop.run(started)
+        finally:
+            checkpoints.close()
+
+
+def predict_and_reconstruct(apply: Apply, state: TrainState, images: np.ndarray) -> np.ndarray:
+    """Reconstructs uint8 images from their predicted class; float32 ``[N, H, W, C]``."""
+    params = jax.device_get(state.params)
+    reconstruction = jax.jit(apply)(params, scale_pixels(jnp.asarray(images))).reconstruction
+    return np.asarray(reconstruction)
+
+
+def draw_reconstructions(session: Session, state: TrainState, path: Path, test: Split) -> bool:
+    """Draws test images over their reconstructions; False for a network without a decoder."""
+    if not getattr(session.model, "decoder_features", ()):
+        return False
+    chosen = np.linspace(0, len(test.labels) - 1, min(_PICTURED, len(test.labels))).astype(int)
+    images = test.images[chosen]
+    write_picture(path, images, predict_and_reconstruct(session.apply, state, images))
+    return True
+
+
+class _Loop:
+    """One process's part of a run."""
+
+    def __init__(
+        self,
+        session: Session,
+        directory: RunDirectory,
+        checkpoints: Checkpoints,
+        stop: StopRequest,
+    ):
+        self.session = session
+        self.config = session.config
+        self.directory = directory
+        self.checkpoints = checkpoints
+        self.stop = stop
+        self.pending: collections.deque[tuple[int, int, StepSums]] = collections.deque()
+        self.pace = Pace(session.config.steps_per_dispatch)
+        self.validation_error: float | None = None
+        self.state = session.initial_state()
+        self.step = 0
+        if self.config.resume and checkpoints.steps():
+            self.step = checkpoints.choose("last")
+            self.state = checkpoints.restore(self.step, self.state)
+            directory.forget_metrics_after(self.step)
+        self._clear_window()
+        self.completed = time.monotonic()
+
+    def run(self, started: float) -> Result:
+        total, every = self.session.total_steps, self.config.checkpoint_every
+        every = every or self.session.steps_per_epoch
+        with Report(
+            self.directory,
+            total_steps=total,
+            step=self.step,
+            tensorboard=self.config.tensorboard,
+        ) as self.report:
+            self.report.say(self._headline())
+            self.completed = time.monotonic()
+            while self.step < total and self.stop.signal is None:
+                boundary = min(
+                    total,
+                    _next_multiple(self.step, every),
+                    _next_multiple(self.step, self.config.log_every),
+                    _next_multiple(self.step, self.session.steps_per_epoch),
+                )
+                self._dispatch(self.pace.amount(boundary - self.step))
+                if self.step % self.config.log_every == 0 or self.step == total:
+                    self._drain()
+                    self._log()
+                if self.step % every == 0 or self.step == total:
+                    self._drain()
+                    self._checkpoint()
+            self._drain()
+            if self.step < total:
+                return self._stopped(started)
+            with self.report.evaluating("testing"):
+                test = self.session.evaluator(
+                    self.state, self.session.test, lambda: self.stop.signal is not None
+                )
+            if test is None:
+                return self._stopped(started)
+            return self._finished(test, started)
+
+    def _dispatch(self, num_steps: int) -> None:
+        """Starts steps, then hears of those before: the devices never wait for the host."""
+        self.state, sums = self.session.run_steps(self.state, self.step, num_steps)
+        self.step += num_steps
+        self.pending.append((self.step, num_steps, sums))
+        if len(self.pending) > 1:
+            self._complete()
+
+    def _complete(self) -> None:
+        step, num_steps, pending = self.pending.popleft()
+        sums: StepSums = jax.device_get(pending)
+        now = time.monotonic()
+        seconds, self.completed = now - self.completed, now
+        self.pace.observe(num_steps, seconds)
+        if sums.bad_step != NEVER:
+            self._diverged(int(sums.bad_step), "the loss is not finite")
+        self.window_steps += num_steps
+        self.window_loss += float(sums.loss)
+        self.window_error += float(sums.error)
+        self.report.progress(
+            step,
+            self.window_loss / self.window_steps,
+            self.window_error / self.window_steps,
+            num_steps * self.config.batch_size / seconds,
+        )
+
+    def _drain(self) -> None:
+        while self.pending:
+            self._complete()
+
+    def _log(self) -> None:
+        if self.window_steps:
+            seconds = time.monotonic() - self.window_start
+            self.report.record(
+                "train",
+                self.step,
+                loss=self.window_loss / self.window_steps,
+                error=self.window_error / self.window_steps,
+                examples_per_second=self.window_steps * self.config.batch_size / seconds,
+            )
+        self._clear_window()
+
+    def _clear_window(self) -> None:
+        self.window_steps, self.window_loss, self.window_error = 0, 0.0, 0.0
+        self.window_start = time.monotonic()
+
+    def _checkpoint(self) -> None:
+        if not _all_finite(self.state.params):
+            self._diverged(self.step, "the parameters are not finite")
+        line = f"step {self.step:,} of {self.session.total_steps:,}"
+        error = None
+        if self.session.validation is not None:
+            with self.report.evaluating("validating"):
+                validation = self.session.evaluator(
+                    self.state, self.session.validation, lambda: self.stop.signal is not None
+                )
+            if validation is None:
+                return  # asked to stop: the run saves where it stands
+            error = self.validation_error = validation.error
+            self.report.record(
+                "validation",
+                self.step,
+                loss=validation.loss,
+                error=validation.error,
+                count=validation.count,
+            )
+            line += f": validation error {validation.error:.2%}, loss {validation.loss:.4f}"
+        self.checkpoints.save(self.state, self.step, error)
+        self.report.say(line)
+        # Neither an evaluation nor a save belongs to the speed of training.
+        self.completed = self.window_start = time.monotonic()
+
+    def _stopped(self, started: float) -> Result:
+        if self.step not in self.checkpoints.steps():
+            if not _all_finite(self.state.params):
+                self._diverged(self.step, "the parameters are not finite")
+            self.checkpoints.save(self.state, self.step, None)
+        self.checkpoints.finish()
+        seconds = time.monotonic() - started
+        return Result(
+            self.directory.path, self.step, None, self.validation_error, seconds, self.stop.signal
+        )
+
+    def _finished(self, test: Evaluation, started: float) -> Result:
+        self.report.record("test", self.step, loss=test.loss, error=test.error, count=test.count)
+        self.checkpoints.finish()
+        draw_reconstructions(self.session, self.state, self.directory.picture, self.session.test)
+        seconds = time.monotonic() - started
+        result = Result(self.directory.path, self.step, test, self.validation_error, seconds)
+        write_json(
+            self.directory.result,
+            {
+                "step": self.step,
+                "test_error": test.error,
+                "test_wrong": test.wrong,
+                "test_count": test.count,
+                "test_loss": test.loss,
+                "validation_error": self.validation_error,
+                "parameters": self.session.num_parameters,
+                "seconds": round(seconds, 1),
+            },
+        )
+        return result
+
+    def _diverged(self, step: int, what: str) -> None:
+        self.checkpoints.finish()
+        steps = self.checkpoints.steps()
+        good = f"the last good checkpoint is of step {steps[-1]}" if steps else "no checkpoint yet"
+        raise DivergedError(
+            f"{what} at step {step}; {good}, in {self.checkpoints.path}; a lower --learning-rate"
+            " may help"
+        )
+
+    def _headline(self) -> str:
+        config, session = self.config, self.session
+        validation = 0 if session.validation is None else len(session.validation.labels)
+        devices = session.driver.devices
+        where = f"{len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
+        begun = f", from step {self.step:,}" if self.step else ""
+        return (
+            f"{config.preset} ({session.num_parameters:,} parameters) on {config.dataset}:"
+            f" {len(session.train.labels):,} training, {validation:,} validation,"
+            f" {len(session.test.labels):,} test images; {config.driver} on {where};"
+            f" {session.total_steps:,} steps of {config.batch_size}{begun}\n"
+            f"run directory: {self.directory.path}"
+        )
+
+
+def _run_dir(config: TrainConfig) -> Path:
+    if config.run_dir is not None:
+        return config.run_dir
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{config.dataset}-{config.preset}-{now}"
+
+
+def _configure(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
+    try:
+        return models.configure(
+            config.preset,
+            image_shape=dataset.image_shape,
+            num_classes=dataset.num_classes,
+            dtype=config.dtype,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _next_multiple(step: int, every: int) -> int:
+    return (step // every + 1) * every
+
+
+@jax.jit
+def _all_finite(params: chex.ArrayTree) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))

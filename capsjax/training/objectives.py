@@ -1,0 +1,112 @@
+"""What training minimises (floor 5): one value per example from a prediction."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from capsjax.models import BaselineConfig, ModelConfig, Prediction
+from capsjax.ops import margin_loss, reconstruction_loss
+
+RECONSTRUCTION_WEIGHT = 0.0005
+
+LossName = Literal["paper", "official", "cross_entropy"]
+Objective = Callable[[Prediction, jax.Array, jax.Array], jax.Array]
+
+
+def paper_loss(prediction: Prediction, target: jax.Array, images: jax.Array) -> jax.Array:
+    r"""Margin loss and reconstruction loss on the scale that the paper prints.
+
+    .. math::
+      L = L_\mathrm{margin} + 0.0005 \sum_p (\hat x_p - x_p)^2
+
+    Args:
+      prediction: of a capsule network, with or without a reconstruction.
+      target: one-hot or multi-hot classes, ``[..., J]``.
+      images: pixels in [0, 1], ``[..., H, W, C]``.
+
+    Returns:
+      Loss per example, float32, ``[...]``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax.models import Prediction
+      >>> from capsjax.training import paper_loss
+      >>> prediction = Prediction(jnp.zeros((1, 2)), None, jnp.zeros((1, 2, 2, 1)))
+      >>> print(paper_loss(prediction, jnp.array([[1, 0]]), jnp.ones((1, 2, 2, 1))))
+      [0.812]
+    """
+    return margin_loss(prediction.scores, target) + _weighed_reconstruction(prediction, images)
+
+
+def official_loss(prediction: Prediction, target: jax.Array, images: jax.Array) -> jax.Array:
+    r"""Margin loss and reconstruction loss on the scale of the authors' code.
+
+    .. math::
+      L = \frac{L_\mathrm{margin}}{2 J} + 0.0005 \sum_p (\hat x_p - x_p)^2
+
+    That code averages the margin loss over the classes and halves it, so that for ten classes the
+    reconstruction counts twenty times more than in :func:`paper_loss`. Arguments and result are
+    those of :func:`paper_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax.models import Prediction
+      >>> from capsjax.training import official_loss
+      >>> prediction = Prediction(jnp.zeros((1, 2)), None, jnp.zeros((1, 2, 2, 1)))
+      >>> print(official_loss(prediction, jnp.array([[1, 0]]), jnp.ones((1, 2, 2, 1))))
+      [0.2045]
+    """
+    margin = margin_loss(prediction.scores, target) / (2 * target.shape[-1])
+    return margin + _weighed_reconstruction(prediction, images)
+
+
+def cross_entropy_loss(prediction: Prediction, target: jax.Array, images: jax.Array) -> jax.Array:
+    """Softmax cross entropy of the scores, for networks whose scores are logits.
+
+    Arguments and result are those of :func:`paper_loss`; the images are not used.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax.models import Prediction
+      >>> from capsjax.training import cross_entropy_loss
+      >>> prediction = Prediction(jnp.zeros((1, 2)))
+      >>> print(cross_entropy_loss(prediction, jnp.array([[1, 0]]), jnp.ones((1, 2, 2, 1))))
+      [0.6931472]
+    """
+    del images
+    return optax.softmax_cross_entropy(prediction.scores, target.astype(prediction.scores.dtype))
+
+
+LOSSES: dict[str, Objective] = {
+    "paper": paper_loss,
+    "official": official_loss,
+    "cross_entropy": cross_entropy_loss,
+}
+
+
+def choose_loss(name: str | None, preset: str, model: ModelConfig) -> str:
+    """Returns the loss's name; None chooses the one that the preset's source trains with.
+
+    Raises:
+      ValueError: the loss does not go with the network.
+    """
+    plain = isinstance(model, BaselineConfig)
+    if name is None:
+        return "cross_entropy" if plain else "official" if preset == "official" else "paper"
+    if name not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
+    if plain != (name == "cross_entropy"):
+        fitting = "cross_entropy" if plain else "paper or official"
+        raise ValueError(f"loss for preset {preset!r} must be {fitting}, got {name!r}")
+    return name
+
+
+def _weighed_reconstruction(prediction: Prediction, images: jax.Array) -> jax.Array:
+    if prediction.reconstruction is None:
+        return jnp.zeros(prediction.scores.shape[:-1], prediction.scores.dtype)
+    return RECONSTRUCTION_WEIGHT * reconstruction_loss(
+        prediction.reconstruction, images, axis=(-3, -2, -1)
+    )

@@ -1,0 +1,99 @@
+"""What a run tells while it trains (floor 5): a progress bar, lines, JSON lines, TensorBoard."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from capsjax.training.run_directory import RunDirectory
+
+
+class Report:
+    """Shows and records the metrics of a run; a context manager.
+
+    Args:
+      directory: receives the metrics.
+      total_steps: steps of the whole run.
+      step: the step at which this process begins.
+      tensorboard: whether to write event files too.
+      console: where lines and the bar go; standard error by default, so that standard output
+        holds the result alone.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        *,
+        total_steps: int,
+        step: int,
+        tensorboard: bool,
+        console: Console | None = None,
+    ):
+        self._directory = directory
+        self._started = time.monotonic()
+        self._writer: Any = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(directory.tensorboard), purge_step=step + 1)
+        self._console = console or Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            expand=True,
+            speed_estimate_period=60,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task(
+            "compiling", total=total_steps, completed=step, status=""
+        )
+
+    def __enter__(self) -> Self:
+        """Starts the bar."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stops the bar and closes the event file."""
+        self._progress.stop()
+        if self._writer is not None:
+            # A full disk has been reported where it first showed; nothing is gained by a second.
+            with contextlib.suppress(OSError):
+                self._writer.close()
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def progress(self, step: int, loss: float, error: float, examples_per_second: float) -> None:
+        """Moves the bar."""
+        status = f"{examples_per_second:,.0f} examples/s  loss {loss:.4f}  error {error:.1%}"
+        self._progress.update(self._task, completed=step, description="training", status=status)
+
+    @contextlib.contextmanager
+    def evaluating(self, what: str) -> Iterator[None]:
+        """Shows what is being evaluated."""
+        self._progress.update(self._task, description=what)
+        yield
+        self._progress.update(self._task, description="training")
+
+    def record(self, split: str, step: int, **values: float) -> None:
+        """Records metrics of a split at a step."""
+        seconds = round(time.monotonic() - self._started, 3)
+        self._directory.append_metrics({"split": split, "step": step, "seconds": seconds, **values})
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{split}/{name}", value, step)

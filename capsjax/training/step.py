@@ -1,0 +1,181 @@
+"""The train step (floor 5): one pure function of state, batch and key."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from capsjax.data import Split, random_shift, scale_pixels
+from capsjax.models import Network, Prediction
+from capsjax.training.objectives import Objective
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes.
+
+    Attributes:
+      step: number of steps taken, int32 scalar.
+      params: the network's parameters, nested dicts of float32 arrays.
+      opt_state: the optimiser's state.
+    """
+
+    step: jax.Array
+    params: chex.ArrayTree
+    opt_state: chex.ArrayTree
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports, float32 scalars: means over the whole batch.
+
+    Attributes:
+      loss: the objective.
+      error: share of wrong predictions.
+    """
+
+    loss: jax.Array
+    error: jax.Array
+
+
+Apply = Callable[..., Prediction]
+TrainStep = Callable[[TrainState, Split, jax.Array], tuple[TrainState, StepMetrics]]
+
+
+def split_network(network: Network) -> tuple[Apply, dict[str, Any]]:
+    """Splits a network into a pure function ``(params, images, ...)`` and its parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax import models
+      >>> from capsjax.training import split_network
+      >>> from flax import nnx
+      >>> apply, params = split_network(models.create("small", rngs=nnx.Rngs(0)))
+      >>> apply(params, jnp.zeros((1, 28, 28, 1))).scores.shape
+      (1, 10)
+    """
+    graphdef, state = nnx.split(network)
+    params: dict[str, Any] = nnx.to_pure_dict(state)
+
+    def apply(params: chex.ArrayTree, images: jax.Array, **options: Any) -> Prediction:
+        prediction: Prediction = nnx.merge(graphdef, params)(images, **options)
+        return prediction
+
+    return apply, params
+
+
+def paper_optimizer(
+    learning_rate: float = 1e-3,
+    *,
+    decay_rate: float = 0.96,
+    decay_steps: int = 2000,
+    floor: float = 1e-6,
+) -> optax.GradientTransformation:
+    r"""Adam with an exponentially decaying learning rate.
+
+    .. math::
+      \eta_t = \max(\eta_0 \, \gamma^{t / T}, \eta_\mathrm{floor})
+
+    Args:
+      learning_rate: :math:`\eta_0`.
+      decay_rate: :math:`\gamma`.
+      decay_steps: :math:`T`; the decay is continuous.
+      floor: the learning rate never falls below it.
+
+    Returns:
+      An optax transformation.
+
+    Example:
+      >>> from capsjax.training import paper_optimizer
+      >>> optimizer = paper_optimizer(1e-3)
+
+    Reference:
+      Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 4; the
+      constants are those of the authors' code.
+    """
+    return optax.adam(
+        optax.exponential_decay(learning_rate, decay_steps, decay_rate, end_value=floor)
+    )
+
+
+def init_state(params: chex.ArrayTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def make_train_step(
+    apply: Apply,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    *,
+    num_classes: int,
+    max_shift: int = 2,
+    axis_name: str | None = None,
+) -> TrainStep:
+    """Makes the step: shift, scale, predict, differentiate, update.
+
+    The step is pure and knows nothing of devices. Under ``jax.pmap`` or ``jax.vmap`` each shard
+    gets its part of the batch; gradients and metrics are averaged over ``axis_name``. What is
+    drawn for an example depends on the key and its position in the whole batch, so that any number
+    of shards computes the same.
+
+    Args:
+      apply: pure function of parameters and images, from :func:`split_network`.
+      optimizer: an optax transformation.
+      objective: loss per example, such as :func:`paper_loss`.
+      num_classes: J, for the one-hot targets.
+      max_shift: random shift in pixels, zero-padded.
+      axis_name: the mapped axis over which the batch is split; None if it is not.
+
+    Returns:
+      ``train_step(state, batch, key) -> (state, metrics)`` with a :class:`TrainState`, a batch of
+      uint8 images ``[B, H, W, C]`` and int32 labels ``[B]`` (:class:`capsjax.data.Split`), a
+      random key and :class:`StepMetrics`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from capsjax import models
+      >>> from capsjax.data import Split
+      >>> from capsjax.training import (
+      ...     init_state, make_train_step, paper_loss, paper_optimizer, split_network)
+      >>> from flax import nnx
+      >>> apply, params = split_network(models.create("small", rngs=nnx.Rngs(0)))
+      >>> optimizer = paper_optimizer()
+      >>> train_step = jax.jit(
+      ...     make_train_step(apply, optimizer, paper_loss, num_classes=10))
+      >>> batch = Split(jnp.zeros((4, 28, 28, 1), jnp.uint8), jnp.arange(4))
+      >>> state, metrics = train_step(init_state(params, optimizer), batch, jax.random.key(0))
+      >>> int(state.step)
+      1
+    """
+
+    def train_step(
+        state: TrainState, batch: Split, key: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
+        chex.assert_equal_shape_prefix(batch, 1)
+        size = batch.labels.shape[0]
+        first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * size
+        keys = jax.vmap(lambda position: jax.random.fold_in(key, position))(
+            first + jnp.arange(size)
+        )
+        shift_keys, network_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        images = scale_pixels(random_shift(shift_keys, batch.images, max_shift=max_shift))
+
+        def loss_fn(params: chex.ArrayTree) -> tuple[jax.Array, jax.Array]:
+            target = jax.nn.one_hot(batch.labels, num_classes)
+            prediction = apply(params, images, target=target, keys=network_keys)
+            loss = jnp.mean(objective(prediction, target, images))
+            wrong = jnp.argmax(prediction.scores, axis=-1) != batch.labels
+            return loss, jnp.mean(wrong, dtype=jnp.float32)
+
+        (loss, error), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        metrics = StepMetrics(loss, error)
+        if axis_name is not None:
+            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step
