@@ -1,0 +1,98 @@
+"""What every data source returns, and the one error it raises (floor 4)."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+
+class DataError(Exception):
+    """Data cannot be had as asked; `str` of it is one line that says what came and what was expected."""
+
+    def __init__(self, message: str):
+        # Messages quote other libraries' errors, which run over several lines.
+        super().__init__(" ".join(message.split()))
+
+
+class Split(NamedTuple):
+    """One split of a data set, whole and in memory.
+
+    Attributes:
+      images: uint8 ``[N, H, W, C]``, values 0 to 255.
+      labels: int32 ``[N]``, the index of each image's class.
+    """
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int32]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Labelled images, already decoded: small sets are loaded once and stay in memory.
+
+    Attributes:
+      name: the name `load` knows the set by.
+      train: the split to train on.
+      test: the split to measure on.
+      class_names: one name per class, in the order of the labels.
+
+    Raises:
+      ValueError: shapes or dtypes are not those of `Split`, the two splits' images differ in shape,
+        or a label has no class name.
+
+    Example:
+      >>> import numpy as np
+      >>> from capsjax.data import Dataset, Split
+      >>> split = Split(np.zeros((2, 8, 8, 1), np.uint8), np.array([0, 1], np.int32))
+      >>> Dataset("tiny", train=split, test=split, class_names=("cat", "dog"))
+      Dataset('tiny': 2 train and 2 test images of 8x8x1, 2 classes)
+    """
+
+    name: str
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for split_name in ("train", "test"):
+            images, labels = getattr(self, split_name)
+            if images.dtype != np.uint8 or images.ndim != 4:
+                raise ValueError(
+                    f"{split_name}.images must be uint8 [N, H, W, C], "
+                    f"got {images.dtype} {list(images.shape)}"
+                )
+            if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
+                raise ValueError(
+                    f"{split_name}.labels must be int32 {[len(images)]}, "
+                    f"got {labels.dtype} {list(labels.shape)}"
+                )
+            if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
+                raise ValueError(
+                    f"{split_name}.labels must lie in 0..{self.num_classes - 1}, "
+                    f"got {labels.min()}..{labels.max()}"
+                )
+        if self.train.images.shape[1:] != self.test.images.shape[1:]:
+            raise ValueError(
+                f"test images must have the shape of train images, {list(self.image_shape)}, "
+                f"got {list(self.test.images.shape[1:])}"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels tell apart."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of every image."""
+        height, width, channels = self.train.images.shape[1:]
+        return height, width, channels
+
+    def __repr__(self) -> str:
+        # The generated one would print the pixels.
+        shape = "x".join(map(str, self.image_shape))
+        return (
+            f"Dataset({self.name!r}: {len(self.train.images)} train and {len(self.test.images)} "
+            f"test images of {shape}, {self.num_classes} classes)"
+        )

@@ -1,0 +1,221 @@
+"""MNIST and its siblings through TFDS, without TensorFlow (floor 4).
+
+Reading a prepared set needs no TensorFlow. Preparing one with the stock builders does, for reading
+the original files and for encoding PNG; the builder made here does both in Python and leaves the
+same data set, with the same name, version and order of records.
+"""
+
+import gzip
+import io
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import numpy as np
+
+from capsjax.data.dataset import DataError, Dataset, Split
+from capsjax.data.decoded_cache import cached
+
+NAMES = ("mnist", "fashion_mnist", "kmnist")
+
+_FILES = {
+    "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+    "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+}
+_FORMAT = "array_record"
+_CHUNK = 1000
+_PROBE_SECONDS = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+def load_tfds(name: str, data_dir: Path | None, *, download: bool) -> Dataset:
+    """Loads a data set that TFDS has prepared, or prepares it.
+
+    Args:
+      name: one of :data:`NAMES`.
+      data_dir: TFDS's data directory; its own default when None.
+      download: whether the set may be downloaded and prepared where it is missing.
+
+    Returns:
+      The data set, decoded.
+
+    Raises:
+      DataError: TFDS is not installed, or the set is missing, damaged, of another version or
+        format, and cannot be prepared.
+    """
+    tfds = _import_tfds()
+    data_dir = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    if data_dir.exists() and not data_dir.is_dir():
+        raise DataError(f"data set {name}: data directory {data_dir} is a file")
+    try:
+        builder = _builder_class(tfds, name)(data_dir=data_dir, file_format=_FORMAT)
+    except Exception as error:  # a damaged dataset_info.json fails in many ways
+        raise _unreadable(name, data_dir / name, error) from None
+    prepared = Path(builder.data_dir)
+    if not (prepared / "dataset_info.json").exists():
+        _prepare(tfds, builder, name, data_dir, download)
+    try:
+        found = json.loads((prepared / "dataset_info.json").read_text())["fileFormat"]
+        if found != _FORMAT:
+            raise DataError(
+                f"data set {name} in {prepared} is prepared as {found}, expected {_FORMAT};"
+                " prepare it in another directory"
+            )
+        train, test = cached(prepared, f"{name}-{builder.version}", lambda: _decode(builder))
+    except DataError:
+        raise
+    except Exception as error:  # array_record, Pillow and TFDS raise many kinds
+        raise _unreadable(name, prepared, error) from None
+    return Dataset(name, train, test, tuple(builder.info.features["label"].names))
+
+
+def _decode(builder: Any) -> tuple[Split, Split]:
+    train, test = (_decode_split(builder, split) for split in ("train", "test"))
+    return train, test
+
+
+def _decode_split(builder: Any, split: str) -> Split:
+    source = builder.as_data_source(split=split)
+    number = builder.info.splits[split].num_examples
+    if len(source) != number:
+        raise ValueError(f"{split} holds {len(source)} records, expected {number}")
+    _log.info("decoding %s %s, %s images; the next run finds them decoded", builder.name, split,
+              f"{number:,}")  # fmt: skip
+    images = np.empty((number, *builder.info.features["image"].shape), np.uint8)
+    labels = np.empty(number, np.int32)
+    for first in range(0, number, _CHUNK):
+        positions = range(first, min(first + _CHUNK, number))
+        # Records at once: several times faster than one by one.
+        for position, record in zip(positions, source.__getitems__(positions), strict=True):
+            images[position], labels[position] = record["image"], record["label"]
+    return Split(images, labels)
+
+
+def _prepare(tfds: Any, builder: Any, name: str, data_dir: Path, download: bool) -> None:
+    missing = f"data set {name} is not prepared in {data_dir}"
+    if not data_dir.exists():
+        missing += " (which does not exist)"
+    elif versions := sorted(p.name for p in (data_dir / name).glob("*.*.*")):
+        missing += f" (found version {', '.join(versions)}, expected {builder.version})"
+    ways = (
+        "prepare it on a machine with a network and pass its directory as --data-dir, or use"
+        " --dataset mnist_5k, which needs no download"
+    )
+    if not download:
+        raise DataError(f"{missing}, and a download was not asked for: {ways}")
+    if reason := _unreachable(builder.URL):
+        raise DataError(f"{missing}, and {urlsplit(builder.URL).hostname} {reason}: {ways}")
+    _log.info("downloading and preparing %s in %s", name, data_dir)
+    tfds.disable_progress_bar()
+    try:
+        builder.download_and_prepare(file_format=_FORMAT)
+    except Exception as error:  # requests, TFDS and the file system raise many kinds
+        text = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{missing}, and preparing it failed ({type(error).__name__}: {text}): {ways}"
+        ) from None
+
+
+def _unreachable(url: str) -> str | None:
+    """Why a server cannot be reached, within seconds, or None if it answers.
+
+    TFDS itself retries for minutes. The request runs in a thread of its own because looking up a
+    name can hang and no timeout bounds it.
+    """
+    import requests
+
+    outcome: list[str | None] = []
+
+    def probe() -> None:
+        try:
+            requests.head(url, timeout=_PROBE_SECONDS / 2, allow_redirects=True)
+        except requests.RequestException as error:
+            outcome.append(f"cannot be reached ({type(error).__name__})")
+        else:
+            outcome.append(None)
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(_PROBE_SECONDS)
+    return outcome[0] if outcome else f"does not answer within {_PROBE_SECONDS:.0f} s"
+
+
+def _builder_class(tfds: Any, name: str) -> Any:
+    """The stock builder, with the steps that need TensorFlow replaced."""
+    stock = tfds.builder_cls(name)
+
+    class TensorFlowFree(stock, skip_registration=True):  # type: ignore[misc]
+        """Reads the original files and encodes PNG in Python."""
+
+        VERSION = stock.VERSION
+        # The checksums that TFDS has registered; looked for beside this file otherwise.
+        url_infos = stock.url_infos
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            urls = {
+                split: {kind: urljoin(self.URL, file) for kind, file in
+                        zip(("images", "labels"), files, strict=True)}
+                for split, files in _FILES.items()
+            }  # fmt: skip
+            paths = dl_manager.download(urls)
+            return {split: self._generate_examples(**paths[split]) for split in urls}
+
+        def _generate_examples(self, images: Any, labels: Any) -> Iterator[tuple[int, Any]]:
+            from PIL import Image
+
+            pixels, numbers = read_idx(images), read_idx(labels)
+            if len(pixels) != len(numbers):
+                raise ValueError(f"{len(pixels)} images but {len(numbers)} labels")
+            for index, (image, label) in enumerate(zip(pixels, numbers, strict=True)):
+                encoded = io.BytesIO()
+                Image.fromarray(image).save(encoded, format="png")
+                yield index, {"image": encoded.getvalue(), "label": int(label)}
+
+    TensorFlowFree.name = stock.name
+    return TensorFlowFree
+
+
+def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads a gzip-compressed IDX file of unsigned bytes, the original format of MNIST.
+
+    The header is two zero bytes, the type (8 for uint8), the number of axes, and each axis's
+    length as a big-endian uint32.
+
+    Raises:
+      ValueError: the header or the length is not such.
+    """
+    with gzip.open(path) as file:
+        data = file.read()
+    if len(data) < 4 or data[:3] != b"\0\0\x08":
+        raise ValueError(f"{Path(path).name} is not an IDX file of unsigned bytes")
+    start = 4 + 4 * data[3]
+    shape = tuple(int(n) for n in np.frombuffer(data[4:start], ">u4"))
+    pixels = np.frombuffer(data, np.uint8, offset=start)
+    if pixels.size != np.prod(shape):
+        raise ValueError(f"{Path(path).name} holds {pixels.size} bytes, expected {shape}")
+    return pixels.reshape(shape)
+
+
+def _import_tfds() -> Any:
+    try:
+        import PIL  # noqa: F401  TFDS decodes with it
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise DataError(
+            f'this data set needs {error.name}, which is not installed: pip install "capsjax[data]"'
+        ) from None
+    return tfds
+
+
+def _unreadable(name: str, path: Path, error: Exception) -> DataError:
+    text = " ".join(str(error).split())[:200]
+    return DataError(
+        f"data set {name} in {path} is damaged or incomplete ({type(error).__name__}: {text});"
+        " delete that folder to have it prepared again"
+    )

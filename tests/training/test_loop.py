@@ -1,0 +1,261 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from tensorboard_events import scalars
+
+from capsjax.training import (
+    Checkpoints,
+    ConfigError,
+    DivergedError,
+    EvaluateConfig,
+    TrainConfig,
+    evaluate,
+    hold_out,
+    train,
+)
+from capsjax.training.loop import _Loop
+from capsjax.training.stopping import StopRequest
+
+
+def config(tmp_path, **options):
+    defaults = {
+        "run_dir": tmp_path / "run",
+        "batch_size": 16,
+        "steps": 23,
+        "validation": 20,
+        "log_every": 4,
+        "checkpoint_every": 7,
+        "tensorboard": False,
+    }
+    return TrainConfig(**{**defaults, **options})
+
+
+def parameters(run_dir):
+    checkpoints = Checkpoints(run_dir / "checkpoints", read_only=True)
+    manager = checkpoints._manager
+    step = checkpoints.choose("last")
+    state = manager.restore(step)
+    checkpoints.close()
+    return step, state
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, digits, tiny):
+    """A whole run on eight devices: 160 training images, ten steps an epoch."""
+    tmp_path = tmp_path_factory.mktemp("finished")
+    result = train(config(tmp_path, tensorboard=True), model=tiny, dataset=digits)
+    return tmp_path / "run", result
+
+
+def test_a_finished_run_leaves_everything_behind(finished):
+    run, result = finished
+    assert sorted(p.name for p in run.iterdir()) == [
+        "checkpoints", "config.json", "metrics.jsonl", "reconstructions.png", "result.json",
+        "tensorboard",
+    ]  # fmt: skip
+    written = json.loads((run / "result.json").read_text())
+    assert result.step == written["step"] == 23
+    assert result.test.count == written["test_count"] == 101
+    assert written["test_error"] == result.test.wrong / 101
+    assert (run / "reconstructions.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_cover_every_step_once(finished):
+    run, _ = finished
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = {
+        split: [r["step"] for r in records if r["split"] == split]
+        for split in ("train", "validation", "test")
+    }
+    assert steps == {
+        "train": [4, 8, 12, 16, 20, 23], "validation": [7, 14, 21, 23], "test": [23]
+    }  # fmt: skip
+    assert all(r["count"] == 20 for r in records if r["split"] == "validation")
+    assert all(0 <= r["error"] <= 1 and r["loss"] > 0 for r in records)
+
+
+def test_tensorboard_holds_the_same_numbers(finished):
+    run, _ = finished
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    expected = [(r["step"], r["loss"]) for r in records if r["split"] == "train"]
+    np.testing.assert_allclose(scalars(run / "tensorboard", "train/loss"), expected, rtol=1e-6)
+
+
+def test_evaluate_repeats_the_run_s_test_result(finished, digits, monkeypatch):
+    run, result = finished
+    monkeypatch.setattr("capsjax.training.evaluation.load", lambda *_, **__: digits)
+    evaluated = evaluate(EvaluateConfig(run_dir=run, batch_size=16))
+    assert (evaluated.step, evaluated.test.wrong) == (23, result.test.wrong)
+    np.testing.assert_allclose(evaluated.test.loss, result.test.loss, rtol=1e-5)
+    best = evaluate(EvaluateConfig(run_dir=run, batch_size=16, checkpoint="best"))
+    assert best.step in (7, 14, 21, 23)
+
+
+def test_the_step_is_compiled_once_in_a_run(tmp_path, digits, tiny, caplog):
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        train(config(tmp_path, driver="jit", steps_per_dispatch=3), model=tiny, dataset=digits)
+    compiled = [r for r in caplog.messages if "Finished XLA compilation" in r and "run_steps" in r]
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("driver", ["jit", "pmap"])
+def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, digits, tiny, driver):
+    whole = config(tmp_path, run_dir=tmp_path / "whole", driver=driver)
+    train(whole, model=tiny, dataset=digits)
+    # Stopped in the middle of an epoch, between two records, and resumed with other calls.
+    parts = config(tmp_path, driver=driver, steps=9, steps_per_dispatch=2)
+    train(parts, model=tiny, dataset=digits)
+    train(
+        dataclasses.replace(parts, steps=23, resume=True, steps_per_dispatch=5), dataset=digits
+    )
+    (step, expected), (resumed_step, resumed) = (
+        parameters(path) for path in (whole.run_dir, parts.run_dir)
+    )
+    assert step == resumed_step == 23
+    assert_same_bits(expected, resumed)
+
+
+def test_metrics_of_a_resumed_run_have_no_step_twice(tmp_path, digits, tiny):
+    options = config(tmp_path, driver="jit", steps=8)
+    train(options, model=tiny, dataset=digits)
+    # As if the process had died after records that no checkpoint covers.
+    path = options.run_dir / "metrics.jsonl"
+    path.write_text(
+        path.read_text()
+        + json.dumps({"split": "train", "step": 12, "loss": 9.0, "error": 1.0})
+        + '\n{"split": "tr'
+    )
+    train(dataclasses.replace(options, steps=16, resume=True), dataset=digits)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [r["step"] for r in records if r["split"] == "train"] == [4, 8, 12, 16]
+    assert all(r["loss"] != 9.0 for r in records)
+
+
+def test_a_request_to_stop_saves_and_ends(tmp_path, digits, tiny, monkeypatch):
+    import signal
+
+    complete = _Loop._complete
+
+    def stop_at_step_nine(self):
+        complete(self)
+        if self.step >= 9:
+            self.stop.signal = signal.SIGTERM
+
+    monkeypatch.setattr(_Loop, "_complete", stop_at_step_nine)
+    options = config(tmp_path, driver="jit", steps_per_dispatch=1)
+    stopped = train(options, model=tiny, dataset=digits)
+    assert stopped.stopped_by == signal.SIGTERM
+    assert stopped.test is None
+    step, _ = parameters(options.run_dir)
+    assert step == stopped.step < 23
+
+
+def test_stop_request_notes_the_first_signal_and_obeys_the_second():
+    import signal
+
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tmp_path, digits, tiny
+):
+    options = config(tmp_path, driver="jit", steps=7)
+    train(options, model=tiny, dataset=digits)
+    # Go on with a learning rate that bursts, as only someone who edits the file can.
+    path = options.run_dir / "config.json"
+    values = json.loads(path.read_text())
+    values["train"]["learning_rate"] = 1e38
+    path.write_text(json.dumps(values))
+    with pytest.raises(DivergedError, match=r"at step \d+; the last good checkpoint is of step 7"):
+        train(
+            dataclasses.replace(options, steps=23, resume=True, learning_rate=1e38), dataset=digits
+        )
+    step, state = parameters(options.run_dir)
+    assert step == 7
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path, digits, tiny):
+    options = config(
+        tmp_path, driver="jit", steps=2, checkpoint_every=1, learning_rate=1e38, validation=0
+    )
+    with pytest.raises(DivergedError, match="not finite at step"):
+        train(options, model=tiny, dataset=digits)
+    checkpoints = Checkpoints(options.run_dir / "checkpoints", read_only=True)
+    saved = checkpoints.steps()
+    checkpoints.close()
+    for step in saved:
+        manager = Checkpoints(options.run_dir / "checkpoints", read_only=True)
+        state = manager._manager.restore(step)
+        manager.close()
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_validation_images_are_never_trained_on(digits):
+    train_split, validation = hold_out(digits.train, 30)
+    assert (len(train_split.labels), len(validation.labels)) == (150, 30)
+    kept = {image.tobytes() for image in train_split.images}
+    held = {image.tobytes() for image in validation.images}
+    assert not kept & held
+    everything = {image.tobytes() for image in digits.train.images}
+    assert kept | held == everything
+    assert hold_out(digits.train, 0)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"batch_size": 12}, "divisible by the number of devices, 8, got 12"),
+        ({"batch_size": 800, "driver": "jit"}, "--batch-size must be at most .* 160, got 800"),
+        ({"validation": 180}, "--validation must be less than .* 180, got 180"),
+        ({"devices": 99}, "--devices must be at most 8, the number of cpu devices, got 99"),
+        ({"loss": "cross_entropy"}, "must be paper or official, got 'cross_entropy'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(tmp_path, digits, tiny, options, match):
+    with pytest.raises(ConfigError, match=match):
+        train(config(tmp_path, **options), model=tiny, dataset=digits)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten(finished, digits, tiny):
+    run, _ = finished
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="already holds a run; go on with it by --resume"):
+        train(config(run.parent), model=tiny, dataset=digits)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_images_that_the_network_does_not_take_are_named(finished, digits, monkeypatch):
+    run, _ = finished
+    small = digits.test._replace(images=digits.test.images[:, :20])
+    other = dataclasses.replace(
+        digits, train=digits.train._replace(images=digits.train.images[:, :20]), test=small
+    )
+    monkeypatch.setattr("capsjax.training.evaluation.load", lambda *_, **__: other)
+    with pytest.raises(ConfigError, match="images of 20x28x1, the network takes 28x28x1"):
+        evaluate(EvaluateConfig(run_dir=run, batch_size=16))
+    fewer = dataclasses.replace(digits, class_names=("a", "b"))
+    monkeypatch.setattr("capsjax.training.evaluation.load", lambda *_, **__: fewer)
+    with pytest.raises(ConfigError, match="has 2 classes, the network has 10"):
+        evaluate(EvaluateConfig(run_dir=run, batch_size=16))
+
+
+def test_a_network_without_a_decoder_draws_nothing(tmp_path, digits, tiny):
+    bare = dataclasses.replace(tiny, decoder_features=())
+    train(config(tmp_path, steps=2, driver="jit"), model=bare, dataset=digits)
+    assert not (tmp_path / "run" / "reconstructions.png").exists()

@@ -1,0 +1,67 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from capsjax.models import BaselineConfig, CapsNetConfig, Prediction
+from capsjax.training import cross_entropy_loss, official_loss, paper_loss
+from capsjax.training.objectives import choose_loss
+
+
+@pytest.fixture
+def case():
+    rng = np.random.default_rng(0)
+    lengths, target = rng.random((3, 10)), np.eye(10)[[1, 5, 9]]
+    pixels, images = rng.random((3, 4, 4, 1)), rng.random((3, 4, 4, 1))
+    present = target * np.maximum(0, 0.9 - lengths) ** 2
+    absent = 0.5 * (1 - target) * np.maximum(0, lengths - 0.1) ** 2
+    margin = (present + absent).sum(1)
+    squared = ((pixels - images) ** 2).sum((1, 2, 3))
+    as_32 = [jnp.asarray(x, jnp.float32) for x in (lengths, pixels, images, target)]
+    prediction = Prediction(as_32[0], None, as_32[1])
+    return prediction, as_32[3], as_32[2], margin, squared
+
+
+def test_paper_loss_is_margin_plus_weighed_sum_of_squares(case):
+    prediction, target, images, margin, squared = case
+    np.testing.assert_allclose(
+        paper_loss(prediction, target, images), margin + 0.0005 * squared, rtol=1e-6
+    )
+
+
+def test_official_loss_counts_reconstruction_twenty_times_more(case):
+    prediction, target, images, margin, squared = case
+    expected = 0.05 * (margin + 0.01 * squared)
+    np.testing.assert_allclose(official_loss(prediction, target, images), expected, rtol=1e-6)
+
+
+def test_without_a_decoder_only_the_margin_counts(case):
+    prediction, target, images, margin, _ = case
+    bare = prediction._replace(reconstruction=None)
+    np.testing.assert_allclose(paper_loss(bare, target, images), margin, rtol=1e-6)
+
+
+def test_cross_entropy(case):
+    prediction, target, images, _, _ = case
+    scores = np.asarray(prediction.scores, np.float64)
+    expected = np.log(np.exp(scores).sum(1)) - (scores * np.asarray(target)).sum(1)
+    np.testing.assert_allclose(cross_entropy_loss(prediction, target, images), expected, rtol=1e-5)
+
+
+def test_the_preset_chooses_its_loss():
+    assert choose_loss(None, "paper", CapsNetConfig()) == "paper"
+    assert choose_loss(None, "official", CapsNetConfig()) == "official"
+    assert choose_loss(None, "baseline", BaselineConfig()) == "cross_entropy"
+    assert choose_loss("official", "small", CapsNetConfig()) == "official"
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "model", "match"),
+    [
+        ("paper", "baseline", BaselineConfig(), "must be cross_entropy, got 'paper'"),
+        ("cross_entropy", "small", CapsNetConfig(), "must be paper or official"),
+        ("mse", "small", CapsNetConfig(), "loss must be one of paper, official, cross_entropy"),
+    ],
+)
+def test_a_loss_that_does_not_fit_is_named(name, preset, model, match):
+    with pytest.raises(ValueError, match=match):
+        choose_loss(name, preset, model)

@@ -1,0 +1,185 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from capsjax import models
+from capsjax.data import Split, epoch_order
+from capsjax.training import (
+    init_state,
+    make_driver,
+    make_evaluate,
+    make_run_steps,
+    make_train_step,
+    paper_loss,
+    paper_optimizer,
+    split_network,
+)
+from capsjax.training.programs import NEVER
+
+BATCH = 16
+
+
+class Programs:
+    """The two programs of a driver, with data and state in place."""
+
+    def __init__(self, name, digits, config, devices=None, learning_rate=1e-3):
+        self.driver = make_driver(name, batch_size=BATCH, devices=devices)
+        self.apply, params = split_network(models.build(config, rngs=nnx.Rngs(0)))
+        optimizer = paper_optimizer(learning_rate, floor=min(1e-6, learning_rate))
+        step = make_train_step(
+            self.apply, optimizer, paper_loss, num_classes=10, axis_name=self.driver.axis_name
+        )
+        self._run = make_run_steps(step, self.driver, batch_size=BATCH)
+        self._evaluate = make_evaluate(
+            self.apply, paper_loss, self.driver, batch_size=BATCH, num_classes=10
+        )
+        self.state = self.driver.replicate(init_state(params, optimizer))
+        self.train, self.test = (
+            self.driver.replicate(Split(jnp.asarray(s.images), jnp.asarray(s.labels)))
+            for s in (digits.train, digits.test)
+        )
+        self.order = self.driver.replicate(epoch_order(jax.random.key(1), len(digits.train.labels)))
+        self.key = self.driver.replicate(jax.random.key(2))
+
+    def run(self, number):
+        self.state, sums = self._run(
+            self.state, self.train, self.order, self.key, np.int32(number)
+        )
+        return jax.device_get(sums)
+
+    def evaluate(self, first=0, batches=7):
+        sums = self._evaluate(self.state.params, self.test, np.int32(first), np.int32(batches))
+        return jax.device_get(sums)
+
+
+@pytest.fixture(scope="module")
+def one_device(digits, tiny):
+    programs = Programs("jit", digits, tiny)
+    sums = programs.run(5)
+    return programs, sums
+
+
+@pytest.mark.parametrize("name", ["pmap", "shard"])
+def test_eight_devices_agree_with_one(digits, tiny, one_device, name):
+    expected, expected_sums = one_device
+    programs = Programs(name, digits, tiny)
+    assert len(programs.driver.devices) == 8
+    sums = programs.run(5)
+    np.testing.assert_allclose(sums.loss, expected_sums.loss, rtol=1e-5)
+    np.testing.assert_allclose(sums.error, expected_sums.error, rtol=1e-6)
+    # Adam divides by the root of squared gradients: where those are tiny, rounding shows.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+        jax.device_get(programs.state.params),
+        jax.device_get(expected.state.params),
+    )
+    ours, theirs = programs.evaluate(), expected.evaluate()
+    assert (ours.wrong, ours.examples) == (theirs.wrong, theirs.examples)
+    np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["pmap", "shard"])
+def test_the_devices_share_the_batch_and_exchange_gradients(digits, tiny, name):
+    programs = Programs(name, digits, tiny)
+    if name == "shard":
+        lowered = programs._run.lower(
+            programs.state, programs.train, programs.order, programs.key, np.int32(1)
+        )
+        text = lowered.compile().as_text()
+        # Two examples of sixteen on each device: the images that enter the convolution.
+        assert "f32[2,28,28,1]" in text
+        assert "f32[16,28,28,1]" not in text
+        assert "all-reduce" in text
+    programs.run(1)
+    for leaf in jax.tree.leaves(programs.state):
+        assert leaf.sharding.is_fully_replicated
+        assert len(leaf.sharding.device_set) == 8
+
+
+@pytest.mark.parametrize("name", ["jit", "pmap", "shard"])
+def test_how_steps_are_grouped_into_calls_changes_no_bit(digits, tiny, name):
+    together, apart = (Programs(name, digits, tiny) for _ in range(2))
+    together.run(4)
+    for number in (1, 2, 1):
+        apart.run(number)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(together.state),
+        jax.device_get(apart.state),
+    )
+
+
+@pytest.mark.parametrize("name", ["jit", "pmap", "shard"])
+def test_the_state_is_donated_and_one_program_serves_every_number(digits, tiny, name, caplog):
+    programs = Programs(name, digits, tiny)
+    before = programs.state
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for number in (1, 3, 2):
+            programs.run(number)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    compiled = [r for r in caplog.messages if "Finished XLA compilation" in r and "run_steps" in r]
+    assert len(compiled) == 1
+
+
+def test_an_epoch_visits_each_example_once(digits, tiny):
+    """A step that records its labels instead of training shows what the program feeds."""
+    seen = np.zeros(180, np.int32)
+
+    def recording_step(state, batch, key):
+        del key
+        return state._replace(
+            step=state.step + 1, params=state.params.at[batch.labels].add(1)
+        ), metrics
+
+    from capsjax.training import StepMetrics, TrainState
+
+    metrics = StepMetrics(jnp.zeros(()), jnp.zeros(()))
+    driver = make_driver("jit", batch_size=18)
+    run = make_run_steps(recording_step, driver, batch_size=18)
+    examples = Split(jnp.asarray(digits.train.images), jnp.arange(180))
+    state = TrainState(jnp.zeros((), jnp.int32), jnp.asarray(seen), ())
+    state, _ = run(
+        state, examples, epoch_order(jax.random.key(1), 180), jax.random.key(0), np.int32(10)
+    )
+    np.testing.assert_array_equal(state.params, 1)
+
+
+@pytest.mark.parametrize("name", ["jit", "pmap"])
+def test_evaluation_counts_every_example_once(digits, tiny, name):
+    programs = Programs(name, digits, tiny)
+    programs.run(3)
+    sums = programs.evaluate()  # 101 examples in batches of 16: the last one holds 5
+    images = jnp.asarray(digits.test.images, jnp.float32) / 255
+    target = jax.nn.one_hot(digits.test.labels, 10)
+    params = jax.device_get(programs.state.params)
+    prediction = jax.jit(programs.apply)(params, images, target=target)
+    wrong = np.sum(np.argmax(prediction.scores, axis=-1) != digits.test.labels)
+    assert (sums.examples, sums.wrong) == (101, wrong)
+    np.testing.assert_allclose(
+        sums.loss, np.sum(paper_loss(prediction, target, images)), rtol=1e-5
+    )
+    parts = [programs.evaluate(first, number) for first, number in ((0, 2), (2, 4), (6, 1))]
+    assert sum(p.examples for p in parts) == 101
+    assert sum(p.wrong for p in parts) == wrong
+
+
+def test_the_first_step_with_a_loss_that_is_not_finite_is_told(digits, tiny):
+    programs = Programs("jit", digits, tiny, learning_rate=1e38)
+    sums = programs.run(6)
+    assert 1 < sums.bad_step <= 6
+    assert Programs("jit", digits, tiny).run(2).bad_step == NEVER
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "devices", "match"),
+    [
+        ("pmap", 12, None, "divisible by the number of devices, 8, got 12"),
+        ("tpu", 16, None, "driver must be one of pmap, jit, shard, got 'tpu'"),
+        ("jit", 16, 2, "driver 'jit' runs on one device, got 2"),
+    ],
+)
+def test_a_driver_that_cannot_be_is_refused(name, size, devices, match):
+    with pytest.raises(ValueError, match=match):
+        make_driver(name, batch_size=size, devices=devices and jax.devices()[:devices])
