@@ -167,6 +167,8 @@ def _run(prog: str, command: Callable[[], None]) -> None:
 
 def _quieten_libraries() -> None:
     """What matters of other libraries' messages reaches the user as an error of ours."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("capsjax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     told, told_unraisable = sys.excepthook, sys.unraisablehook
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 
 class DataError(Exception):
-    """Data cannot be had as asked; `str` of it is one line that says what came and what was expected."""
+    """Data cannot be had as asked; its text is one line: what came and what was expected."""
 
     def __init__(self, message: str):
         # Messages quote other libraries' errors, which run over several lines.

@@ -38,7 +38,9 @@ def load_image_folder(data_dir: str | os.PathLike[str] | None) -> Dataset:
 
 def _class_names(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
-        raise DataError(f"image_folder expects one folder per class in {folder}, got no such folder")
+        raise DataError(
+            f"image_folder expects one folder per class in {folder}, which does not exist"
+        )
     classes = tuple(
         sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
     )
@@ -69,7 +71,9 @@ def _image_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int
             if file.suffix.lower() in _SUFFIXES and file.name[0] != "." and file.is_file()
         )
         if not images:
-            raise DataError(f"image_folder expects png, jpg or bmp images in {folder / name}, got none")
+            raise DataError(
+                f"image_folder expects png, jpg or bmp files in {folder / name}, got none"
+            )
         files += [(file, label) for file in images]
     return files
 

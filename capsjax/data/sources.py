@@ -2,11 +2,13 @@
 
 import difflib
 import os
+from pathlib import Path
 
 from capsjax.data.dataset import DataError, Dataset
 from capsjax.data.embedded import load_mnist_5k
 from capsjax.data.image_folder import load_image_folder
-from capsjax.data.tfds_source import TFDS_NAMES, load_tfds
+from capsjax.data.tfds_source import NAMES as TFDS_NAMES
+from capsjax.data.tfds_source import load_tfds
 
 _NAMES = ("mnist_5k", *TFDS_NAMES, "image_folder")
 
@@ -56,7 +58,7 @@ def load(
     if name == "mnist_5k":
         return load_mnist_5k()
     if name in TFDS_NAMES:
-        return load_tfds(name, data_dir=data_dir, download=download)
+        return load_tfds(name, None if data_dir is None else Path(data_dir), download=download)
     if name == "image_folder":
         return load_image_folder(data_dir)
     closest = difflib.get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.5)

@@ -5,6 +5,7 @@ the original files and for encoding PNG; the builder made here does both in Pyth
 same data set, with the same name, version and order of records.
 """
 
+import contextlib
 import gzip
 import io
 import json
@@ -53,6 +54,7 @@ def load_tfds(name: str, data_dir: Path | None, *, download: bool) -> Dataset:
     data_dir = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     if data_dir.exists() and not data_dir.is_dir():
         raise DataError(f"data set {name}: data directory {data_dir} is a file")
+    _expect_format(name, data_dir / name / str(tfds.builder_cls(name).VERSION))
     try:
         builder = _builder_class(tfds, name)(data_dir=data_dir, file_format=_FORMAT)
     except Exception as error:  # a damaged dataset_info.json fails in many ways
@@ -61,12 +63,6 @@ def load_tfds(name: str, data_dir: Path | None, *, download: bool) -> Dataset:
     if not (prepared / "dataset_info.json").exists():
         _prepare(tfds, builder, name, data_dir, download)
     try:
-        found = json.loads((prepared / "dataset_info.json").read_text())["fileFormat"]
-        if found != _FORMAT:
-            raise DataError(
-                f"data set {name} in {prepared} is prepared as {found}, expected {_FORMAT};"
-                " prepare it in another directory"
-            )
         train, test = cached(prepared, f"{name}-{builder.version}", lambda: _decode(builder))
     except DataError:
         raise
@@ -75,8 +71,31 @@ def load_tfds(name: str, data_dir: Path | None, *, download: bool) -> Dataset:
     return Dataset(name, train, test, tuple(builder.info.features["label"].names))
 
 
+def _expect_format(name: str, prepared: Path) -> None:
+    """Refuses a set in another format before TFDS does, whose error reads like damage."""
+    try:
+        info = json.loads((prepared / "dataset_info.json").read_text())
+        found = info.get("fileFormat", "tfrecord")
+    except FileNotFoundError:
+        return
+    except Exception as error:  # unreadable, or JSON of something else
+        raise _unreadable(name, prepared, error) from None
+    if found != _FORMAT:
+        raise DataError(
+            f"data set {name} in {prepared} is prepared as {found}, expected {_FORMAT};"
+            " pass another directory as --data-dir to have it prepared there"
+        )
+
+
 def _decode(builder: Any) -> tuple[Split, Split]:
-    train, test = (_decode_split(builder, split) for split in ("train", "test"))
+    from absl import logging as absl_logging
+
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS advises to install OpenCV
+    try:
+        train, test = (_decode_split(builder, split) for split in ("train", "test"))
+    finally:
+        absl_logging.set_verbosity(verbosity)
     return train, test
 
 
@@ -113,8 +132,11 @@ def _prepare(tfds: Any, builder: Any, name: str, data_dir: Path, download: bool)
         raise DataError(f"{missing}, and {urlsplit(builder.URL).hostname} {reason}: {ways}")
     _log.info("downloading and preparing %s in %s", name, data_dir)
     tfds.disable_progress_bar()
+    config = tfds.download.DownloadConfig(force_checksums_validation=True)
     try:
-        builder.download_and_prepare(file_format=_FORMAT)
+        # TFDS prints what it does, which would tear a progress bar.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(download_config=config, file_format=_FORMAT)
     except Exception as error:  # requests, TFDS and the file system raise many kinds
         text = " ".join(str(error).split())[:200]
         raise DataError(
@@ -134,11 +156,14 @@ def _unreachable(url: str) -> str | None:
 
     def probe() -> None:
         try:
-            requests.head(url, timeout=_PROBE_SECONDS / 2, allow_redirects=True)
+            status = requests.head(
+                url, timeout=_PROBE_SECONDS / 2, allow_redirects=True
+            ).status_code
         except requests.RequestException as error:
             outcome.append(f"cannot be reached ({type(error).__name__})")
         else:
-            outcome.append(None)
+            # TFDS would retry these for minutes.
+            outcome.append(f"answers with HTTP status {status}" if status >= 500 else None)
 
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
@@ -148,9 +173,9 @@ def _unreachable(url: str) -> str | None:
 
 def _builder_class(tfds: Any, name: str) -> Any:
     """The stock builder, with the steps that need TensorFlow replaced."""
-    stock = tfds.builder_cls(name)
+    stock: Any = tfds.builder_cls(name)
 
-    class TensorFlowFree(stock, skip_registration=True):  # type: ignore[misc]
+    class TensorFlowFree(stock, skip_registration=True):  # type: ignore[misc,call-arg]
         """Reads the original files and encodes PNG in Python."""
 
         VERSION = stock.VERSION
@@ -204,6 +229,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
 
 def _import_tfds() -> Any:
     try:
+        import importlib_resources  # noqa: F401  TFDS prepares with it but does not declare it
         import PIL  # noqa: F401  TFDS decodes with it
         import tensorflow_datasets as tfds
     except ImportError as error:

@@ -9,6 +9,7 @@ from capsjax.training.objectives import cross_entropy_loss, official_loss, paper
 from capsjax.training.programs import make_evaluate, make_run_steps
 from capsjax.training.session import Evaluation, Session, hold_out
 from capsjax.training.step import (
+    Batch,
     StepMetrics,
     TrainState,
     init_state,
@@ -18,6 +19,7 @@ from capsjax.training.step import (
 )
 
 __all__ = [
+    "Batch",
     "CheckpointError",
     "Checkpoints",
     "ConfigError",

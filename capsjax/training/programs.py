@@ -12,10 +12,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from capsjax.data import Split, scale_pixels
+from capsjax.data import scale_pixels
 from capsjax.training.drivers import Driver
 from capsjax.training.objectives import Objective
-from capsjax.training.step import Apply, StepMetrics, TrainState, TrainStep
+from capsjax.training.step import Apply, Batch, StepMetrics, TrainState, TrainStep
 
 NEVER = jnp.iinfo(jnp.int32).max
 
@@ -67,7 +67,7 @@ def make_run_steps(train_step: TrainStep, driver: Driver, *, batch_size: int) ->
     """
 
     def run_steps(
-        state: TrainState, examples: Split, order: jax.Array, key: jax.Array, num_steps: jax.Array
+        state: TrainState, examples: Batch, order: jax.Array, key: jax.Array, num_steps: jax.Array
     ) -> tuple[TrainState, StepSums]:
         steps_per_epoch = order.shape[0] // batch_size
 
@@ -75,7 +75,7 @@ def make_run_steps(train_step: TrainStep, driver: Driver, *, batch_size: int) ->
             state, sums = carry
             first = state.step % steps_per_epoch * batch_size
             chosen = order[first + driver.batch_positions(batch_size)]
-            batch = Split(examples.images[chosen], examples.labels[chosen])
+            batch = Batch(examples.images[chosen], examples.labels[chosen])
             step_key = jax.random.fold_in(key, state.step)
             next_state, metrics = train_step(state, batch, step_key)
             return next_state, _add(sums, metrics, state.step)
@@ -105,7 +105,7 @@ def make_evaluate(
     """
 
     def evaluate(
-        params: chex.ArrayTree, examples: Split, first: jax.Array, num_batches: jax.Array
+        params: chex.ArrayTree, examples: Batch, first: jax.Array, num_batches: jax.Array
     ) -> EvaluationSums:
         num_examples = examples.labels.shape[0]
 

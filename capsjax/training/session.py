@@ -18,6 +18,7 @@ from capsjax.training.objectives import LOSSES, choose_loss
 from capsjax.training.programs import Evaluate, RunSteps, StepSums, make_evaluate, make_run_steps
 from capsjax.training.step import (
     Apply,
+    Batch,
     TrainState,
     init_state,
     make_train_step,
@@ -166,7 +167,7 @@ class Evaluator:
         self._evaluate: Evaluate = make_evaluate(
             apply, LOSSES[loss], driver, batch_size=batch_size, num_classes=model.num_classes
         )
-        self._placed: list[tuple[Split, Split]] = []
+        self._placed: list[tuple[Split, Batch]] = []
 
     def __call__(
         self,
@@ -191,7 +192,7 @@ class Evaluator:
             first += amount
         return Evaluation(float(loss) / count, int(wrong), int(count))
 
-    def _place(self, split: Split) -> Split:
+    def _place(self, split: Split) -> Batch:
         """Copies a split to the devices, the first time it is evaluated."""
         for known, placed in self._placed:
             if known is split:
@@ -281,6 +282,6 @@ def check_dataset(dataset: Dataset, model: models.ModelConfig) -> None:
         )
 
 
-def _as_arrays(split: Split) -> Split:
+def _as_arrays(split: Split) -> Batch:
     """A split as JAX arrays: uint8 images, int32 labels."""
-    return Split(jnp.asarray(split.images), jnp.asarray(split.labels, jnp.int32))
+    return Batch(jnp.asarray(split.images), jnp.asarray(split.labels, jnp.int32))

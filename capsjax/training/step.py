@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from capsjax.data import Split, random_shift, scale_pixels
+from capsjax.data import random_shift, scale_pixels
 from capsjax.models import Network, Prediction
 from capsjax.training.objectives import Objective
 
@@ -28,6 +28,18 @@ class TrainState(NamedTuple):
     opt_state: chex.ArrayTree
 
 
+class Batch(NamedTuple):
+    """Images and labels on the devices: a batch, or a whole split.
+
+    Attributes:
+      images: uint8 ``[B, H, W, C]``.
+      labels: int32 ``[B]``.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+
+
 class StepMetrics(NamedTuple):
     """What a step reports, float32 scalars: means over the whole batch.
 
@@ -41,7 +53,7 @@ class StepMetrics(NamedTuple):
 
 
 Apply = Callable[..., Prediction]
-TrainStep = Callable[[TrainState, Split, jax.Array], tuple[TrainState, StepMetrics]]
+TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepMetrics]]
 
 
 def split_network(network: Network) -> tuple[Apply, dict[str, Any]]:
@@ -131,28 +143,27 @@ def make_train_step(
 
     Returns:
       ``train_step(state, batch, key) -> (state, metrics)`` with a :class:`TrainState`, a batch of
-      uint8 images ``[B, H, W, C]`` and int32 labels ``[B]`` (:class:`capsjax.data.Split`), a
+      uint8 images ``[B, H, W, C]`` and int32 labels ``[B]`` (:class:`Batch`), a
       random key and :class:`StepMetrics`.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from capsjax import models
-      >>> from capsjax.data import Split
       >>> from capsjax.training import (
-      ...     init_state, make_train_step, paper_loss, paper_optimizer, split_network)
+      ...     Batch, init_state, make_train_step, paper_loss, paper_optimizer, split_network)
       >>> from flax import nnx
       >>> apply, params = split_network(models.create("small", rngs=nnx.Rngs(0)))
       >>> optimizer = paper_optimizer()
       >>> train_step = jax.jit(
       ...     make_train_step(apply, optimizer, paper_loss, num_classes=10))
-      >>> batch = Split(jnp.zeros((4, 28, 28, 1), jnp.uint8), jnp.arange(4))
+      >>> batch = Batch(jnp.zeros((4, 28, 28, 1), jnp.uint8), jnp.arange(4))
       >>> state, metrics = train_step(init_state(params, optimizer), batch, jax.random.key(0))
       >>> int(state.step)
       1
     """
 
     def train_step(
-        state: TrainState, batch: Split, key: jax.Array
+        state: TrainState, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
         chex.assert_equal_shape_prefix(batch, 1)
         size = batch.labels.shape[0]

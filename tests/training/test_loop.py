@@ -113,9 +113,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, digits, tiny, driv
     # Stopped in the middle of an epoch, between two records, and resumed with other calls.
     parts = config(tmp_path, driver=driver, steps=9, steps_per_dispatch=2)
     train(parts, model=tiny, dataset=digits)
-    train(
-        dataclasses.replace(parts, steps=23, resume=True, steps_per_dispatch=5), dataset=digits
-    )
+    train(dataclasses.replace(parts, steps=23, resume=True, steps_per_dispatch=5), dataset=digits)
     (step, expected), (resumed_step, resumed) = (
         parameters(path) for path in (whole.run_dir, parts.run_dir)
     )

@@ -5,8 +5,9 @@ import pytest
 from flax import nnx
 
 from capsjax import models
-from capsjax.data import Split, epoch_order
+from capsjax.data import epoch_order
 from capsjax.training import (
+    Batch,
     init_state,
     make_driver,
     make_evaluate,
@@ -37,16 +38,14 @@ class Programs:
         )
         self.state = self.driver.replicate(init_state(params, optimizer))
         self.train, self.test = (
-            self.driver.replicate(Split(jnp.asarray(s.images), jnp.asarray(s.labels)))
+            self.driver.replicate(Batch(jnp.asarray(s.images), jnp.asarray(s.labels)))
             for s in (digits.train, digits.test)
         )
         self.order = self.driver.replicate(epoch_order(jax.random.key(1), len(digits.train.labels)))
         self.key = self.driver.replicate(jax.random.key(2))
 
     def run(self, number):
-        self.state, sums = self._run(
-            self.state, self.train, self.order, self.key, np.int32(number)
-        )
+        self.state, sums = self._run(self.state, self.train, self.order, self.key, np.int32(number))
         return jax.device_get(sums)
 
     def evaluate(self, first=0, batches=7):
@@ -119,8 +118,7 @@ def test_the_state_is_donated_and_one_program_serves_every_number(digits, tiny, 
         for number in (1, 3, 2):
             programs.run(number)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
-    compiled = [r for r in caplog.messages if "Finished XLA compilation" in r and "run_steps" in r]
-    assert len(compiled) == 1
+    assert sum("Finished XLA compilation" in message for message in caplog.messages) == 1
 
 
 def test_an_epoch_visits_each_example_once(digits, tiny):
@@ -138,7 +136,7 @@ def test_an_epoch_visits_each_example_once(digits, tiny):
     metrics = StepMetrics(jnp.zeros(()), jnp.zeros(()))
     driver = make_driver("jit", batch_size=18)
     run = make_run_steps(recording_step, driver, batch_size=18)
-    examples = Split(jnp.asarray(digits.train.images), jnp.arange(180))
+    examples = Batch(jnp.asarray(digits.train.images), jnp.arange(180))
     state = TrainState(jnp.zeros((), jnp.int32), jnp.asarray(seen), ())
     state, _ = run(
         state, examples, epoch_order(jax.random.key(1), 180), jax.random.key(0), np.int32(10)
@@ -157,9 +155,7 @@ def test_evaluation_counts_every_example_once(digits, tiny, name):
     prediction = jax.jit(programs.apply)(params, images, target=target)
     wrong = np.sum(np.argmax(prediction.scores, axis=-1) != digits.test.labels)
     assert (sums.examples, sums.wrong) == (101, wrong)
-    np.testing.assert_allclose(
-        sums.loss, np.sum(paper_loss(prediction, target, images)), rtol=1e-5
-    )
+    np.testing.assert_allclose(sums.loss, np.sum(paper_loss(prediction, target, images)), rtol=1e-5)
     parts = [programs.evaluate(first, number) for first, number in ((0, 2), (2, 4), (6, 1))]
     assert sum(p.examples for p in parts) == 101
     assert sum(p.wrong for p in parts) == wrong

@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 from capsjax import models
-from capsjax.data import Split
 from capsjax.training import (
+    Batch,
     cross_entropy_loss,
     init_state,
     make_train_step,
@@ -20,7 +20,7 @@ SHARDS, BATCH = 8, 16
 
 
 def batch(digits, size=BATCH):
-    return Split(jnp.asarray(digits.train.images[:size]), jnp.asarray(digits.train.labels[:size]))
+    return Batch(jnp.asarray(digits.train.images[:size]), jnp.asarray(digits.train.labels[:size]))
 
 
 def network(config):
@@ -55,15 +55,21 @@ def test_a_step_subtracts_the_gradient_of_the_mean_loss(digits, tiny):
     assert int(state.step) == 1
 
 
-def test_the_decoder_sees_the_true_class_in_training(digits, tiny):
-    apply, params = network(tiny)
-    _, right = one_step(apply, params, batch(digits), max_shift=0)
+def test_the_network_is_told_the_true_classes_in_training(digits):
     examples = batch(digits)
-    images = examples.images.astype(jnp.float32) / 255
-    target = jax.nn.one_hot(examples.labels, 10)
-    by_argmax = apply(params, images)
-    masked_wrong = jnp.mean(paper_loss(by_argmax, target, images))
-    assert not np.isclose(right.loss, masked_wrong, rtol=1e-6)
+
+    def repeat_target(params, images, *, target, keys):
+        del images, keys
+        return models.Prediction(target + params)
+
+    def distance(prediction, target, images):
+        del images
+        true = jax.nn.one_hot(examples.labels, 10)
+        np.testing.assert_array_equal(target.shape, true.shape)
+        return jnp.sum(jnp.abs(prediction.scores - true) + jnp.abs(target - true), axis=-1)
+
+    _, metrics = one_step(repeat_target, jnp.zeros((BATCH, 10)), examples, distance)
+    assert metrics == (0, 0)
 
 
 def test_shifts_are_drawn_for_training(digits, tiny):
@@ -94,7 +100,7 @@ def test_pmapped_gradients_equal_those_of_one_device(digits, tiny, dropout):
     parts = jax.tree.map(lambda x: x.reshape(SHARDS, BATCH // SHARDS, *x.shape[1:]), examples)
     state, mapped_metrics = mapped(init_state(params, optimizer), parts, jax.random.key(3))
     moved = jax.tree.map(lambda p, q: float(np.abs(p - q).max()), params, state.params)
-    assert max(jax.tree.leaves(moved)) > 1e-3
+    assert max(jax.tree.leaves(moved)) > 1e-4
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
         state.params,
@@ -159,7 +165,7 @@ def test_golden_first_steps(digits):
     np.testing.assert_allclose(losses, GOLDEN, rtol=1e-3)
 
 
-GOLDEN = [0.0, 0.0, 0.0]
+GOLDEN = [0.763241, 0.556293, 0.510519]
 
 
 def test_a_batch_with_other_counts_of_labels_and_images_is_refused(digits, tiny):

@@ -1,0 +1,61 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from capsjax.data import DataError, load, names
+
+from . import conftest
+
+
+def test_names():
+    assert names() == ("mnist_5k", "mnist", "fashion_mnist", "kmnist", "image_folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "closest"),
+    [("mnist5k", "mnist_5k"), ("MNIST", "mnist"), ("fashion-mnist", "fashion_mnist")],
+)
+def test_an_unknown_name_is_answered_with_the_closest(name, closest):
+    with pytest.raises(DataError) as error:
+        load(name)
+    assert str(error.value) == (
+        f"unknown data set {name!r}, expected one of {', '.join(names())}; "
+        f"did you mean {closest!r}?"
+    )
+
+
+def test_a_name_like_none_gets_no_suggestion():
+    with pytest.raises(DataError, match="image_folder$"):
+        load("zzzz")
+
+
+def test_embedded_set_is_balanced():
+    dataset = load()
+    assert dataset.name == "mnist_5k"
+    assert dataset.train.images.shape == (4000, 28, 28, 1)
+    assert dataset.test.images.shape == (1000, 28, 28, 1)
+    assert np.bincount(dataset.train.labels).tolist() == [400] * 10
+    assert np.bincount(dataset.test.labels).tolist() == [100] * 10
+
+
+@pytest.mark.parametrize(
+    ("split", "prefix", "per_class"), [("train", "train", 400), ("test", "t10k", 100)]
+)
+def test_embedded_set_is_the_first_of_each_class(originals, split, prefix, per_class):
+    images = conftest.read_original(originals / "mnist" / f"{prefix}-images-idx3-ubyte.gz")
+    labels = conftest.read_original(originals / "mnist" / f"{prefix}-labels-idx1-ubyte.gz")
+    ours = getattr(load(), split)
+    for digit in range(10):
+        expected = images[labels == digit][:per_class]
+        np.testing.assert_array_equal(ours.images[ours.labels == digit][..., 0], expected)
+
+
+def test_import_needs_neither_tfds_nor_pillow():
+    code = (
+        "import sys; sys.modules.update(tensorflow_datasets=None, PIL=None, requests=None);"
+        "from capsjax.data import load; print(load())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Dataset('mnist_5k'")

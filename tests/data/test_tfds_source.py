@@ -1,0 +1,255 @@
+import hashlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from urllib.parse import urljoin
+
+import numpy as np
+import pytest
+
+from capsjax.data import DataError, load, tfds_source
+
+from . import conftest
+
+VERSION = "3.0.1"
+FILES = {"train": "train", "test": "t10k"}
+
+
+def refusal(name, data_dir, **options):
+    """Returns the one line that the user sees."""
+    with pytest.raises(DataError) as error:
+        load(name, data_dir=data_dir, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture(scope="session")
+def decoded(prepared, tmp_path_factory):
+    """Both real sets, decoded once, and the cache that was left."""
+    home = tmp_path_factory.mktemp("shared_cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        return {name: load(name, data_dir=prepared) for name in ("mnist", "fashion_mnist")}, home
+
+
+def assert_same_as_originals(dataset, folder):
+    for split, prefix in FILES.items():
+        images = conftest.read_original(folder / f"{prefix}-images-idx3-ubyte.gz")
+        labels = conftest.read_original(folder / f"{prefix}-labels-idx1-ubyte.gz")
+        ours = getattr(dataset, split)
+        assert ours.images.shape == (*images.shape, 1)
+        assert ours.images.dtype == np.uint8
+        assert ours.labels.dtype == np.int32
+        np.testing.assert_array_equal(np.bincount(ours.labels), np.bincount(labels))
+        # TFDS stores records in its own order: compare what each class sums to.
+        for label in range(10):
+            assert ours.images[ours.labels == label].sum() == images[labels == label].sum()
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_prepared_set_holds_the_originals(decoded, originals, name):
+    assert_same_as_originals(decoded[0][name], originals / name)
+
+
+def test_class_names(decoded):
+    assert decoded[0]["mnist"].class_names == tuple("0123456789")
+    assert decoded[0]["fashion_mnist"].class_names[::9] == ("T-shirt/top", "Ankle boot")
+
+
+def test_second_load_does_not_decode(decoded, prepared, monkeypatch):
+    datasets, home = decoded
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    monkeypatch.setattr(tfds_source, "_decode", lambda builder: pytest.fail("decoded again"))
+    again = load("mnist", data_dir=prepared)
+    np.testing.assert_array_equal(again.train.images, datasets["mnist"].train.images)
+
+
+@pytest.fixture
+def copy(prepared, tmp_path):
+    """A prepared set to damage; returns its data directory and the set's own."""
+    shutil.copytree(prepared / "mnist", tmp_path / "mnist")
+    return tmp_path, tmp_path / "mnist" / VERSION
+
+
+@pytest.mark.parametrize("kept", [0, 100, 2_000_000, -10])
+def test_truncated_shard(copy, kept):
+    root, directory = copy
+    shard = directory / "mnist-train.array_record-00000-of-00001"
+    shard.write_bytes(shard.read_bytes()[:kept])
+    assert str(directory) in refusal("mnist", root)
+
+
+def test_missing_shard(copy):
+    root, directory = copy
+    (directory / "mnist-train.array_record-00000-of-00001").unlink()
+    assert str(directory) in refusal("mnist", root)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_damaged_dataset_info(copy, text):
+    root, directory = copy
+    (directory / "dataset_info.json").write_text(text)
+    assert str(root / "mnist") in refusal("mnist", root)
+
+
+def test_directory_without_dataset_info_is_not_taken_for_prepared(copy, server, monkeypatch):
+    root, directory = copy
+    (directory / "dataset_info.json").unlink()
+    point_at(server, monkeypatch)
+    server.files["/"] = b""
+    assert str(directory) in refusal("mnist", root)
+
+
+def test_other_format(copy):
+    root, directory = copy
+    info = directory / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    for shard in directory.glob("*array_record*"):
+        shard.rename(directory / shard.name.replace("array_record", "tfrecord"))
+    text = refusal("mnist", root)
+    assert "tfrecord" in text
+    assert "array_record" in text
+
+
+def test_other_version(copy):
+    root, directory = copy
+    directory.rename(directory.with_name("1.0.0"))
+    text = refusal("mnist", root, download=False)
+    assert "1.0.0" in text
+    assert VERSION in text
+
+
+def test_data_dir_is_a_file(prepared, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert f"{file} is a file" in refusal("mnist", file)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_nothing_prepared_and_no_download(prepared, tmp_path, exists):
+    root = tmp_path if exists else tmp_path / "no"
+    text = refusal("kmnist", root, download=False)
+    for part in ("kmnist", str(root), "--data-dir", "mnist_5k"):
+        assert part in text
+    assert exists or not root.exists()
+
+
+def test_default_directory_comes_from_the_environment(prepared, tmp_path):
+    # TFDS reads it when it is imported.
+    code = (
+        "from capsjax.data import DataError, load\n"
+        "try: load('kmnist', download=False)\n"
+        "except DataError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"TFDS_DATA_DIR": str(tmp_path), "HOME": "/", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert str(tmp_path) in done.stdout
+
+
+@pytest.mark.parametrize("missing", ["tensorflow_datasets", "PIL"])
+def test_without_optional_packages(tmp_path, monkeypatch, missing):
+    pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setitem(sys.modules, missing, None)
+    text = refusal("mnist", tmp_path)
+    assert missing in text
+    assert 'pip install "capsjax[data]"' in text
+
+
+def point_at(server, monkeypatch, name="MNIST"):
+    """Lets a stock builder download from `server`, with the checksums it has registered."""
+    from tensorflow_datasets.image_classification import mnist
+
+    stock = getattr(mnist, name)
+    infos = {urljoin(server.url, url.rsplit("/", 1)[1]): i for url, i in stock.url_infos.items()}
+    monkeypatch.setattr(stock, "URL", server.url)
+    monkeypatch.setattr(stock, "url_infos", infos)
+
+
+@pytest.fixture
+def serving_mnist(prepared, originals, server, monkeypatch):
+    for file in (originals / "mnist").iterdir():
+        server.files[f"/{file.name}"] = file.read_bytes()
+    server.files["/"] = b""
+    point_at(server, monkeypatch)
+    return server
+
+
+def test_prepares_the_stock_set(serving_mnist, decoded, tmp_path, capfd):
+    made = load("mnist", data_dir=tmp_path)
+    stock = decoded[0]["mnist"]
+    for split in FILES:
+        np.testing.assert_array_equal(getattr(made, split).images, getattr(stock, split).images)
+        np.testing.assert_array_equal(getattr(made, split).labels, getattr(stock, split).labels)
+    files = {file.name for file in (tmp_path / "mnist" / VERSION).iterdir()}
+    assert files == {file.name for file in (conftest.SHARED / "tfds/mnist" / VERSION).iterdir()}
+    written = capfd.readouterr()
+    assert written.out == ""
+    assert written.err == ""
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_a_corrupted_download_is_refused_and_nothing_is_left(serving_mnist, tmp_path, damage):
+    path = "/train-images-idx3-ubyte.gz"
+    body = bytearray(serving_mnist.files[path])
+    if damage == "flipped":
+        body[len(body) // 2] ^= 1
+        serving_mnist.files[path] = bytes(body)
+    elif damage == "truncated":
+        serving_mnist.files[path] = bytes(body[:-1])
+    else:
+        del serving_mnist.files[path]
+    first = refusal("mnist", tmp_path)
+    assert "mnist" in first
+    if damage != "missing":
+        assert "checksum" in first.lower()
+    assert not (tmp_path / "mnist" / VERSION).exists()
+    # A second call does not take what the first has left for good.
+    assert refusal("mnist", tmp_path)
+
+
+def test_nobody_listens(prepared, server, tmp_path, monkeypatch):
+    point_at(server, monkeypatch)
+    server.http.server_close()
+    started = time.monotonic()
+    text = refusal("mnist", tmp_path)
+    assert time.monotonic() - started < 30
+    for part in ("mnist", str(tmp_path), "127.0.0.1", "--data-dir", "mnist_5k"):
+        assert part in text
+
+
+def test_a_server_in_trouble(prepared, server, tmp_path, monkeypatch):
+    point_at(server, monkeypatch)
+    server.files["/"], server.status = b"", 503
+    assert "503" in refusal("mnist", tmp_path)
+
+
+def test_a_server_that_never_answers(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds_source, "_PROBE_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent_server = type("Silent", (), {})()
+        silent_server.url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        point_at(silent_server, monkeypatch)
+        text = refusal("mnist", tmp_path)
+    assert str(tmp_path) in text
+    assert not (tmp_path / "mnist").exists()
+
+
+def test_a_directory_that_cannot_be_made(serving_mnist):
+    # /dev/null is no directory whoever asks, root included.
+    text = refusal("mnist", "/dev/null/tfds")
+    assert "/dev/null/tfds" in text
+
+
+def test_registered_checksums_are_those_of_the_originals(prepared, originals):
+    from tensorflow_datasets.image_classification.mnist import MNIST
+
+    for url, info in MNIST.url_infos.items():
+        body = (originals / "mnist" / url.rsplit("/", 1)[1]).read_bytes()
+        assert hashlib.sha256(body).hexdigest() == info.checksum
