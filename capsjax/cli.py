@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -28,7 +27,6 @@ from capsjax.training.run_directory import RunDirectory
 from capsjax.version import __version__
 
 T = TypeVar("T")
-_BOX = "─│╭╮╰╯"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -128,12 +126,13 @@ def _parse(prog: str, parse: Callable[[], T]) -> T:
 def _in_one_line(box: str) -> str:
     """The error, and the first suggestion, of a box that tyro draws."""
     parts = [""]
-    for line in box.splitlines()[1:-1]:
-        text = line.strip(_BOX + " ")
-        if text or "─" not in line:
-            parts[-1] = f"{parts[-1]} {text}".strip()
-        else:
+    for line in box.splitlines()[1:]:  # the first is the title
+        # A rule or the foot; tyro draws in ASCII where the terminal knows no more.
+        if re.fullmatch(r"╰.*|[─│\s-]*", line):
             parts.append("")
+        else:
+            parts[-1] = f"{parts[-1]} {line.strip('│| ')}".strip()
+    parts = [part for part in parts if part]
     message = re.sub(r"^Error parsing \w+Config: ", "", parts[0]).rstrip(".")
     for part in parts[1:]:
         if suggestion := re.match(r"Perhaps you meant: (--\S+)", part):
@@ -170,20 +169,17 @@ def _quieten_libraries() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("capsjax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    told, told_unraisable = sys.excepthook, sys.unraisablehook
+    told = sys.unraisablehook
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        # TensorStore's threads report to an event loop that Orbax closed at its first error.
-        if str(error) != "Event loop is closed":
-            told(kind, error, trace)
-
-    def unraisable_hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        # The reads that were under way when one failed.
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        # At its first error Orbax closes the event loop on which other reads and writes go on:
+        # each of them would tell of it, as would each coroutine that is dropped.
         code = getattr(unraisable.object, "cr_code", None)
-        if code is None or "orbax" not in code.co_filename:
-            told_unraisable(unraisable)
+        dropped = code is not None and "orbax" in code.co_filename
+        if not dropped and str(unraisable.exc_value) != "Event loop is closed":
+            told(unraisable)
 
-    sys.excepthook, sys.unraisablehook = hook, unraisable_hook
+    sys.unraisablehook = hook
 
 
 def _fail(prog: str, message: str, code: int) -> NoReturn:

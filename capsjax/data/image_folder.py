@@ -23,7 +23,9 @@ def load_image_folder(data_dir: str | os.PathLike[str] | None) -> Dataset:
         or an image differs from the first in size or channels.
     """
     if data_dir is None:
-        raise DataError("image_folder needs a data_dir that holds train/<class>/ and test/<class>/")
+        raise DataError(
+            "image_folder needs --data-dir, a directory that holds train/<class>/ and test/<class>/"
+        )
     root = Path(data_dir).expanduser()
     try:
         classes = _class_names(root / "train")

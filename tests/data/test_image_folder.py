@@ -72,7 +72,8 @@ def test_hidden_and_other_files_are_passed_over(tmp_path):
 
 def test_no_directory_given():
     assert (
-        refusal(None) == "image_folder needs a data_dir that holds train/<class>/ and test/<class>/"
+        refusal(None)
+        == "image_folder needs --data-dir, a directory that holds train/<class>/ and test/<class>/"
     )
 
 
