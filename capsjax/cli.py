@@ -166,8 +166,11 @@ def _run(prog: str, command: Callable[[], None]) -> None:
 
 def _quieten_libraries() -> None:
     """What matters of other libraries' messages reaches the user as an error of ours."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("capsjax").setLevel(logging.INFO)
+    ours = logging.getLogger("capsjax")
+    if not ours.handlers:
+        ours.addHandler(logging.StreamHandler())
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     told = sys.unraisablehook
 
