@@ -1,4 +1,4 @@
-"""Argument checks of the pure functions (floor 1): errors that name the argument, while tracing."""
+"""What the pure functions share (floor 1): argument checks that name the argument, numerics."""
 
 import jax
 import jax.numpy as jnp
@@ -38,3 +38,15 @@ def as_mask(name: str, value: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     if mask.dtype != bool:
         raise TypeError(f"{name} must be a bool array, got dtype {mask.dtype}")
     return broadcast(name, mask, shape)
+
+
+def zeros(shape: tuple[int, ...], dtype: jnp.dtype, *like: jax.Array | None) -> jax.Array:
+    """Zeros that count as different on every mesh axis that one of the arrays differs on.
+
+    A loop under ``shard_map`` needs its first carry to have the type that its body returns.
+    """
+    result = jnp.zeros(shape, dtype)
+    for array in like:
+        if array is not None:
+            result = result + jnp.zeros_like(array, dtype, shape)
+    return result

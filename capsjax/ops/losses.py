@@ -1,6 +1,6 @@
 """Losses of capsule networks (floor 1): one value per example, the caller takes the mean."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -62,11 +62,14 @@ def margin_loss(
         )
     wide = lengths.astype(accumulator(lengths.dtype))
     present = labels.astype(wide.dtype)
-    terms = (
-        present * jax.nn.relu(m_plus - wide) ** 2
-        + lambda_ * (1 - present) * jax.nn.relu(wide - m_minus) ** 2
-    )
-    return _masked_sum(terms, axis, where).astype(lengths.dtype)
+
+    def terms(lengths: jax.Array) -> jax.Array:
+        return (
+            present * jax.nn.relu(m_plus - lengths) ** 2
+            + lambda_ * (1 - present) * jax.nn.relu(lengths - m_minus) ** 2
+        )
+
+    return _sum_of(terms, wide, axis, where).astype(lengths.dtype)
 
 
 def reconstruction_loss(
@@ -116,13 +119,19 @@ def reconstruction_loss(
     wide = accumulator(reconstruction.dtype)
     difference = reconstruction.astype(wide) - target.astype(wide)
     axes = axis if isinstance(axis, int) else tuple(axis)
-    return _masked_sum(difference * difference, axes, where).astype(reconstruction.dtype)
+    return _sum_of(jnp.square, difference, axes, where).astype(reconstruction.dtype)
 
 
-def _masked_sum(
-    terms: jax.Array, axis: int | tuple[int, ...], where: ArrayLike | None
+def _sum_of(
+    term: Callable[[jax.Array], jax.Array],
+    values: jax.Array,
+    axis: int | tuple[int, ...],
+    where: ArrayLike | None,
 ) -> jax.Array:
-    if where is not None:
-        # A select, not a product: masked terms have no gradient even where they are not finite.
-        terms = jnp.where(as_mask("where", where, terms.shape), terms, 0)
-    return jnp.sum(terms, axis=axis)
+    """Sums the terms of the values that `where` lets through."""
+    if where is None:
+        return jnp.sum(term(values), axis=axis)
+    mask = as_mask("where", where, values.shape)
+    # Selected before the term as well, or the gradient of a masked infinity would be 0 · ∞.
+    terms = term(jnp.where(mask, values, 0))
+    return jnp.sum(jnp.where(mask, terms, 0), axis=axis)

@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
-from capsjax.ops._checks import accumulator, as_floating, as_mask, broadcast
+from capsjax.ops._checks import accumulator, as_floating, as_mask, broadcast, zeros
 from capsjax.routing.routed import Routed
 
 _Inputs = tuple[jax.Array, jax.Array, jax.Array | None]  # votes, prior logits, bias
@@ -78,7 +78,7 @@ def dynamic_routing(
         iterations = operator.index(num_iterations)
     except TypeError:
         raise TypeError(
-            f"num_iterations must be a Python integer, got {type(num_iterations).__name__}"
+            f"num_iterations must be a Python integer, got {num_iterations!r}"
         ) from None
     if iterations < 1:
         raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
@@ -113,7 +113,7 @@ def dynamic_routing(
         v, _ = route(agreement, seen)
         return agreement + jnp.einsum("...ijd,...jd->...ij", seen[0].astype(wide), v)
 
-    agreement = lax.fori_loop(0, iterations - 1, update, jnp.zeros_like(prior))
+    agreement = lax.fori_loop(0, iterations - 1, update, zeros(prior.shape, wide, *inputs, where))
     poses, coupling = route(agreement, inputs)
     return Routed(
         poses.astype(votes.dtype), length(poses).astype(votes.dtype), coupling.astype(votes.dtype)

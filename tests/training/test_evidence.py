@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 def test_small_reaches_one_percent(tmp_path, shared):
     config = TrainConfig(
-        dataset="mnist", data_dir=shared / "tfds", epochs=14, run_dir=tmp_path / "run"
+        dataset="mnist", data_dir=shared / "tfds", epochs=14, devices=1, run_dir=tmp_path / "run"
     )
     result = train(config)
     assert result.test.count == 10_000
@@ -27,6 +27,7 @@ def test_the_loss_of_the_paper_s_network_falls(tmp_path, shared):
         batch_size=64,
         log_every=10,
         validation=1000,
+        devices=1,
         run_dir=tmp_path / "run",
     )
     train(config)

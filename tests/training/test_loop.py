@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tensorboard_events import scalars
 
+from capsjax.data import Dataset
 from capsjax.training import (
     Checkpoints,
     ConfigError,
@@ -247,7 +248,8 @@ def test_images_that_the_network_does_not_take_are_named(finished, digits, monke
     monkeypatch.setattr("capsjax.training.evaluation.load", lambda *_, **__: other)
     with pytest.raises(ConfigError, match="images of 20x28x1, the network takes 28x28x1"):
         evaluate(EvaluateConfig(run_dir=run, batch_size=16))
-    fewer = dataclasses.replace(digits, class_names=("a", "b"))
+    halves = (s._replace(labels=s.labels % 2) for s in (digits.train, digits.test))
+    fewer = Dataset("parity", *halves, class_names=("even", "odd"))
     monkeypatch.setattr("capsjax.training.evaluation.load", lambda *_, **__: fewer)
     with pytest.raises(ConfigError, match="has 2 classes, the network has 10"):
         evaluate(EvaluateConfig(run_dir=run, batch_size=16))

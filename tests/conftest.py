@@ -1,0 +1,29 @@
+"""Eight CPU devices, strict rank promotion, and where real data come from."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported anywhere: it reads these once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Examples are the same in every run, and few: each new shape is a compilation.
+hypothesis.settings.register_profile(
+    "capsjax", deadline=None, derandomize=True, max_examples=20, database=None
+)
+hypothesis.settings.load_profile("capsjax")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data beside the repository."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the folder of prepared data beside the repository")
+    return folder

@@ -1,0 +1,251 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from comparing import assert_close
+from flax import nnx
+
+from capsjax import length, models
+from capsjax.models import BaselineConfig, CapsNetConfig
+
+
+def count(preset, **overrides):
+    """Parameters, without making any."""
+    network = nnx.eval_shape(lambda: models.create(preset, rngs=nnx.Rngs(0), **overrides))
+    return sum(x.size for x in jax.tree.leaves(nnx.state(network, nnx.Param)))
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "parameters"),
+    [
+        ("paper", {}, 8_215_568),
+        ("official", {}, 8_215_728),
+        ("official", {"decoder_features": ()}, 6_804_384),
+        ("official", {"image_shape": (36, 36, 1)}, 11_361_968),
+        ("small", {}, 1_051_344),
+        ("baseline", {}, 35_445_522),
+    ],
+)
+def test_parameter_counts(preset, overrides, parameters):
+    assert count(preset, **overrides) == parameters
+
+
+def test_sizes_of_the_paper():
+    config = models.configure("paper")
+    assert config.grid == (6, 6)
+    assert config.num_primary == 1152
+    network = nnx.eval_shape(lambda: models.create("paper", rngs=nnx.Rngs(0)))
+    shapes = {
+        "/".join(map(str, path)): leaf.shape
+        for path, leaf in nnx.to_flat_state(nnx.state(network, nnx.Param))
+    }
+    assert shapes["conv/kernel"] == (9, 9, 1, 256)
+    assert shapes["primary/conv/kernel"] == (9, 9, 256, 256)
+    assert shapes["classes/kernel"] == (1152, 8, 10, 16)
+    assert shapes["decoder/layers/2/kernel"] == (1024, 784)
+
+
+TINY = CapsNetConfig(
+    image_shape=(14, 12, 1),
+    num_classes=3,
+    conv_features=6,
+    conv_kernel=3,
+    primary_types=2,
+    primary_features=4,
+    primary_kernel=3,
+    class_features=5,
+    decoder_features=(7,),
+)
+
+
+def images(batch=2, shape=TINY.image_shape):
+    return jnp.asarray(np.random.default_rng(0).random((batch, *shape)), jnp.float32)
+
+
+def test_is_the_paper_s_network():
+    """Against the formulas, chained by hand in float64."""
+    config = dataclasses.replace(TINY, routing_bias=True, primary_coupling=0.5,
+                                 initialisation="official")  # fmt: skip
+    network = models.build(config, rngs=nnx.Rngs(0))
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(nnx.state(network)))
+    no_pads = ((0, 0), (0, 0))
+    x = np.asarray(images(), np.float64)
+    x = references.convolution(x, p["conv"]["kernel"], (1, 1), no_pads) + p["conv"]["bias"]
+    x = references.convolution(np.maximum(0, x), p["primary"]["conv"]["kernel"], (2, 2), no_pads)
+    u = references.squash((x * 0.5 + p["primary"]["bias"]).reshape(2, -1, 4))
+    prediction = network(images())
+    for b in range(2):
+        votes = references.dense_votes(u[b], p["classes"]["kernel"])
+        v, lengths, _ = references.dynamic_routing(votes, 3, bias=p["classes"]["bias"])
+        assert_close(prediction.poses[b], v, terms=100)
+        assert_close(prediction.scores[b], lengths, terms=100)
+
+
+def test_other_image_sizes_channels_and_classes():
+    network = models.build(
+        dataclasses.replace(TINY, image_shape=(17, 20, 3), num_classes=7), rngs=nnx.Rngs(0)
+    )
+    prediction = network(images(shape=(17, 20, 3)))
+    assert prediction.scores.shape == (2, 7)
+    assert prediction.reconstruction.shape == (2, 17, 20, 3)
+
+
+@pytest.mark.parametrize("padding", ["VALID", "SAME"])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 1), (2, 3)])
+def test_the_grid_is_what_the_convolutions_make(padding, strides):
+    config = dataclasses.replace(
+        TINY, padding=padding, conv_strides=strides[0], primary_strides=strides[1]
+    )
+    network = models.build(config, rngs=nnx.Rngs(0))
+    assert network.route(images()).coupling.shape == (2, config.num_primary, 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_are_lengths_in_float32(dtype):
+    network = models.build(dataclasses.replace(TINY, dtype=dtype), rngs=nnx.Rngs(0))
+    prediction = network(images())
+    assert prediction.poses.dtype == dtype
+    assert {prediction.scores.dtype, prediction.reconstruction.dtype} == {jnp.dtype(jnp.float32)}
+    expected = length(prediction.poses.astype(jnp.float32))
+    np.testing.assert_array_equal(prediction.scores, expected)
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(network))} == {jnp.dtype(jnp.float32)}
+
+
+def test_the_decoder_sees_the_target_or_else_the_longest_capsule():
+    network = models.build(TINY, rngs=nnx.Rngs(0))
+    free = network(images())
+    longest = jax.nn.one_hot(jnp.argmax(free.scores, -1), 3)
+    np.testing.assert_array_equal(
+        free.reconstruction, network(images(), target=longest).reconstruction
+    )
+    other = jnp.roll(longest, 1, axis=-1)
+    told = network(images(), target=other)
+    np.testing.assert_array_equal(told.scores, free.scores)
+    expected = network.decoder(free.poses, other)
+    np.testing.assert_array_equal(told.reconstruction, expected)
+    assert (told.reconstruction != free.reconstruction).any()
+
+
+def test_without_a_decoder_there_is_no_reconstruction():
+    network = models.build(dataclasses.replace(TINY, decoder_features=()), rngs=nnx.Rngs(0))
+    assert network(images()).reconstruction is None
+
+
+def test_a_prediction_does_not_depend_on_its_batch():
+    network = nnx.jit(models.build(TINY, rngs=nnx.Rngs(0)))
+    batch = images(4)
+    together, changed = network(batch), network(batch.at[1:].set(0))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), together, changed)
+
+
+def test_gradients_are_finite_for_blank_images():
+    graphdef, state = nnx.split(models.build(TINY, rngs=nnx.Rngs(0)))
+
+    def loss(state):
+        prediction = nnx.merge(graphdef, state)(jnp.zeros_like(images()))
+        return prediction.scores.sum() + prediction.reconstruction.sum()
+
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jax.grad(loss)(state)))
+
+
+def test_initialisers_of_the_authors_code():
+    network = models.create("official", rngs=nnx.Rngs(0))
+    state = nnx.to_pure_dict(nnx.state(network))
+    biases = [state["conv"]["bias"], state["primary"]["bias"], state["classes"]["bias"]]
+    biases += [layer["bias"] for layer in state["decoder"]["layers"].values()]
+    for bias in biases:
+        np.testing.assert_array_equal(bias, np.float32(0.1))
+    kernels = {
+        0.05: [state["conv"]["kernel"]],
+        0.1: [state["primary"]["conv"]["kernel"], state["classes"]["kernel"]]
+        + [layer["kernel"] for layer in state["decoder"]["layers"].values()],
+    }
+    for stddev, arrays in kernels.items():
+        for array in arrays:
+            # TensorFlow's truncated normal redraws beyond two σ; what is left has 0.88 σ.
+            assert float(jnp.abs(array).max()) <= 2 * stddev * 1.0001
+            np.testing.assert_allclose(jnp.std(array), 0.8796 * stddev, rtol=0.03)
+    assert network.primary.coupling == 1 / 32
+
+
+def test_official_differs_from_paper_by_what_it_says():
+    paper, official = (models.configure(name) for name in ("paper", "official"))
+    differing = {
+        field.name
+        for field in dataclasses.fields(paper)
+        if getattr(paper, field.name) != getattr(official, field.name)
+    }
+    assert differing == {"primary_coupling", "routing_bias", "initialisation"}
+
+
+BASELINE = BaselineConfig(
+    image_shape=(8, 6, 1), num_classes=3, conv_features=(4, 5), dense_features=(16, 64)
+)
+
+
+def test_baseline_gives_logits_and_drops_only_with_keys():
+    network = models.build(BASELINE, rngs=nnx.Rngs(0))
+    x = images(3, (8, 6, 1))
+    plain = network(x)
+    assert plain.scores.shape == (3, 3)
+    assert plain.poses is plain.reconstruction is None
+    np.testing.assert_array_equal(plain.scores, network(x).scores)
+    keys = jax.random.split(jax.random.key(0), 3)
+    dropped = network(x, keys=keys)
+    assert (dropped.scores != plain.scores).all()
+    # An image's draws are its own, whatever batch it stands in.
+    np.testing.assert_allclose(network(x[1:], keys=keys[1:]).scores, dropped.scores[1:], rtol=1e-5)
+
+
+def test_baseline_is_three_convolutions_and_a_perceptron():
+    network = models.build(BASELINE, rngs=nnx.Rngs(0))
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(nnx.state(network)))
+    x = np.asarray(images(2, (8, 6, 1)), np.float64)
+    for conv in p["convs"].values():
+        pads = ((2, 2), (2, 2))
+        x = references.convolution(x, conv["kernel"], (1, 1), pads) + conv["bias"]
+        x = np.maximum(0, x)
+    x = x.reshape(2, -1)
+    for dense in p["hidden"].values():
+        x = np.maximum(0, x @ dense["kernel"] + dense["bias"])
+    expected = x @ p["logits"]["kernel"] + p["logits"]["bias"]
+    assert_close(network(images(2, (8, 6, 1))).scores, expected, terms=200)
+
+
+def test_dropout_keeps_the_expected_value():
+    network = models.build(dataclasses.replace(BASELINE, dropout_rate=0.25), rngs=nnx.Rngs(0))
+    x = images(1, (8, 6, 1))
+    many = jnp.broadcast_to(x, (2000, *x.shape[1:]))
+    mean = network(many, keys=jax.random.split(jax.random.key(0), 2000)).scores.mean(0)
+    plain = network(x).scores[0]
+    np.testing.assert_allclose(mean, plain, atol=0.05 * float(jnp.abs(plain).max()))
+
+
+BAD = [
+    ({"num_classes": 0}, "num_classes must be positive, got 0"),
+    ({"image_shape": (28, 0, 1)}, r"image_shape must be positive, got \(28, 0, 1\)"),
+    ({"image_shape": (16, 16, 1)}, r"image_shape \(16, 16, 1\) is too small for kernels 9 and 9"),
+    ({"padding": "CIRCULAR"}, "padding must be 'VALID' or 'SAME', got 'CIRCULAR'"),
+    ({"initialisation": "he"}, "initialisation must be one of .*got 'he'"),
+    ({"num_iterations": 0}, "num_iterations must be positive, got 0"),
+    ({"convs": 3}, "preset 'paper' has no field 'convs', only image_shape, "),
+]
+
+
+@pytest.mark.parametrize(("overrides", "match"), BAD, ids=[m for _, m in BAD])
+def test_bad_configurations_are_named(overrides, match):
+    with pytest.raises(ValueError, match=match):
+        models.configure("paper", **overrides)
+
+
+def test_other_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="preset must be one of paper, .*got 'papr'"):
+        models.create("papr", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"dropout_rate must be in \[0, 1\), got 1"):
+        models.configure("baseline", dropout_rate=1)
+    network = models.build(TINY, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"images must have shape .*14, 12, 1\], got .*28, 28, 1"):
+        jax.jit(lambda x: network(x))(jnp.zeros((2, 28, 28, 1)))

@@ -1,0 +1,206 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from comparing import assert_close
+from flax import linen, nnx
+from flax.nnx import bridge
+from jax.test_util import check_grads
+
+from capsjax import dense_votes, dynamic_routing
+from capsjax.nn import Decoder, DenseCapsules, PrimaryCapsules
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def count(module):
+    return sum(x.size for x in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def bias_init(key, shape, dtype):
+    return jax.random.normal(key, shape, dtype)
+
+
+def primary(**options):
+    return PrimaryCapsules(3, 2, 4, kernel_size=3, rngs=nnx.Rngs(0), **options)
+
+
+def by_hand(layer, images, strides=(2, 2), pads=((0, 0), (0, 0))):
+    """The squashed capsules, grouped with an explicit loop over types."""
+    kernel, bias = (np.asarray(x[...], np.float64) for x in (layer.conv.kernel, layer.bias))
+    channels = references.convolution(np.asarray(images, np.float64), kernel, strides, pads)
+    channels = channels * layer.coupling + bias
+    batch, rows, columns, _ = channels.shape
+    capsules = np.zeros((batch, rows, columns, 2, 4))
+    for kind in range(2):
+        capsules[:, :, :, kind] = channels[..., 4 * kind : 4 * kind + 4]
+    return references.squash(capsules).reshape(batch, -1, 4)
+
+
+@pytest.mark.parametrize("coupling", [1.0, 0.25])
+def test_primary_capsules_group_channels_of_one_position(coupling):
+    images = normal(2, 9, 9, 3)
+    layer = primary(coupling=coupling, bias_init=bias_init)
+    assert_close(layer(images), by_hand(layer, images), terms=27)
+
+
+def test_primary_capsules_are_valid_by_default_and_can_be_same():
+    images = normal(2, 9, 9, 3)
+    assert primary()(images).shape == (2, 4 * 4 * 2, 4)
+    layer = primary(padding="SAME", strides=1)
+    assert_close(layer(images), by_hand(layer, images, (1, 1), ((1, 1), (1, 1))), terms=27)
+
+
+def test_primary_capsules_have_no_relu():
+    # A ReLU before the squash would make every component non-negative.
+    assert (primary()(normal(2, 9, 9, 3)) < 0).any()
+
+
+def test_primary_capsules_change_at_one_position_only_with_its_window():
+    images = normal(1, 9, 9, 3)
+    layer = primary()
+    before, after = (layer(x).reshape(4, 4, 2, 4) for x in (images, images.at[:, 0, 0].add(1)))
+    changed = (before != after).any((-1, -2))
+    assert changed[0, 0]
+    assert changed.sum() == 1
+
+
+def test_dense_capsules_are_votes_and_routing():
+    layer = DenseCapsules(
+        6, 4, 3, 5, num_iterations=2, use_bias=True, leaky=True, bias_init=bias_init,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    poses, logits, where = normal(2, 6, 4), normal(6, 3, seed=1), jnp.arange(6) != 1
+    expected = dynamic_routing(
+        dense_votes(poses, layer.kernel[...]), num_iterations=2, bias=layer.bias[...],
+        leaky=True, logits=logits, where=where,
+    )  # fmt: skip
+    routed = layer(poses, logits=logits, where=where)
+    jax.tree.map(np.testing.assert_array_equal, routed, expected)
+    assert count(layer) == 6 * 4 * 3 * 5 + 3 * 5
+
+
+def test_stop_gradient_reaches_the_layer():
+    poses, gradients = normal(2, 6, 4), []
+    for stop_gradient in (False, True):
+        layer = DenseCapsules(6, 4, 3, 5, stop_gradient=stop_gradient, rngs=nnx.Rngs(0))
+        gradients.append(jax.grad(lambda x, f=layer: f(x).activations[..., 0].sum())(poses))
+    assert float(jnp.abs(gradients[0] - gradients[1]).max()) > 1e-5
+
+
+def test_decoder_is_a_multilayer_perceptron_of_the_masked_capsules():
+    decoder = Decoder(
+        3, 4, (2, 3, 1), hidden_features=(5, 7), bias_init=bias_init, rngs=nnx.Rngs(0)
+    )
+    poses, mask = normal(2, 3, 4), jnp.array([[0, 1, 0], [1, 0, 0]])
+    x = np.asarray(poses * mask[..., None], np.float64).reshape(2, 12)
+    weights = [
+        [np.asarray(w[...], np.float64) for w in (layer.kernel, layer.bias)]
+        for layer in decoder.layers
+    ]
+    for kernel, bias in weights[:-1]:
+        x = np.maximum(0, x @ kernel + bias)
+    kernel, bias = weights[-1]
+    expected = 1 / (1 + np.exp(-(x @ kernel + bias)))
+    assert_close(decoder(poses, mask), expected.reshape(2, 2, 3, 1), terms=12)
+    assert count(decoder) == 12 * 5 + 5 + 5 * 7 + 7 + 7 * 6 + 6
+
+
+def test_no_gradient_reaches_a_masked_capsule():
+    decoder = Decoder(3, 4, (2, 2, 1), hidden_features=(8,), rngs=nnx.Rngs(0))
+    mask = jnp.array([0, 1, 0])
+    gradient = jax.grad(lambda p: decoder(p, mask).sum())(normal(3, 4))
+    np.testing.assert_array_equal(gradient[mask == 0], 0)
+    assert (gradient[1] != 0).any()
+
+
+def test_decoder_names_a_mask_of_the_wrong_shape():
+    decoder = Decoder(3, 4, (2, 2, 1), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"mask must have shape .* = \(2, 3\), got \(3,\)"):
+        decoder(normal(2, 3, 4), jnp.ones(3))
+
+
+def layers(**options):
+    rngs = nnx.Rngs(0)
+    decoder = Decoder(3, 4, (2, 3, 1), hidden_features=(5,), rngs=rngs, **options)
+    return {
+        "primary": (primary(**options), (normal(2, 9, 9, 3),)),
+        "dense": (DenseCapsules(6, 4, 3, 5, rngs=rngs, **options), (normal(2, 6, 4),)),
+        "decoder": (decoder, (normal(2, 3, 4), jnp.ones((2, 3)))),
+    }
+
+
+LAYERS = list(layers())
+
+
+def output(layer, *inputs):
+    out = layer(*inputs)
+    return out if isinstance(out, jax.Array) else out.poses
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_bfloat16_computes_with_float32_parameters(name):
+    layer, inputs = layers(dtype=jnp.bfloat16)[name]
+    exact, _ = layers()[name]
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(layer))} == {jnp.dtype(jnp.float32)}
+    out = output(layer, *inputs)
+    assert out.dtype == jnp.bfloat16
+    assert_close(out, output(exact, *inputs), terms=27, dtype=jnp.bfloat16, scale=1.0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_parameters_may_be_narrow(name):
+    layer, inputs = layers(param_dtype=jnp.bfloat16)[name]
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(layer))} == {jnp.dtype(jnp.bfloat16)}
+    # Inputs are float32: they promote.
+    assert output(layer, *inputs).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_leading_axes_are_free(name):
+    layer, inputs = layers()[name]
+    whole = output(layer, *inputs)
+    for reshape in (lambda x: x[0], lambda x: x[None], lambda x: jnp.stack([x, x])):
+        np.testing.assert_allclose(
+            output(layer, *map(reshape, inputs)), reshape(whole), rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_of_parameters_and_inputs(name):
+    # In float64, where steps are so small that none crosses the kink of a ReLU.
+    with jax.enable_x64(True):
+        layer, inputs = layers(param_dtype=jnp.float64)[name]
+        graphdef, state = nnx.split(layer)
+
+        @jax.jit
+        def function(state, x):
+            return output(nnx.merge(graphdef, state), x, *inputs[1:])
+
+        arguments = (state, inputs[0].astype(jnp.float64))
+        check_grads(function, arguments, order=1, eps=1e-6, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_nnx_transformations(name):
+    layer, inputs = layers()[name]
+    expected = output(layer, *inputs)
+    np.testing.assert_allclose(nnx.jit(output)(layer, *inputs), expected, rtol=1e-5, atol=1e-6)
+    gradients = nnx.grad(lambda m: output(m, *inputs).sum())(layer)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+def test_goes_into_a_linen_module():
+    class Network(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = linen.Dense(4)(x)
+            return bridge.to_linen(DenseCapsules, 6, 4, 3, 5)(x).activations
+
+    variables = Network().init(jax.random.key(0), normal(2, 6, 2))
+    assert Network().apply(variables, normal(2, 6, 2)).shape == (2, 3)
+    gradients = jax.grad(lambda v: Network().apply(v, normal(2, 6, 2)).sum())(variables)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))

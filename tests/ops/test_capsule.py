@@ -1,0 +1,114 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from comparing import FLOATS, assert_close
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from capsjax import length, squash
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_squash_is_the_paper_s_formula(dtype):
+    s = np.random.default_rng(0).normal(size=(5, 7, 8)).astype(jnp.dtype(dtype))
+    v = squash(s)
+    assert v.dtype == dtype
+    assert_close(v, references.squash(s.astype(np.float64)), terms=8)
+
+
+def test_squash_of_a_unit_vector_is_one_half():
+    v = squash(jnp.array([[1.0, 0, 0], [0.6, 0, 0.8]]))
+    np.testing.assert_allclose(np.linalg.norm(v, axis=-1), 0.5, rtol=1e-6)
+
+
+@given(
+    shape=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    data=st.data(),
+    dtype=st.sampled_from(FLOATS),
+    magnitude=st.sampled_from([1e-4, 1.0, 50.0]),
+)
+def test_squash_and_length_over_shapes_axes_and_dtypes(shape, data, dtype, magnitude):
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    s = np.random.default_rng(1).normal(size=shape) * magnitude
+    s = s.astype(jnp.dtype(dtype))
+    exact = s.astype(np.float64)
+    v, lengths = squash(s, axis), length(s, axis)
+    assert v.shape == s.shape
+    assert v.dtype == lengths.dtype == dtype
+    assert_close(v, references.squash(exact, axis), terms=s.shape[axis], scale=1.0)
+    assert_close(lengths, np.linalg.norm(exact, axis=axis), terms=s.shape[axis])
+    # Shorter than one in exact arithmetic; rounding of a long vector may reach it.
+    assert float(jnp.max(length(v.astype(jnp.float32), axis))) <= 1 + float(jnp.finfo(dtype).eps)
+
+
+def test_squash_runs_over_the_axis_it_is_told():
+    s = jnp.array([[3.0, 0], [4.0, 1.0]])
+    np.testing.assert_allclose(squash(s, 0)[:, 0], np.array([3, 4]) / 5 * 25 / 26, rtol=1e-6)
+    np.testing.assert_allclose(squash(s, 0)[:, 1], [0, 0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("function", [squash, length])
+@pytest.mark.parametrize("value", [0.0, 1e-8, 1e4])
+def test_values_and_gradients_are_finite(dtype, function, value):
+    s = jnp.full((3, 8), value, dtype)
+    gradient = jax.grad(lambda s: function(s).astype(jnp.float32).sum())(s)
+    assert jnp.isfinite(function(s)).all()
+    assert jnp.isfinite(gradient).all()
+    if not s.any():  # 1e-8 is zero in float16
+        np.testing.assert_array_equal(function(s), 0)
+        np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("function", [squash, length])
+def test_a_zero_vector_among_others_harms_none(function):
+    s = jnp.array([[0.0, 0, 0], [1.0, 2, 3]])
+    gradient = jax.grad(lambda s: function(s).sum())
+    alone = gradient(s[1:])
+    np.testing.assert_array_equal(gradient(s)[0], 0)
+    np.testing.assert_allclose(gradient(s)[1:], alone, rtol=1e-6)
+    # Forward mode and second derivatives too.
+    assert jnp.isfinite(jax.jvp(function, (s,), (jnp.ones_like(s),))[1]).all()
+    assert jnp.isfinite(jax.hessian(lambda s: function(s).sum())(s)).all()
+
+
+def test_long_vectors_approach_length_one():
+    np.testing.assert_allclose(length(squash(jnp.full((1, 4), 1e15))), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("function", [squash, length])
+def test_gradients(function):
+    s = jax.random.normal(jax.random.key(0), (3, 4))
+    check_grads(function, (s,), order=2, modes=("fwd", "rev"), eps=1e-2, atol=1e-2, rtol=1e-2)
+
+
+def test_epsilon_stands_under_the_root_of_the_divisor():
+    s = np.random.default_rng(2).normal(size=(3, 5))
+    squared = (s**2).sum(-1, keepdims=True)
+    expected = squared / (1 + squared) * s / np.sqrt(squared + 0.5)
+    assert_close(squash(s.astype(np.float32), epsilon=0.5), expected, terms=5)
+    gradient = jax.grad(lambda s: squash(s, epsilon=1e-7).sum())(jnp.zeros((2, 3)))
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("function", [squash, length])
+def test_bad_arguments_are_named_while_tracing(function):
+    with pytest.raises(TypeError, match="must be a floating-point array, got dtype int32"):
+        jax.jit(function)(jnp.ones((2, 3), int))
+    with pytest.raises(ValueError, match="axis 2 is out of bounds"):
+        function(jnp.ones((2, 3)), 2)
+
+
+def test_negative_epsilon():
+    with pytest.raises(ValueError, match="epsilon must not be negative, got -1"):
+        squash(jnp.ones(3), epsilon=-1)
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        s = np.random.default_rng(3).normal(size=(2, 8))
+        np.testing.assert_allclose(squash(s), references.squash(s), rtol=1e-14)
+        assert length(s).dtype == np.float64

@@ -1,0 +1,185 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from comparing import FLOATS, assert_close
+from flax import linen, nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import export, lax
+from jax.test_util import check_grads
+
+from capsjax import conv_general_dilated
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def arrays(batch, height, width, channels, kh, kw, features, dtype="float32"):
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(batch, height, width, channels)).astype(jnp.dtype(dtype))
+    kernel = rng.normal(size=(kh, kw, channels, features)).astype(jnp.dtype(dtype))
+    return jnp.asarray(images), jnp.asarray(kernel)
+
+
+def conv(images, kernel, strides=(1, 1), padding="VALID", implementation=None, **options):
+    return conv_general_dilated(
+        images, kernel, strides, padding,
+        dimension_numbers=NHWC, implementation=implementation, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", ["patches", "xla", None])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("strides", "pads"),
+    [((1, 1), ((0, 0), (0, 0))), ((2, 3), ((0, 0), (0, 0))), ((2, 1), ((1, 2), (0, 3)))],
+)
+def test_is_the_sum_over_the_window(implementation, dtype, strides, pads):
+    images, kernel = arrays(2, 9, 8, 3, 3, 4, 5, dtype)
+    expected = references.convolution(
+        *(np.asarray(x, np.float64) for x in (images, kernel)), strides, pads
+    )
+    out = conv(images, kernel, strides, pads, implementation)
+    assert out.dtype == dtype
+    assert_close(out, expected, terms=3 * 4 * 3)
+
+
+@settings(max_examples=10)
+@given(
+    size=st.tuples(st.integers(4, 9), st.integers(4, 9)),
+    kernel_size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    strides=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    padding=st.sampled_from(["SAME", "VALID", "SAME_LOWER", ((2, 1), (0, 3))]),
+)
+def test_patches_and_xla_agree_in_value_and_gradients(size, kernel_size, strides, padding):
+    images, kernel = arrays(2, *size, 3, *kernel_size, 4)
+
+    def loss(implementation, images, kernel):
+        out = conv(images, kernel, strides, padding, implementation)
+        return jnp.sum(jnp.sin(out)), out
+
+    results = [
+        jax.value_and_grad(lambda *x, i=i: loss(i, *x), (0, 1), has_aux=True)(images, kernel)
+        for i in ("patches", "xla")
+    ]
+    terms = kernel_size[0] * kernel_size[1] * 3 * size[0] * size[1]
+    jax.tree.map(lambda a, b: assert_close(a, b, terms=terms), *results)
+
+
+def test_paper_s_primary_capsules_on_both_paths():
+    images, kernel = arrays(2, 20, 20, 256, 9, 9, 256)
+    a, b = (conv(images, kernel, (2, 2), "VALID", i) for i in ("patches", "xla"))
+    assert_close(a, b, terms=81 * 256)
+
+
+def lowered_for(platform, implementation=None):
+    images, kernel = arrays(1, 9, 9, 2, 3, 3, 4)
+    function = jax.jit(lambda *x: conv(*x, (2, 2), implementation=implementation))
+    return export.export(function, platforms=[platform])(images, kernel).mlir_module()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_what_ran_can_be_told_from_the_lowered_text(platform):
+    for implementation, is_convolution in (("patches", False), ("xla", True)):
+        assert ("stablehlo.convolution" in lowered_for(platform, implementation)) == is_convolution
+    text = lowered_for(platform)
+    assert ("stablehlo.convolution" in text) == (platform != "cpu")
+    assert ("stablehlo.dot_general" in text) == (platform == "cpu")
+
+
+def test_in_one_program_for_several_platforms():
+    images, kernel = arrays(1, 9, 9, 2, 3, 3, 4)
+    function = jax.jit(lambda *x: conv(*x, (2, 2)))
+    exported = export.export(function, platforms=["cpu", "cuda", "tpu"])(images, kernel)
+    np.testing.assert_allclose(
+        exported.call(images, kernel), conv(images, kernel, (2, 2)), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("implementation", ["patches", "xla", None])
+def test_under_transformations(implementation):
+    images, kernel = arrays(2, 8, 8, 2, 3, 3, 3)
+
+    def loss(images, kernel):
+        return jnp.sum(conv(images, kernel, (2, 2), "SAME", implementation) ** 2)
+
+    check_grads(loss, (images, kernel), order=2, modes=("fwd", "rev"), eps=1e-2, atol=1, rtol=1e-2)
+    kernels = jnp.stack([kernel, 2 * kernel])
+    mapped = jax.vmap(lambda k: conv(images, k, (2, 2), "SAME", implementation))(kernels)
+    np.testing.assert_allclose(mapped[1], 2 * mapped[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.grad(jax.remat(loss))(images, kernel), jax.grad(loss)(images, kernel), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("strides", [1, 2, (2, 1)])
+def test_goes_into_flax_convolutions(strides):
+    images, _ = arrays(2, 9, 9, 3, 1, 1, 1)
+    own, plain = (
+        nnx.Conv(3, 4, (3, 3), strides, rngs=nnx.Rngs(0), **kwargs)
+        for kwargs in ({"conv_general_dilated": conv_general_dilated}, {})
+    )
+    np.testing.assert_allclose(own(images), plain(images), rtol=1e-5, atol=1e-6)
+    linen_own, linen_plain = (
+        linen.Conv(4, (3, 3), strides, **kwargs)
+        for kwargs in ({"conv_general_dilated": conv_general_dilated}, {})
+    )
+    variables = linen_plain.init(jax.random.key(0), images)
+    np.testing.assert_allclose(
+        linen_own.apply(variables, images), linen_plain.apply(variables, images), rtol=1e-5,
+        atol=1e-6,
+    )  # fmt: skip
+
+
+CANNOT = [
+    ({"dimension_numbers": None}, "needs dimension_numbers="),
+    ({"rhs_dilation": (2, 2)}, r"knows no dilation, got .*rhs_dilation=\(2, 2\)"),
+    ({"lhs_dilation": (2, 2)}, r"knows no dilation, got lhs_dilation=\(2, 2\)"),
+    ({"feature_group_count": 3}, "knows no groups, got feature_group_count=3"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), CANNOT, ids=[r for _, r in CANNOT])
+def test_what_patches_cannot_do_falls_to_xla(options, reason):
+    images, kernel = arrays(3, 7, 7, 3, 3, 3, 3)
+    options = {"dimension_numbers": NHWC, **options}
+    if options["dimension_numbers"] is None:
+        images, kernel = jnp.moveaxis(images, 3, 1), jnp.moveaxis(kernel, (3, 2), (0, 1))
+    if "feature_group_count" in options:
+        kernel = kernel[:, :, :1]
+    arguments = (images, kernel, (1, 1), ((0, 0), (0, 0)))
+    expected = lax.conv_general_dilated(*arguments, **options)
+    np.testing.assert_array_equal(conv_general_dilated(*arguments, **options), expected)
+    with pytest.raises(NotImplementedError, match=f"implementation='patches' {reason}"):
+        conv_general_dilated(*arguments, **options, implementation="patches")
+
+
+def test_one_spatial_axis_falls_to_xla():
+    images, kernel = jnp.ones((2, 8, 3)), jnp.ones((3, 3, 4))
+    numbers = ("NWC", "WIO", "NWC")
+    out = conv_general_dilated(images, kernel, (1,), "VALID", dimension_numbers=numbers)
+    assert out.shape == (2, 6, 4)
+    with pytest.raises(NotImplementedError, match="needs two spatial axes"):
+        conv_general_dilated(
+            images, kernel, (1,), "VALID", dimension_numbers=numbers, implementation="patches"
+        )
+
+
+def test_channels_that_differ_are_named():
+    with pytest.raises(NotImplementedError, match="images and kernel of the same channels"):
+        conv(jnp.ones((1, 5, 5, 3)), jnp.ones((3, 3, 2, 4)), implementation="patches")
+
+
+def test_an_unknown_implementation_is_named():
+    with pytest.raises(ValueError, match="implementation must be None or one of .*got 'fft'"):
+        conv(*arrays(1, 5, 5, 1, 3, 3, 1), implementation="fft")
+
+
+def test_accumulates_in_the_preferred_dtype():
+    images, kernel = arrays(1, 8, 8, 4, 3, 3, 2, "bfloat16")
+    for implementation in ("patches", "xla"):
+        out = conv(
+            images, kernel, implementation=implementation, preferred_element_type=jnp.float32
+        )
+        assert out.dtype == jnp.float32

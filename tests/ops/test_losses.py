@@ -1,0 +1,112 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from comparing import FLOATS, assert_close
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from capsjax import margin_loss, reconstruction_loss
+
+LENGTHS = np.array([[-0.3, 0.3, 0.9], [1.2, 0.5, -0.5]])
+LABELS = np.array([[0, 0, 1], [1, 1, 1]])
+TERMS = np.array([[0, 0.02, 0], [0, 0.16, 1.96]])
+
+
+def test_margin_loss_terms():
+    lengths = LENGTHS.astype(np.float32)
+    for k in range(3):
+        only = np.arange(3) == k
+        terms = margin_loss(lengths, LABELS, where=jnp.broadcast_to(only, (2, 3)))
+        np.testing.assert_allclose(terms, TERMS[:, k], atol=1e-7)
+    np.testing.assert_allclose(margin_loss(lengths, LABELS), TERMS.sum(-1), rtol=1e-6)
+    np.testing.assert_allclose(references.margin_terms(LENGTHS, LABELS), TERMS, atol=1e-12)
+
+
+def test_margin_loss_does_not_normalise_the_lengths():
+    # Lengths that all reach the margin cost nothing; put through a softmax, they would.
+    assert margin_loss(jnp.array([0.95, 0.95]), jnp.array([1, 1])) == 0
+
+
+@given(
+    shape=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    data=st.data(),
+    dtype=st.sampled_from(FLOATS),
+    label_dtype=st.sampled_from(["int32", "float32", "bool", "bfloat16"]),
+)
+def test_margin_loss_over_shapes_axes_and_dtypes(shape, data, dtype, label_dtype):
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    rng = np.random.default_rng(0)
+    lengths = rng.uniform(-0.2, 1.3, shape).astype(jnp.dtype(dtype))
+    labels = rng.integers(0, 2, shape).astype(jnp.dtype(label_dtype))
+    options = {"m_plus": 0.8, "m_minus": 0.2, "lambda_": 0.25}
+    loss = margin_loss(lengths, labels, axis=axis, **options)
+    expected = references.margin_terms(
+        lengths.astype(np.float64), labels.astype(np.float64), **options
+    ).sum(axis)
+    assert loss.dtype == dtype
+    assert loss.shape == expected.shape
+    assert_close(loss, expected, terms=shape[axis])
+
+
+@pytest.mark.parametrize("masked", [jnp.nan, jnp.inf, 0.3])
+def test_masked_classes_have_no_loss_and_no_gradient(masked):
+    where = jnp.array([True, False, True])
+    lengths = jnp.array([0.5, masked, 0.5])
+    labels = jnp.array([1, 0, 0])
+    loss, gradient = jax.value_and_grad(lambda x: margin_loss(x, labels, where=where))(lengths)
+    np.testing.assert_allclose(loss, 0.4**2 + 0.5 * 0.4**2, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [-0.8, 0, 0.4], rtol=1e-6)
+
+
+def test_reconstruction_loss_is_a_sum_over_pixels():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 3, 28, 28, 1))
+    flat = [x.reshape(3, -1).astype(np.float32) for x in (a, b)]
+    expected = ((a - b) ** 2).sum((1, 2, 3))
+    assert_close(reconstruction_loss(*flat), expected, terms=784)
+    images = [x.astype(np.float32) for x in (a, b)]
+    assert_close(reconstruction_loss(*images, axis=(-3, -2, -1)), expected, terms=784)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_reconstruction_loss_sums_in_float32(dtype):
+    ones, zeros = jnp.ones((2, 1024), dtype), jnp.zeros((2, 1024), dtype)
+    loss = reconstruction_loss(ones, zeros)
+    assert loss.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(loss, np.float64), 1024)
+
+
+def test_masked_pixels_have_no_loss_and_no_gradient():
+    where = jnp.array([True, False])
+    pixels = jnp.array([0.5, jnp.inf])
+    loss, gradient = jax.value_and_grad(
+        lambda x: reconstruction_loss(x, jnp.zeros(2), where=where)
+    )(pixels)
+    assert (loss, *gradient) == (0.25, 1.0, 0.0)
+
+
+def test_gradients():
+    rng = np.random.default_rng(1)
+    lengths = jnp.asarray(rng.uniform(0, 1, (3, 4)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 2, (3, 4)))
+    check_grads(lambda x: margin_loss(x, labels), (lengths,), order=1, eps=1e-3, rtol=2e-2)
+    check_grads(reconstruction_loss, (lengths, lengths[::-1]), order=2, eps=1e-2, rtol=1e-2)
+
+
+def test_bad_arguments_are_named_while_tracing():
+    lengths = jnp.ones((2, 3))
+    with pytest.raises(ValueError, match=r"labels must be one-hot.*\(2, 3\), got shape \(2,\)"):
+        jax.jit(margin_loss)(lengths, jnp.array([0, 1]))
+    with pytest.raises(TypeError, match="lengths must be a floating-point array, got dtype int32"):
+        margin_loss(jnp.ones((2, 3), int), lengths)
+    with pytest.raises(TypeError, match="where must be a bool array, got dtype float32"):
+        margin_loss(lengths, lengths, where=lengths)
+    with pytest.raises(ValueError, match=r"where must broadcast to \(2, 3\), got shape \(4,\)"):
+        margin_loss(lengths, lengths, where=jnp.ones(4, bool))
+    with pytest.raises(TypeError, match="target must be a floating-point array, got dtype uint8"):
+        jax.jit(reconstruction_loss)(lengths, jnp.ones((2, 3), jnp.uint8))
+    with pytest.raises(ValueError, match=r"target must have the shape of reconstruction, \(2, 3\)"):
+        reconstruction_loss(lengths, jnp.ones((2, 1)))

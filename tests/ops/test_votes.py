@@ -1,0 +1,63 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from comparing import FLOATS, assert_close
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from capsjax import dense_votes
+
+SIZE = st.integers(1, 5)
+
+
+@given(
+    sizes=st.tuples(SIZE, SIZE, SIZE, SIZE),
+    leading=st.lists(st.integers(1, 3), max_size=2),
+    dtype=st.sampled_from(FLOATS),
+)
+def test_every_child_votes_by_a_matrix_of_its_own(sizes, leading, dtype):
+    children, k, parents, d = sizes
+    rng = np.random.default_rng(0)
+    poses = rng.normal(size=(*leading, children, k)).astype(jnp.dtype(dtype))
+    weights = rng.normal(size=(children, k, parents, d)).astype(jnp.dtype(dtype))
+    votes = dense_votes(poses, weights)
+    flat = poses.astype(np.float64).reshape(-1, children, k)
+    expected = [references.dense_votes(p, weights.astype(np.float64)) for p in flat]
+    assert votes.dtype == dtype
+    assert_close(votes, np.reshape(expected, (*leading, children, parents, d)), terms=k)
+
+
+def test_dtypes_promote():
+    votes = dense_votes(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((2, 3, 4, 5)))
+    assert votes.dtype == jnp.float32
+
+
+def test_gradients():
+    keys = jax.random.split(jax.random.key(0))
+    arguments = (
+        jax.random.normal(keys[0], (2, 3, 4)), jax.random.normal(keys[1], (3, 4, 2, 5))
+    )  # fmt: skip
+    check_grads(dense_votes, arguments, order=2, eps=1e-2, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("poses", "weights", "match"),
+    [
+        ((3, 4), (3, 4, 2), r"weights must have shape \[I, K, J, D\], got shape \(3, 4, 2\)"),
+        ((5, 4), (3, 4, 2, 2), r"poses must have shape .*\[..., 3, 4\].*got shape \(5, 4\)"),
+        ((4,), (3, 4, 2, 2), r"poses must have shape .* got shape \(4,\)"),
+    ],
+)
+def test_wrong_shapes_are_named_while_tracing(poses, weights, match):
+    with pytest.raises(ValueError, match=match):
+        jax.jit(dense_votes)(jnp.ones(poses), jnp.ones(weights))
+
+
+def test_wrong_dtypes_are_named():
+    with pytest.raises(TypeError, match="poses must be a floating-point array, got dtype int32"):
+        dense_votes(jnp.ones((3, 4), int), jnp.ones((3, 4, 2, 2)))
+    with pytest.raises(TypeError, match="weights must be a floating-point array"):
+        dense_votes(jnp.ones((3, 4)), jnp.ones((3, 4, 2, 2), int))

@@ -1,0 +1,379 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from comparing import FLOATS, assert_close
+from hypothesis import given
+from hypothesis import strategies as st
+from jax import export
+from jax.sharding import Mesh, PartitionSpec
+from jax.test_util import check_grads
+
+from capsjax import Routed, dense_votes, dynamic_routing
+
+CHILDREN, PARENTS, FEATURES = 6, 4, 5
+
+
+def votes_of(*leading, dtype="float32", seed=0, shape=(CHILDREN, PARENTS, FEATURES)):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=(*leading, *shape)), dtype)
+
+
+def assert_routed(routed, expected, terms=CHILDREN):
+    for actual, reference in zip(routed, expected, strict=True):
+        assert_close(actual, reference, terms=terms, scale=1.0)
+
+
+OPTIONS = {
+    "plain": {},
+    "prior": {"logits": np.random.default_rng(1).normal(size=(CHILDREN, PARENTS))},
+    "shared prior": {"logits": np.random.default_rng(1).normal(size=PARENTS)},
+    "bias": {"bias": np.random.default_rng(2).normal(size=(PARENTS, FEATURES))},
+    "mask": {"where": np.arange(CHILDREN) % 3 > 0},
+    "leaky": {"leaky": True},
+}
+OPTIONS["all"] = {name: value for options in OPTIONS.values() for name, value in options.items()}
+
+
+def in_jax(options):
+    return {
+        name: jnp.asarray(v, jnp.float32) if getattr(v, "dtype", bool) == np.float64 else v
+        for name, v in options.items()
+    }
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2, 3, 5])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_is_procedure_1_of_the_paper(num_iterations, options):
+    votes = votes_of()
+    expected = references.dynamic_routing(np.asarray(votes, np.float64), num_iterations, **options)
+    routed = dynamic_routing(votes, num_iterations=num_iterations, **in_jax(options))
+    assert isinstance(routed, Routed)
+    assert_routed(routed, expected)
+
+
+def test_in_float64_to_the_last_digits():
+    with jax.enable_x64(True):
+        votes = np.random.default_rng(0).normal(size=(30, 7, 8))
+        expected = references.dynamic_routing(votes, 4)
+        for a, b in zip(dynamic_routing(votes, num_iterations=4), expected, strict=True):
+            assert a.dtype == np.float64
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+@given(
+    leading=st.lists(st.integers(1, 3), max_size=2),
+    sizes=st.tuples(*[st.integers(1, 5)] * 3),
+    num_iterations=st.integers(1, 4),
+    dtype=st.sampled_from(FLOATS),
+    leaky=st.booleans(),
+)
+def test_over_shapes_and_dtypes(leading, sizes, num_iterations, dtype, leaky):
+    votes = votes_of(*leading, dtype=dtype, shape=sizes)
+    routed = dynamic_routing(votes, num_iterations=num_iterations, leaky=leaky)
+    children, parents, features = sizes
+    assert routed.poses.shape == (*leading, parents, features)
+    assert routed.activations.shape == (*leading, parents)
+    assert routed.coupling.shape == (*leading, children, parents)
+    assert {x.dtype for x in routed} == {jnp.dtype(dtype)}
+    for index in itertools.product(*map(range, leading)):
+        exact = np.asarray(votes[index], np.float64)
+        expected = references.dynamic_routing(exact, num_iterations, leaky=leaky)
+        assert_routed([x[index] for x in routed], expected)
+
+
+def test_couplings_of_a_child_sum_to_one_over_the_parents():
+    coupling = dynamic_routing(votes_of(3)).coupling
+    np.testing.assert_allclose(coupling.sum(-1), 1, rtol=1e-6)
+    assert (jnp.abs(coupling.sum(-2) - 1) > 1e-3).all()
+    leaky = dynamic_routing(votes_of(3), leaky=True).coupling
+    assert (leaky.sum(-1) < 0.999).all()
+
+
+def test_poses_are_shorter_than_one():
+    assert (dynamic_routing(100 * votes_of(3)).activations <= 1).all()
+    assert (dynamic_routing(votes_of(3)).activations < 1).all()
+
+
+def test_one_iteration_is_uniform_coupling():
+    votes = votes_of()
+    routed = dynamic_routing(votes, num_iterations=1)
+    np.testing.assert_allclose(routed.coupling, 1 / PARENTS, rtol=1e-6)
+    expected = references.squash(np.asarray(votes, np.float64).mean(0) * CHILDREN / PARENTS)
+    assert_close(routed.poses, expected, terms=CHILDREN)
+
+
+def test_the_number_of_passes():
+    # Two iterations update the logits once: with the poses of the first.
+    votes = votes_of()
+    first = dynamic_routing(votes, num_iterations=1).poses
+    agreement = jnp.einsum("ijd,jd->ij", votes, first)
+    by_hand = dynamic_routing(votes, num_iterations=1, logits=agreement)
+    jax.tree.map(
+        lambda a, b: assert_close(a, b, terms=CHILDREN),
+        dynamic_routing(votes, num_iterations=2),
+        by_hand,
+    )
+
+
+def test_does_not_depend_on_the_batch_around():
+    batch = votes_of(4)
+    together = dynamic_routing(batch)
+    others_changed = dynamic_routing(batch.at[1:].multiply(-3))
+    for whole, changed, alone in zip(
+        together, others_changed, dynamic_routing(batch[0]), strict=True
+    ):
+        np.testing.assert_array_equal(whole[0], changed[0])
+        np.testing.assert_allclose(whole[0], alone, rtol=1e-5, atol=1e-7)
+
+
+def test_is_equivariant_to_permutations_of_children_and_parents():
+    votes = votes_of()
+    children, parents = np.array([3, 0, 5, 1, 4, 2]), np.array([2, 0, 3, 1])
+    routed, permuted = dynamic_routing(votes), dynamic_routing(votes[children][:, parents])
+    assert_close(permuted.poses, routed.poses[parents], terms=CHILDREN)
+    assert_close(permuted.coupling, routed.coupling[children][:, parents], terms=CHILDREN)
+
+
+def test_gradients_go_through_all_iterations():
+    # Smooth in every argument and option, so that finite differences must agree.
+    votes, logits, bias = votes_of(2), votes_of(shape=(CHILDREN, PARENTS)), votes_of()[0]
+    where = jnp.arange(CHILDREN) != 2
+
+    @jax.jit
+    def route(votes, logits, bias):
+        return dynamic_routing(votes, logits=logits, bias=bias, where=where, leaky=True)
+
+    check_grads(route, (votes, logits, bias), order=1, eps=1e-2, atol=1e-2, rtol=1e-2)
+    check_grads(jax.jit(dynamic_routing), (votes,), order=2, eps=1e-2, atol=2e-2, rtol=2e-2)
+
+
+def gradient(votes, **options):
+    def loss(votes):
+        return dynamic_routing(votes, **options).activations[..., 0].sum()
+
+    return jax.jit(jax.grad(loss))(votes)
+
+
+def test_stop_gradient_changes_gradients_from_the_second_iteration_on():
+    votes = votes_of()
+    for num_iterations in (1, 3):
+        through, stopped = (
+            gradient(votes, num_iterations=num_iterations, stop_gradient=s) for s in (False, True)
+        )
+        if num_iterations == 1:
+            np.testing.assert_array_equal(through, stopped)
+        else:
+            assert float(jnp.abs(through - stopped).max()) > 1e-3
+    jax.tree.map(
+        np.testing.assert_array_equal, dynamic_routing(votes),
+        dynamic_routing(votes, stop_gradient=True),
+    )  # fmt: skip
+
+
+def test_stop_gradient_is_the_gradient_with_the_coupling_held():
+    votes = votes_of()
+    held = jnp.log(dynamic_routing(votes).coupling)
+    expected = gradient(votes, num_iterations=1, logits=held)
+    assert_close(gradient(votes, stop_gradient=True), expected, terms=CHILDREN)
+
+
+@pytest.mark.parametrize("masked", [jnp.nan, jnp.inf, 1e30, 7.0])
+def test_masked_children_have_no_part_whatever_they_hold(masked):
+    where = jnp.arange(CHILDREN) != 2
+    votes = votes_of()
+    without = jnp.delete(votes, 2, axis=0)
+    routed = dynamic_routing(votes.at[2].set(masked), where=where)
+    expected = dynamic_routing(without)
+    assert_close(routed.poses, expected.poses, terms=CHILDREN)
+    np.testing.assert_array_equal(routed.coupling[2], 0)
+    gradients = gradient(votes.at[2].set(masked), where=where)
+    np.testing.assert_array_equal(gradients[2], 0)
+    assert_close(jnp.delete(gradients, 2, axis=0), gradient(without), terms=CHILDREN)
+
+
+def test_a_batch_with_a_mask_of_its_own():
+    votes = votes_of(2)
+    where = jnp.array([np.arange(CHILDREN) < 4, np.arange(CHILDREN) > 1])
+    routed = dynamic_routing(votes, where=where)
+    for b in range(2):
+        alone = dynamic_routing(votes[b][where[b]])
+        assert_close(routed.poses[b], alone.poses, terms=CHILDREN)
+
+
+def test_all_children_masked_gives_zero_and_no_nan():
+    where = jnp.zeros(CHILDREN, bool)
+    np.testing.assert_array_equal(dynamic_routing(votes_of(), where=where).poses, 0)
+    np.testing.assert_array_equal(gradient(votes_of(), where=where), 0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [0.0, 1e-8, 1e4])
+def test_values_and_gradients_are_finite(dtype, value):
+    votes = jnp.full((3, CHILDREN, PARENTS, FEATURES), value, dtype)
+    for leaky in (False, True):
+        routed = dynamic_routing(votes, leaky=leaky)
+        assert all(jnp.isfinite(x).all() for x in routed)
+        gradients = gradient(votes, leaky=leaky)
+        assert jnp.isfinite(gradients).all()
+    if not votes.any():
+        np.testing.assert_array_equal(gradients, 0)
+
+
+def test_sums_in_float32():
+    # 4096 children of one vote each: a bfloat16 sum of them would stop at 256.
+    votes = jnp.full((4096, 1, 1), 2.0**-8, jnp.bfloat16)
+    s = 16.0
+    assert float(dynamic_routing(votes).poses[0, 0]) == float(jnp.bfloat16(s**2 / (1 + s**2)))
+
+
+def test_the_loop_is_a_fori_loop():
+    # As many iterations as you like in a program of the same size.
+    def program(num_iterations):
+        function = jax.jit(lambda v: dynamic_routing(v, num_iterations=num_iterations).poses)
+        return function.lower(votes_of()).as_text()
+
+    assert "stablehlo.while" in program(3)
+    assert len(program(30).splitlines()) == len(program(3).splitlines())
+
+
+def test_under_transformations():
+    votes = votes_of(3)
+    poses = dynamic_routing(votes).poses
+    close = {"rtol": 1e-5, "atol": 1e-6}
+
+    def one(votes):
+        return dynamic_routing(votes).poses
+
+    np.testing.assert_allclose(jax.jit(one)(votes), poses, **close)
+    np.testing.assert_allclose(jax.vmap(one)(votes), poses, **close)
+    np.testing.assert_allclose(jax.lax.map(one, votes), poses, **close)
+    np.testing.assert_allclose(
+        jax.grad(lambda v: jax.remat(one)(v).sum())(votes),
+        jax.grad(lambda v: one(v).sum())(votes),
+        **close,
+    )
+    mapped = jax.pmap(one)(votes)
+    np.testing.assert_allclose(mapped, poses, **close)
+
+
+BATCH = PartitionSpec("batch")
+WHOLE = PartitionSpec()
+
+
+@pytest.mark.parametrize("varying", ["votes", "logits", "bias", "where"])
+def test_under_shard_map_whichever_argument_is_sharded(varying):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))
+    arguments = {
+        "votes": votes_of(2),
+        "logits": votes_of(2)[..., 0],
+        "bias": votes_of(2)[:, 0],
+        "where": jnp.array([[True] * CHILDREN, [True, False] * (CHILDREN // 2)]),
+    }
+    arguments = {k: v if k == varying else v[:1] for k, v in arguments.items()}
+
+    def one(arguments):
+        arguments = {k: v[0] for k, v in arguments.items()}
+        return dynamic_routing(**arguments).activations[None]
+
+    specs = {k: BATCH if k == varying else WHOLE for k in arguments}
+    sharded = jax.shard_map(one, mesh=mesh, in_specs=(specs,), out_specs=BATCH)
+    for device, activations in enumerate(jax.jit(sharded)(arguments)):
+        own = {k: v[device : device + 1] if k == varying else v for k, v in arguments.items()}
+        np.testing.assert_allclose(activations, one(own)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_under_shard_map():
+    mesh = Mesh(np.array(jax.devices()), ("batch",))
+
+    def loss(votes):
+        return dynamic_routing(votes).activations[..., 0]
+
+    sharded = jax.shard_map(loss, mesh=mesh, in_specs=BATCH, out_specs=BATCH)
+    votes = votes_of(16)
+    np.testing.assert_allclose(
+        jax.jit(jax.grad(lambda v: sharded(v).sum()))(votes),
+        jax.grad(lambda v: loss(v).sum())(votes), rtol=1e-4, atol=1e-6,
+    )  # fmt: skip
+
+
+def test_exported_for_every_platform():
+    function = jax.jit(lambda v: tuple(dynamic_routing(v, bias=jnp.zeros((PARENTS, FEATURES)))))
+    exported = export.export(function, platforms=["cpu", "cuda", "tpu"])(votes_of(2))
+    for a, b in zip(exported.call(votes_of(2)), function(votes_of(2)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_exported_with_a_symbolic_batch():
+    (batch,) = export.symbolic_shape("batch")
+    shape = jax.ShapeDtypeStruct((batch, CHILDREN, PARENTS, FEATURES), jnp.float32)
+    exported = export.export(jax.jit(lambda v: dynamic_routing(v).poses))(shape)
+    for size in (1, 3):
+        np.testing.assert_allclose(
+            exported.call(votes_of(size)), dynamic_routing(votes_of(size)).poses, rtol=1e-5,
+            atol=1e-7,
+        )  # fmt: skip
+
+
+def test_two_stacked_layers_have_finite_gradients():
+    keys = jax.random.split(jax.random.key(0), 3)
+    tokens = jax.random.normal(keys[0], (2, 8, 4)).at[0, 0].set(0)
+    first = jax.random.normal(keys[1], (8, 4, 5, 6))
+    second = jax.random.normal(keys[2], (5, 6, 3, 4))
+
+    @jax.jit
+    def loss(first, second, tokens):
+        hidden = dynamic_routing(dense_votes(tokens, first)).poses
+        return dynamic_routing(dense_votes(hidden, second)).activations.sum()
+
+    for scale in (0.0, 1.0):
+        gradients = jax.grad(loss, (0, 1, 2))(scale * first, second, tokens)
+        assert all(jnp.isfinite(g).all() for g in gradients)
+
+
+def test_pmapped_gradients_are_those_of_the_whole_batch():
+    weights, tokens = votes_of(shape=(6, 4, 3, 5)), votes_of(16, shape=(6, 4))
+
+    def loss(weights, tokens):
+        return dynamic_routing(dense_votes(tokens, weights)).activations[:, 0].mean()
+
+    def step(weights, tokens):
+        return jax.lax.pmean(jax.grad(loss)(weights, tokens), "batch")
+
+    mapped = jax.pmap(step, axis_name="batch", in_axes=(None, 0), out_axes=None)
+    np.testing.assert_allclose(
+        mapped(weights, tokens.reshape(8, 2, 6, 4)), jax.grad(loss)(weights, tokens), rtol=1e-5,
+        atol=1e-7,
+    )  # fmt: skip
+
+
+BAD = [
+    ({"num_iterations": 0}, ValueError, "num_iterations must be at least 1, got 0"),
+    ({"num_iterations": 2.0}, TypeError, "num_iterations must be a Python integer, got 2.0"),
+    ({"logits": jnp.zeros((2, 3))}, ValueError, r"logits must broadcast to \(6, 4\), got .*2, 3"),
+    ({"logits": jnp.zeros((6, 4), int)}, TypeError, "logits must be a floating-point array"),
+    ({"bias": jnp.zeros(5)}, ValueError, r"bias must have shape \[J, D\] = \(4, 5\), got \(5,\)"),
+    ({"where": jnp.ones(6)}, TypeError, "where must be a bool array, got dtype float32"),
+    ({"where": jnp.ones(5, bool)}, ValueError, r"where must broadcast to \(6,\), got shape \(5,\)"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "match"), BAD, ids=[m for *_, m in BAD])
+def test_bad_options_are_named_while_tracing(options, error, match):
+    with pytest.raises(error, match=match):
+        jax.jit(lambda v: dynamic_routing(v, **options))(votes_of())
+
+
+def test_bad_votes_are_named():
+    with pytest.raises(ValueError, match=r"votes must have shape .*got shape \(3, 4\)"):
+        dynamic_routing(jnp.ones((3, 4)))
+    with pytest.raises(TypeError, match="votes must be a floating-point array, got dtype int32"):
+        dynamic_routing(jnp.ones((3, 4, 2), int))
+
+
+def test_a_traced_number_of_iterations_is_named():
+    with pytest.raises(TypeError, match="num_iterations must be a Python integer"):
+        jax.jit(lambda v, n: dynamic_routing(v, num_iterations=n))(votes_of(), 3)
