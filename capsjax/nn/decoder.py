@@ -91,7 +91,8 @@ class Decoder(nnx.Module):
             raise ValueError(
                 f"mask must have shape [..., J] = {poses.shape[:-1]}, got {mask.shape}"
             )
-        hidden = poses * mask.astype(poses.dtype)[..., None]
+        weights = mask.astype(poses.dtype)[..., None]
+        hidden = jnp.where(weights == 0, 0, poses) * weights
         hidden = hidden.reshape(*poses.shape[:-2], -1)
         for layer in self.layers[:-1]:
             hidden = jax.nn.relu(layer(hidden))

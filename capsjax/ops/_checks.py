@@ -15,7 +15,7 @@ def as_floating(name: str, value: ArrayLike) -> jax.Array:
 
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype that norms, sums and softmaxes over `dtype` are computed in: float32 or wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def safe_sqrt(squared: jax.Array) -> jax.Array:

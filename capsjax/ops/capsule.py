@@ -48,7 +48,7 @@ def squash(s: ArrayLike, axis: int = -1, *, epsilon: float = 0.0) -> jax.Array:
     wide = s.astype(accumulator(s.dtype))
     squared = jnp.sum(wide * wide, axis=axis, keepdims=True)
     if epsilon:
-        scale = squared / ((1 + squared) * jnp.sqrt(squared + epsilon))
+        scale = squared / (1 + squared) / jnp.sqrt(squared + epsilon)
     else:
         scale = safe_sqrt(squared) / (1 + squared)
     return (wide * scale).astype(s.dtype)

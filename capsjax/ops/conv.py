@@ -107,11 +107,14 @@ def conv_general_dilated(
     reason = _why_no_patches(
         lhs,
         rhs,
+        window_strides,
+        padding,
         lhs_dilation,
         rhs_dilation,
         dimension_numbers,
         feature_group_count,
         batch_group_count,
+        preferred_element_type,
         out_sharding,
     )
     if implementation == "patches":
@@ -126,20 +129,24 @@ def conv_general_dilated(
 def _why_no_patches(
     lhs: jax.Array,
     rhs: jax.Array,
+    strides: Sequence[int],
+    padding: Padding,
     lhs_dilation: Sequence[int] | None,
     rhs_dilation: Sequence[int] | None,
     dimension_numbers: Any,
     feature_group_count: int,
     batch_group_count: int,
+    preferred_element_type: Any,
     out_sharding: Any,
 ) -> str | None:
+    """Why patches cannot, in words; XLA then computes, or says what is wrong."""
     if lhs.ndim != 4 or rhs.ndim != 4:
         return f"needs two spatial axes, got shapes {lhs.shape} and {rhs.shape}"
     if lax.conv_dimension_numbers(
         lhs.shape, rhs.shape, dimension_numbers
     ) != lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC):
         return f"needs dimension_numbers={_NHWC}, got {dimension_numbers}"
-    if any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ()))):
+    if any(d not in (None, (1, 1), [1, 1]) for d in (lhs_dilation, rhs_dilation)):
         return f"knows no dilation, got lhs_dilation={lhs_dilation} and rhs_dilation={rhs_dilation}"
     if feature_group_count != 1 or batch_group_count != 1:
         return (
@@ -153,7 +160,36 @@ def _why_no_patches(
             f"needs images and kernel of the same channels and dtype, got"
             f" {lhs.dtype}{lhs.shape} and {rhs.dtype}{rhs.shape}"
         )
+    if len(strides) != 2 or min(strides) < 1:
+        return f"needs two positive strides, got window_strides={strides}"
+    if not isinstance(padding, str) and [len(pair) for pair in padding] != [2, 2]:
+        return f"needs a name or two pairs, got padding={padding}"
+    if min(_grid(lhs, rhs, strides, _pads(lhs, rhs, strides, padding))) < 1:
+        return f"needs images as large as the kernel, got shapes {lhs.shape} and {rhs.shape}"
+    if preferred_element_type is not None and jnp.dtype(preferred_element_type) not in (
+        lhs.dtype,
+        jnp.promote_types(lhs.dtype, jnp.float32),
+    ):
+        return f"sums in {lhs.dtype} or float32, got preferred_element_type"
     return None
+
+
+def _pads(
+    images: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Padding
+) -> Sequence[tuple[int, int]]:
+    if isinstance(padding, str):
+        return lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], strides, padding)
+    return padding
+
+
+def _grid(
+    images: jax.Array, kernel: jax.Array, strides: Sequence[int], pads: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    """Rows and columns of the result."""
+    rows, columns = (
+        (images.shape[1 + n] + sum(pads[n]) - kernel.shape[n]) // strides[n] + 1 for n in (0, 1)
+    )
+    return rows, columns
 
 
 def _conv_by_patches(
@@ -164,31 +200,24 @@ def _conv_by_patches(
     precision: lax.PrecisionLike,
     preferred_element_type: Any,
 ) -> jax.Array:
-    (kh, kw, _, features), (sh, sw) = kernel.shape, strides
-    pads = (
-        lax.padtype_to_pads(images.shape[1:3], (kh, kw), strides, padding)
-        if isinstance(padding, str)
-        else padding
-    )
+    (kh, kw, channels, features), (sh, sw) = kernel.shape, strides
+    pads = _pads(images, kernel, strides, padding)
+    rows, columns = _grid(images, kernel, strides, pads)
     if any(p for pair in pads for p in pair):
         images = lax.pad(
             images,
             jnp.zeros((), images.dtype),
             [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)],
         )
-    batch, height, width, _ = images.shape
-    rows, columns = max(0, (height - kh) // sh + 1), max(0, (width - kw) // sw + 1)
-    if not rows or not columns:
-        raise ValueError(f"the kernel {(kh, kw)} is larger than the padded image {(height, width)}")
     shifted = [
         images[:, h : h + sh * (rows - 1) + 1 : sh, w : w + sw * (columns - 1) + 1 : sw]
         for h in range(kh)
         for w in range(kw)
     ]
-    matrix = jnp.concatenate(shifted, axis=-1).reshape(batch * rows * columns, -1)
+    size, batch = kh * kw * channels, images.shape[0]
     product = jnp.matmul(
-        matrix,
-        kernel.reshape(-1, features),
+        jnp.concatenate(shifted, axis=-1).reshape(batch * rows * columns, size),
+        kernel.reshape(size, features),
         precision=precision,
         preferred_element_type=preferred_element_type,
     )

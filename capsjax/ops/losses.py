@@ -118,7 +118,7 @@ def reconstruction_loss(
         )
     wide = accumulator(reconstruction.dtype)
     difference = reconstruction.astype(wide) - target.astype(wide)
-    axes = axis if isinstance(axis, int) else tuple(axis)
+    axes = tuple(axis) if isinstance(axis, Sequence) else axis
     return _sum_of(jnp.square, difference, axes, where).astype(reconstruction.dtype)
 
 

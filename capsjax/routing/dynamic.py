@@ -122,6 +122,6 @@ def dynamic_routing(
 
 def _leaky_softmax(logits: jax.Array) -> jax.Array:
     """Softmax over the last axis with one more logit of zero, whose share is dropped."""
-    highest = lax.stop_gradient(jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), 0))
+    highest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=0))
     exponentials = jnp.exp(logits - highest)
     return exponentials / (jnp.exp(-highest) + jnp.sum(exponentials, axis=-1, keepdims=True))

@@ -107,9 +107,13 @@ def paper_optimizer(
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 4; the
       constants are those of the authors' code.
     """
-    return optax.adam(
-        optax.exponential_decay(learning_rate, decay_steps, decay_rate, end_value=floor)
-    )
+
+    def schedule(count: chex.Numeric) -> jax.Array:
+        # Not optax.exponential_decay, which takes the floor for a ceiling at a decay rate of 1.
+        steps = jnp.asarray(count, jnp.float32)
+        return jnp.maximum(learning_rate * decay_rate ** (steps / decay_steps), floor)
+
+    return optax.adam(schedule)
 
 
 def init_state(params: chex.ArrayTree, optimizer: optax.GradientTransformation) -> TrainState:
@@ -165,7 +169,13 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
-        chex.assert_equal_shape_prefix(batch, 1)
+        if batch.images.shape[:1] != batch.labels.shape:
+            raise ValueError(
+                f"batch must have one label per image, shape {batch.images.shape[:1]}, got"
+                f" labels of shape {batch.labels.shape}"
+            )
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            raise TypeError(f"key must be a typed key as of jax.random.key, got {key.dtype}")
         size = batch.labels.shape[0]
         first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * size
         keys = jax.vmap(lambda position: jax.random.fold_in(key, position))(

@@ -115,6 +115,8 @@ def test_no_gradient_reaches_a_masked_capsule():
     gradient = jax.grad(lambda p: decoder(p, mask).sum())(normal(3, 4))
     np.testing.assert_array_equal(gradient[mask == 0], 0)
     assert (gradient[1] != 0).any()
+    broken = normal(3, 4).at[0].set(jnp.inf)
+    np.testing.assert_array_equal(decoder(broken, mask), decoder(broken.at[0].set(0), mask))
 
 
 def test_decoder_names_a_mask_of_the_wrong_shape():

@@ -76,7 +76,16 @@ def test_a_zero_vector_among_others_harms_none(function):
 
 
 def test_long_vectors_approach_length_one():
-    np.testing.assert_allclose(length(squash(jnp.full((1, 4), 1e15))), 1, rtol=1e-6)
+    long = jnp.full((1, 4), 1e15)
+    np.testing.assert_allclose(length(squash(long)), 1, rtol=1e-6)
+    np.testing.assert_allclose(length(squash(long, epsilon=1e-7)), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_under_strict_dtype_promotion(dtype):
+    s = jnp.ones((2, 3), dtype)
+    with jax.numpy_dtype_promotion("strict"):
+        assert squash(s, epsilon=1e-7).dtype == squash(s).dtype == length(s).dtype == dtype
 
 
 @pytest.mark.parametrize("function", [squash, length])

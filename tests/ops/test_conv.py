@@ -183,3 +183,38 @@ def test_accumulates_in_the_preferred_dtype():
             images, kernel, implementation=implementation, preferred_element_type=jnp.float32
         )
         assert out.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("implementation", ["patches", None])
+def test_an_empty_batch_and_no_output_features(implementation):
+    images, kernel = arrays(2, 8, 8, 3, 3, 3, 4)
+    assert conv(images[:0], kernel, implementation=implementation).shape == (0, 6, 6, 4)
+    assert conv(images, kernel[..., :0], implementation=implementation).shape == (2, 6, 6, 0)
+
+
+ODD = {
+    "kernel larger than image": {"rhs": jnp.ones((12, 12, 3, 4))},
+    "one pair of padding": {"padding": ((1, 1),)},
+    "one stride": {"window_strides": (1,)},
+    "dilation without a sequence": {"rhs_dilation": 2},
+    "narrower result": {"preferred_element_type": jnp.bfloat16},
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_answers_odd_arguments_as_lax_does(name):
+    images, kernel = arrays(2, 8, 8, 3, 3, 3, 4)
+    arguments = {
+        "lhs": images, "rhs": kernel, "window_strides": (1, 1), "padding": "VALID",
+        "dimension_numbers": NHWC, **ODD[name],
+    }  # fmt: skip
+
+    def outcome(function):
+        try:
+            return function(**arguments).shape
+        except (TypeError, ValueError) as error:
+            return str(error).splitlines()[0]
+
+    assert outcome(conv_general_dilated) == outcome(lax.conv_general_dilated)
+    with pytest.raises(NotImplementedError, match="implementation='patches' "):
+        conv_general_dilated(**arguments, implementation="patches")

@@ -223,6 +223,21 @@ def test_values_and_gradients_are_finite(dtype, value):
         np.testing.assert_array_equal(gradients, 0)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_under_strict_dtype_promotion(dtype):
+    options = in_jax({**OPTIONS["all"], "where": jnp.arange(CHILDREN) > 1})
+    with jax.numpy_dtype_promotion("strict"):
+        assert dynamic_routing(votes_of(dtype=dtype), **options).poses.dtype == dtype
+
+
+@pytest.mark.parametrize("leaky", [False, True])
+def test_without_parents_children_or_examples(leaky):
+    for shape in ((2, 0, 3), (0, 2, 3), (0, 4, 2, 3)):
+        routed = dynamic_routing(jnp.ones(shape), leaky=leaky)
+        assert routed.poses.shape == (*shape[:-3], *shape[-2:])
+        np.testing.assert_array_equal(routed.poses, 0)
+
+
 def test_sums_in_float32():
     # 4096 children of one vote each: a bfloat16 sum of them would stop at 256.
     votes = jnp.full((4096, 1, 1), 2.0**-8, jnp.bfloat16)
