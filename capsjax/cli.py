@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             lambda: tyro.extras.subcommand_cli_from_dict(
                 {"train": TrainConfig, "evaluate": EvaluateConfig},
                 prog="capsjax",
-                description="Capsule networks for JAX.",
+                description=f"Capsule networks for JAX, version {__version__}.",
                 args=arguments,
             ),
         )
@@ -64,7 +64,7 @@ def train_main(prog: str = "train.py", argv: Sequence[str] | None = None) -> Non
     def command() -> None:
         if config.resume and config.run_dir is not None:
             # Parsed again over the run's own options, so that only what is given may differ.
-            started, _, _ = RunDirectory(config.run_dir).read_config()
+            started = RunDirectory(config.run_dir).read_config().train
             _print_result(prog, train(parse(started)))
         else:
             _print_result(prog, train(config))
@@ -94,7 +94,12 @@ def _print_result(prog: str, result: Result) -> None:
         sys.exit(128 + result.stopped_by)
     assert result.test is not None  # a run that was not stopped has been tested
     _print_error("test error", result.test)
-    print(f"trained {result.step:,} steps in {_duration(result.seconds)}; see {result.run_dir}")
+    steps = (
+        f"steps {result.first_step:,} to {result.step:,}"
+        if result.first_step
+        else (f"{result.step:,} steps")
+    )
+    print(f"trained {steps} in {_duration(result.seconds)}; see {result.run_dir}")
     picture = RunDirectory(result.run_dir).picture
     if picture.exists():
         print(f"test images over their reconstructions: {picture}")
@@ -134,6 +139,11 @@ def _in_one_line(box: str) -> str:
             parts[-1] = f"{parts[-1]} {line.strip('│| ')}".strip()
     parts = [part for part in parts if part]
     message = re.sub(r"^Error parsing \w+Config: ", "", parts[0]).rstrip(".")
+    message = re.sub(
+        r"^Error parsing (--\S+): no type matching .* could be instantiated from \[(.*)\]",
+        r"\1 cannot be \2",
+        message,
+    )
     for part in parts[1:]:
         if suggestion := re.match(r"Perhaps you meant: (--\S+)", part):
             message += f"; perhaps you meant {suggestion[1]}"
@@ -152,16 +162,17 @@ def _run(prog: str, command: Callable[[], None]) -> None:
         with contextlib.suppress(SystemExit):
             _fail(prog, str(error), 2)
         # Reads and writes that Orbax gave up on would end in tracebacks while Python shuts down.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2)
+        _exit_at_once(2)
     except DivergedError as error:
         _fail(prog, str(error), 1)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         _fail(prog, f"{error.strerror or error}{where}", 1)
     except KeyboardInterrupt:
-        _fail(prog, "interrupted", 130)
+        with contextlib.suppress(SystemExit):
+            _fail(prog, "interrupted", 130)
+        # XLA may still be compiling in another thread, which Python must not be taken from.
+        _exit_at_once(130)
 
 
 def _quieten_libraries() -> None:
@@ -183,6 +194,12 @@ def _quieten_libraries() -> None:
             told(unraisable)
 
     sys.unraisablehook = hook
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _fail(prog: str, message: str, code: int) -> NoReturn:

@@ -1,5 +1,6 @@
 """The commands as a user runs them: real processes, real signals, real bad input."""
 
+import json
 import os
 import signal
 import subprocess
@@ -25,10 +26,10 @@ def environment(devices=1):
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "COLUMNS": "80"}
 
 
-def script(name, *arguments, devices=1, **options):
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
+def script(name, *arguments, devices=1, before=()):
+    command = [*before, sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
     return subprocess.run(
-        command, env=environment(devices), capture_output=True, text=True, timeout=300, **options
+        command, env=environment(devices), capture_output=True, text=True, timeout=300
     )
 
 
@@ -71,7 +72,8 @@ def test_a_run_ends_with_a_test_error_and_a_picture(uninterrupted):
 
 def test_evaluate_tells_the_same_error(uninterrupted):
     run, done = uninterrupted
-    evaluated = script("evaluate", run)
+    # Also where the batch cannot be split over the devices: it is rounded up.
+    evaluated = script("evaluate", run, "--batch-size", 100, devices=8)
     assert evaluated.returncode == 0, evaluated.stderr
     told = evaluated.stdout.splitlines()[0].removeprefix("mnist_5k ")
     assert told == done.stdout.splitlines()[0]
@@ -119,6 +121,16 @@ def test_resuming_keeps_the_run_s_options_and_may_lengthen_it(uninterrupted, tmp
     longer = script("train", "--resume", "--run-dir", run, "--steps", 44)
     assert longer.returncode == 0, longer.stderr
     assert "44 steps of 16, from step 40" in longer.stderr
+    assert "trained steps 40 to 44 in" in longer.stdout
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["split"] == "test"] == [44]
+    finished = script("train", "--resume", "--run-dir", run)
+    assert finished.returncode == 2
+    assert "is finished at step 44; more --epochs or --steps" in one_line(
+        finished.stderr, "train.py"
+    )
+    epochs = script("train", "--resume", "--run-dir", run, "--epochs", 30)
+    assert "--epochs has no effect on the run" in one_line(epochs.stderr, "train.py")
     refused = script("train", "--resume", "--run-dir", run, "--seed", 1)
     assert refused.returncode == 2
     assert "--seed must stay 0 to resume the run" in one_line(refused.stderr, "train.py")
@@ -151,16 +163,13 @@ def test_a_truncated_checkpoint_is_one_line_and_loses_nothing(uninterrupted, tmp
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_complete(uninterrupted, tmp_path):
     """A limit on the size of a file stands in for a disk without space: both refuse the write."""
-    import resource
     import shutil
 
     run = tmp_path / "copy"
     shutil.copytree(uninterrupted[0], run)
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    failed = script("train", "--resume", "--run-dir", run, "--steps", 60, preexec_fn=limit)
+    arguments = ["--resume", "--run-dir", run, "--steps", 60]
+    failed = script("train", *arguments, before=["sh", "-c", 'ulimit -f 100; exec "$@"', "sh"])
     assert failed.returncode == 2
     line = one_line(failed.stderr, "train.py")
     assert "could not be written to" in line
@@ -213,6 +222,8 @@ BAD = [
     (["train", "--dataset", "mnits"], "'mnits'.*'--dataset'.*mnist_5k"),
     (["train", "--batch-siz", "3"], "--batch-siz.*perhaps you meant --batch-size"),
     (["train", "--batch-size", "x"], "--batch-size.*'x'"),
+    (["train", "--steps", "x"], "--steps cannot be 'x'"),
+    (["train", "--max-shift", "28"], "--max-shift must be below the images' 28 pixels, got 28"),
     (["train", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     (["train", "--learning-rate", "nan"], "--learning-rate must be positive, got nan"),
     (["train", "--decay-rate", "2"], "--decay-rate must be above 0 and at most 1, got 2"),
@@ -220,9 +231,15 @@ BAD = [
     (["train", "--resume"], "--resume needs --run-dir"),
     (["train", "--resume", "--run-dir", "missing"], "run directory missing does not exist"),
     (["train", "--resume", "--run-dir", "."], "holds no run: config.json missing"),
-    (["train", "--batch-size", "100"], "divisible by the number of devices, 8, got 100"),
-    (["train", "--driver", "jit", "--devices", "2"], "'jit' runs on one device, got 2"),
-    (["train", "--preset", "baseline", "--loss", "paper"], "must be cross_entropy, got 'paper'"),
+    (
+        ["train", "--batch-size", "100"],
+        "--batch-size must be divisible by .* devices, 8, got 100",
+    ),
+    (["train", "--driver", "jit", "--devices", "2"], "--driver 'jit' runs on one device, got 2"),
+    (
+        ["train", "--preset", "baseline", "--loss", "paper"],
+        "--loss for .* must be cross_entropy",
+    ),
     (["train", "--run-dir", "/proc/none"], "--run-dir /proc/none cannot be made"),
     (["train", "--dataset", "image_folder"], "needs --data-dir"),
     (["train", "--dataset", "image_folder", "--data-dir", "missing"], "missing.*does not exist"),

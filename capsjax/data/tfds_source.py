@@ -88,14 +88,13 @@ def _expect_format(name: str, prepared: Path) -> None:
 
 
 def _decode(builder: Any) -> tuple[Split, Split]:
-    from absl import logging as absl_logging
-
-    verbosity = absl_logging.get_verbosity()
-    absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS advises to install OpenCV
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(max(level, logging.ERROR))  # TFDS advises to install OpenCV
     try:
         train, test = (_decode_split(builder, split) for split in ("train", "test"))
     finally:
-        absl_logging.set_verbosity(verbosity)
+        absl.setLevel(level)
     return train, test
 
 

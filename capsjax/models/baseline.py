@@ -38,6 +38,9 @@ class BaselineConfig:
         check_positive(
             self, "image_shape", "num_classes", "conv_features", "conv_kernel", "dense_features"
         )
+        for name in ("conv_features", "dense_features"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one layer, got {getattr(self, name)}")
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}")
 

@@ -62,6 +62,8 @@ class Checkpoints:
         Raises:
           CheckpointError: this or the previous checkpoint could not be written.
         """
+        if step in self.steps():  # it was saved without the validation that it now has
+            self._guard(step, lambda: self._manager.delete(step))
         snapshot = jax.tree.map(lambda x: x.copy(), state)
         metrics = None if validation_error is None else {_METRIC: validation_error}
         self._guard(

@@ -36,11 +36,12 @@ class TrainConfig:
     """Run directory; runs/DATASET-PRESET-TIME if not given."""
 
     resume: bool = False
-    """Go on with the run in RUN_DIR from its last checkpoint, with the options it was started
-    with."""
+    """Go on with the run in RUN_DIR from its last checkpoint, with its options except for those
+    that are given; what shapes the parameters must stay."""
 
     epochs: int = 20
-    """Passes over the training images."""
+    """Passes over the training images, each in an order of its own; the images that are left when
+    they fill no batch are left out."""
 
     steps: int | None = None
     """Train this many steps, whatever the epochs."""
@@ -147,6 +148,11 @@ class TrainConfig:
 
     def check_resumes(self, started: "TrainConfig") -> None:
         """Raises a ConfigError if an option that shapes the parameters differs from the run's."""
+        if self.steps is not None and self.epochs != started.epochs:
+            raise ConfigError(
+                f"--epochs has no effect on the run in {self.run_dir}, which ends after --steps"
+                f" {self.steps}"
+            )
         for field in dataclasses.fields(self):
             if field.name in _MAY_CHANGE:
                 continue
@@ -182,7 +188,7 @@ class EvaluateConfig:
     """Where data sets are looked for; the run's own if not given."""
 
     batch_size: int = 100
-    """Examples in a batch, over all devices together."""
+    """Examples in a batch, over all devices together; rounded up to a multiple of their number."""
 
     driver: DriverName = "pmap"
     """How it runs: pmap, shard, or jit (one device)."""

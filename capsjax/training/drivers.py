@@ -126,7 +126,7 @@ def make_driver(
         raise ValueError(f"driver 'jit' runs on one device, got {len(chosen)}")
     if batch_size % len(chosen):
         raise ValueError(
-            f"batch size must be divisible by the number of devices, {len(chosen)}, got"
+            f"batch_size must be divisible by the number of devices, {len(chosen)}, got"
             f" {batch_size}"
         )
     return Driver(name, chosen)  # type: ignore[arg-type]

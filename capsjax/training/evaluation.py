@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 from flax import nnx
 
 from capsjax import models
@@ -18,6 +19,7 @@ from capsjax.training.session import (
     check_dataset,
     choose_devices,
     make_optimizer,
+    option_error,
 )
 from capsjax.training.step import TrainState, init_state, split_network
 
@@ -53,23 +55,29 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
       capsjax.data.DataError: the data set cannot be had.
       CheckpointError: the checkpoint cannot be read.
     """
-    started, model, _ = RunDirectory(config.run_dir).read_config()
+    started, model, data = RunDirectory(config.run_dir).read_config()
     name = config.dataset or started.dataset
     # A run's own directory goes with its own data set only.
     data_dir = config.data_dir or (started.data_dir if name == started.dataset else None)
+    devices = choose_devices(config.devices)
+    share = 1 if config.driver == "jit" else len(devices or jax.devices())
+    batch_size = -(-config.batch_size // share) * share
     try:
-        driver = make_driver(
-            config.driver, batch_size=config.batch_size, devices=choose_devices(config.devices)
-        )
+        driver = make_driver(config.driver, batch_size=batch_size, devices=devices)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise option_error(error) from None
     dataset = load(name, data_dir=data_dir)
     check_dataset(dataset, model)
+    if name == started.dataset and dataset.class_names != data.class_names:
+        raise ConfigError(
+            f"data set {name} has the classes {', '.join(dataset.class_names)}, the run was"
+            f" trained on {', '.join(data.class_names)}"
+        )
     apply, params = split_network(models.build(model, rngs=nnx.Rngs(0)))
     like = driver.replicate(init_state(params, make_optimizer(started)))
     step, state = restore(RunDirectory(config.run_dir), config.checkpoint, like)
     loss = choose_loss(started.loss, started.preset, model)
-    test = Evaluator(apply, loss, driver, config.batch_size, model)(state, dataset.test)
+    test = Evaluator(apply, loss, driver, batch_size, model)(state, dataset.test)
     assert test is not None  # only a request to stop ends it early, and there is none
     return Evaluated(config.run_dir, step, name, test)
 

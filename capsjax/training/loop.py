@@ -19,7 +19,7 @@ from capsjax.training.config import ConfigError, TrainConfig
 from capsjax.training.picture import write_picture
 from capsjax.training.programs import NEVER, StepSums
 from capsjax.training.reporting import Report
-from capsjax.training.run_directory import RunDirectory, write_json
+from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory, write_json
 from capsjax.training.session import Evaluation, Pace, Session
 from capsjax.training.step import Apply, TrainState
 from capsjax.training.stopping import StopRequest
@@ -40,6 +40,7 @@ class Result:
       step: steps taken.
       test: evaluation of the last parameters on the whole test set; None if the run was stopped.
       validation_error: of the last checkpoint that was validated, or None.
+      first_step: the step at which this process began: 0, or that of the resumed checkpoint.
       seconds: time in this process, compilation included.
       stopped_by: the signal that stopped the run before its end, or None.
     """
@@ -48,6 +49,7 @@ class Result:
     step: int
     test: Evaluation | None
     validation_error: float | None
+    first_step: int
     seconds: float
     stopped_by: signal.Signals | None = None
 
@@ -76,24 +78,33 @@ def train(
       DivergedError: the loss is not finite; the last good checkpoint is kept.
     """
     started = time.monotonic()
+    directory = RunDirectory(_run_dir(config))
+    before = None
+    if config.resume:
+        before = directory.read_config()
+        config.check_resumes(before.train)
+        model = before.model
+    else:
+        directory.check_new()  # before anything is loaded
+    if dataset is None:
+        dataset = load(config.dataset, data_dir=config.data_dir)
+    if before is not None:
+        before.data.check(DataDescription.of(dataset))
+    model = model or _configure(config, dataset)
+    session = Session(config, model, dataset)
+    if before is None:
+        directory.create()
+    elif (finished := directory.finished_at()) is not None and finished >= session.total_steps:
+        raise ConfigError(
+            f"the run in {directory.path} is finished at step {finished:,}; more --epochs or"
+            " --steps go on with it"
+        )
+    # Of a resumed run too: it may have become longer, and may have to be resumed again.
+    directory.write_config(RunConfig(config, model, DataDescription.of(dataset)))
     with StopRequest() as stop:
-        directory = RunDirectory(_run_dir(config))
-        if config.resume:
-            first_config, model, _ = directory.read_config()
-            config.check_resumes(first_config)
-        elif directory.config.exists():
-            directory.create()  # refuses, before anything is loaded
-        if dataset is None:
-            dataset = load(config.dataset, data_dir=config.data_dir)
-        model = model or _configure(config, dataset)
-        session = Session(config, model, dataset)
-        if not config.resume:
-            directory.create()
-            directory.write_config(config, model, dataset.class_names)
         checkpoints = Checkpoints(directory.checkpoints, keep=config.keep)
         try:
-            loop = _Loop(session, directory, checkpoints, stop)
-            return loop.run(started)
+            return _Loop(session, directory, checkpoints, stop).run(started)
         finally:
             checkpoints.close()
 
@@ -135,10 +146,20 @@ class _Loop:
         self.validation_error: float | None = None
         self.state = session.initial_state()
         self.step = 0
-        if self.config.resume and checkpoints.steps():
-            self.step = checkpoints.choose("last")
-            self.state = checkpoints.restore(self.step, self.state)
-            directory.forget_metrics_after(self.step)
+        self.validated = 0  # the last step that was
+        if self.config.resume:
+            if checkpoints.steps():
+                self.step = checkpoints.choose("last")
+                self.state = checkpoints.restore(self.step, self.state)
+            if self.step > session.total_steps:
+                raise ConfigError(
+                    f"the run in {directory.path} stands at step {self.step:,} already, beyond the"
+                    f" {session.total_steps:,} that were asked for"
+                )
+            for record in directory.forget_metrics_after(self.step):
+                if record["split"] == "validation":
+                    self.validated, self.validation_error = record["step"], record["error"]
+        self.first_step = self.step
         self._clear_window()
         self.completed = time.monotonic()
 
@@ -153,6 +174,9 @@ class _Loop:
         ) as self.report:
             self.report.say(self._headline())
             self.completed = time.monotonic()
+            due = self.step > 0 and (self.step % every == 0 or self.step == total)
+            if due and self.session.validation is not None and self.validated < self.step:
+                self._checkpoint()  # the run was stopped while it validated this step
             while self.step < total and self.stop.signal is None:
                 boundary = min(
                     total,
@@ -237,6 +261,7 @@ class _Loop:
             if validation is None:
                 return  # asked to stop: the run saves where it stands
             error = self.validation_error = validation.error
+            self.validated = self.step
             self.report.record(
                 "validation",
                 self.step,
@@ -258,7 +283,13 @@ class _Loop:
         self.checkpoints.finish()
         seconds = time.monotonic() - started
         return Result(
-            self.directory.path, self.step, None, self.validation_error, seconds, self.stop.signal
+            self.directory.path,
+            self.step,
+            None,
+            self.validation_error,
+            self.first_step,
+            seconds,
+            self.stop.signal,
         )
 
     def _finished(self, test: Evaluation, started: float) -> Result:
@@ -266,7 +297,9 @@ class _Loop:
         self.checkpoints.finish()
         draw_reconstructions(self.session, self.state, self.directory.picture, self.session.test)
         seconds = time.monotonic() - started
-        result = Result(self.directory.path, self.step, test, self.validation_error, seconds)
+        result = Result(
+            self.directory.path, self.step, test, self.validation_error, self.first_step, seconds
+        )
         write_json(
             self.directory.result,
             {
@@ -322,7 +355,7 @@ def _configure(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
             dtype=config.dtype,
         )
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"data set {dataset.name} does not suit the network: {error}") from None
 
 
 def _next_multiple(step: int, every: int) -> int:

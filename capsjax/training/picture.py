@@ -16,7 +16,7 @@ def reconstruction_grid(images: np.ndarray, reconstructions: np.ndarray) -> np.n
       reconstructions: pixels in [0, 1], floating, of the same shape.
 
     Returns:
-      uint8 ``[rows, columns, 3]``, enlarged by a whole factor to at most 960 columns if it fits.
+      uint8 ``[rows, columns, 3]``, enlarged by a whole factor to about 960 columns.
 
     Example:
       >>> import numpy as np

@@ -3,10 +3,14 @@
 import dataclasses
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from capsjax.data import Dataset
 from capsjax.models import BaselineConfig, CapsNetConfig, ModelConfig
 from capsjax.training.config import ConfigError, TrainConfig
 
@@ -14,6 +18,48 @@ _MODELS: dict[str, Callable[..., ModelConfig]] = {
     "capsnet": CapsNetConfig,
     "baseline": BaselineConfig,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class DataDescription:
+    """What tells one data set from another.
+
+    Attributes:
+      name: its name.
+      class_names: its classes, in the order of the labels.
+      train_images: number of training images.
+      checksum: CRC-32 of the training images and labels.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train_images: int
+    checksum: int
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> "DataDescription":
+        """Describes a data set."""
+        images, labels = (np.ascontiguousarray(x).data for x in dataset.train)
+        checksum = zlib.crc32(labels, zlib.crc32(images))
+        return cls(dataset.name, dataset.class_names, len(labels), checksum)
+
+    def check(self, found: "DataDescription") -> None:
+        """Raises a ConfigError unless these are the data that a run was started with."""
+        for name in ("class_names", "train_images", "checksum"):
+            then, now = getattr(self, name), getattr(found, name)
+            if then != now:
+                raise ConfigError(
+                    f"data set {found.name} is not the one that the run was started with:"
+                    f" {name.replace('_', ' ')} were {then}, are {now}"
+                )
+
+
+class RunConfig(NamedTuple):
+    """What a run directory says about its run: options, network, data."""
+
+    train: TrainConfig
+    model: ModelConfig
+    data: DataDescription
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +102,26 @@ class RunDirectory:
         """TensorBoard's event files."""
         return self.path / "tensorboard"
 
+    def check_new(self) -> None:
+        """Raises a ConfigError if the directory holds a run already."""
+        if self.config.exists():
+            raise ConfigError(
+                f"--run-dir {self.path} already holds a run; go on with it by --resume, or name"
+                " another directory"
+            )
+        if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+            raise ConfigError(
+                f"--run-dir {self.path} holds checkpoints of a run whose {self.config.name} is"
+                " missing; name another directory"
+            )
+
     def create(self) -> None:
         """Makes the directory for a new run, which must not hold one already.
 
         Raises:
           ConfigError: it holds a run, or it cannot be made.
         """
-        if self.config.exists():
-            raise ConfigError(
-                f"--run-dir {self.path} already holds a run; go on with it by --resume, or name"
-                " another directory"
-            )
+        self.check_new()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -74,37 +129,33 @@ class RunDirectory:
                 f"--run-dir {self.path} cannot be made: {error.strerror or error}"
             ) from None
 
-    def write_config(
-        self, config: TrainConfig, model: ModelConfig, class_names: tuple[str, ...]
-    ) -> None:
+    def write_config(self, config: RunConfig) -> None:
         """Writes what is needed to resume or evaluate the run."""
-        kind = "baseline" if isinstance(model, BaselineConfig) else "capsnet"
+        kind = "baseline" if isinstance(config.model, BaselineConfig) else "capsnet"
         values = {
-            "train": config.to_json(),
-            "model": {"kind": kind, **dataclasses.asdict(model)},
-            "class_names": class_names,
+            "train": config.train.to_json(),
+            "model": {"kind": kind, **dataclasses.asdict(config.model)},
+            "data": dataclasses.asdict(config.data),
         }
         write_json(self.config, values)
 
-    def read_config(self) -> tuple[TrainConfig, ModelConfig, tuple[str, ...]]:
+    def read_config(self) -> RunConfig:
         """Reads what :meth:`write_config` wrote.
 
         Raises:
           ConfigError: the directory is missing, holds no run, or its configuration is damaged.
         """
         if not self.path.is_dir():
-            raise ConfigError(f"run directory {self.path} does not exist")
+            what = "is not a directory" if self.path.exists() else "does not exist"
+            raise ConfigError(f"run directory {self.path} {what}")
         if not self.config.exists():
             raise ConfigError(f"run directory {self.path} holds no run: {self.config.name} missing")
         try:
             values = json.loads(self.config.read_text())
             train = TrainConfig.from_json(values["train"], run_dir=self.path)
-            fields: dict[str, Any] = {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values["model"].items()
-            }
+            fields = _with_tuples(values["model"])
             model = _MODELS[fields.pop("kind")](**fields)
-            return train, model, tuple(values["class_names"])
+            return RunConfig(train, model, DataDescription(**_with_tuples(values["data"])))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{self.config} is damaged: {error}") from None
 
@@ -125,10 +176,26 @@ class RunDirectory:
                 break
         return records
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drops the records of steps that a resumed run will take again."""
-        kept = [record for record in self.read_metrics() if record["step"] <= step]
+    def forget_metrics_after(self, step: int) -> list[dict[str, Any]]:
+        """Drops the records of what a resumed run will do again, and returns the others."""
+        kept = [r for r in self.read_metrics() if r["step"] <= step and r["split"] != "test"]
         _write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        return kept
+
+    def finished_at(self) -> int | None:
+        """The step of the result, or None if there is none (or it cannot be read)."""
+        try:
+            step = json.loads(self.result.read_text())["step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return int(step)
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no tuples, the configurations no lists."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
 
 
 def write_json(path: Path, values: Any) -> None:

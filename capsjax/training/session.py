@@ -1,6 +1,7 @@
 """A network, its data and its compiled programs, ready to train or to evaluate (floor 5)."""
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable
 
@@ -99,7 +100,12 @@ class Session:
                 devices=choose_devices(config.devices),
             )
         except ValueError as error:
-            raise ConfigError(str(error)) from None
+            raise option_error(error) from None
+        if config.max_shift >= min(dataset.image_shape[:2]):
+            raise ConfigError(
+                f"--max-shift must be below the images' {min(dataset.image_shape[:2])} pixels, got"
+                f" {config.max_shift}"
+            )
         self.steps_per_epoch = len(self.train.labels) // config.batch_size
         if not self.steps_per_epoch:
             raise ConfigError(
@@ -268,8 +274,15 @@ def choose_devices(number: int | None) -> list[jax.Device] | None:
     return available[:number]
 
 
+def option_error(error: ValueError) -> ConfigError:
+    """The same error, with the argument that it begins with named as an option."""
+    return ConfigError(re.sub(r"^\w+", lambda m: "--" + m[0].replace("_", "-"), str(error)))
+
+
 def check_dataset(dataset: Dataset, model: models.ModelConfig) -> None:
     """Raises a ConfigError unless the network takes these images and tells these classes."""
+    if not len(dataset.test.labels):
+        raise ConfigError(f"data set {dataset.name} has no test images")
     if dataset.image_shape != model.image_shape:
         found, expected = ("x".join(map(str, x)) for x in (dataset.image_shape, model.image_shape))
         raise ConfigError(

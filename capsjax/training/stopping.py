@@ -1,5 +1,6 @@
 """Stopping a run from outside (floor 5): the first signal asks, a second one insists."""
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -43,3 +44,5 @@ class StopRequest:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        # Past Python's buffers, which the signal may have come in the middle of.
+        os.write(2, b"\nstopping: what is done will be saved; once more to quit at once\n")

@@ -231,6 +231,14 @@ BAD = [
     ({"padding": "CIRCULAR"}, "padding must be 'VALID' or 'SAME', got 'CIRCULAR'"),
     ({"initialisation": "he"}, "initialisation must be one of .*got 'he'"),
     ({"num_iterations": 0}, "num_iterations must be positive, got 0"),
+    ({"image_shape": (28, 28)}, r"image_shape must be \(rows, .*got \(28, 28\)"),
+    ({"image_shape": [28, 28, 1]}, r"image_shape must be a tuple .*got \[28, 28, 1\]"),
+    (
+        {"decoder_features": [0]},
+        r"decoder_features must be a tuple of positive",
+    ),
+    ({"num_classes": True}, "num_classes must be positive, got True"),
+    ({"dtype": "int32"}, "dtype must be one of float32, bfloat16, got 'int32'"),
     ({"convs": 3}, "preset 'paper' has no field 'convs', only image_shape, "),
 ]
 
@@ -246,6 +254,10 @@ def test_other_bad_arguments_are_named():
         models.create("papr", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"dropout_rate must be in \[0, 1\), got 1"):
         models.configure("baseline", dropout_rate=1)
+    with pytest.raises(ValueError, match="dense_features must name at least one layer"):
+        models.configure("baseline", dense_features=())
     network = models.build(TINY, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="images must be floating-point .* got dtype uint8"):
+        network(jnp.zeros((2, 14, 12, 1), jnp.uint8))
     with pytest.raises(ValueError, match=r"images must have shape .*14, 12, 1\], got .*28, 28, 1"):
         jax.jit(lambda x: network(x))(jnp.zeros((2, 28, 28, 1)))

@@ -1,12 +1,14 @@
+import contextlib
 import dataclasses
 import json
+import signal
 
 import jax
 import numpy as np
 import pytest
 from tensorboard_events import scalars
 
-from capsjax.data import Dataset
+from capsjax.data import Dataset, Split
 from capsjax.training import (
     Checkpoints,
     ConfigError,
@@ -18,6 +20,7 @@ from capsjax.training import (
     train,
 )
 from capsjax.training.loop import _Loop
+from capsjax.training.reporting import Report
 from capsjax.training.stopping import StopRequest
 
 
@@ -139,8 +142,6 @@ def test_metrics_of_a_resumed_run_have_no_step_twice(tmp_path, digits, tiny):
 
 
 def test_a_request_to_stop_saves_and_ends(tmp_path, digits, tiny, monkeypatch):
-    import signal
-
     complete = _Loop._complete
 
     def stop_at_step_nine(self):
@@ -157,9 +158,78 @@ def test_a_request_to_stop_saves_and_ends(tmp_path, digits, tiny, monkeypatch):
     assert step == stopped.step < 23
 
 
-def test_stop_request_notes_the_first_signal_and_obeys_the_second():
-    import signal
+def test_a_validation_that_was_stopped_is_made_up_for(tmp_path, digits, tiny, monkeypatch):
+    options = config(tmp_path, driver="jit", steps=14)
+    evaluating = Report.evaluating
 
+    @contextlib.contextmanager
+    def stop_in_the_first_validation(self, what):
+        signal.raise_signal(signal.SIGINT)
+        with evaluating(self, what):
+            yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "evaluating", stop_in_the_first_validation)
+        stopped = train(options, model=tiny, dataset=digits)
+    assert (stopped.step, stopped.validation_error) == (7, None)
+    train(dataclasses.replace(options, resume=True), dataset=digits)
+    lines = (options.run_dir / "metrics.jsonl").read_text().splitlines()
+    validated = [r for r in map(json.loads, lines) if r["split"] == "validation"]
+    assert [r["step"] for r in validated] == [7, 14]
+    best = Checkpoints(options.run_dir / "checkpoints", read_only=True)
+    assert best.choose("best") == min(reversed(validated), key=lambda r: r["error"])["step"]
+    best.close()
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_afresh(tmp_path, digits, tiny):
+    import shutil
+
+    options = config(tmp_path, driver="jit", steps=8)
+    train(options, model=tiny, dataset=digits)
+    shutil.rmtree(options.run_dir / "checkpoints")
+    (options.run_dir / "result.json").unlink()
+    result = train(dataclasses.replace(options, resume=True), dataset=digits)
+    assert (result.first_step, result.step) == (0, 8)
+    lines = (options.run_dir / "metrics.jsonl").read_text().splitlines()
+    assert [r["step"] for r in map(json.loads, lines) if r["split"] == "train"] == [4, 8]
+
+
+def test_a_run_is_not_cut_short_by_resuming_it(tmp_path, digits, tiny):
+    options = config(tmp_path, driver="jit", steps=8)
+    train(options, model=tiny, dataset=digits)
+    with pytest.raises(ConfigError, match="is finished at step 8"):
+        train(dataclasses.replace(options, resume=True, steps=6), dataset=digits)
+    (options.run_dir / "result.json").unlink()
+    with pytest.raises(ConfigError, match="stands at step 8 already, beyond the 6"):
+        train(dataclasses.replace(options, resume=True, steps=6), dataset=digits)
+
+
+def test_other_data_than_the_run_s_are_refused(tmp_path, digits, tiny):
+    options = config(tmp_path, driver="jit", steps=1)
+    train(options, model=tiny, dataset=digits)
+    longer = dataclasses.replace(options, resume=True, steps=2)
+    images, labels = digits.train
+    for other, what in (
+        (dataclasses.replace(digits, class_names=tuple("abcdefghij")), "class names were"),
+        (dataclasses.replace(digits, train=Split(images[1:], labels[1:])), "train images were 180"),
+        (dataclasses.replace(digits, train=Split(images[::-1], labels)), "checksum were"),
+    ):
+        with pytest.raises(ConfigError, match=f"not the one that the run was started.*{what}"):
+            train(longer, dataset=other)
+    empty = dataclasses.replace(digits, test=Split(images[:0], labels[:0]))
+    with pytest.raises(ConfigError, match="has no test images"):
+        train(config(tmp_path / "b"), model=tiny, dataset=empty)
+
+
+def test_checkpoints_of_a_run_without_configuration_are_left_alone(tmp_path, digits, tiny):
+    options = config(tmp_path, driver="jit", steps=1)
+    train(options, model=tiny, dataset=digits)
+    (options.run_dir / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds checkpoints of a run whose config.json is miss"):
+        train(options, model=tiny, dataset=digits)
+
+
+def test_stop_request_notes_the_first_signal_and_obeys_the_second():
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
