@@ -4,27 +4,59 @@ Importing it gives floors 1 to 3: pure functions, routing algorithms and layers.
 (`capsjax.models`), data (`capsjax.data`) and training (`capsjax.training`) are imported by name.
 """
 
-from capsjax import nn
+from capsjax import nn, routing
 from capsjax.ops import (
     conv_general_dilated,
     dense_votes,
+    exponential_squash,
     length,
     margin_loss,
+    matrix_votes,
     reconstruction_loss,
     squash,
 )
-from capsjax.routing import Routed, dynamic_routing
+from capsjax.routing import (
+    HeinsenParameters,
+    Routed,
+    RoutingTrace,
+    attention_routing,
+    dynamic_routing,
+    efficient_routing,
+    em_routing,
+    heinsen_routing,
+    kmeans_routing,
+    random_routing,
+    routing_trace,
+    self_routing,
+    uniform_routing,
+    variational_routing,
+)
 from capsjax.version import __version__
 
 __all__ = [
+    "HeinsenParameters",
     "Routed",
+    "RoutingTrace",
     "__version__",
+    "attention_routing",
     "conv_general_dilated",
     "dense_votes",
     "dynamic_routing",
+    "efficient_routing",
+    "em_routing",
+    "exponential_squash",
+    "heinsen_routing",
+    "kmeans_routing",
     "length",
     "margin_loss",
+    "matrix_votes",
     "nn",
+    "random_routing",
     "reconstruction_loss",
+    "routing",
+    "routing_trace",
+    "self_routing",
     "squash",
+    "uniform_routing",
+    "variational_routing",
 ]

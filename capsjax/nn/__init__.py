@@ -1,7 +1,16 @@
 """Flax NNX layers (floor 3)."""
 
+from capsjax.nn.conv import ConvCapsules
 from capsjax.nn.decoder import Decoder
 from capsjax.nn.dense import DenseCapsules
-from capsjax.nn.primary import PrimaryCapsules
+from capsjax.nn.primary import MatrixPrimaryCapsules, PrimaryCapsules
+from capsjax.nn.router import Router
 
-__all__ = ["Decoder", "DenseCapsules", "PrimaryCapsules"]
+__all__ = [
+    "ConvCapsules",
+    "Decoder",
+    "DenseCapsules",
+    "MatrixPrimaryCapsules",
+    "PrimaryCapsules",
+    "Router",
+]

@@ -1,5 +1,7 @@
 """Fully connected capsules (floor 3)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,25 +9,26 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.typing import ArrayLike
 
+from capsjax.nn.router import Children, Router, Sizes, makes_votes
 from capsjax.ops import dense_votes
-from capsjax.routing import Routed, dynamic_routing
+from capsjax.routing import Routed
 
 
 class DenseCapsules(nnx.Module):
-    r"""Every child votes for every parent through a matrix of its own; routing by agreement.
+    r"""Every child votes for every parent through a matrix of its own; routing by any algorithm.
 
     .. math::
-      \hat u_{j|i} = W_{ij} u_i, \qquad v = \mathrm{dynamic\_routing}(\hat u)
+      \hat u_{j|i} = W_{ij} u_i, \qquad v = \mathrm{routing}(\hat u)
 
     Args:
       in_capsules: number I of child capsules.
       in_features: dimension K of a child's pose.
       out_capsules: number J of parent capsules.
       out_features: dimension D of a parent's pose.
-      num_iterations: routing iterations.
-      use_bias: whether :math:`s_j` has a bias ``[J, D]``, added in every iteration.
-      leaky: whether a child may go to no parent; see :func:`capsjax.dynamic_routing`.
-      stop_gradient: whether gradients skip the logit updates.
+      routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`; the layer owns
+        what that learns, see :class:`capsjax.nn.Router`.
+      use_bias: whether :math:`s_j` has a bias ``[J, D]``, added in every iteration; for dynamic,
+        k-means, uniform and random routing.
       dtype: dtype of the computation; the promotion of inputs and parameters when None. Routing
         sums are float32.
       param_dtype: dtype of the parameters.
@@ -33,14 +36,21 @@ class DenseCapsules(nnx.Module):
       kernel_init: initialiser of the weights ``[I, K, J, D]``.
       bias_init: initialiser of the bias.
       rngs: random streams; uses ``params``.
+      **options: of the routing function, such as ``num_iterations``.
+
+    Raises:
+      ValueError: the algorithm or an option of it is unknown.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from capsjax.nn import DenseCapsules
-      >>> layer = DenseCapsules(1152, 8, 10, 16, rngs=nnx.Rngs(0))
+      >>> layer = DenseCapsules(1152, 8, 10, 16, num_iterations=3, rngs=nnx.Rngs(0))
       >>> layer(jnp.ones((2, 1152, 8))).poses.shape
       (2, 10, 16)
+      >>> layer = DenseCapsules(288, 8, 10, 16, routing="em", rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((2, 288, 8)), activations=jnp.ones((2, 288))).activations.shape
+      (2, 10)
 
     Reference:
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 4.
@@ -53,27 +63,31 @@ class DenseCapsules(nnx.Module):
         out_capsules: int,
         out_features: int,
         *,
-        num_iterations: int = 3,
+        routing: str = "dynamic",
         use_bias: bool = False,
-        leaky: bool = False,
-        stop_gradient: bool = False,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         precision: PrecisionLike = None,
         kernel_init: Initializer = nnx.initializers.normal(0.1),
         bias_init: Initializer = nnx.initializers.zeros_init(),
         rngs: nnx.Rngs,
+        **options: Any,
     ):
-        shape = (in_capsules, in_features, out_capsules, out_features)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
-        self.bias: nnx.Param[jax.Array] | None
-        if use_bias:
-            self.bias = nnx.Param(bias_init(rngs.params(), shape[2:], param_dtype))
+        sizes = Sizes(in_capsules, in_features, out_capsules, out_features)
+        self.kernel: nnx.Param[jax.Array] | None
+        if makes_votes(routing):
+            self.kernel = nnx.data(None)
         else:
-            self.bias = nnx.data(None)
-        self.num_iterations = num_iterations
-        self.leaky = leaky
-        self.stop_gradient = stop_gradient
+            self.kernel = nnx.Param(kernel_init(rngs.params(), sizes, param_dtype))
+        self.router = Router(
+            routing,
+            sizes,
+            options=options,
+            use_bias=use_bias,
+            bias_init=bias_init,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
         self.dtype = dtype
         self.precision = precision
 
@@ -81,6 +95,7 @@ class DenseCapsules(nnx.Module):
         self,
         poses: jax.Array,
         *,
+        activations: jax.Array | None = None,
         logits: ArrayLike | None = None,
         where: ArrayLike | None = None,
     ) -> Routed:
@@ -88,22 +103,19 @@ class DenseCapsules(nnx.Module):
 
         Args:
           poses: child poses, ``[..., I, K]``.
-          logits: prior logits, broadcastable to ``[..., I, J]``.
+          activations: of the children, ``[..., I]``, for algorithms that weigh by them (EM,
+            variational, self-routing); the lengths of the poses when None.
+          logits: prior logits of dynamic routing, broadcastable to ``[..., I, J]``.
           where: children that take part, bool, broadcastable to ``[..., I]``.
 
         Returns:
           :class:`capsjax.Routed`: poses ``[..., J, D]``, activations ``[..., J]``, coupling
           ``[..., I, J]``.
         """
-        bias = None if self.bias is None else self.bias[...]
-        poses, kernel, bias = promote_dtype((poses, self.kernel[...], bias), dtype=self.dtype)
-        votes = dense_votes(poses, kernel, precision=self.precision)
-        return dynamic_routing(
-            votes,
-            num_iterations=self.num_iterations,
-            logits=logits,
-            bias=bias,
-            where=where,
-            leaky=self.leaky,
-            stop_gradient=self.stop_gradient,
-        )
+        votes = None
+        if self.kernel is None:
+            poses, _ = promote_dtype((poses, None), dtype=self.dtype)
+        else:
+            poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
+            votes = dense_votes(poses, kernel, precision=self.precision)
+        return self.router(votes, Children(poses, activations, logits, where))

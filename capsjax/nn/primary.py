@@ -27,6 +27,8 @@ class PrimaryCapsules(nnx.Module):
       kernel_size: rows and columns of the kernel.
       strides: of the convolution.
       padding: of the convolution.
+      keep_grid: return ``[..., H, W, num_types, K]`` and not one axis of capsules, for
+        :class:`capsjax.nn.ConvCapsules`.
       coupling: :math:`c`, a constant that multiplies the convolution before the bias is added: 1
         in the paper; 1 / ``num_types`` in the authors' code, which sends these capsules through its
         routing function with a single input capsule.
@@ -59,6 +61,7 @@ class PrimaryCapsules(nnx.Module):
         kernel_size: int | Sequence[int] = 9,
         strides: int | Sequence[int] = 2,
         padding: PaddingLike = "VALID",
+        keep_grid: bool = False,
         coupling: float = 1.0,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -84,6 +87,7 @@ class PrimaryCapsules(nnx.Module):
         )
         self.bias = nnx.Param(bias_init(rngs.params(), (num_types * features,), param_dtype))
         self.features = features
+        self.keep_grid = keep_grid
         self.coupling = coupling
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -93,11 +97,95 @@ class PrimaryCapsules(nnx.Module):
           inputs: feature maps, ``[..., H, W, C]``.
 
         Returns:
-          Poses ``[..., I, K]``, with I = rows · columns · types in this order.
+          Poses ``[..., I, K]``, with I = rows · columns · types in this order; or on their grid.
         """
         channels = self.conv(inputs)
         if self.coupling != 1:
             channels = channels * self.coupling
         bias = self.bias[...].astype(channels.dtype)
         channels = channels + jnp.broadcast_to(bias, channels.shape)
-        return squash(channels.reshape(*channels.shape[:-3], -1, self.features))
+        capsules = (*channels.shape[:-1], -1) if self.keep_grid else (*channels.shape[:-3], -1)
+        return squash(channels.reshape(*capsules, self.features))
+
+
+class MatrixPrimaryCapsules(nnx.Module):
+    r"""A convolution to poses and activations, the first capsules of matrix capsules.
+
+    .. math::
+      u_{p,q,t} = (x * k)_{p,q,t} + b_t, \qquad a_{p,q,t} = \sigma\bigl((x * l)_{p,q,t} + c_t\bigr)
+
+    Args:
+      in_features: channels of the input.
+      num_types: capsule types :math:`t`; every grid position holds one capsule of each.
+      features: dimension K of a pose: 16 for matrices of 4 × 4, row by row.
+      kernel_size: rows and columns of the kernel.
+      strides: of the convolution.
+      padding: of the convolution.
+      dtype: dtype of the computation; the promotion of inputs and parameters when None.
+      param_dtype: dtype of the parameters.
+      precision: of the convolution.
+      kernel_init: initialiser of the kernel ``[KH, KW, C, num_types * (features + 1)]``, whose last
+        ``num_types`` channels are the activations.
+      bias_init: initialiser of the bias.
+      rngs: random streams; uses ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from capsjax.nn import MatrixPrimaryCapsules
+      >>> layer = MatrixPrimaryCapsules(64, 8, 16, rngs=nnx.Rngs(0))
+      >>> poses, activations = layer(jnp.ones((2, 12, 12, 64)))
+      >>> poses.shape, activations.shape
+      ((2, 12, 12, 8, 16), (2, 12, 12, 8))
+
+    Reference:
+      Hinton, Sabour, Frosst, *Matrix Capsules with EM Routing*, ICLR 2018, section 4.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_types: int,
+        features: int = 16,
+        *,
+        kernel_size: int | Sequence[int] = 1,
+        strides: int | Sequence[int] = 1,
+        padding: PaddingLike = "VALID",
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),
+        bias_init: Initializer = nnx.initializers.zeros_init(),
+        rngs: nnx.Rngs,
+    ):
+        size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        self.conv = nnx.Conv(
+            in_features,
+            num_types * (features + 1),
+            size,
+            strides,
+            padding=padding,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            conv_general_dilated=conv_general_dilated,
+            rngs=rngs,
+        )
+        self.num_types = num_types
+        self.features = features
+
+    def __call__(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Computes the capsules.
+
+        Args:
+          inputs: feature maps, ``[..., H, W, C]``.
+
+        Returns:
+          Poses ``[..., P, Q, num_types, K]`` and activations ``[..., P, Q, num_types]``.
+        """
+        channels = self.conv(inputs)
+        poses, activations = jnp.split(channels, [self.num_types * self.features], axis=-1)
+        poses = poses.reshape(*poses.shape[:-1], self.num_types, self.features)
+        return poses, jax.nn.sigmoid(activations)

@@ -1,15 +1,19 @@
 """Pure functions of capsule networks (floor 1); they import nothing but jax."""
 
-from capsjax.ops.capsule import length, squash
+from capsjax.ops.capsule import exponential_squash, length, squash
 from capsjax.ops.conv import conv_general_dilated
+from capsjax.ops.fields import ReceptiveFields
 from capsjax.ops.losses import margin_loss, reconstruction_loss
-from capsjax.ops.votes import dense_votes
+from capsjax.ops.votes import dense_votes, matrix_votes
 
 __all__ = [
+    "ReceptiveFields",
     "conv_general_dilated",
     "dense_votes",
+    "exponential_squash",
     "length",
     "margin_loss",
+    "matrix_votes",
     "reconstruction_loss",
     "squash",
 ]

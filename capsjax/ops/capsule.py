@@ -1,4 +1,4 @@
-"""Squash and length (floor 1): a capsule's vector as direction and probability."""
+"""Squashes and length (floor 1): a capsule's vector as direction and probability."""
 
 import jax
 import jax.numpy as jnp
@@ -86,3 +86,47 @@ def length(v: ArrayLike, axis: int = -1) -> jax.Array:
     v = as_floating("v", v)
     wide = v.astype(accumulator(v.dtype))
     return safe_sqrt(jnp.sum(wide * wide, axis=axis)).astype(v.dtype)
+
+
+def exponential_squash(s: ArrayLike, axis: int = -1) -> jax.Array:
+    r"""Shrinks vectors to a length below one, linearly for short ones.
+
+    .. math::
+      v = \bigl(1 - e^{-\|s\|}\bigr) \frac{s}{\|s\|}
+
+    Short vectors keep their length (:func:`squash` squares it), so that gradients of nearly silent
+    capsules do not vanish. A zero vector gives a zero vector and passes back a zero gradient. The
+    norm is taken in float32 (or float64).
+
+    Args:
+      s: vectors, ``[..., D]``, any floating dtype.
+      axis: the axis of the vector components.
+
+    Returns:
+      Array of the shape and dtype of ``s``.
+
+    Raises:
+      TypeError: ``s`` is not floating point.
+      ValueError: ``axis`` is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax import exponential_squash
+      >>> print(exponential_squash(jnp.array([[3.0, 4.0], [0.0, 0.0]])))
+      [[0.5960 0.7946]
+       [0.     0.    ]]
+
+    Reference:
+      Mazzia, Salvetti, Chiaberge, *Efficient-CapsNet: Capsule Network with Self-Attention Routing*,
+      Scientific Reports 2021, equation 3.
+    """
+    s = as_floating("s", s)
+    wide = s.astype(accumulator(s.dtype))
+    norm = safe_sqrt(jnp.sum(wide * wide, axis=axis, keepdims=True))
+    return (unit(wide, axis) * -jnp.expm1(-norm)).astype(s.dtype)
+
+
+def unit(s: jax.Array, axis: int = -1) -> jax.Array:
+    """Vectors of length one in the same direction; zero, with zero gradient, for a zero vector."""
+    norm = safe_sqrt(jnp.sum(s * s, axis=axis, keepdims=True))
+    return s / jnp.where(norm > 0, norm, jnp.inf)

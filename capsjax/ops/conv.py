@@ -4,6 +4,7 @@ XLA's CPU backend computes the gradients of a strided 9 × 9 convolution many ti
 the matrix products that they amount to. Patches × GEMM there, XLA's own convolution elsewhere.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -11,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from capsjax.ops.fields import Padding, ReceptiveFields
+
 ConvImplementation = Literal["patches", "xla"]
 _NHWC = ("NHWC", "HWIO", "NHWC")
-Padding = str | Sequence[tuple[int, int]]
 
 
 def conv_general_dilated(
@@ -164,7 +166,7 @@ def _why_no_patches(
         return f"needs two positive strides, got window_strides={strides}"
     if not isinstance(padding, str) and [len(pair) for pair in padding] != [2, 2]:
         return f"needs a name or two pairs, got padding={padding}"
-    if min(_grid(lhs, rhs, strides, _pads(lhs, rhs, strides, padding))) < 1:
+    if min(_fields(lhs, rhs, strides, padding).shape) < 1:
         return f"needs images as large as the kernel, got shapes {lhs.shape} and {rhs.shape}"
     if preferred_element_type is not None and jnp.dtype(preferred_element_type) not in (
         lhs.dtype,
@@ -174,22 +176,10 @@ def _why_no_patches(
     return None
 
 
-def _pads(
+def _fields(
     images: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Padding
-) -> Sequence[tuple[int, int]]:
-    if isinstance(padding, str):
-        return lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], strides, padding)
-    return padding
-
-
-def _grid(
-    images: jax.Array, kernel: jax.Array, strides: Sequence[int], pads: Sequence[tuple[int, int]]
-) -> tuple[int, int]:
-    """Rows and columns of the result."""
-    rows, columns = (
-        (images.shape[1 + n] + sum(pads[n]) - kernel.shape[n]) // strides[n] + 1 for n in (0, 1)
-    )
-    return rows, columns
+) -> ReceptiveFields:
+    return ReceptiveFields.of(images.shape[1:3], kernel.shape[:2], strides, padding)
 
 
 def _conv_by_patches(
@@ -200,25 +190,13 @@ def _conv_by_patches(
     precision: lax.PrecisionLike,
     preferred_element_type: Any,
 ) -> jax.Array:
-    (kh, kw, channels, features), (sh, sw) = kernel.shape, strides
-    pads = _pads(images, kernel, strides, padding)
-    rows, columns = _grid(images, kernel, strides, pads)
-    if any(p for pair in pads for p in pair):
-        images = lax.pad(
-            images,
-            jnp.zeros((), images.dtype),
-            [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)],
-        )
-    shifted = [
-        images[:, h : h + sh * (rows - 1) + 1 : sh, w : w + sw * (columns - 1) + 1 : sw]
-        for h in range(kh)
-        for w in range(kw)
-    ]
-    size, batch = kh * kw * channels, images.shape[0]
+    fields = _fields(images, kernel, strides, padding)
+    grid, features = (images.shape[0], *fields.shape), kernel.shape[-1]
+    size = fields.size * images.shape[-1]
     product = jnp.matmul(
-        jnp.concatenate(shifted, axis=-1).reshape(batch * rows * columns, size),
+        fields.gather(images).reshape(math.prod(grid), size),
         kernel.reshape(size, features),
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
-    return product.reshape(batch, rows, columns, features)
+    return product.reshape(*grid, features)

@@ -1,4 +1,4 @@
-"""Votes of a fully connected capsule layer (floor 1)."""
+"""Votes: every child's prediction of every parent (floor 1)."""
 
 import jax
 import jax.numpy as jnp
@@ -47,3 +47,50 @@ def dense_votes(
             f" {poses.shape}"
         )
     return jnp.einsum("...ik,ikjd->...ijd", poses, weights, precision=precision)
+
+
+def matrix_votes(
+    poses: ArrayLike, weights: ArrayLike, *, precision: jax.lax.PrecisionLike = None
+) -> jax.Array:
+    r"""Votes of children whose poses are square matrices.
+
+    .. math::
+      V_{ij} = M_i W_{ij}
+
+    Args:
+      poses: child poses :math:`M`, matrices n × n row by row, ``[..., I, n * n]``, any floating
+        dtype.
+      weights: one matrix per pair, ``[I, n, J, n]``, floating: n · n numbers, where
+        :func:`dense_votes` needs n⁴.
+      precision: of the matrix product, as in :func:`jax.numpy.einsum`.
+
+    Returns:
+      Votes, matrices row by row, ``[..., I, J, n * n]``, in the dtype to which the arguments
+      promote.
+
+    Raises:
+      TypeError: an argument is not floating point.
+      ValueError: the ranks are off, or the sizes do not go together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax import matrix_votes
+      >>> matrix_votes(jnp.ones((2, 288, 16)), jnp.ones((288, 4, 32, 4))).shape
+      (2, 288, 32, 16)
+
+    Reference:
+      Hinton, Sabour, Frosst, *Matrix Capsules with EM Routing*, ICLR 2018, section 2.
+    """
+    poses = as_floating("poses", poses)
+    weights = as_floating("weights", weights)
+    if weights.ndim != 4 or weights.shape[1] != weights.shape[3]:
+        raise ValueError(f"weights must have shape [I, n, J, n], got shape {weights.shape}")
+    children, side, parents, _ = weights.shape
+    if poses.ndim < 2 or poses.shape[-2:] != (children, side * side):
+        raise ValueError(
+            f"poses must have shape [..., I, n * n] = [..., {children}, {side * side}] as the"
+            f" weights {weights.shape} have, got shape {poses.shape}"
+        )
+    matrices = poses.reshape(*poses.shape[:-1], side, side)
+    votes = jnp.einsum("...ipq,iqjr->...ijpr", matrices, weights, precision=precision)
+    return votes.reshape(*poses.shape[:-1], parents, side * side)

@@ -1,6 +1,34 @@
-"""Routing algorithms (floor 2): one file each, one contract, :class:`Routed`."""
+"""Routing algorithms (floor 2): pure functions from votes to parent capsules, one file each."""
 
+from capsjax.routing.attention import attention_routing
 from capsjax.routing.dynamic import dynamic_routing
+from capsjax.routing.efficient import efficient_routing
+from capsjax.routing.em import em_routing
+from capsjax.routing.heinsen import HeinsenParameters, heinsen_routing
+from capsjax.routing.kmeans import kmeans_routing
+from capsjax.routing.random import random_routing
+from capsjax.routing.registry import algorithm, algorithms
 from capsjax.routing.routed import Routed
+from capsjax.routing.self_routing import self_routing
+from capsjax.routing.trace import RoutingTrace, routing_trace
+from capsjax.routing.uniform import uniform_routing
+from capsjax.routing.variational import variational_routing
 
-__all__ = ["Routed", "dynamic_routing"]
+__all__ = [
+    "HeinsenParameters",
+    "Routed",
+    "RoutingTrace",
+    "algorithm",
+    "algorithms",
+    "attention_routing",
+    "dynamic_routing",
+    "efficient_routing",
+    "em_routing",
+    "heinsen_routing",
+    "kmeans_routing",
+    "random_routing",
+    "routing_trace",
+    "self_routing",
+    "uniform_routing",
+    "variational_routing",
+]

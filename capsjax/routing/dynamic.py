@@ -1,17 +1,13 @@
 """Routing by agreement (floor 2): Sabour, Frosst, Hinton, NIPS 2017."""
 
-import operator
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
-from capsjax.ops._checks import accumulator, as_floating, as_mask, broadcast, zeros
+from capsjax.routing._passes import Inputs, Passes, as_logits, inputs
 from capsjax.routing.routed import Routed
-
-_Inputs = tuple[jax.Array, jax.Array, jax.Array | None]  # votes, prior logits, bias
 
 
 def dynamic_routing(
@@ -71,53 +67,43 @@ def dynamic_routing(
     Reference:
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, procedure 1.
     """
-    votes = as_floating("votes", votes)
-    if votes.ndim < 3:
-        raise ValueError(f"votes must have shape [..., I, J, D], got shape {votes.shape}")
-    try:
-        iterations = operator.index(num_iterations)
-    except TypeError:
-        raise TypeError(
-            f"num_iterations must be a Python integer, got {num_iterations!r}"
-        ) from None
-    if iterations < 1:
-        raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
-    wide = accumulator(votes.dtype)
-    if where is not None:
-        where = as_mask("where", where, votes.shape[:-2])[..., None]
-        # Selected before anything else reads them, so that not even a NaN gets through.
-        votes = jnp.where(where[..., None], votes, 0)
-    if bias is not None:
-        bias = as_floating("bias", bias).astype(wide)
-        if bias.shape != votes.shape[-2:]:
-            raise ValueError(f"bias must have shape [J, D] = {votes.shape[-2:]}, got {bias.shape}")
-        bias = jnp.broadcast_to(bias, (*votes.shape[:-3], *bias.shape))
-    prior = jnp.zeros(votes.shape[:-1], wide)
+    passes = dynamic_passes(
+        votes, logits=logits, bias=bias, where=where, leaky=leaky, stop_gradient=stop_gradient
+    )
+    return passes.run(num_iterations)
+
+
+def dynamic_passes(
+    votes: ArrayLike,
+    *,
+    logits: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    leaky: bool = False,
+    stop_gradient: bool = False,
+) -> Passes:
+    """The passes of :func:`dynamic_routing`, which carry the agreement found so far."""
+    given = inputs(votes, bias=bias, where=where)
+    prior = given.zeros()
     if logits is not None:
-        prior = broadcast("logits", as_floating("logits", logits).astype(wide), prior.shape)
+        prior = prior + as_logits("logits", logits, given)
+    softmax = _leaky_softmax if leaky else jax.nn.softmax
 
-    def route(agreement: jax.Array, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
-        """One pass: parents and coupling, from the agreement that has been found so far."""
-        votes, prior, bias = inputs
-        softmax = _leaky_softmax if leaky else jax.nn.softmax
-        coupling = softmax(prior + agreement)
-        if where is not None:
-            coupling = jnp.where(where, coupling, 0)
-        s = jnp.einsum("...ij,...ijd->...jd", coupling, votes.astype(wide))
-        return squash(s if bias is None else s + bias), coupling
+    def route(agreement: jax.Array, given: Inputs, prior: jax.Array) -> tuple[jax.Array, jax.Array]:
+        coupling = given.coupled(softmax(prior + agreement))
+        return squash(given.gather(coupling)), coupling
 
-    inputs = (votes, prior, bias)
-    seen = lax.stop_gradient(inputs) if stop_gradient else inputs
+    seen = lax.stop_gradient((given, prior)) if stop_gradient else (given, prior)
 
     def update(_: jax.Array, agreement: jax.Array) -> jax.Array:
-        v, _ = route(agreement, seen)
-        return agreement + jnp.einsum("...ijd,...jd->...ij", seen[0].astype(wide), v)
+        v, _ = route(agreement, *seen)
+        return agreement + seen[0].agreement(v)
 
-    agreement = lax.fori_loop(0, iterations - 1, update, zeros(prior.shape, wide, *inputs, where))
-    poses, coupling = route(agreement, inputs)
-    return Routed(
-        poses.astype(votes.dtype), length(poses).astype(votes.dtype), coupling.astype(votes.dtype)
-    )
+    def finish(_: ArrayLike, agreement: jax.Array) -> tuple[Routed, jax.Array]:
+        poses, coupling = route(agreement, given, prior)
+        return given.routed(poses, length(poses), coupling), prior + agreement
+
+    return Passes(given.votes, jnp.zeros_like(prior), update, finish)
 
 
 def _leaky_softmax(logits: jax.Array) -> jax.Array:

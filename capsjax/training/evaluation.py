@@ -73,8 +73,8 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
             f"data set {name} has the classes {', '.join(dataset.class_names)}, the run was"
             f" trained on {', '.join(data.class_names)}"
         )
-    apply, params = split_network(models.build(model, rngs=nnx.Rngs(0)))
-    like = driver.replicate(init_state(params, make_optimizer(started)))
+    apply, variables = split_network(models.build(model, rngs=nnx.Rngs(0)))
+    like = driver.replicate(init_state(variables, make_optimizer(started)))
     step, state = restore(RunDirectory(config.run_dir), config.checkpoint, like)
     loss = choose_loss(started.loss, started.preset, model)
     test = Evaluator(apply, loss, driver, batch_size, model)(state, dataset.test)

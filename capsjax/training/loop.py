@@ -111,9 +111,9 @@ def train(
 
 def predict_and_reconstruct(apply: Apply, state: TrainState, images: np.ndarray) -> np.ndarray:
     """Reconstructs uint8 images from their predicted class; float32 ``[N, H, W, C]``."""
-    params = jax.device_get(state.params)
-    reconstruction = jax.jit(apply)(params, scale_pixels(jnp.asarray(images))).reconstruction
-    return np.asarray(reconstruction)
+    variables = jax.device_get(state.variables)
+    prediction, _ = jax.jit(apply)(variables, scale_pixels(jnp.asarray(images)))
+    return np.asarray(prediction.reconstruction)
 
 
 def draw_reconstructions(session: Session, state: TrainState, path: Path, test: Split) -> bool:

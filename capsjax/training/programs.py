@@ -8,14 +8,13 @@ checkpoint, at the end of an epoch or because someone asked to stop.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from capsjax.data import scale_pixels
 from capsjax.training.drivers import Driver
 from capsjax.training.objectives import Objective
-from capsjax.training.step import Apply, Batch, StepMetrics, TrainState, TrainStep
+from capsjax.training.step import Apply, Batch, StepMetrics, TrainState, TrainStep, Variables
 
 NEVER = jnp.iinfo(jnp.int32).max
 
@@ -91,13 +90,13 @@ def make_run_steps(train_step: TrainStep, driver: Driver, *, batch_size: int) ->
 def make_evaluate(
     apply: Apply, objective: Objective, driver: Driver, *, batch_size: int, num_classes: int
 ) -> Evaluate:
-    """Compiles ``evaluate(params, examples, first, num_batches) -> sums``.
+    """Compiles ``evaluate(variables, examples, first, num_batches) -> sums``.
 
     Evaluates batches ``first`` to ``first + num_batches - 1``; those beyond the last example, and
     the missing part of a last partial batch, count nothing.
 
     Args:
-      apply: pure function of parameters and images.
+      apply: the network as a pure function.
       objective: loss per example, with the true classes as target.
       driver: where it runs.
       batch_size: examples in the whole batch.
@@ -105,7 +104,7 @@ def make_evaluate(
     """
 
     def evaluate(
-        params: chex.ArrayTree, examples: Batch, first: jax.Array, num_batches: jax.Array
+        variables: Variables, examples: Batch, first: jax.Array, num_batches: jax.Array
     ) -> EvaluationSums:
         num_examples = examples.labels.shape[0]
 
@@ -115,7 +114,7 @@ def make_evaluate(
             chosen = jnp.minimum(position, num_examples - 1)
             images, labels = scale_pixels(examples.images[chosen]), examples.labels[chosen]
             target = jax.nn.one_hot(labels, num_classes)
-            prediction = apply(params, images, target=target)
+            prediction, _ = apply(variables, images, target=target)
             loss = objective(prediction, target, images)
             wrong = jnp.argmax(prediction.scores, axis=-1) != labels
             return EvaluationSums(

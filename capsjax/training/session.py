@@ -114,10 +114,10 @@ class Session:
             )
         self.total_steps = config.steps or config.epochs * self.steps_per_epoch
         init_key, self._order_key, step_key = jax.random.split(jax.random.key(config.seed), 3)
-        self.apply, params = split_network(models.build(model, rngs=nnx.Rngs(init_key)))
-        self.num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+        self.apply, variables = split_network(models.build(model, rngs=nnx.Rngs(init_key)))
+        self.num_parameters = sum(leaf.size for leaf in jax.tree.leaves(variables.params))
         optimizer = make_optimizer(config)
-        self._initial = init_state(params, optimizer)
+        self._initial = init_state(variables, optimizer)
         self._step_key = self.driver.replicate(step_key)
         self._order: tuple[int, jax.Array] | None = None
         self._run_steps: RunSteps = make_run_steps(
@@ -191,7 +191,7 @@ class Evaluator:
                 return None
             amount, start = pace.amount(batches - first), time.monotonic()
             sums = jax.device_get(
-                self._evaluate(state.params, examples, np.int32(first), np.int32(amount))
+                self._evaluate(state.variables, examples, np.int32(first), np.int32(amount))
             )
             pace.observe(amount, time.monotonic() - start)
             loss, wrong, count = loss + sums.loss, wrong + sums.wrong, count + sums.examples

@@ -14,18 +14,37 @@ from capsjax.models import Network, Prediction
 from capsjax.training.objectives import Objective
 
 
+class Variables(NamedTuple):
+    """The arrays of a network, nested dicts of float32 arrays.
+
+    Attributes:
+      params: what is learned by gradients.
+      batch_stats: running means and variances of batch normalisation; empty without any.
+    """
+
+    params: chex.ArrayTree
+    batch_stats: chex.ArrayTree
+
+
 class TrainState(NamedTuple):
     """Everything that a step changes.
 
     Attributes:
       step: number of steps taken, int32 scalar.
       params: the network's parameters, nested dicts of float32 arrays.
+      batch_stats: its running statistics, see :class:`Variables`.
       opt_state: the optimiser's state.
     """
 
     step: jax.Array
     params: chex.ArrayTree
+    batch_stats: chex.ArrayTree
     opt_state: chex.ArrayTree
+
+    @property
+    def variables(self) -> Variables:
+        """The arrays of the network."""
+        return Variables(self.params, self.batch_stats)
 
 
 class Batch(NamedTuple):
@@ -52,30 +71,52 @@ class StepMetrics(NamedTuple):
     error: jax.Array
 
 
-Apply = Callable[..., Prediction]
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepMetrics]]
 
 
-def split_network(network: Network) -> tuple[Apply, dict[str, Any]]:
-    """Splits a network into a pure function ``(params, images, ...)`` and its parameters.
+Apply = Callable[..., tuple[Prediction, chex.ArrayTree]]
+
+
+def split_network(network: Network) -> tuple[Apply, Variables]:
+    """Splits a network into a pure function and its arrays.
+
+    Returns:
+      ``apply(variables, images, *, train=False, axis_name=None, **options)``, which returns the
+      network's prediction and its batch statistics, and the :class:`Variables`. Where the network
+      normalises over the batch: in training with the statistics of the batch, over all shards of
+      ``axis_name``, and the running ones come back brought on; else with the running ones.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from capsjax import models
       >>> from capsjax.training import split_network
       >>> from flax import nnx
-      >>> apply, params = split_network(models.create("small", rngs=nnx.Rngs(0)))
-      >>> apply(params, jnp.zeros((1, 28, 28, 1))).scores.shape
+      >>> apply, variables = split_network(models.create("small", rngs=nnx.Rngs(0)))
+      >>> prediction, _ = apply(variables, jnp.zeros((1, 28, 28, 1)))
+      >>> prediction.scores.shape
       (1, 10)
     """
-    graphdef, state = nnx.split(network)
-    params: dict[str, Any] = nnx.to_pure_dict(state)
+    graphdef, *states = nnx.split(network, nnx.Param, nnx.BatchStat)
 
-    def apply(params: chex.ArrayTree, images: jax.Array, **options: Any) -> Prediction:
-        prediction: Prediction = nnx.merge(graphdef, params)(images, **options)
-        return prediction
+    def apply(
+        variables: Variables,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        axis_name: str | None = None,
+        **options: Any,
+    ) -> tuple[Prediction, chex.ArrayTree]:
+        network = nnx.merge(graphdef, variables.params, variables.batch_stats)
+        network.set_attributes(
+            nnx.BatchNorm,
+            use_running_average=not train,
+            axis_name=axis_name,
+            raise_if_not_found=False,
+        )
+        prediction: Prediction = network(images, **options)
+        return prediction, nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
 
-    return apply, params
+    return apply, Variables(*map(nnx.to_pure_dict, states))
 
 
 def paper_optimizer(
@@ -116,9 +157,14 @@ def paper_optimizer(
     return optax.adam(schedule)
 
 
-def init_state(params: chex.ArrayTree, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return TrainState(
+        jnp.zeros((), jnp.int32),
+        variables.params,
+        variables.batch_stats,
+        optimizer.init(variables.params),
+    )
 
 
 def make_train_step(
@@ -138,7 +184,7 @@ def make_train_step(
     of shards computes the same.
 
     Args:
-      apply: pure function of parameters and images, from :func:`split_network`.
+      apply: the network as a pure function, from :func:`split_network`.
       optimizer: an optax transformation.
       objective: loss per example, such as :func:`paper_loss`.
       num_classes: J, for the one-hot targets.
@@ -156,12 +202,12 @@ def make_train_step(
       >>> from capsjax.training import (
       ...     Batch, init_state, make_train_step, paper_loss, paper_optimizer, split_network)
       >>> from flax import nnx
-      >>> apply, params = split_network(models.create("small", rngs=nnx.Rngs(0)))
+      >>> apply, variables = split_network(models.create("small", rngs=nnx.Rngs(0)))
       >>> optimizer = paper_optimizer()
       >>> train_step = jax.jit(
       ...     make_train_step(apply, optimizer, paper_loss, num_classes=10))
       >>> batch = Batch(jnp.zeros((4, 28, 28, 1), jnp.uint8), jnp.arange(4))
-      >>> state, metrics = train_step(init_state(params, optimizer), batch, jax.random.key(0))
+      >>> state, metrics = train_step(init_state(variables, optimizer), batch, jax.random.key(0))
       >>> int(state.step)
       1
     """
@@ -184,19 +230,23 @@ def make_train_step(
         shift_keys, network_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         images = scale_pixels(random_shift(shift_keys, batch.images, max_shift=max_shift))
 
-        def loss_fn(params: chex.ArrayTree) -> tuple[jax.Array, jax.Array]:
+        def loss_fn(params: chex.ArrayTree) -> tuple[jax.Array, tuple[jax.Array, chex.ArrayTree]]:
             target = jax.nn.one_hot(batch.labels, num_classes)
-            prediction = apply(params, images, target=target, keys=network_keys)
+            prediction, batch_stats = apply(
+                Variables(params, state.batch_stats), images, train=True, axis_name=axis_name,
+                target=target, keys=network_keys,
+            )  # fmt: skip
             loss = jnp.mean(objective(prediction, target, images))
             wrong = jnp.argmax(prediction.scores, axis=-1) != batch.labels
-            return loss, jnp.mean(wrong, dtype=jnp.float32)
+            return loss, (jnp.mean(wrong, dtype=jnp.float32), batch_stats)
 
-        (loss, error), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (error, batch_stats)), grads = grad_fn(state.params)
         metrics = StepMetrics(loss, error)
         if axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return train_step

@@ -79,7 +79,7 @@ def test_is_the_paper_s_network():
     prediction = network(images())
     for b in range(2):
         votes = references.dense_votes(u[b], p["classes"]["kernel"])
-        v, lengths, _ = references.dynamic_routing(votes, 3, bias=p["classes"]["bias"])
+        v, lengths, _ = references.dynamic_routing(votes, 3, bias=p["classes"]["router"]["bias"])
         assert_close(prediction.poses[b], v, terms=100)
         assert_close(prediction.scores[b], lengths, terms=100)
 
@@ -154,7 +154,7 @@ def test_gradients_are_finite_for_blank_images():
 def test_initialisers_of_the_authors_code():
     network = models.create("official", rngs=nnx.Rngs(0))
     state = nnx.to_pure_dict(nnx.state(network))
-    biases = [state["conv"]["bias"], state["primary"]["bias"], state["classes"]["bias"]]
+    biases = [state["conv"]["bias"], state["primary"]["bias"], state["classes"]["router"]["bias"]]
     biases += [layer["bias"] for layer in state["decoder"]["layers"].values()]
     for bias in biases:
         np.testing.assert_array_equal(bias, np.float32(0.1))

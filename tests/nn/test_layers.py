@@ -75,7 +75,7 @@ def test_dense_capsules_are_votes_and_routing():
     )  # fmt: skip
     poses, logits, where = normal(2, 6, 4), normal(6, 3, seed=1), jnp.arange(6) != 1
     expected = dynamic_routing(
-        dense_votes(poses, layer.kernel[...]), num_iterations=2, bias=layer.bias[...],
+        dense_votes(poses, layer.kernel[...]), num_iterations=2, bias=layer.router.bias[...],
         leaky=True, logits=logits, where=where,
     )  # fmt: skip
     routed = layer(poses, logits=logits, where=where)

@@ -15,8 +15,8 @@ from capsjax.training import (
 
 
 def state_of(config, seed=0):
-    _, params = split_network(models.build(config, rngs=nnx.Rngs(seed)))
-    return init_state(params, paper_optimizer())
+    _, variables = split_network(models.build(config, rngs=nnx.Rngs(seed)))
+    return init_state(variables, paper_optimizer())
 
 
 @pytest.fixture

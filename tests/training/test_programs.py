@@ -27,7 +27,7 @@ class Programs:
 
     def __init__(self, name, digits, config, devices=None, learning_rate=1e-3):
         self.driver = make_driver(name, batch_size=BATCH, devices=devices)
-        self.apply, params = split_network(models.build(config, rngs=nnx.Rngs(0)))
+        self.apply, variables = split_network(models.build(config, rngs=nnx.Rngs(0)))
         optimizer = paper_optimizer(learning_rate, floor=min(1e-6, learning_rate))
         step = make_train_step(
             self.apply, optimizer, paper_loss, num_classes=10, axis_name=self.driver.axis_name
@@ -36,7 +36,7 @@ class Programs:
         self._evaluate = make_evaluate(
             self.apply, paper_loss, self.driver, batch_size=BATCH, num_classes=10
         )
-        self.state = self.driver.replicate(init_state(params, optimizer))
+        self.state = self.driver.replicate(init_state(variables, optimizer))
         self.train, self.test = (
             self.driver.replicate(Batch(jnp.asarray(s.images), jnp.asarray(s.labels)))
             for s in (digits.train, digits.test)
@@ -49,7 +49,7 @@ class Programs:
         return jax.device_get(sums)
 
     def evaluate(self, first=0, batches=7):
-        sums = self._evaluate(self.state.params, self.test, np.int32(first), np.int32(batches))
+        sums = self._evaluate(self.state.variables, self.test, np.int32(first), np.int32(batches))
         return jax.device_get(sums)
 
 
@@ -137,7 +137,7 @@ def test_an_epoch_visits_each_example_once(digits, tiny):
     driver = make_driver("jit", batch_size=18)
     run = make_run_steps(recording_step, driver, batch_size=18)
     examples = Batch(jnp.asarray(digits.train.images), jnp.arange(180))
-    state = TrainState(jnp.zeros((), jnp.int32), jnp.asarray(seen), ())
+    state = TrainState(jnp.zeros((), jnp.int32), jnp.asarray(seen), {}, ())
     state, _ = run(
         state, examples, epoch_order(jax.random.key(1), 180), jax.random.key(0), np.int32(10)
     )
@@ -151,8 +151,8 @@ def test_evaluation_counts_every_example_once(digits, tiny, name):
     sums = programs.evaluate()  # 101 examples in batches of 16: the last one holds 5
     images = jnp.asarray(digits.test.images, jnp.float32) / 255
     target = jax.nn.one_hot(digits.test.labels, 10)
-    params = jax.device_get(programs.state.params)
-    prediction = jax.jit(programs.apply)(params, images, target=target)
+    variables = jax.device_get(programs.state.variables)
+    prediction, _ = jax.jit(programs.apply)(variables, images, target=target)
     wrong = np.sum(np.argmax(prediction.scores, axis=-1) != digits.test.labels)
     assert (sums.examples, sums.wrong) == (101, wrong)
     np.testing.assert_allclose(sums.loss, np.sum(paper_loss(prediction, target, images)), rtol=1e-5)

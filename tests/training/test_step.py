@@ -8,6 +8,7 @@ from flax import nnx
 from capsjax import models
 from capsjax.training import (
     Batch,
+    Variables,
     cross_entropy_loss,
     init_state,
     make_train_step,
@@ -27,25 +28,25 @@ def network(config):
     return split_network(models.build(config, rngs=nnx.Rngs(0)))
 
 
-def one_step(apply, params, examples, objective=paper_loss, optimizer=None, **options):
+def one_step(apply, variables, examples, objective=paper_loss, optimizer=None, **options):
     optimizer = optimizer or optax.sgd(1.0)
     step = make_train_step(apply, optimizer, objective, num_classes=10, **options)
-    return jax.jit(step)(init_state(params, optimizer), examples, jax.random.key(3))
+    return jax.jit(step)(init_state(variables, optimizer), examples, jax.random.key(3))
 
 
 def test_a_step_subtracts_the_gradient_of_the_mean_loss(digits, tiny):
-    apply, params = network(tiny)
+    apply, variables = network(tiny)
     examples = batch(digits)
-    state, metrics = one_step(apply, params, examples, max_shift=0)
+    state, metrics = one_step(apply, variables, examples, max_shift=0)
     images = examples.images.astype(jnp.float32) / 255
     target = jax.nn.one_hot(examples.labels, 10)
 
     def loss(params):
-        prediction = apply(params, images, target=target)
+        prediction, _ = apply(variables._replace(params=params), images, target=target)
         return jnp.mean(paper_loss(prediction, target, images)), prediction
 
-    (value, prediction), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    expected = jax.tree.map(lambda p, g: p - g, params, grads)
+    (value, prediction), grads = jax.value_and_grad(loss, has_aux=True)(variables.params)
+    expected = jax.tree.map(lambda p, g: p - g, variables.params, grads)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, expected
     )
@@ -58,9 +59,9 @@ def test_a_step_subtracts_the_gradient_of_the_mean_loss(digits, tiny):
 def test_the_network_is_told_the_true_classes_in_training(digits):
     examples = batch(digits)
 
-    def repeat_target(params, images, *, target, keys):
-        del images, keys
-        return models.Prediction(target + params)
+    def repeat_target(variables, images, *, target, **_):
+        del images
+        return models.Prediction(target + variables.params), {}
 
     def distance(prediction, target, images):
         del images
@@ -68,14 +69,14 @@ def test_the_network_is_told_the_true_classes_in_training(digits):
         np.testing.assert_array_equal(target.shape, true.shape)
         return jnp.sum(jnp.abs(prediction.scores - true) + jnp.abs(target - true), axis=-1)
 
-    _, metrics = one_step(repeat_target, jnp.zeros((BATCH, 10)), examples, distance)
+    _, metrics = one_step(repeat_target, Variables(jnp.zeros((BATCH, 10)), {}), examples, distance)
     assert metrics == (0, 0)
 
 
 def test_shifts_are_drawn_for_training(digits, tiny):
-    apply, params = network(tiny)
+    apply, variables = network(tiny)
     still, shifted = (
-        one_step(apply, params, batch(digits), max_shift=shift)[1].loss for shift in (0, 2)
+        one_step(apply, variables, batch(digits), max_shift=shift)[1].loss for shift in (0, 2)
     )
     assert still != shifted
 
@@ -86,11 +87,11 @@ def test_pmapped_gradients_equal_those_of_one_device(digits, tiny, dropout):
     if dropout:
         config = models.BaselineConfig(conv_features=(4,), conv_kernel=3, dense_features=(8,))
         objective = cross_entropy_loss
-    apply, params = network(config)
+    apply, variables = network(config)
     examples = batch(digits)
     # Plain gradient descent with rate 1: the difference of the parameters is the gradient.
     optimizer = optax.sgd(1.0)
-    whole, metrics = one_step(apply, params, examples, objective, optimizer)
+    whole, metrics = one_step(apply, variables, examples, objective, optimizer)
     mapped = jax.pmap(
         make_train_step(apply, optimizer, objective, num_classes=10, axis_name="batch"),
         axis_name="batch",
@@ -98,8 +99,8 @@ def test_pmapped_gradients_equal_those_of_one_device(digits, tiny, dropout):
         out_axes=(None, None),
     )
     parts = jax.tree.map(lambda x: x.reshape(SHARDS, BATCH // SHARDS, *x.shape[1:]), examples)
-    state, mapped_metrics = mapped(init_state(params, optimizer), parts, jax.random.key(3))
-    moved = jax.tree.map(lambda p, q: float(np.abs(p - q).max()), params, state.params)
+    state, mapped_metrics = mapped(init_state(variables, optimizer), parts, jax.random.key(3))
+    moved = jax.tree.map(lambda p, q: float(np.abs(p - q).max()), variables.params, state.params)
     assert max(jax.tree.leaves(moved)) > 1e-4
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
@@ -110,13 +111,13 @@ def test_pmapped_gradients_equal_those_of_one_device(digits, tiny, dropout):
 
 
 def test_the_step_runs_under_vmap_as_under_pmap(digits, tiny):
-    apply, params = network(tiny)
+    apply, variables = network(tiny)
     optimizer, examples = optax.sgd(1.0), batch(digits)
-    whole, _ = one_step(apply, params, examples, optimizer=optimizer)
+    whole, _ = one_step(apply, variables, examples, optimizer=optimizer)
     step = make_train_step(apply, optimizer, paper_loss, num_classes=10, axis_name="batch")
     mapped = jax.vmap(step, axis_name="batch", in_axes=(None, 0, None), out_axes=(0, 0))
     parts = jax.tree.map(lambda x: x.reshape(4, 4, *x.shape[1:]), examples)
-    state, _ = mapped(init_state(params, optimizer), parts, jax.random.key(3))
+    state, _ = mapped(init_state(variables, optimizer), parts, jax.random.key(3))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-4, atol=1e-6),
         state.params,
@@ -126,13 +127,13 @@ def test_the_step_runs_under_vmap_as_under_pmap(digits, tiny):
 
 def test_bfloat16_computes_with_float32_parameters(digits):
     config = models.configure("small", dtype="bfloat16", conv_features=8, primary_types=1)
-    apply, params = network(config)
-    state, metrics = one_step(apply, params, batch(digits), optimizer=paper_optimizer())
+    apply, variables = network(config)
+    state, metrics = one_step(apply, variables, batch(digits), optimizer=paper_optimizer())
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
     exact = network(models.configure("small", conv_features=8, primary_types=1))
     _, exact_metrics = one_step(*exact, batch(digits), optimizer=paper_optimizer())
     np.testing.assert_allclose(metrics.loss, exact_metrics.loss, rtol=2e-2)
-    lowered = jax.jit(apply).lower(params, jnp.zeros((1, 28, 28, 1))).as_text()
+    lowered = jax.jit(apply).lower(variables, jnp.zeros((1, 28, 28, 1))).as_text()
     assert "bf16" in lowered
 
 
@@ -163,10 +164,10 @@ def test_golden_first_steps(digits):
     The numbers may change when initialisation, shifts, loss or optimiser change on purpose; then
     write the new ones here and say so in the changelog.
     """
-    apply, params = network(models.configure("small"))
+    apply, variables = network(models.configure("small"))
     optimizer = paper_optimizer()
     step = jax.jit(make_train_step(apply, optimizer, paper_loss, num_classes=10))
-    state, losses = init_state(params, optimizer), []
+    state, losses = init_state(variables, optimizer), []
     for number in range(3):
         state, metrics = step(state, batch(digits, 32), jax.random.key(number))
         losses.append(float(metrics.loss))
@@ -177,7 +178,7 @@ GOLDEN = [0.763241, 0.556293, 0.510519]
 
 
 def test_a_batch_with_other_counts_of_labels_and_images_is_refused(digits, tiny):
-    apply, params = network(tiny)
+    apply, variables = network(tiny)
     examples = batch(digits)
     with pytest.raises(ValueError, match=r"one label per image, shape \(\d+,\), got .*\(3,\)"):
-        one_step(apply, params, examples._replace(labels=examples.labels[:3]))
+        one_step(apply, variables, examples._replace(labels=examples.labels[:3]))

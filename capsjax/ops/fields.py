@@ -1,0 +1,116 @@
+"""Receptive fields on a grid (floor 1): what a kernel sees at each of its positions."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Padding = str | Sequence[tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReceptiveFields:
+    """The fields of a kernel on a grid; a place of the grid may lie in several of them.
+
+    Attributes:
+      grid: rows H and columns W of the grid.
+      kernel: rows KH and columns KW of the kernel.
+      strides: steps of the kernel along both axes.
+      pads: places added before and after the grid along both axes.
+    """
+
+    grid: tuple[int, int]
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    pads: tuple[tuple[int, int], tuple[int, int]]
+
+    @classmethod
+    def of(
+        cls,
+        grid: Sequence[int],
+        kernel: Sequence[int],
+        strides: Sequence[int],
+        padding: Padding,
+    ) -> "ReceptiveFields":
+        """Makes the fields from ``"SAME"``, ``"VALID"``, or (low, high) per axis."""
+        if isinstance(padding, str):
+            padding = lax.padtype_to_pads(grid, kernel, strides, padding)
+        rows, columns = ((int(low), int(high)) for low, high in padding)
+        return cls(_pair(grid), _pair(kernel), _pair(strides), (rows, columns))
+
+    @property
+    def size(self) -> int:
+        """Places in a field, KH · KW."""
+        return math.prod(self.kernel)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows P and columns Q of fields; below 1 if the kernel is larger than the grid."""
+        rows, columns = (
+            (self.grid[n] + sum(self.pads[n]) - self.kernel[n]) // self.strides[n] + 1
+            for n in (0, 1)
+        )
+        return rows, columns
+
+    def gather(self, x: jax.Array, fill: float = 0) -> jax.Array:
+        """Copies ``[..., H, W, C]`` into the fields, ``[..., P, Q, KH * KW, C]``."""
+        if any(p for pair in self.pads for p in pair):
+            x = self._pad(x, fill, [(low, high, 0) for low, high in self.pads])
+        (rows, columns), (sh, sw) = self.shape, self.strides
+        shifted = [
+            x[..., h : h + sh * (rows - 1) + 1 : sh, w : w + sw * (columns - 1) + 1 : sw, :]
+            for h, w in self._offsets()
+        ]
+        joined = jnp.concatenate(shifted, axis=-1)
+        return joined.reshape(*joined.shape[:-1], self.size, x.shape[-1])
+
+    def sum(self, fields: jax.Array) -> jax.Array:
+        """Adds up what the fields ``[..., P, Q, KH * KW, C]`` hold for each place of the grid."""
+        return self._spread(fields, 0, jnp.add)
+
+    def max(self, fields: jax.Array) -> jax.Array:
+        """The largest of what the fields hold for each place; -inf for places in none."""
+        return self._spread(fields, -jnp.inf, jnp.maximum)
+
+    def _spread(
+        self,
+        fields: jax.Array,
+        fill: float,
+        combine: Callable[[jax.Array, jax.Array], jax.Array],
+    ) -> jax.Array:
+        spread = [
+            self._pad(
+                fields[..., place, :],
+                fill,
+                [
+                    (
+                        offset - self.pads[n][0],
+                        # From the last field's place to the end of the grid.
+                        self.grid[n] - 1 + self.pads[n][0] - offset
+                        - self.strides[n] * (self.shape[n] - 1),
+                        self.strides[n] - 1,
+                    )
+                    for n, offset in enumerate(offsets)
+                ],
+            )
+            for place, offsets in enumerate(self._offsets())
+        ]  # fmt: skip
+        return functools.reduce(combine, spread)
+
+    def _offsets(self) -> list[tuple[int, int]]:
+        return [(h, w) for h in range(self.kernel[0]) for w in range(self.kernel[1])]
+
+    @staticmethod
+    def _pad(x: jax.Array, fill: float, config: list[tuple[int, int, int]]) -> jax.Array:
+        """Pads (or, where negative, crops) rows and columns of ``[..., H, W, C]``."""
+        free = [(0, 0, 0)] * (x.ndim - 3)
+        return lax.pad(x, jnp.asarray(fill, x.dtype), [*free, *config, (0, 0, 0)])
+
+
+def _pair(sizes: Sequence[int]) -> tuple[int, int]:
+    first, second = sizes
+    return int(first), int(second)

@@ -1,0 +1,103 @@
+"""Inverted dot-product attention routing (floor 2)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from capsjax.ops import length, squash
+from capsjax.routing._passes import Passes, as_parameter, inputs, layer_norm
+from capsjax.routing.routed import Routed
+
+
+def attention_routing(
+    votes: ArrayLike,
+    *,
+    num_iterations: int = 2,
+    scale: ArrayLike | None = None,
+    offset: ArrayLike | None = None,
+    epsilon: float = 1e-5,
+    where: ArrayLike | None = None,
+) -> Routed:
+    r"""Parents compete for children as queries for keys, normalised over the parents.
+
+    .. math::
+      p_j = \mathrm{LayerNorm}\Bigl(\sum_i c_{ij} \hat u_{j|i}\Bigr), \qquad
+      c_{ij} \leftarrow \mathrm{softmax}_j\Bigl(\frac{\hat u_{j|i} \cdot p_j}{\sqrt D}\Bigr)
+
+    starting from :math:`c_{ij} = 1 / J`. With r iterations there are r − 1 updates of the coupling
+    and one last pass, so that one iteration is uniform coupling. The paper updates all layers of a
+    network at once from the second iteration on; this function is one layer's part of it. Softmax,
+    sums and normalisation are float32 (or float64).
+
+    Args:
+      votes: :math:`\hat u`, ``[..., I, J, D]``, any floating dtype.
+      num_iterations: r, a Python integer of at least 1.
+      scale: factor of the layer normalisation, ``[D]``, learned; ones when None.
+      offset: summand of the layer normalisation, ``[D]``, learned; zeros when None.
+      epsilon: added to the variance in the layer normalisation.
+      where: children that take part, bool, broadcastable to ``[..., I]``.
+
+    Returns:
+      :class:`Routed`: poses :math:`p` ``[..., J, D]``, activations ``[..., J]``, and the coupling
+      of the last pass ``[..., I, J]``, in the dtype of the votes. The paper has no activations (a
+      linear function of the poses gives the class logits); here they are the lengths of the
+      squashed sums before normalisation, :math:`\|\mathrm{squash}(\sum_i c_{ij} \hat u_{j|i})\|`,
+      so that they mean what they mean in dynamic routing.
+
+    Raises:
+      TypeError: votes, scale or offset are not floating point, ``where`` is not bool, or
+        ``num_iterations`` is not an integer.
+      ValueError: an argument has the wrong shape, or ``num_iterations`` is below 1.
+
+    Example:
+      >>> import jax
+      >>> from capsjax import attention_routing
+      >>> votes = jax.random.normal(jax.random.key(0), (1152, 10, 16))
+      >>> attention_routing(votes).poses.shape
+      (10, 16)
+
+    Reference:
+      Tsai, Srivastava, Goh, Salakhutdinov, *Capsules with Inverted Dot-Product Attention Routing*,
+      ICLR 2020, algorithm 1.
+    """
+    passes = attention_passes(votes, scale=scale, offset=offset, epsilon=epsilon, where=where)
+    return passes.run(num_iterations)
+
+
+def attention_passes(
+    votes: ArrayLike,
+    *,
+    scale: ArrayLike | None = None,
+    offset: ArrayLike | None = None,
+    epsilon: float = 1e-5,
+    where: ArrayLike | None = None,
+) -> Passes:
+    """The passes of :func:`attention_routing`, which carry the logits."""
+    given = inputs(votes, where=where)
+    features = given.votes.shape[-1]
+    factor = None if scale is None else as_parameter("scale", scale, "[D]", (features,), given)
+    summand = None if offset is None else as_parameter("offset", offset, "[D]", (features,), given)
+
+    def normalise(s: jax.Array) -> jax.Array:
+        poses = layer_norm(s, epsilon)
+        if factor is not None:
+            poses = poses * jnp.broadcast_to(factor, poses.shape)
+        if summand is not None:
+            poses = poses + jnp.broadcast_to(summand, poses.shape)
+        return poses
+
+    def gather(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        coupling = given.coupled(jax.nn.softmax(logits))
+        return given.gather(coupling), coupling
+
+    def update(_: jax.Array, logits: jax.Array) -> jax.Array:
+        s, _ = gather(logits)
+        return given.agreement(normalise(s)) / math.sqrt(features)
+
+    def finish(_: ArrayLike, logits: jax.Array) -> tuple[Routed, jax.Array]:
+        s, coupling = gather(logits)
+        return given.routed(normalise(s), length(squash(s)), coupling), logits
+
+    return Passes(given.votes, given.zeros(), update, finish)

@@ -1,0 +1,195 @@
+"""Heinsen's routing of 2022 (floor 2), which never stores votes."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from capsjax.ops import length, squash
+from capsjax.ops._checks import accumulator, as_floating, as_mask, zeros
+from capsjax.routing._passes import as_iterations, layer_norm
+from capsjax.routing.routed import Routed
+
+
+class HeinsenParameters(NamedTuple):
+    """Learned arguments of :func:`capsjax.heinsen_routing`.
+
+    I may be 1 in each of them: the same for all children, whose number may then vary.
+
+    Attributes:
+      activation_kernel: ``[I, K]``; with the bias, scores children.
+      activation_bias: ``[I]``.
+      vote_gates: ``[J, K]``; with the kernel and the bias, makes votes of poses.
+      vote_kernel: ``[K, D]``.
+      vote_bias: ``[J, D]``.
+      prediction_kernel: ``[D, K]``; with gates and bias, predicts children from parents.
+      prediction_gates: ``[J, K]``.
+      prediction_bias: ``[J, K]``.
+      score_scale: ``[I, J]``; with the bias, how well a prediction fits.
+      score_bias: ``[I, J]``.
+      use: net benefit per unit of a child that a parent uses, ``[I, J]``.
+      ignore: net cost per unit of a child that it ignores, ``[I, J]``.
+    """
+
+    activation_kernel: jax.Array
+    activation_bias: jax.Array
+    vote_gates: jax.Array
+    vote_kernel: jax.Array
+    vote_bias: jax.Array
+    prediction_kernel: jax.Array
+    prediction_gates: jax.Array
+    prediction_bias: jax.Array
+    score_scale: jax.Array
+    score_bias: jax.Array
+    use: jax.Array
+    ignore: jax.Array
+
+    @classmethod
+    def shapes(
+        cls, children: int, in_features: int, parents: int, features: int
+    ) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter for I, K, J and D."""
+        i, k, j, d = children, in_features, parents, features
+        return dict(zip(
+            cls._fields,
+            [(i, k), (i,), (j, k), (k, d), (j, d), (d, k), (j, k), (j, k), *[(i, j)] * 4],
+            strict=True,
+        ))  # fmt: skip
+
+
+def heinsen_routing(
+    poses: ArrayLike,
+    parameters: HeinsenParameters,
+    *,
+    num_iterations: int = 2,
+    where: ArrayLike | None = None,
+    epsilon: float = 1e-5,
+) -> Routed:
+    r"""Routes to the parents that best predict the children: most "bang per bit".
+
+    With :math:`\tilde x_i = x_i / \sqrt I` and the children's scores
+    :math:`f_i = \sigma(\tilde x_i \cdot A_i + b_i)`, each iteration computes
+
+    .. math::
+      \phi_{ij} = \beta^{use}_{ij} R_{ij} f_i - \beta^{ign}_{ij} (1 - R_{ij}) f_i, \qquad
+      y_{jh} = \sum_d F^1_{jd} F^2_{dh} \sum_i \phi_{ij} \tilde x_{id} + \sum_i \phi_{ij} B_{jh}
+
+    .. math::
+      R_{ij} \leftarrow \mathrm{softmax}_j \ln \sigma\bigl(S_{ij} \, x_i \cdot \hat x_j +
+        S^b_{ij}\bigr), \qquad
+      \hat x_{jd} = G^2_{jd} \sum_h \mathrm{LayerNorm}(y)_{jh} G^1_{hd} + G^b_{jd}
+
+    starting from :math:`R_{ij} = 1/J`. Votes are products of factors that are summed over the
+    children first: memory grows with I·J + I·K, not with I·J·D. Softmax, sums and normalisation are
+    float32 (or float64).
+
+    Args:
+      poses: :math:`x`, ``[..., I, K]``, any floating dtype.
+      parameters: :class:`HeinsenParameters`.
+      num_iterations: r, a Python integer of at least 1: r − 1 updates of R.
+      where: children that take part, bool, broadcastable to ``[..., I]``; I in the equations is
+        their number.
+      epsilon: added to the variance in the layer normalisation.
+
+    Returns:
+      :class:`Routed`: poses LayerNorm(y) ``[..., J, D]``, activations ``[..., J]``, and R of the
+      last iteration ``[..., I, J]``, in the dtype of the poses. The paper has no activations; here
+      they are the lengths of the squashed y before normalisation, as in
+      :func:`capsjax.attention_routing`.
+
+    Raises:
+      TypeError: an array is not floating point, ``where`` is not bool, or ``num_iterations`` is not
+        an integer.
+      ValueError: an argument has the wrong shape, or ``num_iterations`` is below 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from capsjax import HeinsenParameters, heinsen_routing
+      >>> shapes = HeinsenParameters.shapes(1000, 64, 10, 16)
+      >>> keys = jax.random.split(jax.random.key(0), len(shapes))
+      >>> parameters = HeinsenParameters(
+      ...     *(jax.random.normal(k, s) / 8 for k, s in zip(keys, shapes.values())))
+      >>> heinsen_routing(jnp.ones((1000, 64)), parameters).poses.shape
+      (10, 16)
+
+    Reference:
+      Heinsen, *An Algorithm for Routing Vectors in Sequences*, 2022 (arXiv 2211.11754), with the
+      optimisations of its section on efficiency.
+    """
+    iterations = as_iterations(num_iterations)
+    poses = as_floating("poses", poses)
+    if poses.ndim < 2:
+        raise ValueError(f"poses must have shape [..., I, K], got shape {poses.shape}")
+    wide = accumulator(poses.dtype)
+    p = _checked(parameters, poses.shape[-2:], wide)
+    parents = p.vote_gates.shape[0]
+    leading, children = poses.shape[:-2], poses.shape[-2]
+    count = jnp.full(leading, max(1, children), wide)
+    mask = None
+    if where is not None:
+        mask = as_mask("where", where, poses.shape[:-1])[..., None]
+        poses = jnp.where(mask, poses, 0)
+        count = jnp.maximum(jnp.sum(mask, axis=(-2, -1), dtype=wide), 1)
+    x = poses.astype(wide)
+    scaled = x * lax.rsqrt(count)[..., None, None]
+
+    def like(parameter: jax.Array, *shape: int) -> jax.Array:
+        return jnp.broadcast_to(parameter, (*leading, *shape))
+
+    per_pair = (children, parents)
+    kernel = like(p.activation_kernel, children, x.shape[-1])
+    score = jnp.sum(scaled * kernel, axis=-1) + like(p.activation_bias, children)
+    present = jax.nn.sigmoid(score)[..., None]
+    if mask is not None:
+        present = jnp.where(mask, present, 0)
+
+    def gather(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        coupling = jax.nn.softmax(logits)
+        used = present * coupling
+        phi = like(p.use, *per_pair) * used - like(p.ignore, *per_pair) * (present - used)
+        pooled = jnp.einsum("...ij,...ik->...jk", phi, scaled)
+        y = jnp.einsum("...jk,jk,kd->...jd", pooled, p.vote_gates, p.vote_kernel)
+        bias = jnp.sum(phi, axis=-2)[..., None] * like(p.vote_bias, *p.vote_bias.shape)
+        return y + bias, coupling
+
+    def update(_: jax.Array, logits: jax.Array) -> jax.Array:
+        y, _ = gather(logits)
+        predicted = jnp.einsum(
+            "...jd,dk,jk->...jk", layer_norm(y, epsilon), p.prediction_kernel, p.prediction_gates
+        ) + like(p.prediction_bias, *p.prediction_bias.shape)
+        fit = jnp.einsum("...ik,...jk->...ij", x, predicted)
+        return jax.nn.log_sigmoid(
+            fit * like(p.score_scale, *per_pair) + like(p.score_bias, *per_pair)
+        )
+
+    first = zeros((*leading, *per_pair), wide, x, *p)
+    y, coupling = gather(lax.fori_loop(0, iterations - 1, update, first))
+    if mask is not None:
+        coupling = jnp.where(mask, coupling, 0)
+    dtype = poses.dtype
+    return Routed(
+        layer_norm(y, epsilon).astype(dtype), length(squash(y)).astype(dtype),
+        coupling.astype(dtype),
+    )  # fmt: skip
+
+
+def _checked(
+    parameters: HeinsenParameters, poses_shape: tuple[int, ...], wide: jnp.dtype
+) -> HeinsenParameters:
+    """The parameters in the dtype of the sums, their shapes checked against one another."""
+    arrays = HeinsenParameters(
+        *(as_floating(name, value).astype(wide)
+          for name, value in zip(HeinsenParameters._fields, parameters, strict=True))
+    )  # fmt: skip
+    children, in_features = poses_shape
+    if arrays.vote_bias.ndim != 2:
+        raise ValueError(f"vote_bias must have shape [J, D], got {arrays.vote_bias.shape}")
+    expected = HeinsenParameters.shapes(children, in_features, *arrays.vote_bias.shape)
+    for name, shape in expected.items():
+        got = getattr(arrays, name).shape
+        per_child = name.startswith(("activation", "score", "use", "ignore"))
+        if got != shape and not (per_child and got == (1, *shape[1:])):
+            raise ValueError(f"{name} must have shape {shape}, got {got}")
+    return arrays

@@ -1,0 +1,54 @@
+"""Routing by couplings drawn at random (floor 2)."""
+
+import jax
+from jax.typing import ArrayLike
+
+from capsjax.ops import length, squash
+from capsjax.routing._passes import as_logits, inputs
+from capsjax.routing.routed import Routed
+
+
+def random_routing(
+    votes: ArrayLike,
+    *,
+    key: jax.Array,
+    bias: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+) -> Routed:
+    r"""Sums the votes with couplings drawn at random, the same for every example; a baseline.
+
+    .. math::
+      c_{ij} = \mathrm{softmax}_j(g_{ij}), \quad g_{ij} \sim \mathcal N(0, 1), \qquad
+      v_j = \mathrm{squash}\Bigl(\sum_i c_{ij} \hat u_{j|i} + \beta_j\Bigr)
+
+    Use one key for a layer's whole life: the couplings are then fixed, and the weights learn around
+    them. The couplings of a child do not depend on the batch. Sums are float32 (or float64).
+
+    Args:
+      votes: :math:`\hat u`, ``[..., I, J, D]``, any floating dtype.
+      key: random key of the couplings ``[I, J]``.
+      bias: :math:`\beta`, ``[J, D]``.
+      where: children that take part, bool, broadcastable to ``[..., I]``.
+
+    Returns:
+      :class:`Routed`: poses ``[..., J, D]``, activations :math:`\|v\|` ``[..., J]``, coupling
+      ``[..., I, J]``, in the dtype of the votes.
+
+    Raises:
+      TypeError: votes or bias are not floating point, or ``where`` is not bool.
+      ValueError: an argument has the wrong shape.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from capsjax import random_routing
+      >>> random_routing(jnp.ones((6, 4, 2)), key=jax.random.key(0)).poses.shape
+      (4, 2)
+
+    Reference:
+      Paik, Kwak, Kim, *Capsule Networks Need an Improved Routing Algorithm*, ACML 2019.
+    """
+    given = inputs(votes, bias=bias, where=where)
+    logits = jax.random.normal(key, given.votes.shape[-3:-1], given.wide)
+    coupling = given.coupled(jax.nn.softmax(as_logits("logits", logits, given)))
+    poses = squash(given.gather(coupling))
+    return given.routed(poses, length(poses), coupling)

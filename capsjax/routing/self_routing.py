@@ -1,0 +1,63 @@
+"""Self-routing (floor 2): every child decides for itself, without looking at the others."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from capsjax.routing._passes import as_activations, as_logits, inputs, safe_divide
+from capsjax.routing.routed import Routed
+
+
+def self_routing(
+    votes: ArrayLike,
+    activations: ArrayLike,
+    logits: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+) -> Routed:
+    r"""Routes each child by a small classifier on its own pose: a mixture of experts.
+
+    .. math::
+      c_{ij} = \mathrm{softmax}_j(b_{ij}), \quad
+      a_j = \frac{\sum_i a_i c_{ij}}{\sum_i a_i}, \quad
+      v_j = \frac{\sum_i a_i c_{ij} \hat u_{j|i}}{\sum_i a_i c_{ij}}
+
+    with :math:`b_{ij} = (W_i u_i + \beta_i)_j`, which the caller computes from the child's pose, as
+    the votes. One pass, no iterations; poses are averages and are not squashed. Softmax and sums
+    are float32 (or float64). Where all children have activation zero, all results are zero.
+
+    Args:
+      votes: :math:`\hat u`, ``[..., I, J, D]``, any floating dtype.
+      activations: :math:`a_i` of the children, not negative, broadcastable to ``[..., I]``.
+      logits: :math:`b`, broadcastable to ``[..., I, J]``.
+      where: children that take part, bool, broadcastable to ``[..., I]``.
+
+    Returns:
+      :class:`Routed`: poses ``[..., J, D]``, activations ``[..., J]`` that sum to 1 over the
+      parents, coupling :math:`c` ``[..., I, J]``, in the dtype of the votes.
+
+    Raises:
+      TypeError: votes, activations or logits are not floating point, or ``where`` is not bool.
+      ValueError: an argument has the wrong shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax import self_routing
+      >>> routed = self_routing(jnp.ones((6, 4, 2)), jnp.ones(6), jnp.zeros((6, 4)))
+      >>> print(routed.activations)
+      [0.25 0.25 0.25 0.25]
+
+    Reference:
+      Hahn, Pyeon, Kim, *Self-Routing Capsule Networks*, NeurIPS 2019, equations 4 to 6.
+    """
+    given = inputs(votes, where=where)
+    weights = as_activations(activations, given)
+    coupling = as_logits("logits", logits, given)
+    if given.where is not None:
+        coupling = jnp.where(given.where, coupling, 0)
+    coupling = given.coupled(jax.nn.softmax(coupling))
+    shares = weights[..., None] * coupling
+    mass = jnp.sum(shares, axis=-2)
+    present = safe_divide(mass, jnp.sum(weights, axis=-1)[..., None])
+    poses = safe_divide(given.gather(shares), mass[..., None])
+    return given.routed(poses, present, coupling)

@@ -1,0 +1,103 @@
+"""What iterative routing does, pass by pass (floor 2)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from capsjax.routing._passes import Passes, as_iterations
+from capsjax.routing.attention import attention_passes
+from capsjax.routing.dynamic import dynamic_passes
+from capsjax.routing.em import em_passes
+from capsjax.routing.kmeans import kmeans_passes
+from capsjax.routing.variational import variational_passes
+
+_PASSES: dict[str, Callable[..., Passes]] = {
+    "dynamic": dynamic_passes,
+    "kmeans": kmeans_passes,
+    "attention": attention_passes,
+    "em": em_passes,
+    "variational": variational_passes,
+}
+
+
+class RoutingTrace(NamedTuple):
+    """What every iteration of a routing algorithm finds; the first axis is the iteration.
+
+    Attributes:
+      poses: of the parents after it, ``[r, ..., J, D]``.
+      activations: of the parents after it, ``[r, ..., J]``.
+      coupling: with which it weighs the votes, ``[r, ..., I, J]``.
+      logits: whose softmax over the parents (or over more, see the algorithm) the coupling is,
+        ``[r, ..., I, J]``, float32 or wider.
+      agreement: scalar products of the votes with the poses after it, ``[r, ..., I, J]``, float32
+        or wider.
+    """
+
+    poses: jax.Array
+    activations: jax.Array
+    coupling: jax.Array
+    logits: jax.Array
+    agreement: jax.Array
+
+
+def routing_trace(
+    votes: ArrayLike,
+    *args: Any,
+    routing: str = "dynamic",
+    num_iterations: int = 3,
+    **options: Any,
+) -> RoutingTrace:
+    r"""Routes as the algorithm does, and keeps what every iteration finds.
+
+    The t-th entry is what the algorithm returns with t iterations, and
+
+    .. math::
+      a^{(t)}_{ij} = \hat u_{j|i} \cdot v_j^{(t)}
+
+    is the agreement after it. For those who study or draw routing; memory grows with the number of
+    iterations.
+
+    Args:
+      votes: :math:`\hat u`, ``[..., I, J, D]``, any floating dtype.
+      *args: further positional arguments of the algorithm, such as the children's activations.
+      routing: ``"dynamic"``, ``"kmeans"``, ``"attention"``, ``"em"`` or ``"variational"``;
+        the other algorithms make one pass, or have no votes.
+      num_iterations: r, a Python integer of at least 1.
+      **options: keyword arguments of the algorithm.
+
+    Returns:
+      :class:`RoutingTrace`.
+
+    Raises:
+      TypeError, ValueError: as the algorithm does; or ``routing`` is none of the names above.
+
+    Example:
+      >>> import jax
+      >>> from capsjax import routing_trace
+      >>> votes = jax.random.normal(jax.random.key(0), (1152, 10, 16))
+      >>> trace = routing_trace(votes, num_iterations=3)
+      >>> trace.coupling.shape, trace.poses.shape
+      ((3, 1152, 10), (3, 10, 16))
+
+    Reference:
+      Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, procedure 1.
+    """
+    if routing not in _PASSES:
+        raise ValueError(f"routing must be one of {', '.join(_PASSES)}, got {routing!r}")
+    passes = _PASSES[routing](votes, *args, **options)
+
+    def one_pass(carry: jax.Array, number: jax.Array) -> tuple[jax.Array, Any]:
+        routed, logits = passes.finish(number, carry)
+        return passes.update(number, carry), (*routed, logits)
+
+    _, (poses, activations, coupling, logits) = lax.scan(
+        one_pass, passes.first, jnp.arange(as_iterations(num_iterations))
+    )
+    agreement = jnp.einsum(
+        "...ijd,t...jd->t...ij", passes.votes.astype(logits.dtype), poses.astype(logits.dtype)
+    )
+    return RoutingTrace(poses, activations, coupling, logits, agreement)

@@ -1,0 +1,538 @@
+"""What holds for every routing algorithm; dynamic routing has a file of its own besides."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from comparing import FLOATS, assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import export
+from jax.sharding import Mesh, PartitionSpec
+from jax.test_util import check_grads
+
+import capsjax
+from capsjax import Routed
+
+KEY = jax.random.key(7)
+
+
+class Self:
+    """Self-routing with activations and logits that belong to the child, as a layer gives them."""
+
+    def __call__(self, votes, where=None):
+        # Functions of the child's own votes: permuted with it, masked with it.
+        activations = 0.5 + 0.5 * jnp.tanh(votes[..., 0, 0])
+        logits = votes[..., 0] / 4
+        return capsjax.self_routing(votes, activations, logits, where=where)
+
+    @staticmethod
+    def reference(votes):
+        activations = 0.5 + 0.5 * np.tanh(votes[:, 0, 0])
+        return references.self_routing(votes, activations, votes[..., 0] / 4)
+
+
+class Clusters:
+    """EM or variational routing, with activations that belong to the child."""
+
+    BETA_A, BETA_U = np.array([0.5, -0.25, 0.0, 1.0, 0.3]), np.array([0.1, 0.0, -0.2, 0.4, 0.2])
+
+    def __init__(self, function, reference):
+        self.function, self.reference_function = function, reference
+
+    def betas(self, parents, dtype):
+        return (
+            jnp.asarray(self.BETA_A[:parents], dtype),
+            jnp.asarray(self.BETA_U[:parents], dtype),
+        )
+
+    def __call__(self, votes, num_iterations=3, where=None, betas=None, **options):
+        parents = votes.shape[-2]
+        beta_a, beta_u = self.betas(parents, votes.dtype) if betas is None else betas
+        # A function of the child's own votes, computed exactly enough in every dtype.
+        first = votes[..., 0, 0].astype(jnp.promote_types(votes.dtype, jnp.float32))
+        activations = 0.5 + 0.4 * jnp.tanh(first)
+        return self.function(
+            votes, activations, beta_a=beta_a, beta_u=beta_u, num_iterations=num_iterations,
+            where=where, **options,
+        )  # fmt: skip
+
+    def reference(self, votes, num_iterations=3):
+        activations = 0.5 + 0.4 * np.tanh(votes[:, 0, 0])
+        parents = votes.shape[1]
+        beta_a, beta_u = self.BETA_A[:parents], self.BETA_U[:parents]
+        return self.reference_function(votes, activations, beta_a, beta_u, num_iterations)
+
+
+EM = Clusters(capsjax.em_routing, references.em_routing)
+VARIATIONAL = Clusters(capsjax.variational_routing, references.variational_routing)
+
+
+def heinsen_parameters(children, in_features, parents, features):
+    rng = np.random.default_rng(children)
+    shapes = capsjax.HeinsenParameters.shapes(children, in_features, parents, features)
+    return {name: rng.normal(size=shape) / 2 for name, shape in shapes.items()}
+
+
+class Heinsen:
+    """Heinsen's routing of children whose poses are their votes, one after the other."""
+
+    @staticmethod
+    def parameters(votes):
+        parents, features = votes.shape[-2:]
+        return heinsen_parameters(1, parents * features, parents, features)
+
+    def __call__(self, votes, num_iterations=2, where=None):
+        parameters = capsjax.HeinsenParameters(
+            **{name: jnp.asarray(x, jnp.promote_types(votes.dtype, jnp.float32))
+               for name, x in self.parameters(votes).items()}
+        )  # fmt: skip
+        poses = votes.reshape(*votes.shape[:-2], -1)
+        return capsjax.heinsen_routing(
+            poses, parameters, num_iterations=num_iterations, where=where
+        )
+
+    def reference(self, votes, num_iterations=2):
+        poses = votes.reshape(len(votes), -1)
+        return references.heinsen_routing(poses, self.parameters(votes), num_iterations)
+
+
+HEINSEN = Heinsen()
+
+
+def random_reference(votes):
+    logits = np.asarray(jax.random.normal(KEY, votes.shape[:2]), np.float64)
+    return references.squashed(references.softmax(logits), votes)
+
+
+ALGORITHMS = {
+    "dynamic": (capsjax.dynamic_routing, lambda v: references.dynamic_routing(v, 3)),
+    "uniform": (capsjax.uniform_routing, references.uniform_routing),
+    "random": (functools.partial(capsjax.random_routing, key=KEY), random_reference),
+    "kmeans": (capsjax.kmeans_routing, lambda v: references.kmeans_routing(v, 3)),
+    "efficient": (capsjax.efficient_routing, references.efficient_routing),
+    "attention": (capsjax.attention_routing, lambda v: references.attention_routing(v, 2)),
+    "self": (Self(), Self.reference),
+    "em": (EM, EM.reference),
+    "variational": (VARIATIONAL, VARIATIONAL.reference),
+    "heinsen": (HEINSEN, HEINSEN.reference),
+}
+ITERATIVE = {
+    "dynamic": (capsjax.dynamic_routing, references.dynamic_routing),
+    "kmeans": (capsjax.kmeans_routing, references.kmeans_routing),
+    "attention": (capsjax.attention_routing, references.attention_routing),
+    "em": (EM, EM.reference),
+    "variational": (VARIATIONAL, VARIATIONAL.reference),
+    "heinsen": (HEINSEN, HEINSEN.reference),
+}
+CHILDREN, PARENTS, FEATURES = 6, 4, 5
+
+every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
+
+
+def votes_of(*leading, dtype="float32", seed=0, shape=(CHILDREN, PARENTS, FEATURES)):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=(*leading, *shape)), dtype)
+
+
+def assert_routed(routed, expected, terms=CHILDREN, **tolerances):
+    assert isinstance(routed, Routed)
+    for actual, reference in zip(routed, expected, strict=True):
+        assert_close(actual, reference, terms=terms, **tolerances)
+
+
+@every_algorithm
+def test_is_what_the_equations_say_to_1e_5(name):
+    function, reference = ALGORITHMS[name]
+    votes = votes_of(seed=1)
+    for actual, expected in zip(
+        function(votes), reference(np.asarray(votes, np.float64)), strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2, 3, 6])
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_every_number_of_iterations(name, num_iterations):
+    function, reference = ITERATIVE[name]
+    votes = votes_of(seed=2)
+    expected = reference(np.asarray(votes, np.float64), num_iterations)
+    assert_routed(function(votes, num_iterations=num_iterations), expected, terms=100)
+
+
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_one_iteration_is_uniform_coupling(name):
+    routed = ITERATIVE[name][0](votes_of(), num_iterations=1)
+    np.testing.assert_allclose(routed.coupling, 1 / PARENTS, rtol=1e-6)
+
+
+@every_algorithm
+@settings(max_examples=8)
+@given(
+    leading=st.lists(st.integers(1, 2), max_size=2),
+    sizes=st.tuples(*[st.integers(1, 5)] * 3),
+    dtype=st.sampled_from(FLOATS),
+)
+def test_over_shapes_and_dtypes(name, leading, sizes, dtype):
+    function, reference = ALGORITHMS[name]
+    # Read-outs of the child's own votes are computed in the votes' dtype: keep them exact.
+    dtype = "float32" if name == "self" else dtype
+    votes = votes_of(*leading, dtype=dtype, shape=sizes)
+    routed = function(votes)
+    children, parents, features = sizes
+    assert routed.poses.shape == (*leading, parents, features)
+    assert routed.activations.shape == (*leading, parents)
+    assert routed.coupling.shape == (*leading, children, parents)
+    assert {x.dtype for x in routed} == {jnp.dtype(dtype)}
+    for index in itertools.product(*map(range, leading)):
+        expected = reference(np.asarray(votes[index], np.float64))
+        # One feature normalises to its sign, or to nothing: ill-conditioned by nature.
+        scale = 4.0 if features > 1 else 400.0
+        assert_routed(Routed(*(x[index] for x in routed)), expected, scale=scale)
+
+
+@every_algorithm
+def test_couplings_of_a_child_sum_to_one_over_the_parents(name):
+    coupling = ALGORITHMS[name][0](votes_of(3)).coupling
+    np.testing.assert_allclose(coupling.sum(-1), 1, rtol=1e-6)
+
+
+@every_algorithm
+def test_does_not_depend_on_the_batch_around(name):
+    function, batch = ALGORITHMS[name][0], votes_of(4)
+    changed = function(batch.at[1:].multiply(-3))
+    for whole, other in zip(function(batch), changed, strict=True):
+        np.testing.assert_array_equal(whole[0], other[0])
+
+
+@every_algorithm
+def test_is_equivariant_to_permutations_of_children(name):
+    if name == "random":
+        pytest.skip("its couplings belong to places, not to children")
+    function, votes = ALGORITHMS[name][0], votes_of()
+    order = np.array([3, 0, 5, 1, 4, 2])
+    routed, permuted = function(votes), function(votes[order])
+    assert_close(permuted.poses, routed.poses, terms=CHILDREN)
+    assert_close(permuted.coupling, routed.coupling[order], terms=CHILDREN)
+
+
+@every_algorithm
+def test_is_equivariant_to_permutations_of_parents(name):
+    if name in ("random", "self", "heinsen"):
+        pytest.skip("its couplings belong to places, not to parents")
+    function, votes = ALGORITHMS[name][0], votes_of()
+    if name in ("em", "variational"):
+        # Which read the child's activation off its first vote: of a parent that stays in place.
+        votes = votes.at[:, 0, 0].set(votes[:, 2, 0])
+        function = functools.partial(function, betas=(jnp.zeros(PARENTS),) * 2)
+    order = np.array([2, 0, 3, 1])
+    routed, permuted = function(votes), function(votes[:, order])
+    assert_close(permuted.poses, routed.poses[order], terms=CHILDREN)
+    assert_close(permuted.activations, routed.activations[order], terms=CHILDREN)
+
+
+def grad_of(function):
+    def loss(votes):
+        routed = function(votes)
+        return (
+            routed.poses[..., 0].astype(jnp.float32).sum()
+            + routed.activations[..., 0].astype(jnp.float32).sum()
+        )
+
+    return jax.jit(jax.grad(loss))
+
+
+@every_algorithm
+@pytest.mark.parametrize("masked", [jnp.nan, 1e30, 7.0])
+def test_masked_children_have_no_influence_and_no_gradient(name, masked):
+    where = jnp.arange(CHILDREN) != CHILDREN - 1
+    function = functools.partial(ALGORITHMS[name][0], where=where)
+    votes = votes_of()
+    broken = votes.at[-1].set(masked)
+    routed, expected = function(broken), function(votes)
+    assert_close(routed.poses, expected.poses)
+    assert_close(routed.activations, expected.activations)
+    np.testing.assert_array_equal(routed.coupling[-1], 0)
+    if name != "random":  # whose couplings would be drawn for another number of children
+        assert_close(expected.poses, ALGORITHMS[name][0](votes[:-1]).poses, terms=CHILDREN)
+    # The activations and logits of some are read off the broken votes by the test itself.
+    if name not in ("self", "em", "variational") or jnp.isfinite(masked):
+        np.testing.assert_array_equal(grad_of(function)(broken)[-1], 0)
+
+
+@every_algorithm
+@settings(max_examples=12)
+@given(
+    kind=st.sampled_from([0.0, 1e-8, 1e4, "equal", "normal"]),
+    children=st.sampled_from([1, 6]),
+    parents=st.sampled_from([1, 4]),
+    dtype=st.sampled_from(FLOATS),
+    num_iterations=st.sampled_from([1, 3, 10]),
+)
+def test_values_and_gradients_are_finite(name, kind, children, parents, dtype, num_iterations):
+    function = ALGORITHMS[name][0]
+    if name in ITERATIVE:
+        function = functools.partial(function, num_iterations=num_iterations)
+    shape = (children, parents, FEATURES)
+    normal = np.random.default_rng(0).normal(size=shape)
+    votes = {"equal": np.ones(shape), "normal": normal}.get(kind)
+    votes = jnp.asarray(normal * kind if votes is None else votes, dtype)
+    assert all(jnp.isfinite(x).all() for x in function(votes))
+    assert jnp.isfinite(grad_of(function)(votes)).all()
+
+
+@every_algorithm
+def test_gradients(name):
+    with jax.enable_x64(True):
+        votes = jnp.asarray(np.random.default_rng(3).normal(size=(3, 2, 4)))
+        function = jax.jit(lambda v: tuple(ALGORITHMS[name][0](v)))
+        check_grads(function, (votes,), order=1, eps=1e-6, atol=1e-6, rtol=1e-6)
+
+
+@every_algorithm
+def test_under_shard_map_and_exported(name):
+    function = jax.jit(lambda v: tuple(ALGORITHMS[name][0](v)))
+    votes = votes_of(8)
+    mesh, spec = Mesh(np.array(jax.devices()), ("batch",)), PartitionSpec("batch")
+    sharded = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec))
+    exported = export.export(function, platforms=["cpu", "cuda", "tpu"])(votes)
+    for run in (sharded, exported.call):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+            run(votes), function(votes),
+        )  # fmt: skip
+
+
+def test_kmeans_ignores_the_length_of_its_centres():
+    # Twice as many children of each kind: the same couplings, while dynamic routing sharpens.
+    votes = votes_of()
+    twice = jnp.concatenate([votes, votes])
+    coupling = capsjax.kmeans_routing(votes).coupling
+    np.testing.assert_allclose(
+        capsjax.kmeans_routing(twice).coupling[:CHILDREN], coupling, rtol=1e-5
+    )
+    dynamic = [capsjax.dynamic_routing(v).coupling[:CHILDREN] for v in (votes, twice)]
+    assert float(jnp.abs(dynamic[0] - dynamic[1]).max()) > 1e-3
+
+
+def test_biases_and_priors():
+    votes = votes_of()
+    exact = np.asarray(votes, np.float64)
+    bias = np.random.default_rng(5).normal(size=(PARENTS, FEATURES)).astype(np.float32)
+    assert_routed(
+        capsjax.uniform_routing(votes, bias=bias), references.uniform_routing(exact, bias)
+    )
+    assert_routed(
+        capsjax.kmeans_routing(votes, bias=bias), references.kmeans_routing(exact, 3, bias), 100
+    )
+    prior = np.random.default_rng(6).normal(size=(CHILDREN, PARENTS)).astype(np.float32)
+    assert_routed(
+        capsjax.efficient_routing(votes, prior=prior), references.efficient_routing(exact, prior)
+    )
+    scale, offset = bias[0], bias[1]
+    assert_routed(
+        capsjax.attention_routing(votes, scale=scale, offset=offset),
+        references.attention_routing(exact, 2, scale, offset), 100,
+    )  # fmt: skip
+
+
+def test_random_couplings_follow_the_key_and_are_shared_by_examples():
+    votes = votes_of(2)
+    first, again, other = (
+        capsjax.random_routing(votes, key=jax.random.key(k)).coupling for k in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first[0], first[1])
+    assert (first != other).any()
+
+
+def test_self_routing_activations_are_shares():
+    votes, logits = votes_of(), votes_of(shape=(CHILDREN, PARENTS))
+    activations = jnp.linspace(0, 1, CHILDREN)
+    routed = capsjax.self_routing(votes, activations, logits)
+    np.testing.assert_allclose(routed.activations.sum(), 1, rtol=1e-6)
+    # A silent child has no influence.
+    changed = capsjax.self_routing(votes.at[0].set(100.0), activations, logits)
+    np.testing.assert_array_equal(changed.poses, routed.poses)
+    silent = capsjax.self_routing(votes, jnp.zeros(CHILDREN), logits)
+    np.testing.assert_array_equal(silent.poses, 0)
+    np.testing.assert_array_equal(silent.activations, 0)
+
+
+def test_efficient_squash_keeps_the_length_of_short_vectors():
+    short = jnp.array([[1e-4, 0], [0, 0]])
+    np.testing.assert_allclose(capsjax.exponential_squash(short), short, rtol=1e-4)
+
+
+BAD = [
+    ("kmeans_routing", {"num_iterations": 0}, ValueError, "num_iterations must be at least 1"),
+    ("attention_routing", {"num_iterations": 1.5}, TypeError, "must be a Python integer, got 1.5"),
+    ("attention_routing", {"scale": jnp.ones(3)}, ValueError, r"scale must have shape \[D\] = \(5"),
+    ("uniform_routing", {"bias": jnp.ones(3)}, ValueError, r"bias must have shape \[J, D\]"),
+    ("efficient_routing", {"prior": jnp.ones(3)}, ValueError, r"prior must broadcast to \(6, 4\)"),
+    ("efficient_routing", {"where": jnp.ones(6)}, TypeError, "where must be a bool array"),
+    (
+        "self_routing",
+        {"activations": jnp.ones(5), "logits": jnp.ones((6, 4))},
+        ValueError,
+        r"activations must broadcast to \(6,\), got shape \(5,\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("function", "options", "error", "match"), BAD)
+def test_bad_arguments_are_named_while_tracing(function, options, error, match):
+    with pytest.raises(error, match=match):
+        jax.jit(lambda v: getattr(capsjax, function)(v, **options))(votes_of())
+
+
+@pytest.mark.parametrize("function", ["uniform_routing", "kmeans_routing", "efficient_routing"])
+def test_bad_votes_are_named(function):
+    with pytest.raises(ValueError, match=r"votes must have shape .* got shape \(3, 4\)"):
+        getattr(capsjax, function)(jnp.ones((3, 4)))
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2, 4])
+def test_heinsen_routing_with_parameters_of_every_child(num_iterations):
+    rng = np.random.default_rng(8)
+    named, poses = heinsen_parameters(6, 5, 4, 3), rng.normal(size=(2, 6, 5))
+    parameters = capsjax.HeinsenParameters(**{k: jnp.float32(x) for k, x in named.items()})
+    routed = capsjax.heinsen_routing(jnp.float32(poses), parameters, num_iterations=num_iterations)
+    for index in range(2):
+        expected = references.heinsen_routing(poses[index], named, num_iterations)
+        assert_routed(Routed(*(x[index] for x in routed)), expected, terms=200)
+    with pytest.raises(ValueError, match=r"use must have shape \(6, 4\), got \(5, 4\)"):
+        capsjax.heinsen_routing(jnp.float32(poses), parameters._replace(use=jnp.ones((5, 4))))
+
+
+def test_heinsen_routing_stores_no_votes():
+    shapes = capsjax.HeinsenParameters.shapes(64, 32, 16, 128)
+    parameters = capsjax.HeinsenParameters(*map(jnp.ones, shapes.values()))
+    text = str(jax.make_jaxpr(capsjax.heinsen_routing)(jnp.ones((64, 32)), parameters))
+    assert "64,16,128" not in text
+    assert "64,16]" in text
+
+
+EM_OPTIONS = {"beta_a": jnp.zeros(PARENTS), "beta_u": jnp.zeros(PARENTS)}
+
+
+@pytest.mark.parametrize("function", [capsjax.em_routing, capsjax.variational_routing])
+def test_a_silent_child_has_no_influence(function):
+    votes, activations = votes_of(), jnp.linspace(0, 1, CHILDREN)
+    routed = function(votes, activations, **EM_OPTIONS)
+    changed = function(votes.at[0].set(3.0), activations, **EM_OPTIONS)
+    np.testing.assert_array_equal(changed.poses, routed.poses)
+    np.testing.assert_array_equal(changed.activations, routed.activations)
+
+
+def test_em_responsibilities_of_a_lone_child_stay_equal():
+    # Whatever it votes for, every parent's cluster is that vote.
+    votes = votes_of(shape=(1, PARENTS, FEATURES))
+    routed = capsjax.em_routing(votes, jnp.ones(1), num_iterations=5, **EM_OPTIONS)
+    np.testing.assert_allclose(routed.coupling, 1 / PARENTS, rtol=1e-5)
+    np.testing.assert_allclose(routed.poses, votes[0], rtol=1e-5)
+
+
+def test_em_follows_a_shift_of_the_votes():
+    votes, activations = votes_of(), jnp.ones(CHILDREN)
+    routed = capsjax.em_routing(votes, activations, **EM_OPTIONS)
+    shifted = capsjax.em_routing(votes + 2, activations, **EM_OPTIONS)
+    np.testing.assert_allclose(shifted.poses, routed.poses + 2, atol=1e-4)
+    np.testing.assert_allclose(shifted.coupling, routed.coupling, atol=1e-4)
+    np.testing.assert_allclose(shifted.activations, routed.activations, atol=1e-4)
+
+
+def test_em_couples_children_that_agree_and_activates_their_parent():
+    # Five children say the same to parent 0; to the others, nobody agrees with anybody.
+    votes = 3 * votes_of(seed=4)
+    votes = votes.at[:5, 0].set(jnp.arange(FEATURES) / 4)
+    routed = capsjax.em_routing(votes, jnp.ones(CHILDREN), inverse_temperature=1.0, **EM_OPTIONS)
+    assert int(jnp.argmax(routed.activations)) == 0
+    assert (routed.coupling[:5, 0] > 0.9).all()
+    assert float(routed.coupling[5, 0]) < 0.1
+
+
+def test_without_a_bias_dynamic_routing_cannot_tell_a_vote_from_its_opposite():
+    # Peer, Stabinger, Rodriguez-Sanchez 2021.
+    votes, bias = votes_of(), jnp.ones((PARENTS, FEATURES))
+    plain, opposite = capsjax.dynamic_routing(votes), capsjax.dynamic_routing(-votes)
+    np.testing.assert_array_equal(plain.activations, opposite.activations)
+    biased = [capsjax.dynamic_routing(v, bias=bias).activations for v in (votes, -votes)]
+    assert float(jnp.abs(biased[0] - biased[1]).min()) > 0.01
+
+
+def test_attention_poses_have_no_scale():
+    votes = 10 * votes_of()
+    once, twice = (capsjax.attention_routing(v, num_iterations=1) for v in (votes, 2 * votes))
+    np.testing.assert_allclose(once.poses, twice.poses, atol=1e-4)
+
+
+def test_variational_priors_pull_towards_zero():
+    votes, activations = votes_of() + 2, jnp.ones(CHILDREN)
+    near, far = (
+        capsjax.variational_routing(votes, activations, kappa=k, num_iterations=1, **EM_OPTIONS)
+        for k in (1e-3, 1e3)
+    )
+    np.testing.assert_allclose(near.poses, votes.mean(0), rtol=1e-2)
+    assert float(jnp.abs(far.poses).max()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
+     ({"nu": 4.0}, r"nu must be above 4, got 4.0"),
+     ({"beta_a": jnp.ones(3)}, r"beta_a must have shape \[J\] = \(4,\), got \(3,\)")],
+)  # fmt: skip
+def test_bad_priors_are_named(option, expected):
+    with pytest.raises(ValueError, match=expected):
+        capsjax.variational_routing(votes_of(), jnp.ones(CHILDREN), **{**EM_OPTIONS, **option})
+
+
+TRACED = ("dynamic", "kmeans", "attention", "em", "variational")
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_trace_holds_what_every_number_of_iterations_gives(name):
+    votes, args, options = votes_of(2), (), {}
+    if name in ("em", "variational"):
+        args, options = (jnp.ones((2, CHILDREN)),), EM_OPTIONS
+    trace = jax.jit(
+        lambda v: capsjax.routing_trace(v, *args, routing=name, num_iterations=4, **options)
+    )(votes)
+    assert trace.poses.shape == (4, 2, PARENTS, FEATURES)
+    for t in range(4):
+        routed = capsjax.routing.algorithm(name)(votes, *args, num_iterations=t + 1, **options)
+        np.testing.assert_allclose(trace.poses[t], routed.poses, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(trace.activations[t], routed.activations, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(trace.coupling[t], routed.coupling, rtol=1e-4, atol=1e-5)
+        agreement = np.einsum("bijd,bjd->bij", votes, routed.poses)
+        np.testing.assert_allclose(trace.agreement[t], agreement, rtol=1e-3, atol=1e-4)
+    coupling = jax.nn.softmax(trace.logits)
+    np.testing.assert_allclose(coupling, trace.coupling, rtol=1e-5, atol=1e-6)
+
+
+def test_a_trace_s_logits_are_the_prior_and_the_agreements_so_far():
+    votes = votes_of()
+    prior = votes_of(shape=(CHILDREN, PARENTS))
+    where = jnp.arange(CHILDREN) > 0
+    trace = capsjax.routing_trace(votes, logits=prior, where=where)
+    np.testing.assert_allclose(trace.logits[0], prior, rtol=1e-6)
+    np.testing.assert_allclose(trace.logits[2], prior + trace.agreement[:2].sum(0), rtol=1e-4)
+    np.testing.assert_array_equal(trace.coupling[:, 0], 0)
+    broken = capsjax.routing_trace(votes.at[0].set(jnp.nan), logits=prior, where=where)
+    np.testing.assert_array_equal(broken.agreement, trace.agreement)
+
+
+def test_algorithms_have_names():
+    names = capsjax.routing.algorithms()
+    assert len(names) == 10
+    for name in names:
+        assert capsjax.routing.algorithm(name) is getattr(capsjax, f"{name}_routing")
+    with pytest.raises(ValueError, match=r"routing must be one of dynamic, em.* got 'sinkhorn'"):
+        capsjax.routing.algorithm("sinkhorn")
+    with pytest.raises(ValueError, match=r"routing must be one of dynamic.* got 'uniform'"):
+        capsjax.routing_trace(votes_of(), routing="uniform")
