@@ -13,6 +13,7 @@ from capsjax.ops import (
     margin_loss,
     matrix_votes,
     reconstruction_loss,
+    spread_loss,
     squash,
 )
 from capsjax.routing import (
@@ -56,6 +57,7 @@ __all__ = [
     "routing",
     "routing_trace",
     "self_routing",
+    "spread_loss",
     "squash",
     "uniform_routing",
     "variational_routing",

@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train_main(prog: str = "train.py", argv: Sequence[str] | None = None) -> None:
     """Runs ``capsjax train`` or ``scripts/train.py``."""
+    given = sys.argv[1:] if argv is None else argv
+    argv = [re.sub(r"^--model(?==|$)", "--preset", argument) for argument in given]
 
     def parse(default: TrainConfig | None = None) -> TrainConfig:
         if default is None:

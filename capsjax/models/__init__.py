@@ -2,6 +2,8 @@
 
 from capsjax.models.baseline import BaselineCNN, BaselineConfig
 from capsjax.models.capsnet import CapsNet, CapsNetConfig
+from capsjax.models.efficient import EfficientCapsNet, EfficientCapsNetConfig
+from capsjax.models.matrix import MatrixCapsNet, MatrixCapsNetConfig
 from capsjax.models.network import Prediction
 from capsjax.models.presets import ModelConfig, Network, build, configure, create, presets
 
@@ -10,6 +12,10 @@ __all__ = [
     "BaselineConfig",
     "CapsNet",
     "CapsNetConfig",
+    "EfficientCapsNet",
+    "EfficientCapsNetConfig",
+    "MatrixCapsNet",
+    "MatrixCapsNetConfig",
     "ModelConfig",
     "Network",
     "Prediction",

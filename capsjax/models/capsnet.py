@@ -1,18 +1,32 @@
 """The capsule network of the paper (floor 4): Conv1, PrimaryCaps, DigitCaps, decoder."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from capsjax.models.network import Prediction, check_images, check_positive
-from capsjax.nn import Decoder, DenseCapsules, PrimaryCapsules
-from capsjax.ops import conv_general_dilated, length
+from capsjax.models.network import (
+    Prediction,
+    check_images,
+    check_positive,
+    check_routing,
+    make_decoder,
+    predict,
+    routing_options,
+)
+from capsjax.nn import DenseCapsules, PrimaryCapsules
+from capsjax.ops import conv_general_dilated
 from capsjax.routing import Routed
 
 Initialisation = Literal["lecun", "official"]
+
+# EM routing of a hundred children and more by votes of a few hundredths: activations begin at about
+# one half, where they can learn, and reach both ends.
+_STARTS: dict[str, dict[str, Any]] = {
+    "em": {"inverse_temperature": 0.5, "beta_u_init": nnx.initializers.constant(3.5)}
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,10 +46,11 @@ class CapsNetConfig:
       primary_coupling: constant on their convolution; see :class:`capsjax.nn.PrimaryCapsules`.
       padding: of both convolutions, ``"VALID"`` or ``"SAME"``.
       class_features: D, dimension of a class capsule.
-      num_iterations: routing iterations.
+      routing: name of the algorithm; see :func:`capsjax.routing.algorithms`.
+      num_iterations: routing iterations, for algorithms that iterate.
       routing_bias: whether the class capsules have a bias inside routing.
-      leaky: whether a primary capsule may go to no class.
-      stop_gradient: whether gradients skip the updates of the routing logits.
+      leaky: whether a primary capsule may go to no class; dynamic routing only.
+      stop_gradient: whether gradients skip the updates of the routing logits; dynamic routing only.
       decoder_features: widths of the decoder's hidden layers; empty for no decoder.
       initialisation: ``"lecun"`` for convolutions and decoder and σ 0.1 for the capsules; or
         ``"official"``: truncated normal with σ 0.05 for the first convolution and σ 0.1 elsewhere,
@@ -56,6 +71,7 @@ class CapsNetConfig:
     primary_coupling: float = 1.0
     padding: str = "VALID"
     class_features: int = 16
+    routing: str = "dynamic"
     num_iterations: int = 3
     routing_bias: bool = False
     leaky: bool = False
@@ -78,6 +94,7 @@ class CapsNetConfig:
             )
         if self.padding not in ("VALID", "SAME"):
             raise ValueError(f"padding must be 'VALID' or 'SAME', got {self.padding!r}")
+        check_routing(self)
         if min(self.grid) < 1:
             raise ValueError(
                 f"image_shape {self.image_shape} is too small for kernels {self.conv_kernel} and"
@@ -129,9 +146,13 @@ class CapsNet(nnx.Module):
         self.config = config
         dtype = jnp.dtype(config.dtype)
         official = config.initialisation == "official"
+        options = {**routing_options(config), **_STARTS.get(config.routing, {})}
         conv_init = _truncated(0.05) if official else nnx.initializers.lecun_normal()
         wide_init = _truncated(0.1) if official else nnx.initializers.lecun_normal()
         capsule_init = _truncated(0.1) if official else nnx.initializers.normal(0.1)
+        if config.routing == "variational":
+            # Its priors are for votes of about one.
+            capsule_init = nnx.initializers.normal(1.0)
         bias_init = nnx.initializers.constant(0.1 if official else 0.0)
         self.conv = nnx.Conv(
             config.image_shape[-1],
@@ -163,29 +184,18 @@ class CapsNet(nnx.Module):
             config.primary_features,
             config.num_classes,
             config.class_features,
-            num_iterations=config.num_iterations,
+            routing=config.routing,
             use_bias=config.routing_bias,
-            leaky=config.leaky,
-            stop_gradient=config.stop_gradient,
             dtype=dtype,
             kernel_init=capsule_init,
             bias_init=bias_init,
             rngs=rngs,
+            **options,
         )
-        self.decoder: Decoder | None
-        if config.decoder_features:
-            self.decoder = Decoder(
-                config.num_classes,
-                config.class_features,
-                config.image_shape,
-                hidden_features=config.decoder_features,
-                dtype=dtype,
-                kernel_init=wide_init,
-                bias_init=bias_init,
-                rngs=rngs,
-            )
-        else:
-            self.decoder = nnx.data(None)
+        self.decoder = make_decoder(
+            config, config.class_features, dtype=dtype, rngs=rngs, kernel_init=wide_init,
+            bias_init=bias_init,
+        )  # fmt: skip
 
     def route(self, images: jax.Array) -> Routed:
         """Class capsules of images ``[..., H, W, C]`` in [0, 1], with their coupling."""
@@ -212,13 +222,7 @@ class CapsNet(nnx.Module):
           ValueError: the images or the target have the wrong shape.
         """
         del keys
-        poses = self.route(images).poses
-        lengths = length(poses.astype(jnp.float32))
-        if self.decoder is None:
-            return Prediction(lengths, poses)
-        if target is None:
-            target = jax.nn.one_hot(jnp.argmax(lengths, axis=-1), lengths.shape[-1])
-        return Prediction(lengths, poses, self.decoder(poses, target).astype(jnp.float32))
+        return predict(self.route(images), self.decoder, target)
 
 
 def _truncated(stddev: float) -> nnx.Initializer:

@@ -5,6 +5,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from flax.typing import Dtype
+
+from capsjax import routing
+from capsjax.nn import Decoder
+from capsjax.nn.router import check_options
+from capsjax.routing import Routed
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -54,3 +61,49 @@ def check_positive(config: Any, *names: str) -> None:
         )
     if config.dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {config.dtype!r}")
+
+
+def routing_options(config: Any) -> dict[str, Any]:
+    """The options of the routing function that a configuration's fields give."""
+    options = {}
+    if routing.iterates(config.routing):
+        options["num_iterations"] = config.num_iterations
+    # Only where they are on: algorithms that do not know them are content without.
+    options.update(
+        {name: True for name in ("leaky", "stop_gradient") if getattr(config, name, False)}
+    )
+    return options
+
+
+def check_routing(config: Any) -> None:
+    """Raises a ValueError unless there is such a routing algorithm, with these options."""
+    use_bias = getattr(config, "routing_bias", False)
+    check_options(config.routing, routing_options(config), use_bias=use_bias)
+
+
+def make_decoder(
+    config: Any, features: int, *, dtype: Dtype, rngs: nnx.Rngs, **initialisers: Any
+) -> Decoder | None:
+    """The decoder of class capsules with so many dimensions, if the configuration has one."""
+    if not config.decoder_features:
+        none: None = nnx.data(None)
+        return none
+    return Decoder(
+        config.num_classes,
+        features,
+        config.image_shape,
+        hidden_features=config.decoder_features,
+        dtype=dtype,
+        rngs=rngs,
+        **initialisers,
+    )
+
+
+def predict(routed: Routed, decoder: Decoder | None, target: jax.Array | None) -> Prediction:
+    """What class capsules say: activations as scores, and the target's reconstruction."""
+    scores = routed.activations.astype(jnp.float32)
+    if decoder is None:
+        return Prediction(scores, routed.poses)
+    if target is None:
+        target = jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1])
+    return Prediction(scores, routed.poses, decoder(routed.poses, target).astype(jnp.float32))

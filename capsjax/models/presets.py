@@ -7,9 +7,11 @@ from flax import nnx
 
 from capsjax.models.baseline import BaselineCNN, BaselineConfig
 from capsjax.models.capsnet import CapsNet, CapsNetConfig
+from capsjax.models.efficient import EfficientCapsNet, EfficientCapsNetConfig
+from capsjax.models.matrix import MatrixCapsNet, MatrixCapsNetConfig
 
-ModelConfig = CapsNetConfig | BaselineConfig
-Network = CapsNet | BaselineCNN
+ModelConfig = CapsNetConfig | MatrixCapsNetConfig | EfficientCapsNetConfig | BaselineConfig
+Network = CapsNet | MatrixCapsNet | EfficientCapsNet | BaselineCNN
 
 _PAPER = CapsNetConfig()
 
@@ -33,6 +35,14 @@ _PRESETS: dict[str, ModelConfig] = {
     ),
     # The convolutional network that the paper compares with: 35,445,522 parameters on MNIST.
     "baseline": BaselineConfig(),
+    # Matrix capsules with EM routing, all layers of 32 as in the paper.
+    "matrix_capsnet": MatrixCapsNetConfig(),
+    # The small one of the same paper: A = 64, B = 8, C = D = 16.
+    "matrix_capsnet_small": MatrixCapsNetConfig(
+        conv_features=64, primary_types=8, capsule_types=(16, 16)
+    ),
+    # Self-attention routing: 161,824 parameters on MNIST.
+    "efficient_capsnet": EfficientCapsNetConfig(),
 }
 
 
@@ -41,7 +51,7 @@ def presets() -> tuple[str, ...]:
 
     Example:
       >>> from capsjax import models
-      >>> models.presets()
+      >>> models.presets()[:4]
       ('paper', 'official', 'small', 'baseline')
     """
     return tuple(_PRESETS)
@@ -55,7 +65,7 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
       **overrides: fields of the preset's configuration.
 
     Returns:
-      :class:`CapsNetConfig` or :class:`BaselineConfig`.
+      The configuration: :class:`CapsNetConfig`, or that of another network.
 
     Raises:
       ValueError: the preset, a field or a value is unknown.
@@ -77,9 +87,15 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
 
 def build(config: ModelConfig, *, rngs: nnx.Rngs) -> Network:
     """Builds the network that a configuration describes."""
-    if isinstance(config, BaselineConfig):
-        return BaselineCNN(config, rngs=rngs)
-    return CapsNet(config, rngs=rngs)
+    match config:
+        case CapsNetConfig():
+            return CapsNet(config, rngs=rngs)
+        case MatrixCapsNetConfig():
+            return MatrixCapsNet(config, rngs=rngs)
+        case EfficientCapsNetConfig():
+            return EfficientCapsNet(config, rngs=rngs)
+        case BaselineConfig():
+            return BaselineCNN(config, rngs=rngs)
 
 
 def create(preset: str, *, rngs: nnx.Rngs, **overrides: Any) -> Network:
@@ -91,7 +107,7 @@ def create(preset: str, *, rngs: nnx.Rngs, **overrides: Any) -> Network:
       **overrides: fields of the preset's configuration, as in :func:`configure`.
 
     Returns:
-      A Flax NNX module; see :class:`CapsNet` and :class:`BaselineCNN`.
+      A Flax NNX module, such as :class:`CapsNet`.
 
     Raises:
       ValueError: the preset, a field or a value is unknown.

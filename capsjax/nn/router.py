@@ -1,6 +1,7 @@
 """A routing algorithm with its options and the parameters that it learns (floor 3)."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +12,11 @@ from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
 from capsjax.ops import length
+from capsjax.ops.capsule import unit
 from capsjax.routing import HeinsenParameters, Routed, algorithm
+
+# Parameters whose first axis is I.
+_PER_CHILD = {"logit_kernel", "logit_bias", "prior"}
 
 
 class Sizes(NamedTuple):
@@ -68,7 +73,8 @@ class Router(nnx.Module):
     Args:
       name: one of :func:`capsjax.routing.algorithms`.
       sizes: of the layer.
-      options: keyword arguments of the routing function.
+      options: keyword arguments of the routing function; and initialisers of the parameters, named
+        ``beta_a_init`` and the like.
       use_bias: whether the parents' sums have a bias.
       bias_init: initialiser of the bias.
       param_dtype: dtype of the parameters.
@@ -91,19 +97,25 @@ class Router(nnx.Module):
     ):
         check_options(name, options, use_bias=use_bias)
         self.name = name
-        self.options = dict(options)
+        self.in_capsules = sizes.in_capsules
         learned = _learned(name, sizes)
         if use_bias:
             learned["bias"] = (sizes[2:], bias_init)
         self.learned = tuple(learned)
         for parameter, (shape, init) in learned.items():
+            init = options.get(f"{parameter}_init", init)
             setattr(self, parameter, nnx.Param(init(rngs.params(), shape, param_dtype)))
+        self.options = {k: v for k, v in options.items() if not k.endswith("_init")}
 
     def __call__(self, votes: jax.Array | None, children: Children) -> Routed:
         """Routes votes ``[..., I, J, D]``; None for a router that makes its own."""
         function = algorithm(self.name)
         options = dict(self.options)
         learned = {name: getattr(self, name)[...] for name in self.learned}
+        # A layer that shares its weights between the places of a grid shares these, too.
+        places = children.poses.shape[-2] // self.in_capsules
+        for name in _PER_CHILD & learned.keys():
+            learned[name] = jnp.tile(learned[name], (places, *[1] * (learned[name].ndim - 1)))
         if children.logits is not None:
             if self.name != "dynamic":
                 raise ValueError(f"logits are for routing 'dynamic', not {self.name!r}")
@@ -137,6 +149,7 @@ def check_options(name: str, options: Mapping[str, Any], *, use_bias: bool = Fal
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         and argument not in (*learned, "bias", "logits", "where", "normalize")
     ]
+    known += [f"{parameter}_init" for parameter in learned]
     for option in options:
         if option not in known:
             only = f"only {', '.join(known)}" if known else "it has none"
@@ -175,7 +188,12 @@ def _learned(name: str, sizes: Sizes) -> dict[str, tuple[tuple[int, ...], Initia
 
 
 def _read_out(poses: jax.Array, logit_kernel: jax.Array, logit_bias: jax.Array) -> jax.Array:
-    """Logits ``[..., I, J]`` of children, each by a classifier of its own, in float32 or wider."""
+    """Logits ``[..., I, J]`` of children, each by a classifier of its own, in float32 or wider.
+
+    It sees which way a pose points, with components of about one; how long it is, is the child's
+    activation.
+    """
     wide = jnp.promote_types(poses.dtype, logit_bias.dtype)
-    logits = jnp.einsum("...ik,ikj->...ij", poses.astype(wide), logit_kernel.astype(wide))
+    direction = unit(poses.astype(wide)) * math.sqrt(poses.shape[-1])
+    logits = jnp.einsum("...ik,ikj->...ij", direction, logit_kernel.astype(wide))
     return logits + jnp.broadcast_to(logit_bias, logits.shape).astype(wide)

@@ -3,7 +3,7 @@
 from capsjax.ops.capsule import exponential_squash, length, squash
 from capsjax.ops.conv import conv_general_dilated
 from capsjax.ops.fields import ReceptiveFields
-from capsjax.ops.losses import margin_loss, reconstruction_loss
+from capsjax.ops.losses import margin_loss, reconstruction_loss, spread_loss
 from capsjax.ops.votes import dense_votes, matrix_votes
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "margin_loss",
     "matrix_votes",
     "reconstruction_loss",
+    "spread_loss",
     "squash",
 ]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from capsjax.ops._checks import accumulator, as_floating, as_mask
+from capsjax.ops._checks import accumulator, as_floating, as_mask, broadcast
 
 
 def margin_loss(
@@ -70,6 +70,64 @@ def margin_loss(
         )
 
     return _sum_of(terms, wide, axis, where).astype(lengths.dtype)
+
+
+def spread_loss(
+    activations: ArrayLike,
+    labels: ArrayLike,
+    *,
+    margin: ArrayLike = 0.9,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    r"""Spread loss: every wrong class should stay a margin below the right one.
+
+    .. math::
+      L = \sum_{i \ne t} \max\bigl(0, m - (a_t - a_i)\bigr)^2
+
+    With several right classes the sum runs over all pairs of a wrong one with a right one. The sum
+    is taken in float32 (or float64).
+
+    Args:
+      activations: of the class capsules, ``[..., J]``, any floating dtype.
+      labels: one-hot or multi-hot, ``[..., J]``, any numeric dtype or bool; nonzero is right.
+      margin: m, broadcastable to the loss; the paper raises it from 0.2 to 0.9 in training.
+      axis: the class axis.
+      where: classes to count, bool, broadcastable to ``[..., J]``; None counts all.
+
+    Returns:
+      Loss per example, ``[...]``, in the dtype of ``activations``.
+
+    Raises:
+      TypeError: the activations are not floating point, or ``where`` is not bool.
+      ValueError: the shapes do not go together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax import spread_loss
+      >>> print(spread_loss(jnp.array([0.8, 0.3, 0.0]), jnp.array([1, 0, 0]), margin=0.7))
+      [0.04]
+
+    Reference:
+      Hinton, Sabour, Frosst, *Matrix Capsules with EM Routing*, ICLR 2018, equation 3.
+    """
+    activations = as_floating("activations", activations)
+    labels = jnp.asarray(labels)
+    if labels.shape != activations.shape:
+        raise ValueError(
+            f"labels must have the shape of activations {activations.shape}, got {labels.shape}"
+        )
+    counted = jnp.ones(activations.shape, bool)
+    if where is not None:
+        counted = as_mask("where", where, activations.shape)
+    right, counted = jnp.moveaxis(labels != 0, axis, -1), jnp.moveaxis(counted, axis, -1)
+    a = jnp.where(counted, jnp.moveaxis(activations, axis, -1), 0)
+    a = a.astype(accumulator(activations.dtype))
+    pairs = (right & counted)[..., :, None] & (~right & counted)[..., None, :]
+    m = broadcast("margin", jnp.asarray(margin, a.dtype), a.shape[:-1])[..., None, None]
+    shortfall = jnp.maximum(0, m - (a[..., :, None] - a[..., None, :]))
+    total = jnp.sum(jnp.where(pairs, shortfall * shortfall, 0), axis=(-2, -1))
+    return total.astype(activations.dtype)
 
 
 def reconstruction_loss(

@@ -7,7 +7,7 @@ from capsjax.routing.em import em_routing
 from capsjax.routing.heinsen import HeinsenParameters, heinsen_routing
 from capsjax.routing.kmeans import kmeans_routing
 from capsjax.routing.random import random_routing
-from capsjax.routing.registry import algorithm, algorithms
+from capsjax.routing.registry import algorithm, algorithms, iterates
 from capsjax.routing.routed import Routed
 from capsjax.routing.self_routing import self_routing
 from capsjax.routing.trace import RoutingTrace, routing_trace
@@ -25,6 +25,7 @@ __all__ = [
     "efficient_routing",
     "em_routing",
     "heinsen_routing",
+    "iterates",
     "kmeans_routing",
     "random_routing",
     "routing_trace",

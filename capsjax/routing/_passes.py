@@ -37,12 +37,13 @@ class Inputs(NamedTuple):
 
     def gather(self, coupling: jax.Array) -> jax.Array:
         """Sums of votes weighted by coupling, with the bias: s, ``[..., J, D]``."""
-        s = jnp.einsum("...ij,...ijd->...jd", coupling, self.votes.astype(self.wide))
+        # Not an einsum, whose float32 factors accelerators round to bfloat16 or TF32.
+        s = jnp.sum(coupling[..., None] * self.votes.astype(self.wide), axis=-3)
         return s if self.bias is None else s + self.bias
 
     def agreement(self, poses: jax.Array) -> jax.Array:
         """Scalar products of votes and parent poses, ``[..., I, J]``."""
-        return jnp.einsum("...ijd,...jd->...ij", self.votes.astype(self.wide), poses)
+        return jnp.sum(self.votes.astype(self.wide) * poses[..., None, :, :], axis=-1)
 
     def zeros(self) -> jax.Array:
         """Logits of zero, ``[..., I, J]``, fit to be the first carry of a loop."""
@@ -139,8 +140,12 @@ class Passes(NamedTuple):
         return self.finish(last, carry)[0]
 
 
-def safe_divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """A quotient that is zero, with zero gradients, where the denominator is."""
-    denominator = jnp.broadcast_to(denominator, numerator.shape)
-    nonzero = denominator > jnp.finfo(denominator.dtype).tiny
-    return jnp.where(nonzero, numerator / jnp.where(nonzero, denominator, 1), 0)
+def per_mass(numerator: jax.Array, mass: jax.Array) -> jax.Array:
+    """Divides by the sum of children that a parent gets; zero, with zero gradients, if it is empty.
+
+    That is, if it gets less than a millionth of a child: gradients grow with the inverse of the
+    mass, and overflow for parents that die in training.
+    """
+    mass = jnp.broadcast_to(mass, numerator.shape)
+    some = mass > 1e-6
+    return jnp.where(some, numerator / jnp.where(some, mass, 1), 0)

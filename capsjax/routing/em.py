@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from capsjax.routing._passes import Passes, as_activations, as_parameter, inputs, safe_divide
+from capsjax.routing._passes import Passes, as_activations, as_parameter, inputs, per_mass
 from capsjax.routing.routed import Routed
 
 Normalize = Callable[[jax.Array], jax.Array]
@@ -66,7 +66,8 @@ def em_routing(
 
     Returns:
       :class:`Routed`: poses :math:`\mu` ``[..., J, D]``, activations :math:`a_j` ``[..., J]``, and
-      the responsibilities R of the last M-step ``[..., I, J]``, in the dtype of the votes.
+      the responsibilities R of the last M-step ``[..., I, J]``, in the dtype of the votes. A parent
+      that gets less than a millionth of a child has a pose of zeros.
 
     Raises:
       TypeError: an array is not floating point, ``where`` is not bool, or ``num_iterations`` is not
@@ -119,10 +120,10 @@ def em_passes(
         responsibility = given.coupled((normalize or jax.nn.softmax)(logits))
         r = responsibility * present[..., None]
         mass = jnp.sum(r, axis=-2)
-        shares = safe_divide(r, mass[..., None, :])
+        shares = per_mass(r, mass[..., None, :])
         mean = given.gather(shares)
         deviation = wide_votes - mean[..., None, :, :]
-        variance = jnp.einsum("...ij,...ijd->...jd", shares, deviation * deviation) + epsilon
+        variance = jnp.sum(shares[..., None] * deviation * deviation, axis=-3) + epsilon
         nats = features * jnp.broadcast_to(cost, mass.shape) + _log_sigma(variance)
         schedule = 1 - 0.95 ** (jnp.asarray(number, given.wide) + 1)
         activation = (inverse_temperature * schedule) * (

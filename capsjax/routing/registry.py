@@ -1,5 +1,6 @@
 """Routing algorithms by name (floor 2)."""
 
+import inspect
 from collections.abc import Callable
 
 from capsjax.routing.attention import attention_routing
@@ -55,3 +56,17 @@ def algorithm(name: str) -> Callable[..., Routed]:
     if name not in _ALGORITHMS:
         raise ValueError(f"routing must be one of {', '.join(_ALGORITHMS)}, got {name!r}")
     return _ALGORITHMS[name]
+
+
+def iterates(name: str) -> bool:
+    """Whether the algorithm of this name has a number of iterations.
+
+    Raises:
+      ValueError: there is no such algorithm.
+
+    Example:
+      >>> from capsjax import routing
+      >>> routing.iterates("em"), routing.iterates("uniform")
+      (True, False)
+    """
+    return "num_iterations" in inspect.signature(algorithm(name)).parameters

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from capsjax.routing._passes import as_activations, as_logits, inputs, safe_divide
+from capsjax.routing._passes import as_activations, as_logits, inputs, per_mass
 from capsjax.routing.routed import Routed
 
 
@@ -24,7 +24,8 @@ def self_routing(
 
     with :math:`b_{ij} = (W_i u_i + \beta_i)_j`, which the caller computes from the child's pose, as
     the votes. One pass, no iterations; poses are averages and are not squashed. Softmax and sums
-    are float32 (or float64). Where all children have activation zero, all results are zero.
+    are float32 (or float64). A parent that gets less than a millionth of
+    a child has a pose of zeros.
 
     Args:
       votes: :math:`\hat u`, ``[..., I, J, D]``, any floating dtype.
@@ -58,6 +59,6 @@ def self_routing(
     coupling = given.coupled(jax.nn.softmax(coupling))
     shares = weights[..., None] * coupling
     mass = jnp.sum(shares, axis=-2)
-    present = safe_divide(mass, jnp.sum(weights, axis=-1)[..., None])
-    poses = safe_divide(given.gather(shares), mass[..., None])
+    present = per_mass(mass, jnp.sum(weights, axis=-1)[..., None])
+    poses = per_mass(given.gather(shares), mass[..., None])
     return given.routed(poses, present, coupling)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.scipy.special import digamma
 from jax.typing import ArrayLike
 
-from capsjax.routing._passes import Passes, as_activations, as_parameter, inputs, safe_divide
+from capsjax.routing._passes import Passes, as_activations, as_parameter, inputs
 from capsjax.routing.em import Normalize
 from capsjax.routing.routed import Routed
 
@@ -30,13 +30,12 @@ def variational_routing(
 
     The mixing proportions have a Dirichlet prior, every parent's mean and diagonal precision a
     Gaussian-Wishart prior around zero. M-step, with :math:`r_{ij} = R_{ij} a_i`,
-    :math:`N_j = \sum_i r_{ij}` and :math:`\bar u_j = \sum_i r_{ij} \hat u_{ij} / N_j`:
+    :math:`N_j = \sum_i r_{ij}`:
 
     .. math::
       \alpha_j = \alpha + N_j, \quad \kappa_j = \kappa + N_j, \quad \nu_j = \nu + N_j, \quad
-      m_j = \frac{N_j \bar u_j}{\kappa_j}, \quad
-      \psi_{jh} = \psi + \sum_i r_{ij} (\hat u_{ijh} - \bar u_{jh})^2
-        + \frac{\kappa N_j}{\kappa_j} \bar u_{jh}^2
+      m_j = \frac{\sum_i r_{ij} \hat u_{ij}}{\kappa_j}, \quad
+      \psi_{jh} = \psi + \sum_i r_{ij} (\hat u_{ijh} - m_{jh})^2 + \kappa m_{jh}^2
 
     E-step, between two M-steps:
 
@@ -134,12 +133,11 @@ def variational_passes(
         responsibility = given.coupled((normalize or jax.nn.softmax)(logits))
         r = responsibility * present[..., None]
         count = jnp.sum(r, axis=-2)
-        centre = safe_divide(given.gather(r), count[..., None])
-        deviation = wide_votes - centre[..., None, :, :]
-        spread = jnp.einsum("...ij,...ijd->...jd", r, deviation * deviation)
-        pull = (kappa * count / (kappa + count))[..., None]
-        scales = psi + spread + pull * centre * centre
-        mean = (count / (kappa + count))[..., None] * centre
+        mean = given.gather(r) / (kappa + count)[..., None]
+        deviation = wide_votes - mean[..., None, :, :]
+        # The same as around the votes' own centre, but safe for parents that get next to nothing.
+        spread = jnp.sum(r[..., None] * deviation * deviation, axis=-3)
+        scales = psi + spread + kappa * mean * mean
         log_proportion = digamma(alpha + count) - digamma(
             jnp.sum(alpha + count, axis=-1, keepdims=True)
         )

@@ -5,7 +5,12 @@ from capsjax.training.config import ConfigError, EvaluateConfig, TrainConfig
 from capsjax.training.drivers import Driver, make_driver
 from capsjax.training.evaluation import Evaluated, evaluate
 from capsjax.training.loop import DivergedError, Result, train
-from capsjax.training.objectives import cross_entropy_loss, official_loss, paper_loss
+from capsjax.training.objectives import (
+    cross_entropy_loss,
+    official_loss,
+    paper_loss,
+    spread_objective,
+)
 from capsjax.training.programs import make_evaluate, make_run_steps
 from capsjax.training.session import Evaluation, Session, hold_out
 from capsjax.training.step import (
@@ -47,5 +52,6 @@ __all__ = [
     "paper_loss",
     "paper_optimizer",
     "split_network",
+    "spread_objective",
     "train",
 ]

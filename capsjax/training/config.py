@@ -21,9 +21,26 @@ class TrainConfig:
     checkpoints, the test result, and a picture of test images over their reconstructions.
     """
 
-    preset: Literal["small", "paper", "official", "baseline"] = "small"
-    """Network: small (minutes on two cores), paper (formulas as printed), official (the authors'
-    code), baseline (the paper's convolutional network)."""
+    preset: Literal[
+        "small", "paper", "official", "baseline", "matrix_capsnet", "matrix_capsnet_small",
+        "efficient_capsnet",
+    ] = "small"  # fmt: skip
+    """Network, also given as --model: small (minutes on two cores), paper (dynamic routing,
+    formulas as printed), official (the authors' code), baseline (the paper's convolutional
+    network), matrix_capsnet (EM routing), matrix_capsnet_small (the small one of that paper),
+    efficient_capsnet (self-attention routing)."""
+
+    routing: (
+        Literal[
+            "dynamic", "em", "self", "attention", "variational", "heinsen", "efficient", "kmeans",
+            "uniform", "random",
+        ]
+        | None
+    ) = None  # fmt: skip
+    """Routing algorithm of the capsule layers; the network's own if not given."""
+
+    num_iterations: int | None = None
+    """Routing iterations, for algorithms that iterate; the network's own if not given."""
 
     dataset: Literal["mnist_5k", "mnist", "fashion_mnist", "kmnist", "image_folder"] = "mnist_5k"
     """Data set: mnist_5k is part of the package; image_folder reads DATA_DIR/train/CLASS/*.png and
@@ -51,8 +68,8 @@ class TrainConfig:
 
     loss: LossName | None = None
     """Objective: paper (margin + 0.0005 x squared error), official (the authors' scale: the
-    reconstruction counts 20 times more), cross_entropy (baseline only); the preset's own if not
-    given."""
+    reconstruction counts 20 times more), spread (matrix capsules' own), cross_entropy (baseline
+    only); the preset's own if not given."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the computation; parameters, norms and routing sums are float32 in both."""
@@ -107,7 +124,7 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "decay_steps", "steps_per_dispatch", "log_every",
                      "keep"):  # fmt: skip
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("steps", "devices", "checkpoint_every"):
+        for name in ("steps", "devices", "checkpoint_every", "num_iterations"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "at least 1")
         self._require("validation", self.validation is None or self.validation >= 0, "at least 0")

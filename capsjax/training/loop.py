@@ -14,13 +14,14 @@ import numpy as np
 
 from capsjax import models
 from capsjax.data import Dataset, Split, load, scale_pixels
+from capsjax.routing import iterates
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import ConfigError, TrainConfig
 from capsjax.training.picture import write_picture
 from capsjax.training.programs import NEVER, StepSums
 from capsjax.training.reporting import Report
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory, write_json
-from capsjax.training.session import Evaluation, Pace, Session
+from capsjax.training.session import Evaluation, Pace, Session, option_error
 from capsjax.training.step import Apply, TrainState
 from capsjax.training.stopping import StopRequest
 
@@ -347,9 +348,24 @@ def _run_dir(config: TrainConfig) -> Path:
 
 
 def _configure(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
+    chosen = {"routing": config.routing, "num_iterations": config.num_iterations}
+    overrides = {name: value for name, value in chosen.items() if value is not None}
+    preset = models.configure(config.preset)
+    for name in overrides:
+        if not hasattr(preset, name):
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} is for capsule networks, not for {config.preset}")
+    try:
+        preset = models.configure(config.preset, **overrides)
+    except ValueError as error:
+        raise option_error(error) from None
+    routing = getattr(preset, "routing", "")
+    if config.num_iterations is not None and not iterates(routing):
+        raise ConfigError(f"--num-iterations is not for routing {routing!r}, which makes one pass")
     try:
         return models.configure(
             config.preset,
+            **overrides,
             image_shape=dataset.image_shape,
             num_classes=dataset.num_classes,
             dtype=config.dtype,

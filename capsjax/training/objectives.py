@@ -6,14 +6,16 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from capsjax.models import BaselineConfig, ModelConfig, Prediction
-from capsjax.ops import margin_loss, reconstruction_loss
+from capsjax.models import BaselineConfig, MatrixCapsNetConfig, ModelConfig, Prediction
+from capsjax.ops import margin_loss, reconstruction_loss, spread_loss
 
 RECONSTRUCTION_WEIGHT = 0.0005
 
-LossName = Literal["paper", "official", "cross_entropy"]
-Objective = Callable[[Prediction, jax.Array, jax.Array], jax.Array]
+LossName = Literal["paper", "official", "spread", "cross_entropy"]
+# Of prediction, target and images; and of the step, if it has a parameter of this name.
+Objective = Callable[..., jax.Array]
 
 
 def paper_loss(prediction: Prediction, target: jax.Array, images: jax.Array) -> jax.Array:
@@ -63,6 +65,49 @@ def official_loss(prediction: Prediction, target: jax.Array, images: jax.Array) 
     return margin + _weighed_reconstruction(prediction, images)
 
 
+def spread_objective(
+    prediction: Prediction,
+    target: jax.Array,
+    images: jax.Array,
+    step: ArrayLike | None = None,
+) -> jax.Array:
+    r"""Spread loss, whose margin grows, and reconstruction loss if there is a decoder.
+
+    .. math::
+      L = L_\mathrm{spread}(m_t) + 0.0005 \sum_p (\hat x_p - x_p)^2, \qquad
+      m_t = \min\bigl(0.9,\; 0.2 + 0.7 \tfrac{t}{2000}\bigr)
+
+    The paper raises the margin from 0.2 to 0.9, so that no class capsule dies early; over how many
+    steps it does not say. The other arguments and the result are those of :func:`paper_loss`.
+
+    Args:
+      prediction: of a capsule network, with or without a reconstruction.
+      target: one-hot classes, ``[..., J]``.
+      images: pixels in [0, 1], ``[..., H, W, C]``.
+      step: t; the last margin when None.
+
+    Returns:
+      Loss per example, float32, ``[...]``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax.models import Prediction
+      >>> from capsjax.training import spread_objective
+      >>> prediction = Prediction(jnp.array([[0.5, 0.3]]))
+      >>> target, images = jnp.array([[1, 0]]), jnp.ones((1, 2, 2, 1))
+      >>> print(spread_objective(prediction, target, images))
+      [0.49]
+      >>> print(spread_objective(prediction, target, images, step=0))
+      [0.]
+
+    Reference:
+      Hinton, Sabour, Frosst, *Matrix Capsules with EM Routing*, ICLR 2018, section 4.1.
+    """
+    margin = 0.9 if step is None else jnp.minimum(0.9, 0.2 + 0.7 * jnp.asarray(step) / 2000)
+    loss = spread_loss(prediction.scores, target, margin=margin)
+    return loss + _weighed_reconstruction(prediction, images)
+
+
 def cross_entropy_loss(prediction: Prediction, target: jax.Array, images: jax.Array) -> jax.Array:
     """Softmax cross entropy of the scores, for networks whose scores are logits.
 
@@ -83,6 +128,7 @@ def cross_entropy_loss(prediction: Prediction, target: jax.Array, images: jax.Ar
 LOSSES: dict[str, Objective] = {
     "paper": paper_loss,
     "official": official_loss,
+    "spread": spread_objective,
     "cross_entropy": cross_entropy_loss,
 }
 
@@ -95,11 +141,15 @@ def choose_loss(name: str | None, preset: str, model: ModelConfig) -> str:
     """
     plain = isinstance(model, BaselineConfig)
     if name is None:
-        return "cross_entropy" if plain else "official" if preset == "official" else "paper"
+        if plain:
+            return "cross_entropy"
+        if isinstance(model, MatrixCapsNetConfig):
+            return "spread"
+        return "official" if preset == "official" else "paper"
     if name not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
     if plain != (name == "cross_entropy"):
-        fitting = "cross_entropy" if plain else "paper or official"
+        fitting = "cross_entropy" if plain else "paper, official or spread"
         raise ValueError(f"loss for preset {preset!r} must be {fitting}, got {name!r}")
     return name
 

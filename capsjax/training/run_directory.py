@@ -4,18 +4,25 @@ import dataclasses
 import json
 import os
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from capsjax.data import Dataset
-from capsjax.models import BaselineConfig, CapsNetConfig, ModelConfig
+from capsjax.models import (
+    BaselineConfig,
+    CapsNetConfig,
+    EfficientCapsNetConfig,
+    MatrixCapsNetConfig,
+    ModelConfig,
+)
 from capsjax.training.config import ConfigError, TrainConfig
 
-_MODELS: dict[str, Callable[..., ModelConfig]] = {
+_MODELS: dict[str, type[ModelConfig]] = {
     "capsnet": CapsNetConfig,
+    "matrix_capsnet": MatrixCapsNetConfig,
+    "efficient_capsnet": EfficientCapsNetConfig,
     "baseline": BaselineConfig,
 }
 
@@ -131,7 +138,7 @@ class RunDirectory:
 
     def write_config(self, config: RunConfig) -> None:
         """Writes what is needed to resume or evaluate the run."""
-        kind = "baseline" if isinstance(config.model, BaselineConfig) else "capsnet"
+        kind = next(kind for kind, made in _MODELS.items() if isinstance(config.model, made))
         values = {
             "train": config.train.to_json(),
             "model": {"kind": kind, **dataclasses.asdict(config.model)},

@@ -1,5 +1,6 @@
 """The train step (floor 5): one pure function of state, batch and key."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -186,7 +187,8 @@ def make_train_step(
     Args:
       apply: the network as a pure function, from :func:`split_network`.
       optimizer: an optax transformation.
-      objective: loss per example, such as :func:`paper_loss`.
+      objective: loss per example, such as :func:`paper_loss`; one with a parameter ``step`` is
+        given the number of steps taken.
       num_classes: J, for the one-hot targets.
       max_shift: random shift in pixels, zero-padded.
       axis_name: the mapped axis over which the batch is split; None if it is not.
@@ -211,6 +213,10 @@ def make_train_step(
       >>> int(state.step)
       1
     """
+    takes_step = "step" in inspect.signature(objective).parameters
+
+    def timed(step: jax.Array) -> dict[str, jax.Array]:
+        return {"step": step} if takes_step else {}
 
     def train_step(
         state: TrainState, batch: Batch, key: jax.Array
@@ -236,7 +242,7 @@ def make_train_step(
                 Variables(params, state.batch_stats), images, train=True, axis_name=axis_name,
                 target=target, keys=network_keys,
             )  # fmt: skip
-            loss = jnp.mean(objective(prediction, target, images))
+            loss = jnp.mean(objective(prediction, target, images, **timed(state.step)))
             wrong = jnp.argmax(prediction.scores, axis=-1) != batch.labels
             return loss, (jnp.mean(wrong, dtype=jnp.float32), batch_stats)
 

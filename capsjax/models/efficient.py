@@ -1,0 +1,186 @@
+"""Efficient-CapsNet (floor 4): Mazzia, Salvetti, Chiaberge, Scientific Reports 2021."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from capsjax.models.network import (
+    Prediction,
+    check_images,
+    check_positive,
+    check_routing,
+    make_decoder,
+    predict,
+    routing_options,
+)
+from capsjax.nn import DenseCapsules
+from capsjax.ops import conv_general_dilated, exponential_squash
+from capsjax.routing import Routed
+
+_he_normal = nnx.initializers.he_normal()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EfficientCapsNetConfig:
+    """Sizes and options of an :class:`EfficientCapsNet`.
+
+    Attributes:
+      image_shape: rows, columns and channels of the images.
+      num_classes: J, the number of class capsules.
+      conv_features: channels of the convolutions, one entry each; ReLU and batch normalisation
+        after each.
+      conv_kernels: rows and columns of their kernels.
+      conv_strides: their strides.
+      primary_features: K, dimension of a primary capsule; as many capsules as the channels of the
+        last convolution give.
+      class_features: D, dimension of a class capsule.
+      routing: name of the algorithm; see :func:`capsjax.routing.algorithms`.
+      num_iterations: routing iterations, for algorithms that iterate.
+      decoder_features: widths of the decoder's hidden layers; empty for no decoder. The authors
+        train with (512, 1024), which their number of parameters leaves out.
+      dtype: dtype of the computation, ``"float32"`` or ``"bfloat16"``; parameters, norms and
+        routing sums are float32 in both.
+    """
+
+    image_shape: tuple[int, int, int] = (28, 28, 1)
+    num_classes: int = 10
+    conv_features: tuple[int, ...] = (32, 64, 64, 128)
+    conv_kernels: tuple[int, ...] = (5, 3, 3, 3)
+    conv_strides: tuple[int, ...] = (1, 1, 1, 2)
+    primary_features: int = 8
+    class_features: int = 16
+    routing: str = "efficient"
+    num_iterations: int = 3
+    decoder_features: tuple[int, ...] = ()
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Checks the fields, so that a wrong one is named before anything is built."""
+        check_positive(
+            self, "image_shape", "num_classes", "conv_features", "conv_kernels", "conv_strides",
+            "primary_features", "class_features", "num_iterations", "decoder_features",
+        )  # fmt: skip
+        if not self.conv_features:
+            raise ValueError("conv_features must name at least one layer, got ()")
+        for name in ("conv_kernels", "conv_strides"):
+            if len(getattr(self, name)) != len(self.conv_features):
+                raise ValueError(
+                    f"{name} must have one entry for each of the {len(self.conv_features)}"
+                    f" conv_features, got {getattr(self, name)}"
+                )
+        if self.conv_features[-1] % self.primary_features:
+            raise ValueError(
+                f"primary_features must divide the last of conv_features {self.conv_features}, got"
+                f" {self.primary_features}"
+            )
+        check_routing(self)
+        if min(self.grid) < 1:
+            raise ValueError(
+                f"image_shape {self.image_shape} is too small for kernels {self.conv_kernels}"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the last feature maps: of the primary capsules' kernel."""
+        rows, columns = self.image_shape[:2]
+        for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
+            rows, columns = ((size - kernel) // stride + 1 for size in (rows, columns))
+            if min(rows, columns) < 1:
+                return 0, 0
+        return rows, columns
+
+
+class EfficientCapsNet(nnx.Module):
+    """Normalised convolutions, a depthwise one to few capsules, self-attention: 161,824 parameters.
+
+    Args:
+      config: sizes and options.
+      rngs: random streams; uses ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax import models
+      >>> from flax import nnx
+      >>> network = models.create("efficient_capsnet", rngs=nnx.Rngs(0))
+      >>> network.eval()  # batch normalisation with its running statistics
+      >>> network(jnp.zeros((2, 28, 28, 1))).poses.shape
+      (2, 10, 16)
+
+    Reference:
+      Mazzia, Salvetti, Chiaberge, *Efficient-CapsNet: Capsule Network with Self-Attention Routing*,
+      Scientific Reports 2021; sizes and initialisers of the authors' code.
+    """
+
+    def __init__(self, config: EfficientCapsNetConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dtype = jnp.dtype(config.dtype)
+
+        def conv(
+            inputs: int, outputs: int, size: Sequence[int], strides: int = 1, groups: int = 1
+        ) -> nnx.Conv:
+            return nnx.Conv(
+                inputs, outputs, size, strides, padding="VALID", feature_group_count=groups,
+                dtype=dtype, kernel_init=_he_normal, conv_general_dilated=conv_general_dilated,
+                rngs=rngs,
+            )  # fmt: skip
+
+        channels = (config.image_shape[-1], *config.conv_features)
+        self.convs = nnx.List(
+            [
+                conv(channels[n], channels[n + 1], (kernel, kernel), config.conv_strides[n])
+                for n, kernel in enumerate(config.conv_kernels)
+            ]
+        )
+        self.norms = nnx.List(
+            [
+                nnx.BatchNorm(features, momentum=0.99, epsilon=1e-3, dtype=dtype, rngs=rngs)
+                for features in config.conv_features
+            ]
+        )
+        # One kernel as large as the maps for each channel: a grid of one place.
+        self.primary = conv(channels[-1], channels[-1], config.grid, groups=channels[-1])
+        self.classes = DenseCapsules(
+            channels[-1] // config.primary_features,
+            config.primary_features,
+            config.num_classes,
+            config.class_features,
+            routing=config.routing,
+            dtype=dtype,
+            kernel_init=nnx.initializers.he_normal(in_axis=-3, out_axis=-1),
+            rngs=rngs,
+            **routing_options(config),
+        )
+        self.decoder = make_decoder(config, config.class_features, dtype=dtype, rngs=rngs)
+
+    def route(self, images: jax.Array) -> Routed:
+        """Class capsules of images ``[..., H, W, C]`` in [0, 1], with their coupling."""
+        check_images(images, self.config.image_shape)
+        x = images
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(jax.nn.relu(conv(x)))
+        x = self.primary(x)
+        capsules = x.reshape(*x.shape[:-3], -1, self.config.primary_features)
+        routed: Routed = self.classes(exponential_squash(capsules))
+        return routed
+
+    def __call__(
+        self, images: jax.Array, *, target: jax.Array | None = None, keys: jax.Array | None = None
+    ) -> Prediction:
+        """Predicts the classes of images, and reconstructs them if there is a decoder.
+
+        Args:
+          images: pixels in [0, 1], ``[..., H, W, C]``.
+          target: the classes that the decoder sees, as in :class:`capsjax.models.CapsNet`.
+          keys: unused; nothing is drawn at random.
+
+        Returns:
+          :class:`capsjax.models.Prediction`; the scores are the class capsules' activations.
+
+        Raises:
+          ValueError: the images or the target have the wrong shape.
+        """
+        del keys
+        return predict(self.route(images), self.decoder, target)

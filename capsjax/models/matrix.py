@@ -1,0 +1,198 @@
+"""Matrix capsules with EM routing (floor 4): Hinton, Sabour, Frosst, ICLR 2018."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from capsjax.models.network import (
+    Prediction,
+    check_images,
+    check_positive,
+    check_routing,
+    make_decoder,
+    predict,
+    routing_options,
+)
+from capsjax.nn import ConvCapsules, MatrixPrimaryCapsules
+from capsjax.ops import conv_general_dilated
+from capsjax.routing import Routed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatrixCapsNetConfig:
+    """Sizes and options of a :class:`MatrixCapsNet`.
+
+    Attributes:
+      image_shape: rows, columns and channels of the images.
+      num_classes: J, the number of class capsules.
+      conv_features: A, channels of the first convolution.
+      conv_kernel: rows and columns of its kernel.
+      conv_strides: its stride.
+      primary_types: B, primary capsule types.
+      capsule_types: C, D, …: types of the convolutional capsule layers.
+      capsule_kernel: rows and columns of their receptive fields.
+      capsule_strides: their strides, one for each layer.
+      pose_features: numbers in a pose, a square.
+      routing: name of the algorithm of all capsule layers; see :func:`capsjax.routing.algorithms`.
+      num_iterations: routing iterations, for algorithms that iterate.
+      decoder_features: widths of the decoder's hidden layers; empty for no decoder, as in the
+        paper.
+      dtype: dtype of the computation, ``"float32"`` or ``"bfloat16"``; parameters, norms and
+        routing sums are float32 in both.
+    """
+
+    image_shape: tuple[int, int, int] = (28, 28, 1)
+    num_classes: int = 10
+    conv_features: int = 32
+    conv_kernel: int = 5
+    conv_strides: int = 2
+    primary_types: int = 32
+    capsule_types: tuple[int, ...] = (32, 32)
+    capsule_kernel: int = 3
+    capsule_strides: tuple[int, ...] = (2, 1)
+    pose_features: int = 16
+    routing: str = "em"
+    num_iterations: int = 3
+    decoder_features: tuple[int, ...] = ()
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Checks the fields, so that a wrong one is named before anything is built."""
+        check_positive(
+            self, "image_shape", "num_classes", "conv_features", "conv_kernel", "conv_strides",
+            "primary_types", "capsule_types", "capsule_kernel", "capsule_strides",
+            "pose_features", "num_iterations", "decoder_features",
+        )  # fmt: skip
+        if math.isqrt(self.pose_features) ** 2 != self.pose_features:
+            raise ValueError(f"pose_features must be a square, got {self.pose_features}")
+        if len(self.capsule_strides) != len(self.capsule_types):
+            raise ValueError(
+                f"capsule_strides must have one entry for each of the {len(self.capsule_types)}"
+                f" capsule_types, got {self.capsule_strides}"
+            )
+        check_routing(self)
+        if self.routing == "heinsen":
+            raise ValueError("routing 'heinsen' makes votes of its own, which fields cannot use")
+        if min(self.grid) < 1:
+            raise ValueError(
+                f"image_shape {self.image_shape} is too small for {len(self.capsule_types)} layers"
+                f" of capsules with kernel {self.capsule_kernel}"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the last grid of capsules."""
+        rows, columns = self.image_shape[:2]
+        steps = [(self.conv_kernel, self.conv_strides)]
+        steps += [(self.capsule_kernel, stride) for stride in self.capsule_strides]
+        for kernel, stride in steps:
+            rows, columns = ((size - kernel) // stride + 1 for size in (rows, columns))
+            if min(rows, columns) < 1:
+                return 0, 0
+        return rows, columns
+
+
+class MatrixCapsNet(nnx.Module):
+    """Convolution, primary capsules, convolutional capsules, class capsules: 4 × 4 poses.
+
+    The matrices of the class capsules are shared by all places of the grid, whose coordinates are
+    added to the votes.
+
+    Args:
+      config: sizes and options.
+      rngs: random streams; uses ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax import models
+      >>> from flax import nnx
+      >>> network = models.create("matrix_capsnet_small", rngs=nnx.Rngs(0))
+      >>> prediction = network(jnp.zeros((2, 28, 28, 1)))
+      >>> prediction.scores.shape, prediction.poses.shape
+      ((2, 10), (2, 10, 16))
+
+    Reference:
+      Hinton, Sabour, Frosst, *Matrix Capsules with EM Routing*, ICLR 2018, section 4.
+    """
+
+    def __init__(self, config: MatrixCapsNetConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dtype = jnp.dtype(config.dtype)
+        options = routing_options(config)
+        self.conv = nnx.Conv(
+            config.image_shape[-1],
+            config.conv_features,
+            (config.conv_kernel, config.conv_kernel),
+            config.conv_strides,
+            padding="VALID",
+            dtype=dtype,
+            conv_general_dilated=conv_general_dilated,
+            rngs=rngs,
+        )
+        self.primary = MatrixPrimaryCapsules(
+            config.conv_features, config.primary_types, config.pose_features, dtype=dtype, rngs=rngs
+        )
+        types = (config.primary_types, *config.capsule_types)
+        self.capsules = nnx.List(
+            [
+                ConvCapsules(
+                    types[n],
+                    config.pose_features,
+                    types[n + 1],
+                    config.pose_features,
+                    kernel_size=config.capsule_kernel,
+                    strides=stride,
+                    routing=config.routing,
+                    matrix=True,
+                    dtype=dtype,
+                    rngs=rngs,
+                    **options,
+                )
+                for n, stride in enumerate(config.capsule_strides)
+            ]
+        )
+        self.classes = ConvCapsules(
+            types[-1],
+            config.pose_features,
+            config.num_classes,
+            config.pose_features,
+            kernel_size=None,
+            routing=config.routing,
+            matrix=True,
+            coordinates=True,
+            dtype=dtype,
+            rngs=rngs,
+            **options,
+        )
+        self.decoder = make_decoder(config, config.pose_features, dtype=dtype, rngs=rngs)
+
+    def route(self, images: jax.Array) -> Routed:
+        """Class capsules of images ``[..., H, W, C]`` in [0, 1], with their coupling."""
+        check_images(images, self.config.image_shape)
+        poses, activations = self.primary(jax.nn.relu(self.conv(images)))
+        for layer in self.capsules:
+            poses, activations, _ = layer(poses, activations=activations)
+        routed: Routed = self.classes(poses, activations=activations)
+        return routed
+
+    def __call__(
+        self, images: jax.Array, *, target: jax.Array | None = None, keys: jax.Array | None = None
+    ) -> Prediction:
+        """Predicts the classes of images, and reconstructs them if there is a decoder.
+
+        Args:
+          images: pixels in [0, 1], ``[..., H, W, C]``.
+          target: the classes that the decoder sees, as in :class:`capsjax.models.CapsNet`.
+          keys: unused; nothing is drawn at random.
+
+        Returns:
+          :class:`capsjax.models.Prediction`; the scores are the class capsules' activations.
+
+        Raises:
+          ValueError: the images or the target have the wrong shape.
+        """
+        del keys
+        return predict(self.route(images), self.decoder, target)
