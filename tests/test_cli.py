@@ -240,6 +240,18 @@ BAD = [
         ["train", "--preset", "baseline", "--loss", "paper"],
         "--loss for .* must be cross_entropy",
     ),
+    (["train", "--model", "smal"], "'smal'.*small.*matrix_capsnet"),
+    (["train", "--routing", "sinkhorn"], "'sinkhorn'.*'--routing'.*dynamic"),
+    (
+        ["train", "--model", "baseline", "--routing", "em"],
+        "--routing is for capsule networks, not for baseline",
+    ),
+    (
+        ["train", "--routing", "uniform", "--num-iterations", "2"],
+        "--num-iterations is not for routing 'uniform', which makes one pass",
+    ),
+    (["train", "--num-iterations", "0"], "--num-iterations must be at least 1, got 0"),
+    (["train", "--model=matrix_capsnet", "--routing", "heinsen"], "'heinsen' makes votes"),
     (["train", "--run-dir", "/proc/none"], "--run-dir /proc/none cannot be made"),
     (["train", "--dataset", "image_folder"], "needs --data-dir"),
     (["train", "--dataset", "image_folder", "--data-dir", "missing"], "missing.*does not exist"),

@@ -222,7 +222,7 @@ class CapsNet(nnx.Module):
           ValueError: the images or the target have the wrong shape.
         """
         del keys
-        return predict(self.route(images), self.decoder, target)
+        return predict(self.config, self.route(images), self.decoder, target)
 
 
 def _truncated(stddev: float) -> nnx.Initializer:

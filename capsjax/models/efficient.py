@@ -183,4 +183,4 @@ class EfficientCapsNet(nnx.Module):
           ValueError: the images or the target have the wrong shape.
         """
         del keys
-        return predict(self.route(images), self.decoder, target)
+        return predict(self.config, self.route(images), self.decoder, target)

@@ -195,4 +195,4 @@ class MatrixCapsNet(nnx.Module):
           ValueError: the images or the target have the wrong shape.
         """
         del keys
-        return predict(self.route(images), self.decoder, target)
+        return predict(self.config, self.route(images), self.decoder, target)

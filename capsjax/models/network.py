@@ -11,6 +11,7 @@ from flax.typing import Dtype
 from capsjax import routing
 from capsjax.nn import Decoder
 from capsjax.nn.router import check_options
+from capsjax.ops import length
 from capsjax.routing import Routed
 
 _DTYPES = ("float32", "bfloat16")
@@ -99,9 +100,15 @@ def make_decoder(
     )
 
 
-def predict(routed: Routed, decoder: Decoder | None, target: jax.Array | None) -> Prediction:
+def predict(
+    config: Any, routed: Routed, decoder: Decoder | None, target: jax.Array | None
+) -> Prediction:
     """What class capsules say: activations as scores, and the target's reconstruction."""
-    scores = routed.activations.astype(jnp.float32)
+    if routing.squashes(config.routing):
+        # Again in float32: what has been rounded to bfloat16 leaves ties.
+        scores = length(routed.poses.astype(jnp.float32))
+    else:
+        scores = routed.activations.astype(jnp.float32)
     if decoder is None:
         return Prediction(scores, routed.poses)
     if target is None:

@@ -7,7 +7,7 @@ from capsjax.routing.em import em_routing
 from capsjax.routing.heinsen import HeinsenParameters, heinsen_routing
 from capsjax.routing.kmeans import kmeans_routing
 from capsjax.routing.random import random_routing
-from capsjax.routing.registry import algorithm, algorithms, iterates
+from capsjax.routing.registry import algorithm, algorithms, iterates, squashes
 from capsjax.routing.routed import Routed
 from capsjax.routing.self_routing import self_routing
 from capsjax.routing.trace import RoutingTrace, routing_trace
@@ -30,6 +30,7 @@ __all__ = [
     "random_routing",
     "routing_trace",
     "self_routing",
+    "squashes",
     "uniform_routing",
     "variational_routing",
 ]

@@ -58,6 +58,21 @@ def algorithm(name: str) -> Callable[..., Routed]:
     return _ALGORITHMS[name]
 
 
+def squashes(name: str) -> bool:
+    """Whether the activations of the algorithm of this name are the lengths of its poses.
+
+    Raises:
+      ValueError: there is no such algorithm.
+
+    Example:
+      >>> from capsjax import routing
+      >>> routing.squashes("dynamic"), routing.squashes("em")
+      (True, False)
+    """
+    algorithm(name)
+    return name in ("dynamic", "kmeans", "efficient", "uniform", "random")
+
+
 def iterates(name: str) -> bool:
     """Whether the algorithm of this name has a number of iterations.
 

@@ -8,7 +8,7 @@ import references
 from comparing import assert_close
 from flax import nnx
 
-from capsjax import length, models
+from capsjax import length, models, routing
 from capsjax.models import BaselineConfig, CapsNetConfig
 
 
@@ -27,6 +27,10 @@ def count(preset, **overrides):
         ("official", {"image_shape": (36, 36, 1)}, 11_361_968),
         ("small", {}, 1_051_344),
         ("baseline", {}, 35_445_522),
+        ("efficient_capsnet", {}, 161_824),
+        # The paper gives 310,000 and 68,000 for images of another size and number of classes.
+        ("matrix_capsnet", {}, 318_964),
+        ("matrix_capsnet_small", {}, 68_444),
     ],
 )
 def test_parameter_counts(preset, overrides, parameters):
@@ -179,6 +183,81 @@ def test_official_differs_from_paper_by_what_it_says():
         if getattr(paper, field.name) != getattr(official, field.name)
     }
     assert differing == {"primary_coupling", "routing_bias", "initialisation"}
+
+
+SMALLEST = {
+    "small": {"conv_features": 4, "primary_types": 1, "decoder_features": (7,)},
+    "matrix_capsnet_small": {"conv_features": 4, "primary_types": 2, "capsule_types": (3, 2)},
+    "efficient_capsnet": {"conv_features": (4, 4, 4, 16), "decoder_features": (7,)},
+}
+ROUTED = [(p, r) for p in SMALLEST for r in routing.algorithms()
+          if (p, r) != ("matrix_capsnet_small", "heinsen")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("preset", "name"), ROUTED)
+def test_every_network_takes_every_routing(preset, name):
+    network = models.create(preset, rngs=nnx.Rngs(0), routing=name, **SMALLEST[preset])
+    network.eval()
+
+    @nnx.jit
+    def run(network, x):
+        return network(x, target=jax.nn.one_hot(jnp.arange(2), 10))
+
+    prediction = run(network, images(2, (28, 28, 1)))
+    assert (prediction.scores.shape, prediction.poses.shape) == ((2, 10), (2, 10, 16))
+    assert jnp.isfinite(prediction.scores).all()
+    assert (prediction.reconstruction is None) == (preset == "matrix_capsnet_small")
+    if prediction.reconstruction is not None:
+        assert prediction.reconstruction.shape == (2, 28, 28, 1)
+
+
+def test_matrix_capsnet_is_em_over_its_layers():
+    config = models.configure("matrix_capsnet_small", **SMALLEST["matrix_capsnet_small"])
+    assert config.grid == (3, 3)
+    network = models.build(config, rngs=nnx.Rngs(0))
+    x = images(2, (28, 28, 1))
+    poses, activations = network.primary(jax.nn.relu(network.conv(x)))
+    assert poses.shape == (2, 12, 12, 2, 16)
+    for layer, shape in zip(network.capsules, [(2, 5, 5, 3, 16), (2, 3, 3, 2, 16)], strict=True):
+        poses, activations, _ = layer(poses, activations=activations)
+        assert poses.shape == shape
+    routed = network.classes(poses, activations=activations)
+    np.testing.assert_array_equal(network(x).scores, routed.activations)
+    assert network.classes.kernel.shape == (2, 4, 10, 4)
+    assert network.classes.coordinates
+
+
+def test_efficient_capsnet_normalises_over_the_batch_in_training_only():
+    network = models.create("efficient_capsnet", rngs=nnx.Rngs(0), **SMALLEST["efficient_capsnet"])
+    x = images(4, (28, 28, 1))
+    network.eval()
+    alone, together = network(x[:1]).scores, network(x).scores[:1]
+    np.testing.assert_allclose(alone, together, rtol=1e-4, atol=1e-6)
+    network.train()
+    before = network.norms[0].mean[...]
+    assert (network(x).scores[:1] != together).any()
+    assert (network.norms[0].mean[...] != before).any()
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "match"),
+    [
+        ("small", {"routing": "sinkhorn"}, "routing must be one of dynamic.* got 'sinkhorn'"),
+        ("small", {"routing": "em", "leaky": True}, "routing 'em' has no option 'leaky'"),
+        ("small", {"routing": "em", "routing_bias": True}, "routing 'em' has no bias"),
+        ("matrix_capsnet", {"pose_features": 15}, "pose_features must be a square, got 15"),
+        ("matrix_capsnet", {"capsule_strides": (2,)}, "one entry for each of the 2 capsule_types"),
+        ("matrix_capsnet", {"routing": "heinsen"}, "'heinsen' makes votes of its own"),
+        ("matrix_capsnet", {"image_shape": (12, 12, 1)}, "too small for 2 layers of capsules"),
+        ("efficient_capsnet", {"primary_features": 7}, "primary_features must divide .* got 7"),
+        ("efficient_capsnet", {"conv_kernels": (5,)}, "one entry for each of the 4 conv_features"),
+        ("efficient_capsnet", {"conv_features": ()}, "conv_features must name at least one"),
+        ("efficient_capsnet", {"image_shape": (10, 10, 1)}, "too small for kernels"),
+    ],
+)
+def test_bad_configurations_of_other_networks_are_named(preset, overrides, match):
+    with pytest.raises(ValueError, match=match):
+        models.configure(preset, **overrides)
 
 
 BASELINE = BaselineConfig(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from capsjax import margin_loss, reconstruction_loss
+from capsjax import margin_loss, reconstruction_loss, spread_loss
 
 LENGTHS = np.array([[-0.3, 0.3, 0.9], [1.2, 0.5, -0.5]])
 LABELS = np.array([[0, 0, 1], [1, 1, 1]])
@@ -88,11 +88,46 @@ def test_masked_pixels_have_no_loss_and_no_gradient():
     assert (loss, *gradient) == (0.25, 1.0, 0.0)
 
 
+SPREAD = [
+    # One right class: 0.5 above the first, 0.8 above the second.
+    ([0.8, 0.3, 0.0], [1, 0, 0], 0.9, 0.4**2 + 0.1**2),
+    ([0.8, 0.3, 0.0], [1, 0, 0], 0.2, 0.0),
+    ([0.1, 0.9], [1, 0], 0.9, 1.7**2),
+    # Two right classes: every pair of a wrong one with a right one.
+    ([0.5, 0.5, 0.2], [1, 1, 0], 0.9, 2 * 0.6**2),
+]
+
+
+@pytest.mark.parametrize(("activations", "labels", "margin", "expected"), SPREAD)
+def test_spread_loss(activations, labels, margin, expected):
+    a = jnp.array(activations)
+    np.testing.assert_allclose(
+        spread_loss(a, jnp.array(labels), margin=margin), expected, rtol=1e-5, atol=1e-7
+    )
+    moved = jnp.stack([a, a], axis=1)
+    loss = spread_loss(moved, jnp.stack([jnp.array(labels)] * 2, axis=1), margin=margin, axis=0)
+    np.testing.assert_allclose(loss, [expected] * 2, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_spread_loss_masks_classes_and_keeps_the_dtype(dtype):
+    activations = jnp.array([0.5, jnp.nan, 0.25], dtype)
+    labels, where = jnp.array([1, 0, 0]), jnp.array([True, False, True])
+    loss, gradient = jax.value_and_grad(lambda a: spread_loss(a, labels, margin=0.75, where=where))(
+        activations
+    )
+    assert loss.dtype == dtype
+    np.testing.assert_array_equal(loss, np.float32(0.25))
+    np.testing.assert_array_equal(gradient, [-1, 0, 1])
+
+
 def test_gradients():
     rng = np.random.default_rng(1)
     lengths = jnp.asarray(rng.uniform(0, 1, (3, 4)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, 2, (3, 4)))
     check_grads(lambda x: margin_loss(x, labels), (lengths,), order=1, eps=1e-3, rtol=2e-2)
+    one_hot = jax.nn.one_hot(jnp.array([0, 3, 1]), 4)
+    check_grads(lambda x: spread_loss(x, one_hot), (lengths,), order=1, eps=1e-3, rtol=2e-2)
     check_grads(reconstruction_loss, (lengths, lengths[::-1]), order=2, eps=1e-2, rtol=1e-2)
 
 
@@ -100,6 +135,8 @@ def test_bad_arguments_are_named_while_tracing():
     lengths = jnp.ones((2, 3))
     with pytest.raises(ValueError, match=r"labels must be one-hot.*\(2, 3\), got shape \(2,\)"):
         jax.jit(margin_loss)(lengths, jnp.array([0, 1]))
+    with pytest.raises(ValueError, match=r"labels must have the shape of activations \(2, 3\)"):
+        spread_loss(lengths, jnp.array([0, 1]))
     with pytest.raises(TypeError, match="lengths must be a floating-point array, got dtype int32"):
         margin_loss(jnp.ones((2, 3), int), lengths)
     with pytest.raises(TypeError, match="where must be a bool array, got dtype float32"):

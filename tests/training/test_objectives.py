@@ -2,8 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from capsjax.models import BaselineConfig, CapsNetConfig, Prediction
-from capsjax.training import cross_entropy_loss, official_loss, paper_loss
+from capsjax.models import BaselineConfig, CapsNetConfig, MatrixCapsNetConfig, Prediction
+from capsjax.training import cross_entropy_loss, official_loss, paper_loss, spread_objective
 from capsjax.training.objectives import choose_loss
 
 
@@ -40,6 +40,15 @@ def test_without_a_decoder_only_the_margin_counts(case):
     np.testing.assert_allclose(paper_loss(bare, target, images), margin, rtol=1e-6)
 
 
+def test_the_margin_of_the_spread_loss_grows(case):
+    prediction, target, images, _, squared = case
+    a, right = np.asarray(prediction.scores), np.asarray(target, bool)
+    for step, margin in ((None, 0.9), (0, 0.2), (1000, 0.55), (10**6, 0.9)):
+        shortfall = np.maximum(0, margin - (a[right][:, None] - a)) ** 2 * ~right
+        loss = spread_objective(prediction, target, images, step=step)
+        np.testing.assert_allclose(loss, shortfall.sum(1) + 0.0005 * squared, rtol=1e-5)
+
+
 def test_cross_entropy(case):
     prediction, target, images, _, _ = case
     scores = np.asarray(prediction.scores, np.float64)
@@ -51,6 +60,7 @@ def test_the_preset_chooses_its_loss():
     assert choose_loss(None, "paper", CapsNetConfig()) == "paper"
     assert choose_loss(None, "official", CapsNetConfig()) == "official"
     assert choose_loss(None, "baseline", BaselineConfig()) == "cross_entropy"
+    assert choose_loss(None, "matrix_capsnet", MatrixCapsNetConfig()) == "spread"
     assert choose_loss("official", "small", CapsNetConfig()) == "official"
 
 
@@ -58,8 +68,8 @@ def test_the_preset_chooses_its_loss():
     ("name", "preset", "model", "match"),
     [
         ("paper", "baseline", BaselineConfig(), "must be cross_entropy, got 'paper'"),
-        ("cross_entropy", "small", CapsNetConfig(), "must be paper or official"),
-        ("mse", "small", CapsNetConfig(), "loss must be one of paper, official, cross_entropy"),
+        ("cross_entropy", "small", CapsNetConfig(), "must be paper, official or spread"),
+        ("mse", "small", CapsNetConfig(), "loss must be one of paper, official, spread, cross"),
     ],
 )
 def test_a_loss_that_does_not_fit_is_named(name, preset, model, match):

@@ -81,12 +81,19 @@ def test_shifts_are_drawn_for_training(digits, tiny):
     assert still != shifted
 
 
-@pytest.mark.parametrize("dropout", [False, True], ids=["capsnet", "baseline with dropout"])
-def test_pmapped_gradients_equal_those_of_one_device(digits, tiny, dropout):
+NORMALISED = models.EfficientCapsNetConfig(
+    conv_features=(4, 8), conv_kernels=(5, 5), conv_strides=(3, 2), primary_features=4
+)
+
+
+@pytest.mark.parametrize("kind", ["capsnet", "baseline with dropout", "batch normalisation"])
+def test_pmapped_gradients_equal_those_of_one_device(digits, tiny, kind):
     config, objective = tiny, paper_loss
-    if dropout:
+    if kind == "baseline with dropout":
         config = models.BaselineConfig(conv_features=(4,), conv_kernel=3, dense_features=(8,))
         objective = cross_entropy_loss
+    elif kind == "batch normalisation":
+        config = NORMALISED
     apply, variables = network(config)
     examples = batch(digits)
     # Plain gradient descent with rate 1: the difference of the parameters is the gradient.
@@ -108,6 +115,38 @@ def test_pmapped_gradients_equal_those_of_one_device(digits, tiny, dropout):
         whole.params,
     )
     np.testing.assert_allclose(mapped_metrics, metrics, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        state.batch_stats,
+        whole.batch_stats,
+    )
+
+
+def test_statistics_of_the_batch_are_brought_on_in_training_only(digits):
+    apply, variables = network(NORMALISED)
+    state, _ = one_step(apply, variables, batch(digits))
+    moved = jax.tree.map(
+        lambda a, b: bool((a != b).any()), state.batch_stats, variables.batch_stats
+    )
+    assert jax.tree.leaves(moved) == [True] * 4
+    images = jnp.asarray(digits.test.images[:4], jnp.float32) / 255
+    prediction, same = apply(state.variables, images)
+    jax.tree.map(np.testing.assert_array_equal, same, state.batch_stats)
+    alone, _ = apply(state.variables, images[:1])
+    np.testing.assert_allclose(alone.scores, prediction.scores[:1], rtol=1e-4, atol=1e-6)
+
+
+def test_an_objective_with_a_step_is_told_it(digits, tiny):
+    apply, variables = network(tiny)
+    optimizer = optax.sgd(0.0)
+
+    def objective(prediction, target, images, step):
+        return jnp.full(target.shape[:1], step, jnp.float32)
+
+    step = jax.jit(make_train_step(apply, optimizer, objective, num_classes=10))
+    state, first = step(init_state(variables, optimizer), batch(digits), jax.random.key(0))
+    _, second = step(state, batch(digits), jax.random.key(0))
+    assert (first.loss, second.loss) == (0, 1)
 
 
 def test_the_step_runs_under_vmap_as_under_pmap(digits, tiny):

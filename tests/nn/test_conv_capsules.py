@@ -1,0 +1,367 @@
+"""Convolutional capsules, against loops over places, and what all routers own."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import references
+from comparing import assert_close
+from flax import nnx
+
+import capsjax
+from capsjax import routing
+from capsjax.nn import ConvCapsules, DenseCapsules, MatrixPrimaryCapsules, PrimaryCapsules
+from capsjax.ops import ReceptiveFields
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def padded_fields(grid, kernel, strides, pads):
+    """For each field, the places of its kernel in order; None outside of the grid."""
+    rows, columns = ((grid[n] + sum(pads[n]) - kernel[n]) // strides[n] + 1 for n in (0, 1))
+    fields = {}
+    for p, q in itertools.product(range(rows), range(columns)):
+        places = []
+        for h, w in itertools.product(range(kernel[0]), range(kernel[1])):
+            place = (p * strides[0] + h - pads[0][0], q * strides[1] + w - pads[1][0])
+            places.append(place if 0 <= place[0] < grid[0] and 0 <= place[1] < grid[1] else None)
+        fields[p, q] = places
+    return fields
+
+
+FIELDS = [
+    ((5, 6), (3, 2), (2, 1), ((0, 0), (0, 0))),
+    ((5, 4), (3, 3), (2, 2), ((1, 1), (1, 0))),
+    ((4, 4), (1, 1), (3, 3), ((0, 0), (0, 0))),
+    ((7, 5), (2, 3), (3, 2), ((0, 2), (2, 1))),
+]
+
+
+@pytest.mark.parametrize(("grid", "kernel", "strides", "pads"), FIELDS)
+def test_receptive_fields_gather_and_spread(grid, kernel, strides, pads):
+    fields = ReceptiveFields(grid, kernel, strides, pads)
+    x, expected = normal(2, *grid, 3), padded_fields(grid, kernel, strides, pads)
+    gathered = fields.gather(x, fill=-7)
+    assert gathered.shape == (2, *fields.shape, fields.size, 3)
+    assert set(expected) == set(itertools.product(*map(range, fields.shape)))
+    y = normal(2, *fields.shape, fields.size, 3, seed=1)
+    total, highest = np.zeros(x.shape), np.full(x.shape, -np.inf)
+    for (p, q), places in expected.items():
+        for k, place in enumerate(places):
+            if place is None:
+                np.testing.assert_array_equal(gathered[:, p, q, k], -7)
+                continue
+            np.testing.assert_array_equal(gathered[:, p, q, k], x[:, *place])
+            total[:, *place] += y[:, p, q, k]
+            highest[:, *place] = np.maximum(highest[:, *place], y[:, p, q, k])
+    np.testing.assert_allclose(fields.sum(y), total, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(fields.max(y), highest)
+
+
+def test_same_fields_are_those_of_a_same_convolution():
+    fields = ReceptiveFields.of((7, 6), (3, 3), (2, 2), "SAME")
+    assert fields.shape == (4, 3)
+    assert fields.pads == ((1, 1), (0, 1))
+
+
+def conv(routing="dynamic", matrix=False, features=(4, 4), padding="VALID", **options):
+    return ConvCapsules(
+        2, features[0], 3, features[1], kernel_size=(3, 2), strides=(2, 1), padding=padding,
+        routing=routing, matrix=matrix, rngs=nnx.Rngs(0), **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("padding", ["VALID", ((1, 1), (1, 0))])
+@pytest.mark.parametrize("matrix", [False, True])
+def test_conv_capsules_route_each_field_by_itself(padding, matrix):
+    layer = conv(matrix=matrix, padding=padding)
+    poses = normal(2, 5, 4, 2, 4)
+    routed = layer(poses)
+    pads = ((0, 0), (0, 0)) if padding == "VALID" else padding
+    kernel = np.asarray(layer.kernel[...], np.float64)
+    for (p, q), places in padded_fields((5, 4), (3, 2), (2, 1), pads).items():
+        present = [k for k, place in enumerate(places) if place is not None]
+        children = np.concatenate([np.asarray(poses[1][places[k]], np.float64) for k in present])
+        weights = np.concatenate([kernel[2 * k : 2 * k + 2] for k in present])
+        if matrix:
+            votes = np.stack([
+                [(c.reshape(2, 2) @ w[:, j]).reshape(4) for j in range(3)]
+                for c, w in zip(children, weights, strict=True)
+            ])  # fmt: skip
+        else:
+            votes = references.dense_votes(children, weights)
+        v, lengths, _ = references.dynamic_routing(votes, 3)
+        assert_close(routed.poses[1, p, q], v, terms=50)
+        assert_close(routed.activations[1, p, q], lengths, terms=50)
+        outside = [2 * k + i for k, place in enumerate(places) if place is None for i in (0, 1)]
+        np.testing.assert_array_equal(routed.coupling[1, p, q][np.array(outside, int)], 0)
+
+
+def test_a_field_of_the_whole_grid_is_a_dense_layer():
+    layer = ConvCapsules(2, 4, 3, 5, kernel_size=(3, 2), routing="kmeans", rngs=nnx.Rngs(0))
+    poses = normal(2, 3, 2, 2, 4)
+    votes = capsjax.dense_votes(poses.reshape(2, 12, 4), layer.kernel[...])
+    expected = capsjax.kmeans_routing(votes)
+    assert_close(layer(poses).poses[:, 0, 0], expected.poses, terms=12)
+
+
+@pytest.mark.parametrize("name", ["em", "variational"])
+@pytest.mark.parametrize("padding", ["VALID", "SAME"])
+def test_a_child_shares_its_responsibility_among_the_parents_of_all_its_fields(name, padding):
+    layer = conv(name, padding=padding)
+    poses, activations = normal(2, 5, 4, 2, 4), jnp.full((2, 5, 4, 2), 0.5)
+    routed = layer(poses, activations=activations)
+    fields = ReceptiveFields.of((5, 4), (3, 2), (2, 1), padding)
+    given = routed.coupling.sum(-1).reshape(*routed.coupling.shape[:3], 6, 2)
+    total = np.asarray(fields.sum(given))
+    covered = np.asarray(fields.sum(jnp.ones((*fields.shape, 6, 1))))[..., 0] > 0
+    np.testing.assert_allclose(total[:, covered], 1, rtol=1e-5)
+    assert covered.any()
+
+
+def test_em_over_fields_is_em_over_all_parents_at_once():
+    """Two fields that share one row of children, against one EM with all parents of both."""
+    layer = ConvCapsules(
+        1, 4, 2, 4, kernel_size=(2, 1), routing="em", num_iterations=3, epsilon=0.1,
+        inverse_temperature=1.0, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    poses, a = normal(3, 1, 1, 4, seed=3), np.array([0.9, 0.5, 0.7])
+    routed = layer(poses, activations=jnp.float32(a).reshape(3, 1, 1))
+    kernel = np.asarray(layer.kernel[...], np.float64)
+    exact = np.asarray(poses, np.float64)[:, 0]
+    log_p = {}  # of (child, field, parent)
+    responsible = {(c, f, j): 1 / (2 * len(fs)) for c, fs in enumerate(([0], [0, 1], [1]))
+                   for f in fs for j in range(2)}  # fmt: skip
+    for t in range(3):
+        for f, j in itertools.product(range(2), range(2)):
+            votes = np.stack([exact[f + k, 0] @ kernel[k, :, j] for k in range(2)])
+            r = np.array([responsible[f + k, f, j] * a[f + k] for k in range(2)])
+            mean = (r[:, None] * votes).sum(0) / r.sum()
+            variance = (r[:, None] * (votes - mean) ** 2).sum(0) / r.sum() + 0.1
+            logit = (1 - 0.95 ** (t + 1)) * -np.log(np.sqrt(variance)).sum() * r.sum()
+            active = 1 / (1 + np.exp(-logit))
+            for k in range(2):
+                density = -((votes[k] - mean) ** 2 / (2 * variance)).sum()
+                density -= np.log(np.sqrt(2 * np.pi * variance)).sum()
+                log_p[f + k, f, j] = np.log(active) + density
+            np.testing.assert_allclose(routed.poses[f, 0, j], mean, rtol=1e-3) if t == 2 else None
+            if t == 2:
+                np.testing.assert_allclose(routed.activations[f, 0, j], active, rtol=1e-4)
+        for c in range(3):
+            mine = {key: np.exp(value) for key, value in log_p.items() if key[0] == c}
+            responsible.update({key: value / sum(mine.values()) for key, value in mine.items()})
+
+
+@pytest.mark.parametrize("name", [n for n in routing.algorithms() if n != "heinsen"])
+def test_conv_capsules_take_every_routing_and_have_finite_gradients(name):
+    layer = conv(name, padding="SAME")
+    poses = normal(2, 4, 3, 2, 4)
+
+    @nnx.jit
+    def loss(layer, poses):
+        routed = layer(poses)
+        return routed.poses.sum() + routed.activations.sum()
+
+    grads, poses_grad = nnx.grad(loss, argnums=(0, 1))(layer, poses)
+    for leaf in jax.tree.leaves((grads, poses_grad)):
+        assert jnp.isfinite(leaf).all()
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads["kernel"]))
+
+
+@pytest.mark.parametrize("name", ["dynamic", "em"])
+def test_masked_children_have_no_influence(name):
+    layer = conv(name)
+    poses, where = normal(1, 5, 4, 2, 4), jnp.ones((5, 4, 2), bool).at[2, 1, 0].set(False)
+    routed = layer(poses, where=where)
+    changed = layer(poses.at[0, 2, 1, 0].set(50.0), where=where)
+    np.testing.assert_array_equal(routed.poses, changed.poses)
+    assert (layer(poses).poses != routed.poses).any()
+
+
+def test_the_class_layer_shares_matrices_between_places_and_adds_their_coordinates():
+    layer = ConvCapsules(
+        2, 4, 3, 4, kernel_size=None, routing="uniform", matrix=True, coordinates=True,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    assert layer.kernel.shape == (2, 2, 3, 2)
+    poses = normal(2, 3, 5, 2, 4)
+    routed = layer(poses)
+    assert routed.poses.shape == (2, 3, 4)
+    assert routed.coupling.shape == (2, 30, 3)
+    kernel, s = np.asarray(layer.kernel[...], np.float64), np.zeros((3, 2, 2))
+    for row, column, i, j in itertools.product(range(3), range(5), range(2), range(3)):
+        vote = np.asarray(poses[0, row, column, i], np.float64).reshape(2, 2) @ kernel[i, :, j]
+        vote[:, 1] += ((row + 0.5) / 3, (column + 0.5) / 5)
+        s[j] += vote / 3
+    assert_close(routed.poses[0], references.squash(s.reshape(3, 4)), terms=30)
+
+
+@pytest.mark.parametrize("name", ["self", "efficient", "em", "random"])
+def test_a_class_layer_s_routing_parameters_are_shared_between_places(name):
+    layer = ConvCapsules(2, 4, 3, 4, kernel_size=None, routing=name, rngs=nnx.Rngs(0))
+    routed = layer(normal(2, 3, 5, 2, 4), activations=jnp.ones((2, 3, 5, 2)))
+    assert routed.coupling.shape == (2, 30, 3)
+
+
+def test_coordinates_of_conv_capsules_are_those_of_the_child():
+    layers = [
+        ConvCapsules(1, 2, 1, 2, kernel_size=1, routing="em", coordinates=c, rngs=nnx.Rngs(0))
+        for c in (False, True)
+    ]
+    poses = normal(2, 2, 1, 2)
+    plain, moved = (layer(poses).poses for layer in layers)
+    for row, column in itertools.product(range(2), range(2)):
+        shift = ((row + 0.5) / 2, (column + 0.5) / 2)
+        np.testing.assert_allclose(moved[row, column, 0] - plain[row, column, 0], shift, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dynamic", "em", "self", "attention", "variational"])
+def test_three_stacked_capsule_layers_train_without_nan(name):
+    rngs = nnx.Rngs(0)
+
+    class Stack(nnx.Module):
+        def __init__(self):
+            self.primary = MatrixPrimaryCapsules(1, 2, 4, kernel_size=3, strides=2, rngs=rngs)
+            self.first = ConvCapsules(
+                2, 4, 3, 4, kernel_size=3, routing=name, matrix=True, rngs=rngs
+            )
+            self.second = ConvCapsules(
+                3, 4, 4, 4, kernel_size=2, padding="SAME", routing=name, matrix=True, rngs=rngs
+            )
+            self.classes = ConvCapsules(
+                4, 4, 2, 4, kernel_size=None, routing=name, matrix=True, coordinates=True,
+                rngs=rngs)  # fmt: skip
+
+        def __call__(self, images):
+            poses, activations = self.primary(images)
+            for layer in (self.first, self.second, self.classes):
+                poses, activations, _ = layer(poses, activations=activations)
+            return activations
+
+    # Is the bright half on the left or on the right?
+    images = normal(16, 9, 9, 1) / 10
+    labels = jnp.arange(16) % 2
+    images = images.at[::2, :, :4].add(1).at[1::2, :, 5:].add(1)
+    network = Stack()
+    optimizer = nnx.Optimizer(network, optax.adam(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(network, optimizer):
+        def loss_fn(network):
+            target = jax.nn.one_hot(labels, 2)
+            return capsjax.spread_loss(network(images), target, margin=0.3).mean()
+
+        loss, grads = nnx.value_and_grad(loss_fn)(network)
+        optimizer.update(network, grads)
+        return loss
+
+    losses = [float(step(network, optimizer)) for _ in range(40)]
+    assert np.isfinite(losses).all()
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(nnx.state(network)))
+    assert losses[-1] < losses[0]
+
+
+def test_primary_capsules_on_their_grid():
+    layer = PrimaryCapsules(3, 2, 4, kernel_size=3, rngs=nnx.Rngs(0))
+    grid = PrimaryCapsules(3, 2, 4, kernel_size=3, keep_grid=True, rngs=nnx.Rngs(0))
+    images = normal(2, 9, 7, 3)
+    assert grid(images).shape == (2, 4, 3, 2, 4)
+    np.testing.assert_array_equal(grid(images).reshape(2, -1, 4), layer(images))
+
+
+def test_matrix_primary_capsules():
+    layer = MatrixPrimaryCapsules(3, 2, 4, kernel_size=3, rngs=nnx.Rngs(0))
+    poses, activations = layer(normal(2, 5, 6, 3))
+    assert poses.shape == (2, 3, 4, 2, 4)
+    assert activations.shape == (2, 3, 4, 2)
+    channels = layer.conv(normal(2, 5, 6, 3))
+    np.testing.assert_array_equal(poses[..., 1, :], channels[..., 4:8])
+    np.testing.assert_allclose(activations[..., 1], jax.nn.sigmoid(channels[..., 9]), rtol=1e-6)
+
+
+# What each routing owns in a layer of 6 children with 4 dimensions and 3 parents with 5.
+OWNED = {
+    "dynamic": {}, "kmeans": {}, "uniform": {}, "random": {},
+    "em": {"beta_a": (3,), "beta_u": (3,)},
+    "variational": {"beta_a": (3,), "beta_u": (3,)},
+    "self": {"logit_kernel": (6, 4, 3), "logit_bias": (6, 3)},
+    "attention": {"scale": (5,), "offset": (5,)},
+    "efficient": {"prior": (6, 3)},
+    "heinsen": capsjax.HeinsenParameters.shapes(6, 4, 3, 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", routing.algorithms())
+def test_a_layer_owns_what_its_routing_learns(name):
+    layer = DenseCapsules(6, 4, 3, 5, routing=name, rngs=nnx.Rngs(0))
+    owned = {key: value.shape for key, value in nnx.state(layer.router, nnx.Param).items()}
+    assert owned == OWNED[name]
+    assert (layer.kernel is None) == (name == "heinsen")
+    routed = layer(normal(2, 6, 4))
+    assert (routed.poses.shape, routed.activations.shape) == ((2, 3, 5), (2, 3))
+
+
+def test_dense_capsules_hand_activations_to_their_routing():
+    poses, activations = normal(6, 4), jnp.linspace(0.1, 0.9, 6)
+    for name in ("em", "variational", "self"):
+        layer = DenseCapsules(6, 4, 3, 5, routing=name, rngs=nnx.Rngs(0))
+        by_length = layer(poses)
+        explicit = layer(poses, activations=capsjax.length(poses))
+        np.testing.assert_array_equal(by_length.poses, explicit.poses)
+        assert (layer(poses, activations=activations).poses != by_length.poses).any()
+
+
+def test_options_of_routing_reach_it():
+    layer = DenseCapsules(
+        6, 4, 3, 5, routing="em", num_iterations=2, inverse_temperature=2.0,
+        beta_u_init=nnx.initializers.constant(0.5), rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    poses = normal(6, 4)
+    expected = capsjax.em_routing(
+        capsjax.dense_votes(poses, layer.kernel[...]), capsjax.length(poses), num_iterations=2,
+        inverse_temperature=2.0, beta_a=jnp.zeros(3), beta_u=jnp.full(3, 0.5),
+    )  # fmt: skip
+    assert_close(layer(poses).activations, expected.activations)
+    seeds = [DenseCapsules(6, 4, 3, 5, routing="random", seed=s, rngs=nnx.Rngs(0)) for s in (0, 1)]
+    assert (seeds[0](poses).coupling != seeds[1](poses).coupling).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"routing": "sinkhorn"}, "routing must be one of dynamic, .* got 'sinkhorn'"),
+        ({"routing": "em", "leaky": True}, "routing 'em' has no option 'leaky', only num_iter"),
+        ({"routing": "em", "use_bias": True}, "routing 'em' has no bias"),
+        ({"routing": "uniform", "num_iterations": 3}, "'uniform' has no option 'num_iterations'"),
+    ],
+)
+def test_bad_options_are_named(options, match):
+    with pytest.raises(ValueError, match=match):
+        DenseCapsules(6, 4, 3, 5, rngs=nnx.Rngs(0), **options)
+
+
+def test_logits_are_for_dynamic_routing():
+    layer = DenseCapsules(6, 4, 3, 5, routing="kmeans", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="logits are for routing 'dynamic', not 'kmeans'"):
+        layer(normal(6, 4), logits=jnp.zeros((6, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: conv(matrix=True, features=(4, 5)), "same square number, got 4 and 5"),
+        (lambda: conv(matrix=True, features=(5, 5)), "same square number, got 5 and 5"),
+        (lambda: conv("heinsen"), "'heinsen' makes votes of its own"),
+        (lambda: conv(coordinates=True, features=(4, 1)), "coordinates need two out_features"),
+        (lambda: conv()(normal(5, 4, 3, 4)), r"poses must have shape .*, 2, 4\], got .*\(5, 4, 3"),
+        (lambda: conv()(normal(2, 4, 2, 4)), r"at least as large as the kernel .* got 2 rows"),
+    ],
+)  # fmt: skip
+def test_bad_sizes_are_named(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
