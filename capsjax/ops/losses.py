@@ -105,8 +105,9 @@ def spread_loss(
     Example:
       >>> import jax.numpy as jnp
       >>> from capsjax import spread_loss
-      >>> print(spread_loss(jnp.array([0.8, 0.3, 0.0]), jnp.array([1, 0, 0]), margin=0.7))
-      [0.04]
+      >>> loss = spread_loss(jnp.array([0.75, 0.25, 0.0]), jnp.array([1, 0, 0]), margin=1.0)
+      >>> print(loss)
+      0.3125
 
     Reference:
       Hinton, Sabour, Frosst, *Matrix Capsules with EM Routing*, ICLR 2018, equation 3.

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from capsjax import dense_votes
+from capsjax import dense_votes, matrix_votes
 
 SIZE = st.integers(1, 5)
 
@@ -61,3 +61,24 @@ def test_wrong_dtypes_are_named():
         dense_votes(jnp.ones((3, 4), int), jnp.ones((3, 4, 2, 2)))
     with pytest.raises(TypeError, match="weights must be a floating-point array"):
         dense_votes(jnp.ones((3, 4)), jnp.ones((3, 4, 2, 2), int))
+
+
+def test_matrix_votes_are_products_of_matrices():
+    rng = np.random.default_rng(0)
+    poses, weights = rng.normal(size=(2, 3, 9)), rng.normal(size=(3, 3, 4, 3))
+    votes = matrix_votes(jnp.float32(poses), jnp.float32(weights))
+    assert votes.shape == (2, 3, 4, 9)
+    for b, i, j in np.ndindex(2, 3, 4):
+        expected = poses[b, i].reshape(3, 3) @ weights[i, :, j]
+        np.testing.assert_allclose(votes[b, i, j].reshape(3, 3), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bad_matrices_are_named():
+    with pytest.raises(
+        ValueError, match=r"weights must have shape \[I, n, J, n\], got .*\(3, 2, 4, 5"
+    ):
+        matrix_votes(jnp.ones((3, 4)), jnp.ones((3, 2, 4, 5)))
+    with pytest.raises(
+        ValueError, match=r"poses must have shape .*3, 4\] as the weights .*\(3, 5\)"
+    ):
+        matrix_votes(jnp.ones((3, 5)), jnp.ones((3, 2, 4, 2)))

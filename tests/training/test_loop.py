@@ -292,7 +292,7 @@ def test_validation_images_are_never_trained_on(digits):
         ({"batch_size": 800, "driver": "jit"}, "--batch-size must be at most .* 160, got 800"),
         ({"validation": 180}, "--validation must be less than .* 180, got 180"),
         ({"devices": 99}, "--devices must be at most 8, the number of cpu devices, got 99"),
-        ({"loss": "cross_entropy"}, "must be paper or official, got 'cross_entropy'"),
+        ({"loss": "cross_entropy"}, "must be paper, official or spread, got 'cross_entropy'"),
     ],
 )
 def test_options_that_do_not_go_together_are_named(tmp_path, digits, tiny, options, match):
