@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
@@ -57,6 +57,12 @@ class HeinsenParameters(NamedTuple):
             [(i, k), (i,), (j, k), (k, d), (j, d), (d, k), (j, k), (j, k), *[(i, j)] * 4],
             strict=True,
         ))  # fmt: skip
+
+
+# As for Routed: so that an exported function that takes them can be stored.
+export.register_namedtuple_serialization(
+    HeinsenParameters, serialized_name="capsjax.HeinsenParameters"
+)
 
 
 def heinsen_routing(

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+from jax import export
 
 
 class Routed(NamedTuple):
@@ -18,3 +19,7 @@ class Routed(NamedTuple):
     poses: jax.Array
     activations: jax.Array
     coupling: jax.Array | None
+
+
+# Without this an exported function that returns one could be called, but not stored.
+export.register_namedtuple_serialization(Routed, serialized_name="capsjax.Routed")

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jax.typing import ArrayLike
 
 from capsjax.routing._passes import Passes, as_iterations
@@ -42,6 +42,10 @@ class RoutingTrace(NamedTuple):
     coupling: jax.Array
     logits: jax.Array
     agreement: jax.Array
+
+
+# As for Routed: so that an exported function that returns one can be stored.
+export.register_namedtuple_serialization(RoutingTrace, serialized_name="capsjax.RoutingTrace")
 
 
 def routing_trace(

@@ -1,0 +1,617 @@
+"""Routing goes into any JAX model and survives every transformation that a model meets.
+
+Part one: every algorithm, as a layer of pure functions with all that it learns, under the
+transformations of JAX. Part two: the same layers inside of the libraries that people write models
+in; each model has to equal the plain functions, and to learn.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from flax.nnx import bridge
+from jax import export
+from jax.sharding import Mesh, PartitionSpec
+from jax.test_util import check_grads
+
+import capsjax
+from capsjax import HeinsenParameters, Routed, RoutingTrace, dense_votes
+from capsjax.nn import DenseCapsules
+
+# Two hundred programs to compile: minutes.
+pytestmark = pytest.mark.slow
+
+PAIR, PARENTS, BIAS, FEATURES = "IJ", "J", "JD", "D"
+
+
+class Algorithm(NamedTuple):
+    """How a layer calls an algorithm: on its votes, the children's activations, what it learns.
+
+    `learned` holds the axes of each parameter; `call` gets votes, activations, parameters and key.
+    """
+
+    call: Callable[..., Routed]
+    learned: dict[str, str]
+
+
+ALGORITHMS = {
+    "dynamic": Algorithm(
+        lambda v, a, w, key: capsjax.dynamic_routing(v, bias=w["bias"], logits=w["logits"]),
+        {"bias": BIAS, "logits": PAIR},
+    ),
+    "em": Algorithm(
+        # A low temperature, without which these few children hardly move the activations.
+        lambda v, a, w, key: capsjax.em_routing(v, a, inverse_temperature=1.0, **w),
+        {"beta_a": PARENTS, "beta_u": PARENTS},
+    ),
+    "variational": Algorithm(
+        lambda v, a, w, key: capsjax.variational_routing(v, a, **w),
+        {"beta_a": PARENTS, "beta_u": PARENTS},
+    ),
+    "self": Algorithm(
+        lambda v, a, w, key: capsjax.self_routing(v, a, w["logits"]), {"logits": PAIR}
+    ),
+    "attention": Algorithm(
+        lambda v, a, w, key: capsjax.attention_routing(v, num_iterations=3, **w),
+        {"scale": FEATURES, "offset": FEATURES},
+    ),
+    "efficient": Algorithm(lambda v, a, w, key: capsjax.efficient_routing(v, **w), {"prior": PAIR}),
+    "kmeans": Algorithm(lambda v, a, w, key: capsjax.kmeans_routing(v, **w), {"bias": BIAS}),
+    "uniform": Algorithm(lambda v, a, w, key: capsjax.uniform_routing(v, **w), {"bias": BIAS}),
+    "random": Algorithm(
+        lambda v, a, w, key: capsjax.random_routing(v, key=key, **w), {"bias": BIAS}
+    ),
+}
+KEY = jax.random.key(7)
+
+
+def shapes(name, children, in_features, parents, features):
+    """The shape of each array that a layer learns."""
+    if name == "heinsen":
+        return HeinsenParameters.shapes(children, in_features, parents, features)
+    sizes = {"I": children, "J": parents, "D": features}
+    learned = ALGORITHMS[name].learned.items()
+    return {
+        "kernel": (children, in_features, parents, features),
+        **{parameter: tuple(sizes[axis] for axis in axes) for parameter, axes in learned},
+    }
+
+
+def layer(name, weights, poses, activations, key=KEY):
+    """Votes and routing as one pure function of all that they depend on."""
+    if name == "heinsen":
+        return capsjax.heinsen_routing(poses, HeinsenParameters(**weights), num_iterations=3)
+    weights = dict(weights)
+    votes = dense_votes(poses, weights.pop("kernel"))
+    return ALGORITHMS[name].call(votes, activations, weights, key)
+
+
+# --- Every algorithm under every transformation -------------------------------------------------
+
+# As many parents as children, of the same size, so that layers can be stacked.
+CAPSULES, SIZE, BATCH = 5, 3, 8
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 2, jnp.float32)
+
+
+def weights_of(name, *leading, seed=1):
+    each = shapes(name, CAPSULES, SIZE, CAPSULES, SIZE)
+    return {
+        parameter: normal(*leading, *shape, seed=seed + number)
+        for number, (parameter, shape) in enumerate(each.items())
+    }
+
+
+POSES = normal(BATCH, CAPSULES, SIZE)
+ACTIVATIONS = jax.nn.sigmoid(normal(BATCH, CAPSULES, seed=20))
+# Fixed directions, so that no gradient is zero by symmetry.
+DIRECTION = normal(BATCH, CAPSULES, SIZE + 1, seed=21)
+
+
+def scalar(routed):
+    return jnp.vdot(routed.poses, DIRECTION[..., 1:]) + jnp.vdot(
+        routed.activations, DIRECTION[..., 0]
+    )
+
+
+def loss(name, weights, poses=POSES, activations=ACTIVATIONS, key=KEY):
+    return scalar(layer(name, weights, poses, activations, key))
+
+
+def assert_same(actual, expected):
+    """The same tree of the same numbers, but for the order in which sums are taken."""
+
+    def same(a, b):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        # Relative to the largest: sums of both signs nearly cancel in some entries.
+        largest = float(jnp.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, largest))
+
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(same, actual, expected)
+
+
+@functools.cache
+def untransformed(name):
+    """What every transformation is compared with: operation by operation, one example at a time."""
+    weights = weights_of(name)
+    examples = [layer(name, weights, *example) for example in zip(POSES, ACTIVATIONS, strict=True)]
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *examples)
+
+
+@functools.cache
+def gradients_of(name):
+    return jax.grad(functools.partial(loss, name), (0, 1, 2))(weights_of(name), POSES, ACTIVATIONS)
+
+
+every_algorithm = pytest.mark.parametrize("name", capsjax.routing.algorithms())
+
+
+@every_algorithm
+def test_jit_with_everything_an_argument(name):
+    compiled = jax.jit(functools.partial(layer, name))
+    routed = compiled(weights_of(name), POSES, ACTIVATIONS, KEY)
+    assert_same(routed, untransformed(name))
+    # The next batch, and the next step's weights and key, run the same program.
+    compiled(weights_of(name, seed=2), POSES + 1, ACTIVATIONS, jax.random.key(8))
+    assert compiled._cache_size() == 1
+
+
+@every_algorithm
+def test_gradients_of_all_that_a_layer_learns(name):
+    with jax.enable_x64(True):
+        exact = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float64))
+        weights, poses, activations = exact((weights_of(name), POSES[:2], ACTIVATIONS[:2]))
+
+        def function(*args):
+            routed = layer(name, *args)
+            return routed.poses, routed.activations
+
+        check_grads(
+            jax.jit(function), (weights, poses, activations), order=1, eps=1e-6, atol=1e-6,
+            rtol=1e-5,
+        )  # fmt: skip
+
+
+@every_algorithm
+def test_nothing_that_a_layer_learns_is_without_a_gradient(name):
+    weights, poses, activations = gradients_of(name)
+    learned = {"heinsen": shapes(name, 1, 1, 1, 1)}.get(name, weights)
+    assert all((np.abs(weights[parameter]) > 0).any() for parameter in learned)
+    assert (np.abs(poses) > 0).all()
+    assert (np.abs(activations) > 0).any() == (name in ("em", "variational", "self"))
+
+
+@every_algorithm
+def test_vmap_is_a_leading_axis(name):
+    poses = jnp.stack([POSES, -2 * POSES, POSES[::-1]])
+    activations = jnp.stack([ACTIVATIONS, ACTIVATIONS**2, ACTIVATIONS[::-1]])
+    weights, function = weights_of(name), functools.partial(layer, name)
+    expected = jax.jit(function)(weights, poses, activations)
+    assert expected.poses.shape == (3, BATCH, CAPSULES, SIZE)
+    # Over an inner axis, so that the axes have to be moved.
+    mapped = jax.vmap(function, in_axes=(None, 1, 1), out_axes=1)
+    assert_same(jax.jit(mapped)(weights, poses, activations), expected)
+
+
+@every_algorithm
+def test_vmap_over_the_weights_is_an_ensemble(name):
+    function = functools.partial(layer, name)
+    ensemble = jax.jit(jax.vmap(function, in_axes=(0, None, None)))
+    routed = ensemble(weights_of(name, 2), POSES, ACTIVATIONS)
+    for member in range(2):
+        weights = jax.tree.map(lambda x: x[member], weights_of(name, 2))  # noqa: B023
+        assert_same(
+            jax.tree.map(lambda x: x[member], routed),  # noqa: B023
+            function(weights, POSES, ACTIVATIONS),
+        )
+
+
+@every_algorithm
+def test_scan_over_stacked_layers(name):
+    depth = 3
+
+    def above(children, weights):
+        routed = layer(name, weights, *children)
+        return (routed.poses, routed.activations), routed.coupling
+
+    def scanned(weights):
+        children, couplings = jax.lax.scan(above, (POSES, ACTIVATIONS), weights)
+        return scalar(Routed(*children, None)), (*children, couplings)
+
+    def unrolled(weights):
+        children, couplings = (POSES, ACTIVATIONS), []
+        for number in range(depth):
+            children, coupling = above(children, jax.tree.map(lambda x: x[number], weights))  # noqa: B023
+            couplings.append(coupling)
+        return scalar(Routed(*children, None)), (*children, jnp.stack(couplings))
+
+    weights = weights_of(name, depth)
+    (_, result), gradients = jax.jit(jax.value_and_grad(scanned, has_aux=True))(weights)
+    (_, expected), expected_gradients = jax.jit(jax.value_and_grad(unrolled, has_aux=True))(weights)
+    assert_same(result, expected)
+    assert_same(gradients, expected_gradients)
+
+
+@every_algorithm
+def test_checkpoint_recomputes_the_same(name):
+    weights = weights_of(name)
+    remat = jax.checkpoint(functools.partial(layer, name))
+
+    def scalar_of(*args):
+        routed = remat(*args)
+        return scalar(routed), routed
+
+    gradients, routed = jax.jit(jax.grad(scalar_of, (0, 1, 2), has_aux=True))(
+        weights, POSES, ACTIVATIONS, KEY
+    )
+    assert_same(routed, untransformed(name))
+    assert_same(gradients, gradients_of(name))
+
+
+@every_algorithm
+def test_shard_map_over_the_batch(name):
+    mesh = Mesh(np.array(jax.devices()), ("batch",))
+    whole, split = PartitionSpec(), PartitionSpec("batch")
+    sharded = jax.shard_map(
+        functools.partial(layer, name), mesh=mesh, in_specs=(whole, split, split, whole),
+        out_specs=split,
+    )  # fmt: skip
+
+    def scalar_of(*args):
+        routed = sharded(*args)
+        return scalar(routed), routed
+
+    gradients, routed = jax.jit(jax.grad(scalar_of, (0, 1, 2), has_aux=True))(
+        weights_of(name), POSES, ACTIVATIONS, KEY
+    )
+    assert len(routed.poses.sharding.device_set) == 8
+    assert_same(routed, untransformed(name))
+    # Those of the weights are sums over the devices.
+    assert_same(gradients, gradients_of(name))
+
+
+@every_algorithm
+def test_export_stores_the_function_and_its_gradient(name):
+    arguments = weights_of(name), POSES, ACTIVATIONS, KEY
+    exported = export.export(jax.jit(functools.partial(layer, name)))(*arguments)
+    stored = export.deserialize(exported.serialize(vjp_order=1))
+    routed = stored.call(*arguments)
+    assert isinstance(routed, Routed)
+    assert_same(routed, untransformed(name))
+    gradients = jax.grad(lambda *args: scalar(stored.call(*args)), (0, 1, 2))(*arguments)
+    assert_same(gradients, gradients_of(name))
+
+
+@every_algorithm
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_lowers_for_chips_that_are_not_here(name, platform):
+    function = jax.jit(jax.value_and_grad(functools.partial(loss, name)))
+    traced = function.trace(weights_of(name), POSES, ACTIVATIONS, KEY)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "stablehlo.dot_general" in text
+    # What only one kind of chip can run would be called by its name.
+    assert "custom_call" not in text
+
+
+def test_arguments_and_results_of_routing_can_be_stored():
+    parameters = HeinsenParameters(**weights_of("heinsen"))
+    votes = normal(CAPSULES, CAPSULES, SIZE)
+    for function, argument, result in (
+        (capsjax.routing_trace, votes, RoutingTrace),
+        (lambda p: capsjax.heinsen_routing(POSES[0], p), parameters, Routed),
+    ):
+        exported = export.export(jax.jit(function))(argument)
+        routed = export.deserialize(exported.serialize()).call(argument)
+        assert isinstance(routed, result)
+        assert_same(routed, function(argument))
+
+
+# --- In the libraries that people write models in -----------------------------------------------
+
+CLASSES, TOKENS, TOKEN, HIDDEN, POSE = 2, 6, 4, 5, 3
+OPTIMIZER = optax.adam(0.03)
+LABELS = jnp.arange(BATCH) % CLASSES
+# Two kinds of examples, told apart by the sign of a direction that all tokens share.
+INPUTS = normal(BATCH, TOKENS, TOKEN) + (2.0 * LABELS - 1)[:, None, None]
+WIDTHS = {"first": (TOKENS, TOKEN, HIDDEN, POSE), "second": (HIDDEN, POSE, CLASSES, POSE)}
+
+
+def classify(name, weights, inputs):
+    """A network of two capsule layers as a plain function: what every library has to compute."""
+    hidden = layer(name, weights["first"], inputs, capsjax.length(inputs))
+    return layer(name, weights["second"], hidden.poses, hidden.activations).activations
+
+
+def classification_loss(activations):
+    one_hot = jax.nn.one_hot(LABELS, CLASSES)
+    return jnp.mean(capsjax.margin_loss(activations, one_hot))
+
+
+def train(parameters, apply, steps):
+    """Steps of Optax on a tree of arrays, as Linen, haiku and plain functions have it."""
+
+    @jax.jit
+    def step(parameters, state):
+        loss, gradients = jax.value_and_grad(
+            lambda parameters: classification_loss(apply(parameters, INPUTS))
+        )(parameters)
+        updates, state = OPTIMIZER.update(gradients, state)
+        return optax.apply_updates(parameters, updates), state, loss
+
+    state, losses = OPTIMIZER.init(parameters), []
+    for _ in range(steps):
+        parameters, state, loss = step(parameters, state)
+        losses.append(float(loss))
+    return parameters, losses
+
+
+def train_nnx(network, apply, steps):
+    optimizer = nnx.Optimizer(network, OPTIMIZER, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(network, optimizer):
+        loss, gradients = nnx.value_and_grad(
+            lambda network: classification_loss(apply(network, INPUTS))
+        )(network)
+        optimizer.update(network, gradients)
+        return loss
+
+    return network, [float(step(network, optimizer)) for _ in range(steps)]
+
+
+def train_equinox(network, apply, steps):
+    @eqx.filter_jit
+    def step(network, state):
+        loss, gradients = eqx.filter_value_and_grad(
+            lambda network: classification_loss(apply(network, INPUTS))
+        )(network)
+        updates, state = OPTIMIZER.update(gradients, state)
+        return eqx.apply_updates(network, updates), state, loss
+
+    state, losses = OPTIMIZER.init(eqx.filter(network, eqx.is_inexact_array)), []
+    for _ in range(steps):
+        network, state, loss = step(network, state)
+        losses.append(float(loss))
+    return network, losses
+
+
+class Model(NamedTuple):
+    """A model of some library.
+
+    `weights` finds those of the two capsule layers in the parameters, `tokens` what goes into the
+    first of them.
+    """
+
+    parameters: Any
+    apply: Callable[[Any, jax.Array], jax.Array]
+    weights: Callable[[Any], dict[str, dict[str, jax.Array]]]
+    train: Callable = train
+    tokens: Callable[[Any], jax.Array] = lambda parameters: INPUTS
+
+
+def initial(key, shape, dtype=jnp.float32):
+    return jax.random.normal(key, shape, dtype) / 2
+
+
+class NNXCapsules(nnx.Module):
+    def __init__(self, name, sizes, *, rngs):
+        self.name, self.parameters = name, tuple(shapes(name, *sizes))
+        for parameter, shape in shapes(name, *sizes).items():
+            setattr(self, parameter, nnx.Param(initial(rngs.params(), shape)))
+
+    def weights(self):
+        return {parameter: getattr(self, parameter)[...] for parameter in self.parameters}
+
+    def __call__(self, poses, activations):
+        return layer(self.name, self.weights(), poses, activations)
+
+
+class NNXNetwork(nnx.Module):
+    def __init__(self, name, *, rngs):
+        self.first = NNXCapsules(name, WIDTHS["first"], rngs=rngs)
+        self.second = NNXCapsules(name, WIDTHS["second"], rngs=rngs)
+
+    def __call__(self, inputs):
+        hidden = self.first(inputs, capsjax.length(inputs))
+        return self.second(hidden.poses, hidden.activations).activations
+
+
+def nnx_model(name):
+    return Model(
+        NNXNetwork(name, rngs=nnx.Rngs(0)),
+        lambda network, inputs: network(inputs),
+        lambda network: {"first": network.first.weights(), "second": network.second.weights()},
+        train_nnx,
+    )
+
+
+class LinenCapsules(linen.Module):
+    routing: str
+    sizes: tuple[int, ...]
+
+    @linen.compact
+    def __call__(self, poses, activations):
+        weights = {
+            parameter: self.param(parameter, initial, shape)
+            for parameter, shape in shapes(self.routing, *self.sizes).items()
+        }
+        return layer(self.routing, weights, poses, activations)
+
+
+class LinenNetwork(linen.Module):
+    routing: str
+
+    @linen.compact
+    def __call__(self, inputs):
+        first = LinenCapsules(self.routing, WIDTHS["first"], name="first")
+        hidden = first(inputs, capsjax.length(inputs))
+        second = LinenCapsules(self.routing, WIDTHS["second"], name="second")
+        return second(hidden.poses, hidden.activations).activations
+
+
+def linen_model(name):
+    network = LinenNetwork(name)
+    variables = network.init(jax.random.key(0), INPUTS)
+    return Model(variables, network.apply, lambda variables: variables["params"])
+
+
+class BridgedNetwork(linen.Module):
+    routing: str
+
+    @linen.compact
+    def __call__(self, inputs):
+        options = {
+            "routing": self.routing,
+            "kernel_init": initial,
+            **{"dynamic": {"use_bias": True}, "em": {"inverse_temperature": 1.0},
+               "heinsen": {"num_iterations": 3}}[self.routing],
+        }  # fmt: skip
+        first = bridge.to_linen(DenseCapsules, *WIDTHS["first"], **options, name="first")
+        second = bridge.to_linen(DenseCapsules, *WIDTHS["second"], **options, name="second")
+        hidden = first(inputs)
+        return second(hidden.poses, activations=hidden.activations).activations
+
+
+def bridged_model(name):
+    network = BridgedNetwork(name)
+    variables = network.init(jax.random.key(0), INPUTS)
+
+    def weights(variables):
+        # The layer of capsjax.nn has no prior logits of its own.
+        logits = {"logits": jnp.zeros((1, 1))} if name == "dynamic" else {}
+        return {
+            number: {
+                **{k: v for k, v in capsules.items() if k == "kernel"},
+                **capsules["router"],
+                **logits,
+            }
+            for number, capsules in variables["params"].items()
+        }
+
+    return Model(variables, network.apply, weights)
+
+
+class EquinoxCapsules(eqx.Module):
+    weights: dict[str, jax.Array]
+    name: str = eqx.field(static=True)
+
+    def __init__(self, name, sizes, *, key):
+        each = shapes(name, *sizes)
+        keys = jax.random.split(key, len(each))
+        self.name = name
+        self.weights = {p: initial(k, each[p]) for p, k in zip(each, keys, strict=True)}
+
+    def __call__(self, poses, activations):
+        return layer(self.name, self.weights, poses, activations)
+
+
+class EquinoxNetwork(eqx.Module):
+    first: EquinoxCapsules
+    second: EquinoxCapsules
+
+    def __call__(self, tokens):
+        # Of one example, as equinox has it.
+        hidden = self.first(tokens, capsjax.length(tokens))
+        return self.second(hidden.poses, hidden.activations).activations
+
+
+def equinox_model(name):
+    first, second = jax.random.split(jax.random.key(0))
+    return Model(
+        EquinoxNetwork(
+            EquinoxCapsules(name, WIDTHS["first"], key=first),
+            EquinoxCapsules(name, WIDTHS["second"], key=second),
+        ),
+        lambda network, inputs: jax.vmap(network)(inputs),
+        lambda network: {"first": network.first.weights, "second": network.second.weights},
+        train_equinox,
+    )
+
+
+class HaikuCapsules(hk.Module):
+    def __init__(self, routing, sizes, name):
+        super().__init__(name=name)
+        self.routing, self.sizes = routing, sizes
+
+    def __call__(self, poses, activations):
+        weights = {
+            parameter: hk.get_parameter(
+                parameter, shape, init=lambda shape, dtype: initial(hk.next_rng_key(), shape, dtype)
+            )
+            for parameter, shape in shapes(self.routing, *self.sizes).items()
+        }
+        return layer(self.routing, weights, poses, activations)
+
+
+def haiku_model(name):
+    @hk.without_apply_rng
+    @hk.transform
+    def network(inputs):
+        first = HaikuCapsules(name, WIDTHS["first"], name="first")
+        hidden = first(inputs, capsjax.length(inputs))
+        second = HaikuCapsules(name, WIDTHS["second"], name="second")
+        return second(hidden.poses, hidden.activations).activations
+
+    return Model(network.init(jax.random.key(0), INPUTS), network.apply, lambda weights: weights)
+
+
+def function_model(name):
+    """A layer of a perceptron before the capsules, its numbers grouped into tokens."""
+    keys = iter(jax.random.split(jax.random.key(0), 40))
+    parameters = {
+        number: {p: initial(next(keys), shape) for p, shape in shapes(name, *sizes).items()}
+        for number, sizes in WIDTHS.items()
+    }
+    width = TOKENS * TOKEN
+    parameters["dense"] = jnp.eye(width) + initial(next(keys), (width, width)) / 10
+
+    def perceive(parameters, inputs):
+        return jnp.tanh(inputs.reshape(BATCH, width) @ parameters["dense"]).reshape(inputs.shape)
+
+    return Model(
+        parameters,
+        lambda parameters, inputs: classify(name, parameters, perceive(parameters, inputs)),
+        lambda parameters: parameters,
+        tokens=lambda parameters: np.asarray(perceive(parameters, INPUTS)),
+    )
+
+
+LIBRARIES = {
+    "nnx": nnx_model,
+    "linen": linen_model,
+    "linen through the bridge": bridged_model,
+    "equinox": equinox_model,
+    "haiku": haiku_model,
+    "functions": function_model,
+}
+
+
+# One that needs votes alone, one that needs activations besides, one that makes votes of its own.
+@pytest.mark.parametrize("name", ["dynamic", "em", "heinsen"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_model_is_the_plain_functions_and_learns(library, name):
+    model = LIBRARIES[library](name)
+    weights = model.weights(model.parameters)
+    expected = classify(name, weights, model.tokens(model.parameters))
+    assert_same(model.apply(model.parameters, INPUTS), expected)
+    before = jax.tree.map(np.array, weights)
+    trained, losses = model.train(model.parameters, model.apply, 30)
+    assert losses[0] == pytest.approx(float(classification_loss(expected)), rel=1e-4)
+    assert losses[-1] < 0.5 * losses[0]
+    # Both layers have learned, and are still what the plain functions say.
+    weights = model.weights(trained)
+    for number in WIDTHS:
+        assert any((before[number][k] != weights[number][k]).any() for k in weights[number])
+    assert_same(model.apply(trained, INPUTS), classify(name, weights, model.tokens(trained)))
