@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 
 import capsjax
+import capsjax.bench
 import capsjax.data
 import capsjax.models
 import capsjax.training
 
 ROOT = Path(__file__).parents[1]
-MODULES = (capsjax, capsjax.nn, capsjax.routing, capsjax.models, capsjax.data, capsjax.training)
+MODULES = (
+    capsjax, capsjax.nn, capsjax.routing, capsjax.models, capsjax.data, capsjax.training,
+    capsjax.bench,
+)  # fmt: skip
 # Names that stand for a type, a module or a version, and need no page.
-WITHOUT_PAGES = {"__version__", "nn", "routing", "ModelConfig", "Network"}
+WITHOUT_PAGES = {"__version__", "nn", "routing", "ModelConfig", "Network", "Direction"}
 
 
 @pytest.fixture(scope="module")

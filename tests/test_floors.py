@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "models": {"ops", "routing", "nn"},
     "data": {"ops"},
     "training": {"ops", "routing", "nn", "models", "data"},
+    "bench": {"ops", "routing", "nn", "models", "training"},
 }
 # What floors 1 to 3 may need of other packages.
 PACKAGES = {"ops": {"jax"}, "routing": {"jax"}, "nn": {"jax", "flax"}}

@@ -19,6 +19,7 @@ from capsjax.models.network import (
 from capsjax.nn import DenseCapsules, PrimaryCapsules
 from capsjax.ops import conv_general_dilated
 from capsjax.routing import Routed
+from capsjax.routing.fused import Implementation
 
 Initialisation = Literal["lecun", "official"]
 
@@ -51,6 +52,8 @@ class CapsNetConfig:
       routing_bias: whether the class capsules have a bias inside routing.
       leaky: whether a primary capsule may go to no class; dynamic routing only.
       stop_gradient: whether gradients skip the updates of the routing logits; dynamic routing only.
+      implementation: of the class capsules' votes and dynamic routing; see
+        :func:`capsjax.dense_capsules`.
       decoder_features: widths of the decoder's hidden layers; empty for no decoder.
       initialisation: ``"lecun"`` for convolutions and decoder and σ 0.1 for the capsules; or
         ``"official"``: truncated normal with σ 0.05 for the first convolution and σ 0.1 elsewhere,
@@ -76,6 +79,7 @@ class CapsNetConfig:
     routing_bias: bool = False
     leaky: bool = False
     stop_gradient: bool = False
+    implementation: Implementation | None = None
     decoder_features: tuple[int, ...] = (512, 1024)
     initialisation: Initialisation = "lecun"
     dtype: str = "float32"
@@ -186,6 +190,7 @@ class CapsNet(nnx.Module):
             config.class_features,
             routing=config.routing,
             use_bias=config.routing_bias,
+            implementation=config.implementation,
             dtype=dtype,
             kernel_init=capsule_init,
             bias_init=bias_init,
@@ -199,10 +204,14 @@ class CapsNet(nnx.Module):
 
     def route(self, images: jax.Array) -> Routed:
         """Class capsules of images ``[..., H, W, C]`` in [0, 1], with their coupling."""
-        check_images(images, self.config.image_shape)
-        features = jax.nn.relu(self.conv(images))
-        routed: Routed = self.classes(self.primary(features))
+        # By the implementation that stores the votes, as only that one has the coupling.
+        routed: Routed = self.classes(self._primary(images), implementation="reference")
         return routed
+
+    def _primary(self, images: jax.Array) -> jax.Array:
+        check_images(images, self.config.image_shape)
+        capsules: jax.Array = self.primary(jax.nn.relu(self.conv(images)))
+        return capsules
 
     def __call__(
         self, images: jax.Array, *, target: jax.Array | None = None, keys: jax.Array | None = None
@@ -222,7 +231,8 @@ class CapsNet(nnx.Module):
           ValueError: the images or the target have the wrong shape.
         """
         del keys
-        return predict(self.config, self.route(images), self.decoder, target)
+        routed = self.classes(self._primary(images))
+        return predict(self.config, routed, self.decoder, target)
 
 
 def _truncated(stddev: float) -> nnx.Initializer:

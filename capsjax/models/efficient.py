@@ -148,6 +148,7 @@ class EfficientCapsNet(nnx.Module):
             config.num_classes,
             config.class_features,
             routing=config.routing,
+            implementation="reference",  # with the coupling; so few votes are soon stored
             dtype=dtype,
             kernel_init=nnx.initializers.he_normal(in_axis=-3, out_axis=-1),
             rngs=rngs,

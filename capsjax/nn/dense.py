@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from capsjax.nn.router import Children, Router, Sizes, makes_votes
 from capsjax.ops import dense_votes
 from capsjax.routing import Routed
+from capsjax.routing.fused import Implementation, check_implementation, dense_capsules
 
 
 class DenseCapsules(nnx.Module):
@@ -35,11 +36,14 @@ class DenseCapsules(nnx.Module):
       precision: of the votes' matrix product.
       kernel_init: initialiser of the weights ``[I, K, J, D]``.
       bias_init: initialiser of the bias.
+      implementation: of votes and dynamic routing, as in :func:`capsjax.dense_capsules`: None
+        returns no coupling, and has reverse-mode derivatives only; other algorithms store their
+        votes.
       rngs: random streams; uses ``params``.
       **options: of the routing function, such as ``num_iterations``.
 
     Raises:
-      ValueError: the algorithm or an option of it is unknown.
+      ValueError: the algorithm, an option of it or the implementation is unknown.
 
     Example:
       >>> import jax.numpy as jnp
@@ -70,6 +74,7 @@ class DenseCapsules(nnx.Module):
         precision: PrecisionLike = None,
         kernel_init: Initializer = nnx.initializers.normal(0.1),
         bias_init: Initializer = nnx.initializers.zeros_init(),
+        implementation: Implementation | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ):
@@ -90,6 +95,7 @@ class DenseCapsules(nnx.Module):
         )
         self.dtype = dtype
         self.precision = precision
+        self.implementation = self._check(implementation)
 
     def __call__(
         self,
@@ -98,6 +104,7 @@ class DenseCapsules(nnx.Module):
         activations: jax.Array | None = None,
         logits: ArrayLike | None = None,
         where: ArrayLike | None = None,
+        implementation: Implementation | None = None,
     ) -> Routed:
         """Computes the parent capsules.
 
@@ -105,17 +112,38 @@ class DenseCapsules(nnx.Module):
           poses: child poses, ``[..., I, K]``.
           activations: of the children, ``[..., I]``, for algorithms that weigh by them (EM,
             variational, self-routing); the lengths of the poses when None.
-          logits: prior logits of dynamic routing, broadcastable to ``[..., I, J]``.
+          logits: prior logits of dynamic routing, broadcastable to ``[..., I, J]``; with them the
+            votes are stored.
           where: children that take part, bool, broadcastable to ``[..., I]``.
+          implementation: instead of the layer's own; ``"reference"`` for the coupling.
 
         Returns:
           :class:`capsjax.Routed`: poses ``[..., J, D]``, activations ``[..., J]``, coupling
-          ``[..., I, J]``.
+          ``[..., I, J]``, or None where dynamic routing did not store it.
         """
+        implementation = self._check(implementation or self.implementation)
         votes = None
         if self.kernel is None:
             poses, _ = promote_dtype((poses, None), dtype=self.dtype)
         else:
             poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
+            if self.router.name == "dynamic" and logits is None:
+                return dense_capsules(
+                    poses, kernel, where=where, precision=self.precision,
+                    implementation=implementation, **self.router.arguments(),
+                )  # fmt: skip
+            if implementation == "blocked":
+                raise NotImplementedError(
+                    "implementation 'blocked' stores no logits, so that it knows no prior ones"
+                )
             votes = dense_votes(poses, kernel, precision=self.precision)
         return self.router(votes, Children(poses, activations, logits, where))
+
+    def _check(self, implementation: Implementation | None) -> Implementation | None:
+        check_implementation(implementation)
+        if self.router.name != "dynamic" and implementation not in (None, "reference"):
+            raise ValueError(
+                f"implementation must be None or 'reference' for routing {self.router.name!r}, got"
+                f" {implementation!r}"
+            )
+        return implementation

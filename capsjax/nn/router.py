@@ -107,6 +107,10 @@ class Router(nnx.Module):
             setattr(self, parameter, nnx.Param(init(rngs.params(), shape, param_dtype)))
         self.options = {k: v for k, v in options.items() if not k.endswith("_init")}
 
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the routing function: options, and what is learned."""
+        return {**self.options, **{name: getattr(self, name)[...] for name in self.learned}}
+
     def __call__(self, votes: jax.Array | None, children: Children) -> Routed:
         """Routes votes ``[..., I, J, D]``; None for a router that makes its own."""
         function = algorithm(self.name)

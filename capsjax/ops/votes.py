@@ -36,16 +36,7 @@ def dense_votes(
     Reference:
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, equation 2.
     """
-    poses = as_floating("poses", poses)
-    weights = as_floating("weights", weights)
-    if weights.ndim != 4:
-        raise ValueError(f"weights must have shape [I, K, J, D], got shape {weights.shape}")
-    if poses.ndim < 2 or poses.shape[-2:] != weights.shape[:2]:
-        raise ValueError(
-            f"poses must have shape [..., I, K] = [..., {weights.shape[0]},"
-            f" {weights.shape[1]}] as the weights {weights.shape} have, got shape"
-            f" {poses.shape}"
-        )
+    poses, weights = check_dense(poses, weights)
     return jnp.einsum("...ik,ikjd->...ijd", poses, weights, precision=precision)
 
 
@@ -94,3 +85,18 @@ def matrix_votes(
     matrices = poses.reshape(*poses.shape[:-1], side, side)
     votes = jnp.einsum("...ipq,iqjr->...ijpr", matrices, weights, precision=precision)
     return votes.reshape(*poses.shape[:-1], parents, side * side)
+
+
+def check_dense(poses: ArrayLike, weights: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Checks poses ``[..., I, K]`` and weights ``[I, K, J, D]``."""
+    poses = as_floating("poses", poses)
+    weights = as_floating("weights", weights)
+    if weights.ndim != 4:
+        raise ValueError(f"weights must have shape [I, K, J, D], got shape {weights.shape}")
+    if poses.ndim < 2 or poses.shape[-2:] != weights.shape[:2]:
+        raise ValueError(
+            f"poses must have shape [..., I, K] = [..., {weights.shape[0]},"
+            f" {weights.shape[1]}] as the weights {weights.shape} have, got shape"
+            f" {poses.shape}"
+        )
+    return poses, weights

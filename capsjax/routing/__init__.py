@@ -4,6 +4,7 @@ from capsjax.routing.attention import attention_routing
 from capsjax.routing.dynamic import dynamic_routing
 from capsjax.routing.efficient import efficient_routing
 from capsjax.routing.em import em_routing
+from capsjax.routing.fused import dense_capsules
 from capsjax.routing.heinsen import HeinsenParameters, heinsen_routing
 from capsjax.routing.kmeans import kmeans_routing
 from capsjax.routing.random import random_routing
@@ -21,6 +22,7 @@ __all__ = [
     "algorithm",
     "algorithms",
     "attention_routing",
+    "dense_capsules",
     "dynamic_routing",
     "efficient_routing",
     "em_routing",

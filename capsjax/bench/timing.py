@@ -1,0 +1,70 @@
+"""How capsjax measures time (floor 5): programs in alternation, medians and ratios of pairs.
+
+A machine's speed drifts by more than programs differ: what is compared runs in turn, and the ratio
+is taken within each round.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Times(NamedTuple):
+    """Times of one program, one of each round.
+
+    Attributes:
+      seconds: wall-clock time of each call, its result computed.
+    """
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median of the calls, seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Fastest and slowest call, seconds."""
+        return min(self.seconds), max(self.seconds)
+
+    def ratio(self, other: "Times") -> float:
+        """Median over the rounds of this program's time by the other's of the same round."""
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+def alternate(programs: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, Times]:
+    """Calls programs in turn, after one call of each that is not counted.
+
+    Args:
+      programs: calls by name; what they return is waited for.
+      rounds: counted calls of each, at least 1.
+
+    Returns:
+      :class:`Times` by name.
+
+    Raises:
+      ValueError: there are no rounds.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax.bench import alternate
+      >>> x = jnp.ones((100, 100))
+      >>> times = alternate({"sum": lambda: x.sum(), "product": lambda: x @ x}, rounds=3)
+      >>> len(times["sum"].seconds), times["product"].ratio(times["product"])
+      (3, 1.0)
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    for program in programs.values():
+        jax.block_until_ready(program())
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Times(tuple(each)) for name, each in seconds.items()}

@@ -1,0 +1,5 @@
+"""Dynamic routing that never stores its votes (floor 2)."""
+
+from capsjax.routing.fused.api import Implementation, check_implementation, dense_capsules
+
+__all__ = ["Implementation", "check_implementation", "dense_capsules"]

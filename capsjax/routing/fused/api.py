@@ -1,0 +1,136 @@
+"""Votes and dynamic routing as one function (floor 2)."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from capsjax.ops import dense_votes, length
+from capsjax.ops._checks import accumulator, as_floating, as_mask, zeros
+from capsjax.ops.votes import check_dense
+from capsjax.routing._passes import as_iterations
+from capsjax.routing.dynamic import dynamic_routing
+from capsjax.routing.fused.blocked import Blocks
+from capsjax.routing.fused.recurrence import route
+from capsjax.routing.routed import Routed
+
+Implementation = Literal["reference", "blocked"]
+
+
+def dense_capsules(
+    poses: ArrayLike,
+    weights: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    num_iterations: int = 3,
+    leaky: bool = False,
+    where: ArrayLike | None = None,
+    stop_gradient: bool = False,
+    precision: jax.lax.PrecisionLike = None,
+    implementation: Implementation | None = None,
+) -> Routed:
+    r"""Votes of all children for all parents and dynamic routing, which need not store the votes.
+
+    The same as ``dynamic_routing(dense_votes(poses, weights), ...)``:
+
+    .. math::
+      \hat u_{j|i} = W_{ij} u_i, \qquad
+      v_j^{(t)} = \mathrm{squash}\Bigl(\sum_i c_{ij}^{(t)} \hat u_{j|i} + \beta_j\Bigr), \qquad
+      c_{ij}^{(t)} = \mathrm{softmax}_j \Bigl(\hat u_{j|i} \cdot \sum_{\tau < t} v_j^{(\tau)}\Bigr)
+
+    In the last form of the logits neither votes nor logits have to be kept: the first pass is one
+    matrix product, the later ones compute what they need anew for some children at a time, and so
+    does the gradient. Beyond arguments, results and a copy of the weights, memory grows with
+    B·(I·K + J·D), not with B·I·J·D.
+
+    Softmax, squash and all sums are float32 (or float64). Factors of matrix products are in the
+    dtype to which poses and weights promote.
+
+    Args:
+      poses: child poses :math:`u`, ``[..., I, K]``, any floating dtype.
+      weights: one matrix per pair, ``[I, K, J, D]``, floating.
+      bias: :math:`\beta`, ``[J, D]``, added in every iteration.
+      num_iterations: r, a Python integer of at least 1.
+      leaky: each child may also go to no parent, as in :func:`capsjax.dynamic_routing`.
+      where: children that take part, bool, broadcastable to ``[..., I]``. The others have no
+        influence and no gradient, whatever their poses hold.
+      stop_gradient: no gradient through the logits, only through the last pass.
+      precision: of the matrix products, as in :func:`jax.numpy.einsum`; None is the highest, so
+        that float32 factors are not rounded on any platform, except in ``"reference"``, where it
+        is the platform's default.
+      implementation: ``"reference"`` stores the votes and loops over the logits; it alone has
+        forward-mode and higher derivatives. ``"blocked"``, in plain XLA, stores neither votes nor
+        logits. None chooses what suits the platform.
+
+    Returns:
+      :class:`Routed`: poses :math:`v` ``[..., J, D]`` and activations :math:`\|v\|` ``[..., J]`` in
+      the dtype to which the arguments promote. The coupling is ``[..., I, J]`` for ``"reference"``
+      by name, else None.
+
+    Raises:
+      TypeError: poses, weights or bias are not floating point, ``where`` is not bool, or
+        ``num_iterations`` is not an integer.
+      ValueError: an argument has the wrong shape, ``num_iterations`` is below 1, or the
+        implementation's name is unknown.
+
+    Example:
+      >>> import jax
+      >>> from capsjax import dense_capsules
+      >>> poses = jax.random.normal(jax.random.key(0), (2, 1152, 8))
+      >>> weights = 0.1 * jax.random.normal(jax.random.key(1), (1152, 8, 10, 16))
+      >>> routed = dense_capsules(poses, weights, num_iterations=3)
+      >>> routed.poses.shape, routed.activations.shape
+      ((2, 10, 16), (2, 10))
+
+    Reference:
+      Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, equation 2 and
+      procedure 1.
+    """
+    check_implementation(implementation)
+    poses, weights = check_dense(poses, weights)
+    iterations = as_iterations(num_iterations)
+    if where is not None:
+        mask = as_mask("where", where, poses.shape[:-1])
+        # Selected before anything else reads them, so that not even a NaN gets through.
+        poses = jnp.where(mask[..., None], poses, 0)
+    parents = weights.shape[2:]
+    if bias is not None:
+        bias = as_floating("bias", bias)
+        if bias.shape != parents:
+            raise ValueError(f"bias must have shape [J, D] = {parents}, got {bias.shape}")
+    if implementation == "reference" or 0 in (*poses.shape, *weights.shape):
+        votes = dense_votes(poses, weights, precision=precision)
+        routed = dynamic_routing(
+            votes, num_iterations=iterations, bias=bias, where=where, leaky=leaky,
+            stop_gradient=stop_gradient,
+        )  # fmt: skip
+        return routed if implementation == "reference" else routed._replace(coupling=None)
+    dtype = jnp.promote_types(poses.dtype, weights.dtype)
+    bias = jnp.zeros(parents) if bias is None else bias
+    flat = poses.astype(dtype).reshape(-1, *poses.shape[-2:])
+    arguments = _alike(flat, weights.astype(dtype), bias.astype(accumulator(dtype)))
+    sweeps = Blocks.of(
+        *arguments[:2], leaky=leaky, stop_gradient=stop_gradient, precision=precision
+    )
+    v = jnp.moveaxis(route(sweeps, iterations, *arguments), 0, -2)
+    v = v.reshape(*poses.shape[:-2], *parents)
+    return Routed(v.astype(dtype), length(v).astype(dtype), None)
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises a ValueError unless there is an implementation of this name."""
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise ValueError(
+            f"implementation must be None or one of {', '.join(get_args(Implementation))}, got"
+            f" {implementation!r}"
+        )
+
+
+def _alike(*arrays: jax.Array) -> list[jax.Array]:
+    """The same arrays, each of which counts as different on a mesh axis if one of them does.
+
+    Under ``shard_map`` a function with a derivative of its own has to return gradients of the type
+    of its arguments; made alike, they are, and what made them alike adds up over the axis.
+    """
+    return [array + zeros((), array.dtype, *arrays) for array in arrays]

@@ -1,0 +1,176 @@
+"""Dynamic routing as sweeps over children whose votes nobody stores (floor 2).
+
+The logits after some iterations are scalar products of the votes with the sum V of the parents'
+poses so far, so that neither votes nor logits have to be kept: an iteration takes V [J, B, D] and
+sweeps over the children for their sums s [J, B, D]. It has the shape of attention, with V as the
+query, the votes as keys and values, and a softmax over the queries. What a sweep does is up to an
+implementation; here is the rest, with the derivative of the whole, for all of them.
+"""
+
+import functools
+from collections.abc import Hashable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from capsjax.ops import squash
+from capsjax.ops._checks import accumulator, zeros
+
+# Poses, weights and the bias that is added to the sums, in the order of the arguments.
+Arguments = tuple[jax.Array, jax.Array, jax.Array]
+
+
+class Sweeps(Hashable, Protocol):
+    """An implementation of the sweeps over all children of a batch.
+
+    Sums and queries are ``[J, B, D]`` in float32 or wider.
+    """
+
+    @property
+    def share(self) -> float:
+        """Coupling of every pair where all logits are zero."""
+
+    @property
+    def stop_gradient(self) -> bool:
+        """Whether the coupling counts as a constant."""
+
+    @property
+    def precision(self) -> lax.PrecisionLike:
+        """Of the matrix products; None is as high as the dtype allows."""
+
+    def pack(self, poses: jax.Array, weights: jax.Array) -> Any:
+        """Poses ``[B, I, K]`` and weights ``[I, K, J, D]`` as the sweeps want them."""
+
+    def forward(self, packed: Any, query: jax.Array) -> jax.Array:
+        r"""The sums :math:`\sum_i c_{ij} \hat u_{ij}` with logits from the query."""
+
+    def backward(
+        self, packed: Any, query: jax.Array, d_sums: jax.Array, grads: Any
+    ) -> tuple[jax.Array, Any]:
+        """The query's gradient, and `grads`, packed, with those of poses and weights added."""
+
+    def unpack(self, grads: Any) -> tuple[jax.Array, jax.Array]:
+        """Gradients ``[B, I, K]`` and ``[I, K, J, D]``."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def route(sweeps: Sweeps, num_iterations: int, *arguments: jax.Array) -> jax.Array:
+    """Parent poses after the last iteration.
+
+    Args:
+      sweeps: the implementation.
+      num_iterations: r, at least 1.
+      *arguments: poses ``[B, I, K]`` and weights ``[I, K, J, D]`` of one dtype; bias ``[J, D]`` in
+        float32 or wider.
+
+    Returns:
+      Poses ``[J, B, D]`` in float32 or wider.
+    """
+    return squash(_sums(sweeps, num_iterations, *arguments)[-1])
+
+
+def _route_fwd(
+    sweeps: Sweeps, num_iterations: int, *arguments: jax.Array
+) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], jax.Array]]:
+    sums = _sums(sweeps, num_iterations, *arguments)
+    return squash(sums[-1]), (arguments, sums)
+
+
+def _sums(
+    sweeps: Sweeps, num_iterations: int, poses: jax.Array, weights: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """The parents' sums in every iteration, ``[r, J, B, D]``."""
+    # Where all logits are zero, every sum is one matrix product.
+    flat_poses, flat_weights = _flat(poses, weights)
+    first = product("bn,nm->bm", flat_poses, flat_weights, sweeps.precision)
+    first = first.reshape(poses.shape[0], *bias.shape)
+    first = sweeps.share * first.transpose(1, 0, 2) + bias[:, None]
+    sums = zeros((num_iterations, *first.shape), first.dtype, first).at[0].set(first)
+    if num_iterations == 1:
+        return sums
+    packed = sweeps.pack(poses, weights)
+
+    def iterate(t: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        query, sums = carry
+        query = query + squash(sums[t - 1])
+        return query, sums.at[t].set(sweeps.forward(packed, query) + bias[:, None])
+
+    return lax.fori_loop(1, num_iterations, iterate, (jnp.zeros_like(first), sums))[1]
+
+
+def _route_bwd(
+    sweeps: Sweeps,
+    num_iterations: int,
+    residuals: tuple[Arguments, jax.Array],
+    d_poses: jax.Array,
+) -> Arguments:
+    (poses, weights, bias), sums = residuals
+    last = num_iterations - 1
+    queries = jnp.cumsum(squash(sums), axis=0)
+
+    def before_squash(t: jax.Array | int, d_v: jax.Array) -> jax.Array:
+        return jax.vjp(squash, sums[t])[1](d_v)[0]
+
+    def sweep_back(t: jax.Array | int, d_sums: jax.Array, grads: Any) -> tuple[jax.Array, Any]:
+        return sweeps.backward(packed, queries[t - 1], d_sums, grads)
+
+    if last > 0:
+        packed = sweeps.pack(poses, weights)
+        grads = jax.tree.map(
+            lambda x: zeros(x.shape, accumulator(x.dtype), poses, weights, bias, d_poses), packed
+        )
+        d_sums = before_squash(last, d_poses)
+        d_bias = jnp.sum(d_sums, axis=1)
+        d_query, grads = sweep_back(last, d_sums, grads)
+        if sweeps.stop_gradient:
+            return _cast((*sweeps.unpack(grads), d_bias), (poses, weights, bias))
+
+        def iterate(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            """Of iteration t; its poses are a part of all later queries."""
+            t = last - number
+            d_query, d_bias, grads = carry
+            d_sums = before_squash(t, d_query)
+            more, grads = sweep_back(t, d_sums, grads)
+            return d_query + more, d_bias + jnp.sum(d_sums, axis=1), grads
+
+        d_poses, d_bias, grads = lax.fori_loop(1, last, iterate, (d_query, d_bias, grads))
+        swept = (*sweeps.unpack(grads), d_bias)
+    d_first = before_squash(0, d_poses)
+    d_votes = (sweeps.share * d_first).transpose(1, 0, 2).astype(poses.dtype)
+    flat_poses, flat_weights = _flat(poses, weights)
+    d_flat = d_votes.reshape(poses.shape[0], -1)
+    uniform = (
+        product("bm,nm->bn", d_flat, flat_weights, sweeps.precision).reshape(poses.shape),
+        product("bn,bm->nm", flat_poses, d_flat, sweeps.precision).reshape(weights.shape),
+        jnp.sum(d_first, axis=1),
+    )
+    total = jax.tree.map(jnp.add, uniform, swept) if last > 0 else uniform
+    return _cast(total, (poses, weights, bias))
+
+
+route.defvjp(_route_fwd, _route_bwd)
+
+
+def _flat(poses: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Poses ``[B, I * K]`` and weights ``[I * K, J * D]``, whose product sums over the children.
+
+    Of an einsum over more axes XLA:CPU would transpose copies.
+    """
+    size = poses.shape[1] * poses.shape[2]
+    return poses.reshape(poses.shape[0], size), weights.reshape(size, -1)
+
+
+def product(axes: str, a: jax.Array, b: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
+    """An einsum of two arrays of one dtype, which adds up in float32 or wider."""
+    wide = accumulator(a.dtype)
+    if precision is None and a.dtype == wide:
+        # Accelerators would round float32 factors to bfloat16 or TF32.
+        precision = lax.Precision.HIGHEST
+    return jnp.einsum(axes, a, b, precision=precision, preferred_element_type=wide)
+
+
+def _cast(grads: Arguments, like: Arguments) -> Arguments:
+    first, second, third = (g.astype(x.dtype) for g, x in zip(grads, like, strict=True))
+    return first, second, third

@@ -1,0 +1,379 @@
+"""Votes and dynamic routing as one function: every implementation is the plain one."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from comparing import FLOATS, assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import export
+from jax.sharding import Mesh, PartitionSpec
+from jax.test_util import check_grads
+
+from capsjax import dense_capsules, dense_votes
+from capsjax.routing.fused.blocked import Blocks
+
+CHILDREN, IN_FEATURES, PARENTS, FEATURES = 35, 3, 4, 5
+FAST = ("blocked",)
+
+
+def arguments(*leading, shape=(CHILDREN, IN_FEATURES, PARENTS, FEATURES), dtype="float32", seed=0):
+    """Poses and weights whose votes are of about one."""
+    rng = np.random.default_rng(seed)
+    poses = rng.normal(size=(*leading, *shape[:2]))
+    weights = rng.normal(size=shape) / np.sqrt(shape[1])
+    return jnp.asarray(poses, dtype), jnp.asarray(weights, dtype)
+
+
+def bias_of(parents=PARENTS, features=FEATURES):
+    return jnp.asarray(np.random.default_rng(3).normal(size=(parents, features)), jnp.float32)
+
+
+def loss(poses, weights, bias=None, **options):
+    """Fixed directions, so that no gradient is zero by symmetry."""
+    routed = dense_capsules(poses, weights, bias=bias, **options)
+    poses, activations = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in routed[:2])
+    direction = jnp.cos(jnp.arange(poses.size, dtype=poses.dtype)).reshape(poses.shape)
+    return jnp.vdot(poses, direction) + jnp.sum(activations[..., 0])
+
+
+def with_gradients(implementation, poses, weights, bias=None, **options):
+    function = functools.partial(loss, implementation=implementation, **options)
+    argnums = (0, 1) if bias is None else (0, 1, 2)
+    return jax.jit(jax.value_and_grad(function, argnums))(poses, weights, bias)
+
+
+def assert_same(actual, expected, dtype, terms):
+    """Equal but for rounding to the dtype, relative to the largest number of all."""
+    leaves = jax.tree.leaves(expected)
+    largest = max(1.0, *(float(jnp.abs(x).max(initial=0)) for x in leaves))
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), leaves, strict=True):
+        assert_close(a, b, dtype=dtype, terms=terms, scale=largest)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+@pytest.mark.parametrize("num_iterations", [1, 2, 3, 6])
+def test_is_what_the_equations_say(implementation, num_iterations):
+    poses, weights = arguments(2)
+    bias, where = bias_of(), np.arange(CHILDREN) % 5 > 0
+    routed = dense_capsules(
+        poses, weights, bias=bias, where=where, num_iterations=num_iterations,
+        implementation=implementation,
+    )  # fmt: skip
+    for n, u in enumerate(np.asarray(poses, np.float64)):
+        votes = references.dense_votes(u, np.asarray(weights, np.float64))
+        expected, lengths, coupling = references.dynamic_routing(
+            votes, num_iterations, bias=np.asarray(bias, np.float64), where=where
+        )
+        np.testing.assert_allclose(routed.poses[n], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(routed.activations[n], lengths, rtol=1e-5, atol=1e-6)
+        if implementation == "reference":
+            np.testing.assert_allclose(routed.coupling[n], coupling, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@settings(max_examples=25)
+@given(
+    leading=st.lists(st.integers(1, 3), max_size=2),
+    sizes=st.tuples(
+        st.sampled_from([1, 3, 16, 33, 70]), st.integers(1, 9), st.sampled_from([1, 2, 5, 40]),
+        st.integers(1, 6),
+    ),
+    num_iterations=st.integers(1, 4),
+    dtype=st.sampled_from(FLOATS),
+    leaky=st.booleans(),
+    stop_gradient=st.booleans(),
+    biased=st.booleans(),
+    masked=st.booleans(),
+)  # fmt: skip
+def test_values_and_gradients_are_those_of_the_reference(
+    implementation, leading, sizes, num_iterations, dtype, leaky, stop_gradient, biased, masked
+):
+    poses, weights = arguments(*leading, shape=sizes, dtype=dtype)
+    bias = bias_of(*sizes[2:]) if biased else None
+    options = {"num_iterations": num_iterations, "leaky": leaky, "stop_gradient": stop_gradient}
+    if masked:
+        options["where"] = jnp.asarray(np.random.default_rng(4).random((*leading, sizes[0])) < 0.7)
+    got = with_gradients(implementation, poses, weights, bias, **options)
+    assert [x.dtype for x in got[1][:2]] == [jnp.dtype(dtype)] * 2
+    # Of the same numbers in float32, so that only one of the two is rounded.
+    wide = (x.astype(jnp.float32) for x in (poses, weights))
+    expected = with_gradients("reference", *wide, bias, **options)
+    assert_same(got, expected, dtype, terms=sizes[0] * sizes[1])
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("block", [1, 7, 16, 35])
+def test_in_blocks_of_any_size_to_the_last_digits(implementation, block, monkeypatch):
+    real = Blocks.of
+
+    def of(*args, **options):
+        blocks = real(*args, **options)
+        return Blocks(
+            blocks.children, blocks.parents, block, blocks.leaky, blocks.stop_gradient,
+            blocks.precision,
+        )  # fmt: skip
+
+    monkeypatch.setattr(Blocks, "of", of)
+    with jax.enable_x64(True):
+        poses, weights = arguments(2, dtype="float64")
+        bias = bias_of().astype(jnp.float64)
+        got = with_gradients(implementation, poses, weights, bias)
+        expected = with_gradients("reference", poses, weights, bias)
+        assert got[0].dtype == np.float64
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), got, expected
+        )
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_gradients_are_those_of_differences(implementation):
+    with jax.enable_x64(True):
+        poses, weights = arguments(2, shape=(6, 3, 4, 5), dtype="float64")
+        function = functools.partial(loss, implementation=implementation)
+        bias = bias_of().astype(jnp.float64)
+        check_grads(function, (poses, weights, bias), 1, ["rev"], eps=1e-6, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@settings(max_examples=12)
+@given(
+    kind=st.sampled_from([0.0, 1e-8, 1e4, "equal"]),
+    sizes=st.sampled_from([(1, 1, 1, 1), (1, 2, 4, 3), (20, 2, 1, 3), (20, 2, 4, 3)]),
+    dtype=st.sampled_from(FLOATS),
+    num_iterations=st.sampled_from([1, 3, 10]),
+)
+def test_values_and_gradients_are_finite(implementation, kind, sizes, dtype, num_iterations):
+    poses, weights = arguments(2, shape=sizes, dtype=dtype)
+    if kind == "equal":
+        poses, weights = jnp.ones_like(poses), jnp.ones_like(weights)
+    else:
+        poses = jnp.asarray(poses * kind, dtype)
+    got = with_gradients(implementation, poses, weights, num_iterations=num_iterations)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(got))
+
+
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+@pytest.mark.parametrize("masked", [jnp.nan, jnp.inf, 1e30])
+def test_masked_children_have_no_influence_and_no_gradient(implementation, masked):
+    poses, weights = arguments(2)
+    where = jnp.arange(CHILDREN) != 7
+    got = with_gradients(implementation, poses.at[:, 7].set(masked), weights, where=where)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        got, with_gradients(implementation, poses, weights, where=where),
+    )  # fmt: skip
+    np.testing.assert_array_equal(got[1][0][:, 7], 0)
+    np.testing.assert_array_equal(got[1][1][7], 0)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 4, 5), (6, 0, 4, 5), (6, 3, 0, 5), (6, 3, 4, 0)])
+def test_without_children_parents_or_dimensions(sizes):
+    poses, weights = arguments(2, shape=sizes)
+    routed = dense_capsules(poses, weights)
+    assert routed.poses.shape == (2, *sizes[2:])
+    assert routed.coupling is None
+    np.testing.assert_array_equal(routed.activations, 0)
+
+
+@functools.cache
+def compiled(implementation, batch, sizes, num_iterations=3):
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((batch, *sizes[:2]), sizes)]
+    function = functools.partial(loss, implementation=implementation, num_iterations=num_iterations)
+    return jax.jit(jax.grad(function, (0, 1))).lower(*shapes)
+
+
+def temporary(implementation, batch, sizes):
+    return compiled(implementation, batch, sizes).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_what_is_named_is_what_runs():
+    sizes = (256, 4, 10, 16)
+    votes = {"2x256x10x16", "256x2x10x16", "256x2x160"}
+    for implementation, stored in (("reference", True), ("blocked", False)):
+        text = compiled(implementation, 2, sizes).as_text()
+        assert any(f"tensor<{shape}xf32>" in text for shape in votes) == stored, implementation
+    chosen, named = compiled(None, 2, sizes), compiled("blocked", 2, sizes)
+    assert chosen.as_text() == named.as_text()
+
+
+def test_the_program_does_not_grow_with_the_iterations():
+    sizes = (256, 4, 10, 16)
+    few, many = (compiled("blocked", 2, sizes, n).as_text().splitlines() for n in (3, 30))
+    assert len(few) == len(many)
+
+
+def test_memory_of_the_paper_s_capsules():
+    sizes, batch = (1152, 8, 10, 16), 128
+    assert temporary("blocked", batch, sizes) <= 0.08 * temporary("reference", batch, sizes)
+
+
+def test_memory_grows_with_children_and_parents_but_not_with_their_pairs():
+    def of_an_example(implementation, children, parents):
+        sizes = (children, 8, parents, 16)
+        few, many = (temporary(implementation, batch, sizes) for batch in (256, 512))
+        return (many - few) / 256
+
+    # Four times as many of both are sixteen times as many pairs.
+    assert of_an_example("reference", 512, 32) > 14 * of_an_example("reference", 128, 8)
+    assert of_an_example("blocked", 512, 32) < 5 * of_an_example("blocked", 128, 8)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_under_transformations(implementation):
+    poses, weights = arguments(3)
+
+    def one(poses, weights=weights):
+        return dense_capsules(poses, weights, implementation=implementation).poses
+
+    def gradient(function):
+        return jax.grad(lambda p: jnp.cos(function(p)).sum())(poses)
+
+    expected, close = one(poses), {"rtol": 1e-5, "atol": 1e-6}
+    for run in (jax.jit(one), jax.vmap(one), functools.partial(jax.lax.map, one), jax.pmap(one)):
+        np.testing.assert_allclose(run(poses), expected, **close)
+    np.testing.assert_allclose(gradient(jax.remat(one)), gradient(one), **close)
+    np.testing.assert_allclose(gradient(jax.vmap(one)), gradient(one), rtol=1e-4, atol=1e-6)
+    ensemble = jnp.stack([weights, 2 * weights])
+    several = jax.vmap(one, in_axes=(None, 0))(poses, ensemble)
+    for got, member in zip(several, ensemble, strict=True):
+        np.testing.assert_allclose(got, one(poses, member), **close)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_scan_over_stacked_layers(implementation):
+    poses, first = arguments(2, shape=(6, 4, 6, 4))
+    layers = jnp.stack([first, first[::-1], -first])
+
+    def layer(poses, weights):
+        return dense_capsules(poses, weights, implementation=implementation).poses, None
+
+    def scanned(layers):
+        return jnp.sum(jax.lax.scan(layer, poses, layers)[0][..., 0])
+
+    def written_out(layers):
+        return jnp.sum(functools.reduce(lambda x, w: layer(x, w)[0], layers, poses)[..., 0])
+
+    np.testing.assert_allclose(
+        jax.grad(scanned)(layers), jax.grad(written_out)(layers), rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("varying", list(itertools.product([True, False], repeat=2))[:3])
+def test_under_shard_map_whichever_argument_is_sharded(implementation, varying):
+    mesh = Mesh(np.array(jax.devices()), ("batch",))
+    batch, whole = PartitionSpec("batch"), PartitionSpec()
+    poses, _ = arguments(8 if varying[0] else 1)
+    weights = (
+        arguments()[1][None]
+        * jnp.linspace(0.5, 1, 8 if varying[1] else 1)[:, None, None, None, None]
+    )
+
+    def shard(poses, weights):
+        return dense_capsules(poses, weights[0], implementation=implementation).poses
+
+    specs = tuple(batch if sharded else whole for sharded in varying)
+    mapped = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=batch)
+
+    def each(poses, weights):
+        poses, weights = (jnp.broadcast_to(x, (8, *x.shape[1:])) for x in (poses, weights))
+        return jax.vmap(lambda u, w: shard(u[None], w[None])[0])(poses, weights)
+
+    def total(function):
+        return lambda *arguments: jnp.cos(function(*arguments)).sum()
+
+    np.testing.assert_allclose(jax.jit(mapped)(poses, weights), each(poses, weights), rtol=1e-5)
+    got = jax.jit(jax.grad(total(mapped), (0, 1)))(poses, weights)
+    for a, b in zip(got, jax.grad(total(each), (0, 1))(poses, weights), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_pmapped_gradients_are_those_of_the_whole_batch(implementation):
+    poses, weights = arguments(16)
+
+    def mean(weights, poses):
+        routed = dense_capsules(poses, weights, implementation=implementation)
+        return routed.activations[:, 0].mean()
+
+    def step(weights, poses):
+        return jax.lax.pmean(jax.grad(mean)(weights, poses), "batch")
+
+    mapped = jax.pmap(step, axis_name="batch", in_axes=(None, 0), out_axes=None)
+    np.testing.assert_allclose(
+        mapped(weights, poses.reshape(8, 2, *poses.shape[1:])), jax.grad(mean)(weights, poses),
+        rtol=1e-4, atol=1e-7,
+    )  # fmt: skip
+
+
+def test_exported_for_every_platform_with_a_batch_of_any_size():
+    (batch,) = export.symbolic_shape("batch")
+    poses, weights = arguments(3)
+    shape = jax.ShapeDtypeStruct((batch, *poses.shape[1:]), jnp.float32)
+    function = jax.jit(lambda p: dense_capsules(p, weights))
+    exported = export.export(function, platforms=["cpu", "cuda", "tpu"])(shape)
+    stored = export.deserialize(exported.serialize())
+    for size in (1, 3):
+        np.testing.assert_allclose(
+            stored.call(poses[:size]).poses, function(poses[:size]).poses, rtol=1e-5, atol=1e-7
+        )
+
+
+def test_bfloat16_is_the_float32_result_rounded():
+    poses, weights = arguments(2, dtype="bfloat16")
+    exact = dense_capsules(
+        poses.astype(jnp.float32), weights.astype(jnp.float32), implementation="reference"
+    )
+    for implementation in ("reference", *FAST):
+        routed = dense_capsules(poses, weights, implementation=implementation)
+        assert routed.poses.dtype == jnp.bfloat16
+        assert_close(routed.poses, exact.poses, terms=CHILDREN, scale=1.0)
+
+
+def test_only_the_named_reference_returns_the_coupling():
+    poses, weights = arguments(2)
+    named = dense_capsules(poses, weights, implementation="reference")
+    np.testing.assert_allclose(named.coupling.sum(-1), 1, rtol=1e-6)
+    for implementation in (None, *FAST):
+        routed = dense_capsules(poses, weights, implementation=implementation)
+        assert routed.coupling is None
+        np.testing.assert_allclose(routed.poses, named.poses, rtol=1e-5, atol=1e-6)
+
+
+POSES, WEIGHTS = arguments(2)
+BAD = [
+    ({"poses": POSES[..., 0]}, ValueError, r"poses must have shape \[..., I, K\] = .*35, 3"),
+    ({"poses": POSES.astype(int)}, TypeError, "poses must be a floating-point array, got .*int32"),
+    ({"weights": WEIGHTS[0]}, ValueError, r"weights must have shape \[I, K, J, D\], got .*3, 4, 5"),
+    ({"bias": jnp.zeros(5)}, ValueError, r"bias must have shape \[J, D\] = \(4, 5\), got \(5,\)"),
+    ({"bias": jnp.zeros((4, 5), int)}, TypeError, "bias must be a floating-point array"),
+    ({"where": jnp.ones(35)}, TypeError, "where must be a bool array, got dtype float32"),
+    ({"where": jnp.ones(5, bool)}, ValueError, r"where must broadcast to \(2, 35\), got shape"),
+    ({"num_iterations": 0}, ValueError, "num_iterations must be at least 1, got 0"),
+    ({"num_iterations": 2.5}, TypeError, "num_iterations must be a Python integer, got 2.5"),
+    ({"implementation": "cudnn"}, ValueError,
+     "implementation must be None or one of reference, blocked, got 'cudnn'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "error", "match"), BAD, ids=[m for *_, m in BAD])
+@pytest.mark.parametrize("implementation", ["reference", None])
+def test_bad_arguments_are_named_while_tracing(options, error, match, implementation):
+    good = {"poses": POSES, "weights": WEIGHTS, "implementation": implementation}
+    arrays = {k: v for k, v in options.items() if hasattr(v, "shape")}
+    static = {k: v for k, v in {**good, **options}.items() if not hasattr(v, "shape")}
+    arrays = {**{k: v for k, v in good.items() if k in ("poses", "weights")}, **arrays}
+    with pytest.raises(error, match=match):
+        jax.jit(lambda arrays: dense_capsules(**arrays, **static))(arrays)
+
+
+def test_votes_are_checked_alike():
+    with pytest.raises(ValueError, match=r"poses must have shape"):
+        dense_votes(POSES[:, :3], WEIGHTS)
