@@ -27,6 +27,8 @@ class Options(RoutingSizes):
 def main() -> None:
     """Measures, prints a table, and writes the rows."""
     options = tyro.cli(Options)
+    if options.json and not options.json.parent.is_dir():
+        sys.exit(f"benchmark_routing.py: error: --json: no directory {options.json.parent}")
     rows = benchmark_routing(options, rounds=options.rounds)
     device = jax.devices()[0].device_kind
     print(
@@ -36,8 +38,9 @@ def main() -> None:
         " alternation, ratios to the reference, MB of temporary memory"
     )
     table = Table()
-    for column in ("", "", "median ms", "range ms", "ratio", "MB", "ratio", "compile s"):
+    for column in ("", "", "median ms", "range ms", "time ratio", "MB", "MB ratio", "compile s"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    sizes = {f.name: getattr(options, f.name) for f in dataclasses.fields(RoutingSizes)}
     records = []
     for row in rows:
         reference = next(other for other in rows if other.direction == row.direction)
@@ -46,12 +49,12 @@ def main() -> None:
         memory = row.temporary_bytes / max(1, reference.temporary_bytes)
         table.add_row(
             row.direction, row.implementation, f"{1e3 * row.times.median:.1f}",
-            f"{1e3 * low:.0f}-{1e3 * high:.0f}", f"{ratio:.2f}", f"{row.temporary_bytes / 1e6:.1f}",
+            f"{1e3 * low:.1f}-{1e3 * high:.1f}", f"{ratio:.2f}", f"{row.temporary_bytes / 1e6:.1f}",
             f"{memory:.3f}", f"{row.compile_seconds:.1f}",
         )  # fmt: skip
         records.append(
             {
-                **dataclasses.asdict(options), **row._asdict(), "times": row.times.seconds,
+                **sizes, **row._asdict(), "times": row.times.seconds,
                 "ratio": ratio, "jax": jax.__version__, "device": device,
             }
         )  # fmt: skip

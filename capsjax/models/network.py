@@ -13,6 +13,7 @@ from capsjax.nn import Decoder
 from capsjax.nn.router import check_options
 from capsjax.ops import length
 from capsjax.routing import Routed
+from capsjax.routing.fused import check_implementation
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -80,6 +81,7 @@ def check_routing(config: Any) -> None:
     """Raises a ValueError unless there is such a routing algorithm, with these options."""
     use_bias = getattr(config, "routing_bias", False)
     check_options(config.routing, routing_options(config), use_bias=use_bias)
+    check_implementation(getattr(config, "implementation", None), config.routing)
 
 
 def make_decoder(

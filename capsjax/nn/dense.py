@@ -33,12 +33,13 @@ class DenseCapsules(nnx.Module):
       dtype: dtype of the computation; the promotion of inputs and parameters when None. Routing
         sums are float32.
       param_dtype: dtype of the parameters.
-      precision: of the votes' matrix product.
+      precision: of the votes' matrix product; see :func:`capsjax.dense_capsules` for dynamic
+        routing.
       kernel_init: initialiser of the weights ``[I, K, J, D]``.
       bias_init: initialiser of the bias.
-      implementation: of votes and dynamic routing, as in :func:`capsjax.dense_capsules`: None
-        returns no coupling, and has reverse-mode derivatives only; other algorithms store their
-        votes.
+      implementation: of votes and dynamic routing, as in :func:`capsjax.dense_capsules`.
+        ``"reference"`` is needed for the coupling, and for forward-mode derivatives. Other
+        algorithms store their votes and return the coupling.
       rngs: random streams; uses ``params``.
       **options: of the routing function, such as ``num_iterations``.
 
@@ -95,7 +96,8 @@ class DenseCapsules(nnx.Module):
         )
         self.dtype = dtype
         self.precision = precision
-        self.implementation = self._check(implementation)
+        check_implementation(implementation, routing)
+        self.implementation = implementation
 
     def __call__(
         self,
@@ -118,10 +120,17 @@ class DenseCapsules(nnx.Module):
           implementation: instead of the layer's own; ``"reference"`` for the coupling.
 
         Returns:
-          :class:`capsjax.Routed`: poses ``[..., J, D]``, activations ``[..., J]``, coupling
-          ``[..., I, J]``, or None where dynamic routing did not store it.
+          :class:`capsjax.Routed`: poses ``[..., J, D]``, activations ``[..., J]``, and the coupling
+          ``[..., I, J]``; of dynamic routing without ``logits`` only if the implementation is
+          ``"reference"``, else None.
+
+        Raises:
+          ValueError: an argument has the wrong shape, or the routing algorithm or the
+            implementation does not know it.
         """
-        implementation = self._check(implementation or self.implementation)
+        if implementation is None:
+            implementation = self.implementation
+        check_implementation(implementation, self.router.name)
         votes = None
         if self.kernel is None:
             poses, _ = promote_dtype((poses, None), dtype=self.dtype)
@@ -133,17 +142,8 @@ class DenseCapsules(nnx.Module):
                     implementation=implementation, **self.router.arguments(),
                 )  # fmt: skip
             if implementation == "blocked":
-                raise NotImplementedError(
-                    "implementation 'blocked' stores no logits, so that it knows no prior ones"
+                raise ValueError(
+                    "implementation 'blocked' stores no logits and takes no prior ones"
                 )
             votes = dense_votes(poses, kernel, precision=self.precision)
         return self.router(votes, Children(poses, activations, logits, where))
-
-    def _check(self, implementation: Implementation | None) -> Implementation | None:
-        check_implementation(implementation)
-        if self.router.name != "dynamic" and implementation not in (None, "reference"):
-            raise ValueError(
-                f"implementation must be None or 'reference' for routing {self.router.name!r}, got"
-                f" {implementation!r}"
-            )
-        return implementation

@@ -109,13 +109,17 @@ class Router(nnx.Module):
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the routing function: options, and what is learned."""
-        return {**self.options, **{name: getattr(self, name)[...] for name in self.learned}}
+        return {**self.options, **self.parameters()}
+
+    def parameters(self) -> dict[str, jax.Array]:
+        """The arrays that are learned, by name."""
+        return {name: getattr(self, name)[...] for name in self.learned}
 
     def __call__(self, votes: jax.Array | None, children: Children) -> Routed:
         """Routes votes ``[..., I, J, D]``; None for a router that makes its own."""
         function = algorithm(self.name)
         options = dict(self.options)
-        learned = {name: getattr(self, name)[...] for name in self.learned}
+        learned = self.parameters()
         # A layer that shares its weights between the places of a grid shares these, too.
         places = children.poses.shape[-2] // self.in_capsules
         for name in _PER_CHILD & learned.keys():

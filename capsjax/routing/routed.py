@@ -12,8 +12,9 @@ class Routed(NamedTuple):
     Attributes:
       poses: parent poses, ``[..., J, D]``.
       activations: probability that each parent is present, ``[..., J]``.
-      coupling: share of each child that goes to each parent, ``[..., I, J]``, or None where the
-        implementation never stores it.
+      coupling: share of each child that goes to each parent, ``[..., I, J]``; None from
+        :func:`capsjax.dense_capsules` and the layers over it, unless their implementation is
+        ``"reference"``.
     """
 
     poses: jax.Array

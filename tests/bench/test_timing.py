@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -54,11 +55,22 @@ def test_the_script_prints_a_table_and_writes_the_rows(tmp_path):
     script = Path(__file__).parents[2] / "scripts" / "benchmark_routing.py"
     command = [sys.executable, str(script), "--batch", "2", "--children", "32", "--rounds", "1",
                "--json", str(tmp_path / "rows.jsonl")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=180, check=True
+    )
     assert "2 examples, 32 children of 8 to 10 parents of 16" in done.stdout
     records = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     for record in records:
         assert f"{1e3 * record['times'][0]:.1f}" in done.stdout
         assert record["ratio"] > 0
         assert record["children"] == 32
+    lost = subprocess.run(
+        [*command[:-1], str(tmp_path / "none" / "rows.jsonl")], env=environment,
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert lost.returncode == 1
+    assert lost.stderr.splitlines() == [
+        f"benchmark_routing.py: error: --json: no directory {tmp_path / 'none'}"
+    ]
     assert [record["implementation"] for record in records] == ["reference", "blocked"] * 2

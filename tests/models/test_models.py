@@ -37,6 +37,18 @@ def test_parameter_counts(preset, overrides, parameters):
     assert count(preset, **overrides) == parameters
 
 
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"implementation": "cudnn"}, "implementation must be None or one of reference, blocked"),
+        ({"routing": "em", "implementation": "blocked"}, "one of reference for routing 'em', got"),
+    ],
+)
+def test_an_implementation_that_is_not_there_is_named_before_anything_is_built(fields, match):
+    with pytest.raises(ValueError, match=match):
+        CapsNetConfig(**fields)
+
+
 def test_sizes_of_the_paper():
     config = models.configure("paper")
     assert config.grid == (6, 6)

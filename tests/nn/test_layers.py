@@ -212,3 +212,20 @@ def test_goes_into_a_linen_module():
     assert Network().apply(variables, normal(2, 6, 2)).shape == (2, 3)
     gradients = jax.grad(lambda v: Network().apply(v, normal(2, 6, 2)).sum())(variables)
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+def test_dense_capsules_return_the_coupling_of_the_reference():
+    layer = DenseCapsules(6, 3, 4, 5, rngs=nnx.Rngs(0))
+    poses = jnp.ones((2, 6, 3))
+    assert layer(poses).coupling is None
+    routed = layer(poses, implementation="reference")
+    np.testing.assert_allclose(routed.coupling.sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(
+        routed.poses, layer(poses, implementation="blocked").poses, rtol=1e-5
+    )
+    prior = jnp.zeros((6, 4))
+    np.testing.assert_allclose(layer(poses, logits=prior).coupling, routed.coupling, rtol=1e-6)
+    with pytest.raises(ValueError, match="'blocked' stores no logits and takes no prior ones"):
+        layer(poses, logits=prior, implementation="blocked")
+    with pytest.raises(ValueError, match="implementation must be None or one of reference for"):
+        DenseCapsules(6, 3, 4, 5, routing="em", implementation="blocked", rngs=nnx.Rngs(0))

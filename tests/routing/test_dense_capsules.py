@@ -199,8 +199,19 @@ def test_what_is_named_is_what_runs():
     for implementation, stored in (("reference", True), ("blocked", False)):
         text = compiled(implementation, 2, sizes).as_text()
         assert any(f"tensor<{shape}xf32>" in text for shape in votes) == stored, implementation
-    chosen, named = compiled(None, 2, sizes), compiled("blocked", 2, sizes)
-    assert chosen.as_text() == named.as_text()
+
+
+@pytest.mark.parametrize(
+    ("batch", "sizes", "expected"),
+    [
+        (128, (1152, 8, 10, 16), "blocked"),
+        (2, (1152, 8, 10, 16), "reference"),  # few votes
+        (128, (196, 192, 10, 16), "reference"),  # votes smaller than poses
+    ],
+)
+def test_what_is_chosen(batch, sizes, expected):
+    chosen, named = (compiled(name, batch, sizes).as_text() for name in (None, expected))
+    assert chosen == named
 
 
 def test_the_program_does_not_grow_with_the_iterations():
@@ -212,6 +223,20 @@ def test_the_program_does_not_grow_with_the_iterations():
 def test_memory_of_the_paper_s_capsules():
     sizes, batch = (1152, 8, 10, 16), 128
     assert temporary("blocked", batch, sizes) <= 0.08 * temporary("reference", batch, sizes)
+
+
+def test_under_vmap_the_default_needs_no_more_memory_than_the_reference():
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((128, 576, 8), (576, 8, 10, 16))]
+
+    def of(implementation):
+        def total(poses, weights):
+            one = functools.partial(loss, implementation=implementation)
+            return jax.vmap(one, (0, None))(poses, weights).sum()
+
+        program = jax.jit(jax.grad(total, (0, 1))).lower(*shapes).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert of(None) <= 1.1 * of("reference")
 
 
 def test_memory_grows_with_children_and_parents_but_not_with_their_pairs():
@@ -324,6 +349,40 @@ def test_exported_for_every_platform_with_a_batch_of_any_size():
         np.testing.assert_allclose(
             stored.call(poses[:size]).poses, function(poses[:size]).poses, rtol=1e-5, atol=1e-7
         )
+
+
+def test_exported_with_any_number_of_children():
+    batch, children = export.symbolic_shape("batch, children")
+    poses, weights = arguments(2)
+    shapes = [
+        jax.ShapeDtypeStruct((batch, children, IN_FEATURES), jnp.float32),
+        jax.ShapeDtypeStruct((children, *WEIGHTS.shape[1:]), jnp.float32),
+    ]
+    exported = export.export(jax.jit(lambda u, w: dense_capsules(u, w).poses))(*shapes)
+    np.testing.assert_allclose(
+        exported.call(poses, weights), dense_capsules(poses, weights).poses, rtol=1e-5, atol=1e-7
+    )
+    named = jax.jit(lambda u, w: dense_capsules(u, w, implementation="blocked").poses)
+    with pytest.raises(NotImplementedError, match="'blocked' needs weights of known size"):
+        export.export(named)(*shapes)
+
+
+def test_second_derivatives():
+    with jax.enable_x64(True):
+        poses, weights = arguments(shape=(4, 2, 3, 2), dtype="float64")
+        got, expected = (
+            jax.hessian(functools.partial(loss, implementation=name))(poses, weights)
+            for name in ("blocked", "reference")
+        )
+        np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_options_that_are_true_without_being_booleans():
+    poses, weights = arguments(2)
+    options = {"leaky": 2, "stop_gradient": 1}
+    got, expected = (with_gradients(name, poses, weights, **options)
+                     for name in ("blocked", "reference"))  # fmt: skip
+    assert_same(got, expected, "float32", CHILDREN)
 
 
 def test_bfloat16_is_the_float32_result_rounded():

@@ -1,5 +1,6 @@
 """Votes and dynamic routing as one function (floor 2)."""
 
+import math
 from typing import Literal, get_args
 
 import jax
@@ -16,6 +17,9 @@ from capsjax.routing.fused.recurrence import route
 from capsjax.routing.routed import Routed
 
 Implementation = Literal["reference", "blocked"]
+
+# Numbers in the votes of a batch from which on blocks of them are faster than all at once.
+_MANY_VOTES = 2**20
 
 
 def dense_capsules(
@@ -42,7 +46,8 @@ def dense_capsules(
     In the last form of the logits neither votes nor logits have to be kept: the first pass is one
     matrix product, the later ones compute what they need anew for some children at a time, and so
     does the gradient. Beyond arguments, results and a copy of the weights, memory grows with
-    B·(I·K + J·D), not with B·I·J·D.
+    B·(I·K + J·K + J·D), not with B·I·J·D, where B are the leading axes. A batch that ``vmap`` adds is
+    not seen: better a leading axis, or every example has a gradient of the weights of its own.
 
     Softmax, squash and all sums are float32 (or float64). Factors of matrix products are in the
     dtype to which poses and weights promote.
@@ -54,25 +59,27 @@ def dense_capsules(
       num_iterations: r, a Python integer of at least 1.
       leaky: each child may also go to no parent, as in :func:`capsjax.dynamic_routing`.
       where: children that take part, bool, broadcastable to ``[..., I]``. The others have no
-        influence and no gradient, whatever their poses hold.
+        influence and no gradient, whatever their poses hold; their weights have to be finite.
       stop_gradient: no gradient through the logits, only through the last pass.
       precision: of the matrix products, as in :func:`jax.numpy.einsum`; None is the highest, so
         that float32 factors are not rounded on any platform, except in ``"reference"``, where it
         is the platform's default.
-      implementation: ``"reference"`` stores the votes and loops over the logits; it alone has
-        forward-mode and higher derivatives. ``"blocked"``, in plain XLA, stores neither votes nor
-        logits. None chooses what suits the platform.
+      implementation: ``"reference"`` stores the votes and loops over the logits; it alone returns
+        the coupling, and always has forward-mode derivatives. ``"blocked"``, in plain XLA, stores
+        neither votes nor logits. None is ``"blocked"`` where that has been found to be faster:
+        if there are many votes, with no fewer dimensions than the children's poses.
 
     Returns:
       :class:`Routed`: poses :math:`v` ``[..., J, D]`` and activations :math:`\|v\|` ``[..., J]`` in
-      the dtype to which the arguments promote. The coupling is ``[..., I, J]`` for ``"reference"``
-      by name, else None.
+      the dtype to which poses and weights promote. The coupling is ``[..., I, J]`` if the
+      implementation is ``"reference"`` by name, else None.
 
     Raises:
       TypeError: poses, weights or bias are not floating point, ``where`` is not bool, or
         ``num_iterations`` is not an integer.
       ValueError: an argument has the wrong shape, ``num_iterations`` is below 1, or the
         implementation's name is unknown.
+      NotImplementedError: ``"blocked"`` is named for weights of unknown size.
 
     Example:
       >>> import jax
@@ -99,7 +106,12 @@ def dense_capsules(
         bias = as_floating("bias", bias)
         if bias.shape != parents:
             raise ValueError(f"bias must have shape [J, D] = {parents}, got {bias.shape}")
-    if implementation == "reference" or 0 in (*poses.shape, *weights.shape):
+    if implementation == "blocked" and not _sizes_known(weights):
+        raise NotImplementedError(
+            f"implementation 'blocked' needs weights of known size, got shape {weights.shape}"
+        )
+    empty = 0 in (*poses.shape, *weights.shape)
+    if implementation == "reference" or empty or not (implementation or _gains(poses, weights)):
         votes = dense_votes(poses, weights, precision=precision)
         routed = dynamic_routing(
             votes, num_iterations=iterations, bias=bias, where=where, leaky=leaky,
@@ -111,20 +123,38 @@ def dense_capsules(
     flat = poses.astype(dtype).reshape(-1, *poses.shape[-2:])
     arguments = _alike(flat, weights.astype(dtype), bias.astype(accumulator(dtype)))
     sweeps = Blocks.of(
-        *arguments[:2], leaky=leaky, stop_gradient=stop_gradient, precision=precision
+        *arguments[:2], leaky=bool(leaky), stop_gradient=bool(stop_gradient), precision=precision
     )
     v = jnp.moveaxis(route(sweeps, iterations, *arguments), 0, -2)
     v = v.reshape(*poses.shape[:-2], *parents)
     return Routed(v.astype(dtype), length(v).astype(dtype), None)
 
 
-def check_implementation(implementation: str | None) -> None:
-    """Raises a ValueError unless there is an implementation of this name."""
-    if implementation is not None and implementation not in get_args(Implementation):
+def check_implementation(implementation: str | None, routing: str = "dynamic") -> None:
+    """Raises a ValueError unless this routing algorithm has an implementation of this name."""
+    names = get_args(Implementation) if routing == "dynamic" else ("reference",)
+    if implementation is not None and implementation not in names:
+        where = "" if routing == "dynamic" else f" for routing {routing!r}"
         raise ValueError(
-            f"implementation must be None or one of {', '.join(get_args(Implementation))}, got"
+            f"implementation must be None or one of {', '.join(names)}{where}, got"
             f" {implementation!r}"
         )
+
+
+def _sizes_known(weights: jax.Array) -> bool:
+    return all(isinstance(size, int) for size in weights.shape)
+
+
+def _gains(poses: jax.Array, weights: jax.Array) -> bool:
+    """Whether blocks are faster, or as fast and smaller; measured in docs/performance.md."""
+    if not _sizes_known(weights):
+        return False
+    batch = poses.shape[:-2]
+    children, in_features, parents, features = weights.shape
+    many = any(not isinstance(size, int) for size in batch) or (
+        math.prod(batch) * children * parents * features >= _MANY_VOTES
+    )
+    return many and in_features <= features
 
 
 def _alike(*arrays: jax.Array) -> list[jax.Array]:

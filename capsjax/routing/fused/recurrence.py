@@ -104,14 +104,14 @@ def _route_bwd(
     sweeps: Sweeps,
     num_iterations: int,
     residuals: tuple[Arguments, jax.Array],
-    d_poses: jax.Array,
+    d_v: jax.Array,
 ) -> Arguments:
     (poses, weights, bias), sums = residuals
     last = num_iterations - 1
     queries = jnp.cumsum(squash(sums), axis=0)
 
-    def before_squash(t: jax.Array | int, d_v: jax.Array) -> jax.Array:
-        return jax.vjp(squash, sums[t])[1](d_v)[0]
+    def before_squash(t: jax.Array | int, d_squashed: jax.Array) -> jax.Array:
+        return jax.vjp(squash, sums[t])[1](d_squashed)[0]
 
     def sweep_back(t: jax.Array | int, d_sums: jax.Array, grads: Any) -> tuple[jax.Array, Any]:
         return sweeps.backward(packed, queries[t - 1], d_sums, grads)
@@ -119,9 +119,9 @@ def _route_bwd(
     if last > 0:
         packed = sweeps.pack(poses, weights)
         grads = jax.tree.map(
-            lambda x: zeros(x.shape, accumulator(x.dtype), poses, weights, bias, d_poses), packed
+            lambda x: zeros(x.shape, accumulator(x.dtype), poses, weights, bias, d_v), packed
         )
-        d_sums = before_squash(last, d_poses)
+        d_sums = before_squash(last, d_v)
         d_bias = jnp.sum(d_sums, axis=1)
         d_query, grads = sweep_back(last, d_sums, grads)
         if sweeps.stop_gradient:
@@ -135,9 +135,9 @@ def _route_bwd(
             more, grads = sweep_back(t, d_sums, grads)
             return d_query + more, d_bias + jnp.sum(d_sums, axis=1), grads
 
-        d_poses, d_bias, grads = lax.fori_loop(1, last, iterate, (d_query, d_bias, grads))
+        d_v, d_bias, grads = lax.fori_loop(1, last, iterate, (d_query, d_bias, grads))
         swept = (*sweeps.unpack(grads), d_bias)
-    d_first = before_squash(0, d_poses)
+    d_first = before_squash(0, d_v)
     d_votes = (sweeps.share * d_first).transpose(1, 0, 2).astype(poses.dtype)
     flat_poses, flat_weights = _flat(poses, weights)
     d_flat = d_votes.reshape(poses.shape[0], -1)
