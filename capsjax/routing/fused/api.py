@@ -46,8 +46,8 @@ def dense_capsules(
     In the last form of the logits neither votes nor logits have to be kept: the first pass is one
     matrix product, the later ones compute what they need anew for some children at a time, and so
     does the gradient. Beyond arguments, results and a copy of the weights, memory grows with
-    B·(I·K + J·K + J·D), not with B·I·J·D, where B are the leading axes. A batch that ``vmap`` adds is
-    not seen: better a leading axis, or every example has a gradient of the weights of its own.
+    B·(I·K + J·K + J·D), not with B·I·J·D, where B are the leading axes. A batch is better one of
+    them than mapped by ``vmap``, which gives every example a gradient of the weights of its own.
 
     Softmax, squash and all sums are float32 (or float64). Factors of matrix products are in the
     dtype to which poses and weights promote.
