@@ -99,8 +99,8 @@ def test_full_runs_reach_what_the_examples_claim(check, tmp_path):
     found = check(tmp_path, timeout=900)
     if check is check_vit_pooling:
         errors, own = found
-        assert max(errors.values()) < 0.08
-        assert own > 3.2  # twice as much as chance
+        assert errors["capsule"] < 0.08 < errors["mean"] < 0.15
+        assert own > 2  # more than chance
     elif check is check_text_classification:
         errors, _ = found
         assert errors["capsules"] < 0.15

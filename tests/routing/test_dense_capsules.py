@@ -78,7 +78,7 @@ def test_is_what_the_equations_say(implementation, num_iterations):
 
 
 @pytest.mark.parametrize("implementation", FAST)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     leading=st.lists(st.integers(1, 3), max_size=2),
     sizes=st.tuples(
