@@ -78,6 +78,9 @@ def benchmark_routing(sizes: RoutingSizes, *, rounds: int = 7) -> list[RoutingRo
     Returns:
       A row for each implementation and direction, the reference first.
 
+    Raises:
+      ValueError: there are no rounds.
+
     Example:
       >>> from capsjax.bench import RoutingSizes, benchmark_routing
       >>> rows = benchmark_routing(RoutingSizes(batch=2, children=32), rounds=1)

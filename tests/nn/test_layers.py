@@ -176,7 +176,8 @@ def test_gradients_of_parameters_and_inputs(name):
     # In float64, where steps are so small that none crosses the kink of a ReLU.
     with jax.enable_x64(True):
         layer, inputs = layers(param_dtype=jnp.float64)[name]
-        if name == "dense":  # what is fastest has reverse-mode derivatives only
+        if name == "dense":  # votes that are not stored have reverse-mode derivatives only
+            layer.implementation = "blocked"
             graphdef, state = nnx.split(layer)
             backward = jax.jit(lambda s, x: output(nnx.merge(graphdef, s), x, *inputs[1:]))
             arguments = (state, inputs[0].astype(jnp.float64))
