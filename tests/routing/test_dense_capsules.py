@@ -346,8 +346,9 @@ def test_exported_for_every_platform_with_a_batch_of_any_size():
     exported = export.export(function, platforms=["cpu", "cuda", "tpu"])(shape)
     stored = export.deserialize(exported.serialize())
     for size in (1, 3):
+        # Compiled apart, the sums of a pose may be ordered differently: to rounding of its length.
         np.testing.assert_allclose(
-            stored.call(poses[:size]).poses, function(poses[:size]).poses, rtol=1e-5, atol=1e-7
+            stored.call(poses[:size]).poses, function(poses[:size]).poses, rtol=1e-5, atol=1e-5
         )
 
 
