@@ -15,7 +15,8 @@ from capsjax.routing.em import em_passes
 from capsjax.routing.kmeans import kmeans_passes
 from capsjax.routing.variational import variational_passes
 
-_PASSES: dict[str, Callable[..., Passes]] = {
+# By name; also for those who write the loop over the passes in another form.
+PASSES: dict[str, Callable[..., Passes]] = {
     "dynamic": dynamic_passes,
     "kmeans": kmeans_passes,
     "attention": attention_passes,
@@ -90,9 +91,9 @@ def routing_trace(
     Reference:
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, procedure 1.
     """
-    if routing not in _PASSES:
-        raise ValueError(f"routing must be one of {', '.join(_PASSES)}, got {routing!r}")
-    passes = _PASSES[routing](votes, *args, **options)
+    if routing not in PASSES:
+        raise ValueError(f"routing must be one of {', '.join(PASSES)}, got {routing!r}")
+    passes = PASSES[routing](votes, *args, **options)
 
     def one_pass(carry: jax.Array, number: jax.Array) -> tuple[jax.Array, Any]:
         routed, logits = passes.finish(number, carry)
