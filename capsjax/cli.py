@@ -2,15 +2,25 @@
 
 import contextlib
 import io
+import itertools
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import tyro
 
+from capsjax.bench import RowError, TargetError, read_rows
+from capsjax.bench.compare import COUNTS, TIMES, compare_rows
+from capsjax.bench.config import BenchConfig, BenchError, CompareConfig
+from capsjax.bench.display import Display, comparison_table, console, is_telling, summary
+from capsjax.bench.report import ReportError, write_report
+from capsjax.bench.rows import Row
+from capsjax.bench.running import run_cells
+from capsjax.bench.workloads import WorkloadError
 from capsjax.data import DataError
 from capsjax.training import (
     CheckpointError,
@@ -38,12 +48,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_main("capsjax train", arguments[1:])
     elif arguments[:1] == ["evaluate"]:
         evaluate_main("capsjax evaluate", arguments[1:])
+    elif arguments[:2] == ["bench", "compare"]:
+        compare_main("capsjax bench compare", arguments[2:])
+    elif arguments[:1] == ["bench"]:
+        bench_main("capsjax bench", arguments[1:])
     else:
         # Help, or an error: no command was named.
         _parse(
             "capsjax",
             lambda: tyro.extras.subcommand_cli_from_dict(
-                {"train": TrainConfig, "evaluate": EvaluateConfig},
+                {"train": TrainConfig, "evaluate": EvaluateConfig, "bench": BenchConfig},
                 prog="capsjax",
                 description=f"Capsule networks for JAX, version {__version__}.",
                 args=arguments,
@@ -87,6 +101,82 @@ def evaluate_main(prog: str = "evaluate.py", argv: Sequence[str] | None = None) 
     _run(prog, command)
 
 
+def bench_main(prog: str = "benchmark_xla.py", argv: Sequence[str] | None = None) -> None:
+    """Runs ``capsjax bench`` or ``scripts/benchmark_xla.py``."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["compare"]:
+        compare_main(f"{prog} compare", arguments[1:])
+        return
+    # The suite without its option's name: capsjax bench routing.
+    if arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, "--suite")
+    # A flag begins with dashes, as an option does; tyro would take it for one.
+    arguments = re.sub(r"\0--xla-flag\0(?=--)", "\0--xla-flag=", "\0".join(["", *arguments])).split(
+        "\0"
+    )[1:]
+    sys.path.insert(0, os.getcwd())  # where the user's own functions are
+    config = _parse(prog, lambda: tyro.cli(BenchConfig, prog=prog, args=arguments))
+
+    def command() -> None:
+        plan = config.plan()
+        cells = config.left(plan)
+        rows = read_rows(plan.output) if plan.output.exists() else []
+        try:
+            with Display(len(cells) * plan.repetitions, rows) as display:
+                done = itertools.count(plan.repetitions, plan.repetitions)
+                run_cells(
+                    cells, plan, on_start=display.start,
+                    on_row=lambda row: display.row(row, next(done)),
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            print(f"stopped; go on with the same options and: --resume --output {plan.output}")
+            raise
+        print(f"rows: {plan.output}")
+        rows = read_rows(plan.output)
+        if config.report and rows:
+            _write_report(rows, plan.output)
+        if failed := sum(row["status"] != "ok" for row in rows):
+            print(f"{failed} of {len(rows)} cells failed")
+
+    _run(prog, command)
+
+
+def _write_report(rows: list[Row], output: Path) -> None:
+    page = output.with_suffix(".html")
+    try:
+        write_report(rows, page, title=f"capsjax bench: {output.stem}")
+    except ReportError as error:
+        print(error)
+    else:
+        print(f"report: {page}")
+
+
+def compare_main(prog: str, argv: Sequence[str]) -> None:
+    """Runs ``capsjax bench compare OLD NEW``."""
+    positional = (tyro.conf.PositionalRequiredArgs,)
+    config = _parse(prog, lambda: tyro.cli(CompareConfig, prog=prog, args=argv, config=positional))
+
+    def command() -> None:
+        measures = config.measure or (*TIMES, *COUNTS)
+        if unknown := set(measures) - {*TIMES, *COUNTS}:
+            raise BenchError(
+                f"--measure must be among {', '.join((*TIMES, *COUNTS))}, got {min(unknown)}"
+            )
+        comparison = compare_rows(read_rows(config.old), read_rows(config.new), measures=measures)
+        if not comparison.ratios and not comparison.broken:
+            raise BenchError(f"{config.old} and {config.new} have no cell in common")
+        shown = [r for r in comparison.ratios if config.all or is_telling(r)]
+        if shown:
+            console().print(comparison_table(shown, config.threshold))
+        for cell in comparison.broken:
+            print(f"fails now: {cell}")
+        print(summary(comparison, config.threshold))
+        if comparison.broken or comparison.worse(config.threshold):
+            sys.exit(1)
+
+    _run(prog, command)
+
+
 def _print_result(prog: str, result: Result) -> None:
     if result.stopped_by is not None:
         print(
@@ -126,7 +216,7 @@ def _parse(prog: str, parse: Callable[[], T]) -> T:
         if stop.code in (0, None):
             raise
         _fail(prog, f"{_in_one_line(said.getvalue())} (see {prog} --help)", 2)
-    except ConfigError as error:
+    except (ConfigError, BenchError) as error:
         _fail(prog, str(error), 2)
 
 
@@ -158,7 +248,7 @@ def _run(prog: str, command: Callable[[], None]) -> None:
     _quieten_libraries()
     try:
         command()
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, BenchError, TargetError, WorkloadError, RowError) as error:
         _fail(prog, str(error), 2)
     except CheckpointError as error:
         with contextlib.suppress(SystemExit):

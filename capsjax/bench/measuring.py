@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from capsjax.bench.gcc import GccHotOS
 from capsjax.bench.hlo import stablehlo_opcodes
@@ -202,14 +203,19 @@ def _check_memory(memory: dict[str, int] | None, target: Target) -> None:
 def _arguments(built: Built) -> tuple[Any, ...]:
     """Arrays of these shapes: small positive numbers, zeros for integers, a random key."""
 
-    def make(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    random = np.random.default_rng(0)
+
+    def make(shape: jax.ShapeDtypeStruct) -> Any:
         if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
             return jax.random.key(0)
         if not jnp.issubdtype(shape.dtype, jnp.floating):
-            return jnp.zeros(shape.shape, shape.dtype)
-        return 0.1 * jax.random.uniform(jax.random.key(0), shape.shape, shape.dtype)
+            return np.zeros(shape.shape, shape.dtype)
+        return 0.1 * random.random(shape.shape, np.float32).astype(shape.dtype)
 
-    return tuple(jax.tree.map(make, built.arguments))
+    def place(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(make(shape), shape.sharding)
+
+    return tuple(jax.tree.map(place, built.arguments))
 
 
 def _run(
@@ -237,12 +243,12 @@ def _run(
 
 
 @contextlib.contextmanager
-def _counted(event: str) -> Iterator[list[int]]:
+def _counted(wanted: str) -> Iterator[list[int]]:
     """Counts an event of jax."""
     count = [0]
 
-    def listen(name: str, **_: Any) -> None:
-        count[0] += name == event
+    def listen(event: str, **_: Any) -> None:
+        count[0] += event == wanted
 
     jax.monitoring.register_event_listener(listen)
     try:
@@ -252,13 +258,13 @@ def _counted(event: str) -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _durations(event: str) -> Iterator[list[float]]:
+def _durations(wanted: str) -> Iterator[list[float]]:
     """Keeps the durations that jax tells of an event."""
     seconds: list[float] = []
 
-    def listen(name: str, duration: float, **_: Any) -> None:
-        if name == event:
-            seconds.append(duration)
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == wanted:
+            seconds.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

@@ -17,8 +17,9 @@ from jax import lax
 from jax.sharding import SingleDeviceSharding
 
 from capsjax import routing
-from capsjax.ops import dense_votes, squash
+from capsjax.ops import dense_votes, length, squash
 from capsjax.routing import HeinsenParameters, Routed, dense_capsules
+from capsjax.routing._passes import Passes
 from capsjax.routing.fused import Implementation
 from capsjax.routing.trace import PASSES
 
@@ -27,6 +28,8 @@ LoopForm = Literal["fori_loop", "scan", "unrolled"]
 Algorithm = Literal["dynamic", "em", "self", "attention", "variational", "heinsen", "efficient",
                     "kmeans", "uniform", "random"]  # fmt: skip
 Dtype = Literal["float32", "bfloat16"]
+
+_DTYPES = {"f": "float", "bf": "bfloat", "i": "int", "u": "uint"}
 
 
 class WorkloadError(ValueError):
@@ -143,16 +146,18 @@ class Routing:
         votes = dense_votes(poses, given.pop("weights"))
         arguments: tuple[Any, ...] = ()
         if self.algorithm in ("em", "variational", "self"):
-            arguments = (jnp.sqrt(jnp.sum(poses * poses, axis=-1)), *given.values())
+            arguments = (length(poses),)
+        if self.algorithm == "self":
+            arguments = (*arguments, given.pop("logits"))
+        options |= given
         if self.algorithm == "random":
             options["key"] = jax.random.key(0)
         if self.loop == "fori_loop":
             return routing.algorithm(self.algorithm)(votes, *arguments, **options).poses
-        return self._looped(votes, arguments).poses
+        return self._looped(PASSES[self.algorithm](votes, *arguments, **given)).poses
 
-    def _looped(self, votes: jax.Array, arguments: tuple[Any, ...]) -> Routed:
+    def _looped(self, passes: Passes) -> Routed:
         """The same passes as the algorithm makes, in another form of the loop."""
-        passes = PASSES[self.algorithm](votes, *arguments)
         last = self.iterations - 1
         carry = passes.first
         if self.loop == "scan":
@@ -366,14 +371,13 @@ def parse_shape(text: str) -> jax.ShapeDtypeStruct:
       >>> parse_shape("bf16[2,3]").shape
       (2, 3)
     """
-    short = {"f32": "float32", "f64": "float64", "f16": "float16", "bf16": "bfloat16",
-             "i32": "int32", "i64": "int64", "i8": "int8", "u8": "uint8", "u32": "uint32"}  # fmt: skip
-    found = re.fullmatch(r"(\w+)\[([\d,]*)\]", text)
+    short = re.sub(r"^(f|bf|i|u)(?=\d)", lambda m: _DTYPES[m[1]], text)
+    found = re.fullmatch(r"(\w+)\[([\d,]*)\]", short)
     if found is None:
         raise WorkloadError(f"shape must be like f32[128,784], got {text!r}")
     sizes = tuple(int(size) for size in found[2].split(",") if size)
     try:
-        return jax.ShapeDtypeStruct(sizes, jnp.dtype(short.get(found[1], found[1])))
+        return jax.ShapeDtypeStruct(sizes, jnp.dtype(found[1]))
     except TypeError:
         raise WorkloadError(f"shape {text!r} has no dtype that jax knows") from None
 
@@ -434,9 +438,7 @@ def _one_device(
 def _placed(tree: Any, device: jax.Device) -> Any:
     """The same shapes on a device, which may be one that is not there."""
     sharding = SingleDeviceSharding(device)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def _abstract_network(preset: str, implementation: str, dtype: str) -> Any:
@@ -468,5 +470,6 @@ def _train_step(workload: TrainingStep | PmappedTrainingStep, axis_name: str | N
     )
     state = jax.eval_shape(lambda variables: init_state(variables, optimizer), variables)
     images = jax.ShapeDtypeStruct((workload.batch, *config.image_shape), jnp.uint8)
-    batch = Batch(images, jax.ShapeDtypeStruct((workload.batch,), jnp.int32))
+    labels = jax.ShapeDtypeStruct((workload.batch,), jnp.int32)
+    batch = jax.eval_shape(Batch, images, labels)
     return step, state, batch, jax.eval_shape(lambda: jax.random.key(0))

@@ -1,0 +1,159 @@
+"""Two files of rows beside each other (floor 5): ratios, and how sure they are."""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from scipy import stats
+
+from capsjax.bench.rows import Row
+
+# Times, of which there is one for each repetition; and what does not vary.
+TIMES = ("trace", "lower", "compile", "load", "run")
+COUNTS = ("instructions", "fusions", "flops", "bytes", "temporaries", "cycles")
+
+
+class Ratio(NamedTuple):
+    """One measure of a cell, new by old.
+
+    Attributes:
+      cell: its key.
+      measure: such as ``"compile"``.
+      old: median of the old values, seconds or a count.
+      new: of the new ones.
+      ratio: of geometric means for times; of the values for counts.
+      low: lower end of the 95 % interval; None where there are fewer than two repetitions.
+      high: upper end.
+    """
+
+    cell: str
+    measure: str
+    old: float
+    new: float
+    ratio: float
+    low: float | None
+    high: float | None
+
+    def is_worse(self, threshold: float) -> bool:
+        """Whether even the lower end of the interval is above the threshold."""
+        return self.low is not None and self.low > threshold
+
+
+class Comparison(NamedTuple):
+    """What two files say of the cells that both hold.
+
+    Attributes:
+      ratios: of every cell and measure.
+      broken: cells that fail now and did not.
+      only_old: cells that only the old file holds.
+      only_new: cells that only the new file holds.
+    """
+
+    ratios: tuple[Ratio, ...]
+    broken: tuple[str, ...]
+    only_old: tuple[str, ...]
+    only_new: tuple[str, ...]
+
+    def worse(self, threshold: float) -> list[Ratio]:
+        """Ratios that are past a threshold."""
+        return [ratio for ratio in self.ratios if ratio.is_worse(threshold)]
+
+
+def compare_rows(
+    old: Iterable[Row], new: Iterable[Row], *, measures: Sequence[str] = (*TIMES, *COUNTS)
+) -> Comparison:
+    """Pairs cells by workload, parameters and target; by XLA flags too where these occur twice.
+
+    Args:
+      old: rows of one run.
+      new: rows of another, of the same cells.
+      measures: what to compare.
+
+    Example:
+      >>> from capsjax.bench import compare_rows
+      >>> def row(*seconds):
+      ...   return {"cell": "squash @ cpu", "workload": "squash", "parameters": {}, "target": "cpu",
+      ...           "xla_flags": [], "status": "ok", "stages": {"compile": seconds}}
+      >>> comparison = compare_rows([row(1.0, 1.01, 0.99)], [row(2.0, 2.01, 1.99)])
+      >>> [(r.measure, round(r.ratio, 2)) for r in comparison.worse(1.5)]
+      [('compile', 2.0)]
+    """
+    before, after = list(old), list(new)
+    with_flags = any(
+        count > 1 for rows in (before, after) for count in Counter(map(_bare, rows)).values()
+    )
+    key = _flagged if with_flags else _bare
+    olds, news = {key(row): row for row in before}, {key(row): row for row in after}
+    ratios, broken = [], []
+    for name in olds.keys() & news.keys():
+        a, b = olds[name], news[name]
+        if a["status"] == "ok" and b["status"] != "ok":
+            broken.append(name)
+        if a["status"] == b["status"] == "ok":
+            ratios += [ratio for m in measures if (ratio := _ratio(name, m, a, b)) is not None]
+    order = {key(row): number for number, row in enumerate(after)}
+    ratios.sort(key=lambda ratio: order[ratio.cell])
+    return Comparison(
+        tuple(ratios),
+        tuple(sorted(broken)),
+        tuple(name for name in olds if name not in news),
+        tuple(name for name in news if name not in olds),
+    )
+
+
+def values(row: Row, measure: str) -> list[float]:
+    """The values of a measure in a row, one for each repetition; empty where there are none."""
+    if measure == "run":
+        return list((row.get("run") or {}).get("medians", []))
+    if measure in TIMES:
+        return list((row.get("stages") or {}).get(measure, []))
+    hlo, memory = row.get("hlo") or {}, row.get("memory") or {}
+    found = {
+        "instructions": hlo.get("instructions"),
+        "fusions": hlo.get("fusion_count"),
+        "flops": (hlo.get("cost") or {}).get("flops"),
+        "bytes": (hlo.get("cost") or {}).get("bytes"),
+        "temporaries": memory.get("temporaries"),
+        "cycles": (hlo.get("cycles") or {}).get("total"),
+    }[measure]
+    return [] if found is None else [float(found)]
+
+
+def _ratio(cell: str, measure: str, a: Row, b: Row) -> Ratio | None:
+    old, new = values(a, measure), values(b, measure)
+    if not old or not new:
+        return None
+    medians = statistics.median(old), statistics.median(new)
+    if measure in COUNTS:
+        ratio = 1.0 if old == new else (math.inf if not old[0] else new[0] / old[0])
+        return Ratio(cell, measure, *medians, ratio, ratio, ratio)
+    if min(*old, *new) <= 0:
+        return None
+    return Ratio(cell, measure, *medians, *_interval(old, new))
+
+
+def _interval(
+    old: Sequence[float], new: Sequence[float]
+) -> tuple[float, float | None, float | None]:
+    """Ratio of geometric means and Welch's interval of it, 95 %, from the logarithms."""
+    a, b = [math.log(x) for x in old], [math.log(x) for x in new]
+    difference = statistics.mean(b) - statistics.mean(a)
+    if min(len(a), len(b)) < 2:
+        return math.exp(difference), None, None
+    parts = [statistics.variance(x) / len(x) for x in (a, b)]
+    error = math.sqrt(sum(parts))
+    if not error:
+        return (math.exp(difference),) * 3
+    freedom = error**4 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True))
+    margin = float(stats.t.ppf(0.975, freedom)) * error
+    return math.exp(difference), math.exp(difference - margin), math.exp(difference + margin)
+
+
+def _bare(row: Row) -> str:
+    return str(row["cell"]).removesuffix("".join(f" {flag}" for flag in row["xla_flags"]))
+
+
+def _flagged(row: Row) -> str:
+    return str(row["cell"])

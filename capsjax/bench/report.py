@@ -1,0 +1,247 @@
+"""Rows as one HTML page that needs nothing else (floor 5)."""
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from capsjax.bench.rows import Row
+from capsjax.bench.workloads import workloads
+
+
+class ReportError(RuntimeError):
+    """What the report is made with is not installed; the message is one line."""
+
+
+def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench") -> None:
+    """Writes a page with plots and tables of rows.
+
+    The page holds the plots' library and their numbers, and opens without a network.
+
+    Args:
+      rows: as :func:`capsjax.bench.read_rows` gives them.
+      path: of the page.
+      title: its heading.
+
+    Raises:
+      ReportError: the extra ``bench`` is not installed.
+    """
+    try:
+        import jinja2
+        import plotly.graph_objects as go
+        import plotly.io
+        import plotly.offline
+    except ImportError:
+        raise ReportError('the HTML report needs: pip install "capsjax[bench]"') from None
+    figures = []
+    for number, (heading, note, traces, axes) in enumerate(_figures(rows)):
+        figure = go.Figure([_trace(go, trace) for trace in traces])
+        figure.update_layout(
+            template="plotly_white", height=420, margin={"l": 70, "r": 20, "t": 20, "b": 60},
+            legend={"orientation": "h", "y": -0.25}, xaxis={"title": axes[0], **axes[2]},
+            yaxis={"title": axes[1], **axes[3]}, font={"size": 14},
+        )  # fmt: skip
+        markup = plotly.io.to_html(
+            figure, full_html=False, include_plotlyjs=False, div_id=f"figure-{number}",
+            config={"responsive": True, "displaylogo": False},
+        )  # fmt: skip
+        figures.append({"heading": heading, "note": note, "markup": markup})
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    template = environment.get_template("report.html.jinja")
+    text = template.render(
+        title=title,
+        plotly=plotly.offline.get_plotlyjs(),
+        figures=figures,
+        rows=[_table_row(row) for row in rows],
+        environments=_environments(rows),
+        contributors=_contributors(rows),
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any]], Any]]:
+    """Heading, note, traces and axes of each plot that there are rows for."""
+    log, linear = {"type": "log"}, {"rangemode": "tozero"}
+    compiled = _series(rows, "routing", "iterations", lambda r: _median(r, "compile"),
+                       ("algorithm", "loop", "implementation", "direction"))  # fmt: skip
+    if compiled:
+        yield (
+            "Compile time against iterations and loop form",
+            "Median of cold compilations, each in a fresh process; bars show the range.",
+            compiled,
+            ("iterations", "compile, seconds", linear, linear),
+        )
+    stacked = _series(rows, "stack", "layers", lambda r: _median(r, "compile"),
+                      ("loop", "direction"))  # fmt: skip
+    if stacked:
+        yield (
+            "Compile time against stacked layers", "Median of cold compilations.", stacked,
+            ("layers", "compile, seconds", linear, linear),
+        )  # fmt: skip
+    memory = _series(rows, "routing", "batch", _temporaries, ("implementation", "direction"),
+                     fixed={"iterations": 3, "algorithm": "dynamic", "loop": "fori_loop"})  # fmt: skip
+    if memory:
+        yield (
+            "Memory against batch",
+            "Temporary memory of dynamic routing with 3 iterations, by the compiler.",
+            memory,
+            ("batch", "temporaries, MB", log, log),
+        )
+    run = [row for row in rows if (row.get("run") or {}).get("roofline")]
+    if run:
+        ideal = [1e3 * row["run"]["roofline"]["seconds"] for row in run]
+        found = [1e3 * row["run"]["median_seconds"] for row in run]
+        ends = [min(ideal + found), max(ideal + found)]
+        yield (
+            "Run time against the roofline",
+            "The least time follows from a measured matrix product and a measured sum over memory;"
+            " on the line a program would be as fast. Above it, by how much it is slower. What"
+            " stays in a cache may lie below.",
+            [
+                {"x": ideal, "y": found, "name": "cells", "mode": "markers",
+                 "text": [row["cell"] for row in run]},
+                {"x": ends, "y": ends, "name": "roofline", "mode": "lines"},
+            ],
+            ("least time, ms", "run, ms", log, log),
+        )  # fmt: skip
+    cycles = [row for row in rows if _cycles(row)]
+    if cycles:
+        yield (
+            "Cycles on TPUs that are not here",
+            "The compiler's estimate for one device, loops counted in full; custom calls and"
+            " collectives have no estimate and are not in it.",
+            [{"x": [row["cell"] for row in cycles], "y": [_cycles(row) for row in cycles],
+              "name": "estimated cycles", "bar": True}],
+            ("", "cycles", {}, linear),
+        )  # fmt: skip
+
+
+def _series(
+    rows: Sequence[Row],
+    workload: str,
+    over: str,
+    value: Any,
+    by: Sequence[str],
+    fixed: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Traces of a measure over a parameter, one for each combination of others."""
+    kind = workloads()[workload]
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    lines: dict[tuple[Any, ...], dict[Any, tuple[float, float, float]]] = {}
+    others = [name for name in defaults if name != over]
+    for row in rows:
+        if row["workload"] != workload or row["status"] != "ok":
+            continue
+        parameters = {**defaults, **row["parameters"]}
+        found = value(row)
+        if found is None or any(str(parameters[k]) != str(v) for k, v in (fixed or {}).items()):
+            continue
+        key = (*(str(parameters[name]) for name in others), row["target"], *row["xla_flags"])
+        lines.setdefault(key, {})[int(parameters[over])] = found
+    traces = []
+    for key, points in sorted(lines.items()):
+        if len(points) < 2:
+            continue
+        named = dict(zip(others, key, strict=False))
+        labels = [named[name] for name in by] + list(key[len(others) :])
+        x = sorted(points)
+        traces.append({
+            "x": x, "y": [points[i][0] for i in x], "name": ", ".join(labels),
+            "mode": "lines+markers",
+            "more": [points[i][2] - points[i][0] for i in x],
+            "less": [points[i][0] - points[i][1] for i in x],
+        })  # fmt: skip
+    return traces
+
+
+def _trace(go: Any, trace: dict[str, Any]) -> Any:
+    if trace.get("bar"):
+        return go.Bar(x=trace["x"], y=trace["y"], name=trace["name"])
+    errors = None
+    if "more" in trace:
+        errors = {"type": "data", "array": trace["more"], "arrayminus": trace["less"]}
+    return go.Scatter(
+        x=trace["x"], y=trace["y"], name=trace["name"], mode=trace["mode"],
+        text=trace.get("text"), error_y=errors,
+    )  # fmt: skip
+
+
+def _median(row: Row, stage: str) -> tuple[float, float, float] | None:
+    values = row["stages"].get(stage)
+    return (statistics.median(values), min(values), max(values)) if values else None
+
+
+def _temporaries(row: Row) -> tuple[float, float, float] | None:
+    memory = row.get("memory")
+    return (memory["temporaries"] / 1e6,) * 3 if memory else None
+
+
+def _cycles(row: Row) -> float | None:
+    cycles = (row.get("hlo") or {}).get("cycles")
+    return cycles["total"] if cycles else None
+
+
+def _table_row(row: Row) -> dict[str, Any]:
+    """What the table shows, as text."""
+    if row["status"] != "ok":
+        error = row["error"]
+        return {"cell": row["cell"], "error": f"{error['stage']}: {error['message']}"}
+    stages, run = row["stages"], row.get("run") or {}
+    hlo, memory = row.get("hlo") or {}, row.get("memory") or {}
+    roofline, cost = run.get("roofline"), hlo.get("cost") or {}
+    collectives = (hlo.get("collectives") or {}).items()
+    shown = {name: f"{statistics.median(v):.3f}" for name, v in stages.items()}
+    return {
+        "cell": row["cell"],
+        "error": None,
+        **{name: shown.get(name, "") for name in ("trace", "lower", "compile", "load")},
+        "run": f"{1e3 * run['median_seconds']:.3f}" if run else "",
+        "fraction": f"{roofline['fraction']:.1%}" if roofline else "",
+        "instructions": f"{hlo['instructions']:,}" if "instructions" in hlo else "",
+        "fusions": f"{hlo['fusion_count']:,}" if "fusion_count" in hlo else "",
+        "loops": ", ".join(
+            "?" if loop["trip_count"] is None else str(loop["trip_count"])
+            for loop in hlo.get("loops", [])
+        ),
+        "gflop": f"{cost['flops'] / 1e9:.3f}" if cost else "",
+        "temporaries": f"{memory['temporaries'] / 1e6:.2f}" if "temporaries" in memory else "",
+        "collectives": ", ".join(
+            f"{c['executions']:g} {name} {c['bytes'] / 1e6:.2f} MB" for name, c in collectives
+        ),
+        "cycles": f"{_cycles(row):,.0f}" if _cycles(row) else "",
+    }
+
+
+def _environments(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """The environments of the rows, each once."""
+    seen = []
+    for row in rows:
+        values = {name: _shown(value) for name, value in row["base_environment"].items()}
+        if values not in seen:
+            seen.append(values)
+    return seen
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value if value is not None else "")
+
+
+def _contributors(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Where the cycles of absent TPUs go, by source line."""
+    found = []
+    for row in rows:
+        cycles = (row.get("hlo") or {}).get("cycles")
+        if cycles:
+            lines = list(cycles["by_source"].items())[:10]
+            total = cycles["total"]
+            found.append({
+                "cell": row["cell"],
+                "lines": [(s or "no line", f"{c:,.0f}", f"{c / total:.1%}")
+                          for s, c in lines],
+                "missing": ", ".join(f"{v:g} × {k}" for k, v in cycles["without_estimate"].items()),
+            })  # fmt: skip
+    return found
