@@ -314,7 +314,9 @@ def test_under_shard_map_whichever_argument_is_sharded(implementation, varying):
     def total(function):
         return lambda *arguments: jnp.cos(function(*arguments)).sum()
 
-    np.testing.assert_allclose(jax.jit(mapped)(poses, weights), each(poses, weights), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(mapped)(poses, weights), each(poses, weights), rtol=1e-5, atol=1e-6
+    )
     got = jax.jit(jax.grad(total(mapped), (0, 1)))(poses, weights)
     for a, b in zip(got, jax.grad(total(each), (0, 1))(poses, weights), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
