@@ -1,0 +1,120 @@
+"""What a figure depends on beside the program (floor 5): versions, flags, machine."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from capsjax.version import __version__
+
+
+class Environment(NamedTuple):
+    """Versions, flags and machine of a process; versions are None where not installed.
+
+    Attributes:
+      capsjax: version, with the commit where it runs from a clone.
+      jax: version.
+      jaxlib: version.
+      libtpu: version.
+      flax: version.
+      optax: version.
+      python: version.
+      xla_flags: the variable ``XLA_FLAGS``.
+      libtpu_init_args: the variable ``LIBTPU_INIT_ARGS``.
+      cpu: model of the processor.
+      cpu_features: those of its instruction sets that matter to XLA.
+      cores: that this process may use.
+      memory_bytes: of the machine; None where the system does not tell.
+      system: such as ``Linux-6.1-x86_64``.
+    """
+
+    capsjax: str
+    jax: str | None
+    jaxlib: str | None
+    libtpu: str | None
+    flax: str | None
+    optax: str | None
+    python: str
+    xla_flags: str
+    libtpu_init_args: str
+    cpu: str
+    cpu_features: tuple[str, ...]
+    cores: int
+    memory_bytes: int | None
+    system: str
+
+
+_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve")
+
+
+def read_environment() -> Environment:
+    """Returns the environment of this process.
+
+    Example:
+      >>> from capsjax.bench import read_environment
+      >>> read_environment().cores >= 1
+      True
+    """
+    cpu = _cpu_information()
+    features = (cpu.get("flags") or cpu.get("Features") or "").split()
+    return Environment(
+        capsjax=f"{__version__}{_commit()}",
+        jax=_version("jax"),
+        jaxlib=_version("jaxlib"),
+        libtpu=_version("libtpu"),
+        flax=_version("flax"),
+        optax=_version("optax"),
+        python=platform.python_version(),
+        xla_flags=os.environ.get("XLA_FLAGS", ""),
+        libtpu_init_args=os.environ.get("LIBTPU_INIT_ARGS", ""),
+        cpu=cpu.get("model name") or platform.processor() or platform.machine(),
+        cpu_features=tuple(name for name in _FEATURES if name in features),
+        cores=_cores(),
+        memory_bytes=_memory(),
+        system=platform.platform(),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_information() -> dict[str, str]:
+    """The first processor of Linux' list; elsewhere nothing."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _commit() -> str:
+    """``+`` and the commit of the clone that capsjax lies in, with ``.dirty`` if it was changed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=.dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f"+{done.stdout.strip()}"

@@ -1,0 +1,247 @@
+"""What programs are compiled for (floor 5): devices of this machine, or TPUs that are elsewhere.
+
+The TPU compiler is in ``libtpu`` and needs no TPU. One process at a time may use it; those of
+capsjax wait for each other.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+
+Platform = Literal["cpu", "gpu", "tpu"]
+
+
+class TargetError(ValueError):
+    """A target is unknown, or this machine cannot serve it; the message is one line."""
+
+
+class _Generation(NamedTuple):
+    """How a generation of TPUs is named and wired.
+
+    Attributes:
+      cores_per_chip: what the number in a name counts: cores, or 1 where it counts chips.
+      dimensions: of the torus.
+      config: of the chip, for the compiler.
+    """
+
+    cores_per_chip: int
+    dimensions: int
+    config: str
+
+
+_GENERATIONS = {
+    "v4": _Generation(2, 3, "megacore"),
+    "v5e": _Generation(1, 2, "default"),
+    "v5p": _Generation(2, 3, "default"),
+    "v6e": _Generation(1, 2, "default"),
+    "tpu7x": _Generation(2, 3, "default"),
+}
+_ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
+_MOST_CHIPS = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
+EXAMPLES = ("cpu", "cpu:8", "gpu", "tpu", "v4-32", "v5e-1", "v5e-8", "v5e-256", "v5p-128",
+            "v6e-8", "v6e-256", "tpu7x-8")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Devices to compile for.
+
+    Attributes:
+      name: as given.
+      platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
+      count: number of local devices; None for all of them. Of CPUs that are not there, as many
+        are made up.
+      topology: of an absent TPU, in the words of its compiler, such as ``"v5e:16x16"``; None for
+        devices of this machine.
+    """
+
+    name: str
+    platform: Platform
+    count: int | None = None
+    topology: str | None = None
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether programs are only compiled, and cannot run here."""
+        return self.topology is not None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that have to be set before jax is imported, without XLA flags."""
+        if self.is_absent:
+            return {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3"}
+        return {"JAX_PLATFORMS": "cpu"} if self.platform == "cpu" else {}
+
+    @property
+    def xla_flags(self) -> tuple[str, ...]:
+        """XLA flags that the target itself needs."""
+        if self.platform != "cpu" or self.is_absent:
+            return ()
+        return (f"--xla_force_host_platform_device_count={self.count or 1}",)
+
+    def devices(self) -> tuple[jax.Device, ...]:
+        """The devices; of an absent TPU descriptions of them, for the compiler.
+
+        Raises:
+          TargetError: this machine cannot serve the target.
+        """
+        if self.topology is not None:
+            return _absent_devices(self.name, self.topology)
+        try:
+            found = jax.devices(self.platform)
+        except RuntimeError:
+            extra = {"gpu": "cuda", "tpu": "tpu"}.get(self.platform, self.platform)
+            raise TargetError(
+                f"target {self.name!r} needs a {self.platform.upper()} in this machine; if there is"
+                f' one: pip install "capsjax[{extra}]"'
+            ) from None
+        if len(found) < (self.count or 1):
+            raise TargetError(
+                f"target {self.name!r} needs {self.count} devices, this machine has {len(found)}"
+            )
+        return tuple(found[: self.count])
+
+
+def parse_target(name: str) -> Target:
+    """Returns the target of a name.
+
+    Args:
+      name: ``cpu``, ``gpu`` or ``tpu``, with ``:N`` for N devices of this machine; or what a TPU
+        is rented as: ``v5e-256`` and ``v6e-8`` count chips, ``v4-32``, ``v5p-128`` and ``tpu7x-8``
+        count cores, two of each chip.
+
+    Returns:
+      A :class:`Target`. No device is looked for yet.
+
+    Raises:
+      TargetError: there is no such target.
+
+    Example:
+      >>> from capsjax.bench import parse_target
+      >>> parse_target("v5p-128").topology, parse_target("cpu:8").count
+      ('v5p:4x4x4', 8)
+    """
+    if local := re.fullmatch(r"(cpu|gpu|tpu)(?::([1-9]\d*))?", name):
+        platform, count = local.groups()
+        number = int(count) if count else (1 if platform == "cpu" else None)
+        return Target(name, platform, number)  # type: ignore[arg-type]
+    absent = re.fullmatch(r"([a-z0-9]+)-([1-9]\d*)", name)
+    if absent is None:
+        raise TargetError(f"target must be like {', '.join(EXAMPLES)}, got {name!r}")
+    family, number = _ALIASES.get(absent[1], absent[1]), int(absent[2])
+    if family not in _GENERATIONS:
+        known = ", ".join(_GENERATIONS)
+        raise TargetError(f"target must be of a TPU generation among {known}, got {name!r}")
+    generation = _GENERATIONS[family]
+    chips, rest = divmod(number, generation.cores_per_chip)
+    shape = None if rest else _torus(chips, generation.dimensions, _MOST_CHIPS[family])
+    if shape is None:
+        raise TargetError(f"target {name!r} is none that a {family} comes in; try {_near(family)}")
+    return Target(name, "tpu", topology=f"{family}:{'x'.join(map(str, shape))}")
+
+
+@contextlib.contextmanager
+def libtpu_lock(*, timeout: float = 3600) -> Iterator[float]:
+    """Waits until no other process of capsjax uses libtpu, and keeps the others waiting.
+
+    Args:
+      timeout: seconds to wait.
+
+    Yields:
+      The seconds that were waited.
+
+    Raises:
+      TargetError: the time is over.
+    """
+    import fcntl  # not on Windows, where there is no libtpu either
+
+    path = Path(tempfile.gettempdir()) / "capsjax-libtpu.lock"
+    start = time.monotonic()
+    with contextlib.suppress(OSError):
+        path.touch(mode=0o666)
+    # Any user may lock what is only read.
+    with path.open("rb") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - start > timeout:
+                    raise TargetError(
+                        f"another process has been using libtpu for {timeout:.0f} seconds"
+                    ) from None
+                time.sleep(0.2)
+        yield time.monotonic() - start
+
+
+def _torus(chips: int, dimensions: int, most: int) -> tuple[int, ...] | None:
+    """The shape that so many chips are rented in; None if there is none."""
+    if chips == 1:
+        return (1,) * dimensions
+    if dimensions == 2:
+        shapes = {4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16)}
+        return {**shapes, 256: (16, 16)}.get(chips)
+    if chips in (4, 8):
+        return (2, 2, chips // 4)
+    if chips in (16, 32):
+        return (2, chips // 8, 4) if chips == 16 else (2, 4, 4)
+    # Whole cubes of 4 x 4 x 4, side by side: as near to a cube as the number allows.
+    cubes, rest = divmod(chips, 64)
+    if rest or chips > most:
+        return None
+    best = min(
+        (
+            (a, b, cubes // (a * b))
+            for a in range(1, math.isqrt(cubes) + 1)
+            for b in range(a, cubes // a + 1)
+            if cubes % (a * b) == 0 and cubes // (a * b) >= b
+        ),
+        key=sum,
+    )
+    return tuple(4 * size for size in best)
+
+
+def _near(family: str) -> str:
+    generation = _GENERATIONS[family]
+    sizes = (1, 4, 8, 16, 32, 64, 128, 256)
+    fitting = (n for n in sizes if _torus(n, generation.dimensions, _MOST_CHIPS[family]))
+    return ", ".join(f"{family}-{n * generation.cores_per_chip}" for n in fitting)
+
+
+def _absent_devices(name: str, topology: str) -> tuple[jax.Device, ...]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise TargetError(
+            f'target {name!r} needs the TPU compiler, which comes with: pip install "capsjax[tpu]"'
+        )
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    family, _, shape = topology.partition(":")
+    sizes = [int(size) for size in shape.split("x")]
+    host = [1, 1, 1] if math.prod(sizes) == 1 else [2, 2, 1]
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=topology,
+            chip_config_name=_GENERATIONS[family].config,
+            chips_per_host_bounds=host,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if "lockfile" in str(error) or "already in use" in str(error):
+            raise TargetError(
+                f"target {name!r} needs libtpu, which another process is using"
+            ) from None
+        raise TargetError(
+            f"target {name!r} is none that this libtpu knows: {str(error).splitlines()[0]}"
+        ) from None
+    return tuple(described.devices)

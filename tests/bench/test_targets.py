@@ -1,0 +1,95 @@
+"""Names of targets, what this machine cannot serve, and who may use libtpu."""
+
+import importlib.util
+import multiprocessing
+import tempfile
+import time
+
+import pytest
+
+from capsjax.bench import TargetError, libtpu_lock, parse_target
+
+
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("v4-32", "v4:2x2x4"),
+        ("v5e-1", "v5e:1x1"),
+        ("v5e-8", "v5e:2x4"),
+        ("v5litepod-8", "v5e:2x4"),
+        ("v5e-256", "v5e:16x16"),
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p-2048", "v5p:8x8x16"),
+        ("v6e-8", "v6e:2x4"),
+        ("v6e-256", "v6e:16x16"),
+        ("tpu7x-8", "tpu7x:2x2x1"),
+    ],
+)
+def test_names_that_people_use(name, topology):
+    target = parse_target(name)
+    assert target.topology == topology
+    assert target.is_absent
+    assert target.environment["JAX_PLATFORMS"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("v9-8", "among v4, v5e, v5p, v6e, tpu7x, got 'v9-8'"),
+        ("v5e", "target must be like cpu, .*, got 'v5e'"),
+        ("cpu:0", "got 'cpu:0'"),
+        ("v5e-3", "'v5e-3' is none that a v5e comes in; try v5e-1, v5e-4"),
+        ("v4-31", "'v4-31' is none that a v4 comes in; try v4-2, v4-8"),
+        ("v5e-512", "'v5e-512' is none"),
+    ],
+)
+def test_bad_names_say_what_would_do(name, said):
+    with pytest.raises(TargetError, match=said):
+        parse_target(name)
+
+
+def test_devices_of_this_machine():
+    assert len(parse_target("cpu:8").devices()) == 8
+    assert len(parse_target("cpu").devices()) == 1
+    assert parse_target("cpu:8").xla_flags == ("--xla_force_host_platform_device_count=8",)
+    with pytest.raises(TargetError, match="'cpu:9' needs 9 devices, this machine has 8"):
+        parse_target("cpu:9").devices()
+
+
+def test_a_gpu_that_is_not_there_is_one_line_with_what_to_install():
+    with pytest.raises(TargetError, match=r'needs a GPU .* pip install "capsjax\[cuda\]"') as error:
+        parse_target("gpu").devices()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_a_tpu_without_its_compiler_is_one_line_with_what_to_install():
+    with pytest.raises(TargetError, match=r"'v5e-8' needs the TPU compiler.*capsjax\[tpu\]"):
+        parse_target("v5e-8").devices()
+
+
+def hold(folder, entered, release):
+    tempfile.tempdir = folder
+    with libtpu_lock():
+        entered.set()
+        release.wait(30)
+
+
+def test_the_second_waits_for_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    context = multiprocessing.get_context("spawn")
+    entered, release = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(str(tmp_path), entered, release))
+    other.start()
+    try:
+        assert entered.wait(60)
+        with pytest.raises(TargetError, match="has been using libtpu"), libtpu_lock(timeout=0.3):
+            pass
+        release.set()
+        start = time.monotonic()
+        with libtpu_lock(timeout=30) as waited:
+            assert waited <= time.monotonic() - start
+    finally:
+        release.set()
+        other.join(30)
+    assert other.exitcode == 0
