@@ -1,12 +1,13 @@
 """Convolution that every platform can differentiate at speed (floor 1).
 
 XLA's CPU backend computes the gradients of a strided 9 × 9 convolution many times more slowly than
-the matrix products that they amount to. Products of patches or of Fourier transforms there, XLA's
-own convolution elsewhere.
+the matrix products that they amount to, and its TPU backend multiplies by zeros in the gradient of
+the images. There are products of patches or of Fourier transforms for the one, a gradient phase by
+phase for the other, and XLA's own convolution elsewhere.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -15,8 +16,9 @@ from jax import lax
 
 from capsjax.ops.fields import Padding, ReceptiveFields
 from capsjax.ops.fourier import conv_by_fourier, gains_by_fourier
+from capsjax.ops.phases import conv_by_phases, gains_by_phases
 
-ConvImplementation = Literal["patches", "fourier", "xla"]
+ConvImplementation = Literal["patches", "fourier", "phases", "xla"]
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
 
@@ -61,9 +63,11 @@ def conv_general_dilated(
       implementation: ``"patches"``: shifted copies of the image, concatenated, times the kernel as
         one matrix product; needs memory for KH·KW/stride² images. ``"fourier"``: products of
         Fourier transforms, a third of the operations for large kernels on small images; needs
-        memory for the transforms, four to five kernels with the paper's sizes. ``"xla"``:
-        :func:`jax.lax.conv_general_dilated`. None: where the program is compiled for CPU and the
-        arguments allow it, the one of the first two that takes less, else XLA.
+        memory for the transforms, four to five kernels with the paper's sizes. ``"phases"``: XLA's
+        convolution with a gradient of the images that multiplies by no zeros between numbers.
+        ``"xla"``: :func:`jax.lax.conv_general_dilated`. None: what is best on the platform that the
+        program is compiled for, if the arguments allow it: on CPU the one of the first two that
+        takes less, on TPU phases if there is a stride, elsewhere XLA.
 
     Returns:
       ``[B, P, Q, O]``.
@@ -123,17 +127,17 @@ def conv_general_dilated(
     if reason:
         return xla(lhs, rhs)
     fields = _fields(lhs, rhs, window_strides, padding)
-    by_fourier = implementation == "fourier" or (
-        implementation is None and gains_by_fourier(lhs, rhs, fields)
-    )
-    convolve = conv_by_fourier if by_fourier else _conv_by_patches
+    by_name: dict[str, Callable[..., jax.Array]]
+    by_name = {"patches": _conv_by_patches, "fourier": conv_by_fourier, "phases": conv_by_phases}
 
-    def products(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return convolve(lhs, rhs, fields, precision, preferred_element_type)
+    def products(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        return lambda lhs, rhs: by_name[name](lhs, rhs, fields, precision, preferred_element_type)
 
     if implementation:
-        return products(lhs, rhs)
-    return lax.platform_dependent(lhs, rhs, cpu=products, default=xla)
+        return products(implementation)(lhs, rhs)
+    on_cpu = products("fourier" if gains_by_fourier(lhs, rhs, fields) else "patches")
+    on_tpu = products("phases") if gains_by_phases(fields) else xla
+    return lax.platform_dependent(lhs, rhs, cpu=on_cpu, tpu=on_tpu, default=xla)
 
 
 def _why_only_xla(

@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 from capsjax import conv_general_dilated
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-OWN = ["patches", "fourier"]
+OWN = ["patches", "fourier", "phases"]
 
 
 def arrays(batch, height, width, channels, kh, kw, features, dtype="float32"):
@@ -90,8 +90,23 @@ def test_what_ran_can_be_told_from_the_lowered_text(platform):
 
     assert counts("patches") == (0, 1)
     assert counts("fourier") == (0, 6)
-    assert counts("xla") == (1, 0)
+    assert counts("xla") == counts("phases") == (1, 0)
     assert counts(None) == ((0, 1) if platform == "cpu" else (1, 0))
+
+
+def test_the_gradient_of_the_images_multiplies_by_no_zeros_on_tpus():
+    images, kernel = arrays(1, 9, 9, 2, 3, 3, 4)
+
+    def dilated(implementation, strides):
+        gradient = jax.grad(lambda x: conv(x, kernel, strides, implementation=implementation).sum())
+        text = export.export(jax.jit(gradient), platforms=["tpu"])(images).mlir_module()
+        assert "stablehlo.convolution" in text
+        return "lhs_dilate = [2, 2]" in text
+
+    assert dilated("xla", (2, 2))
+    assert not dilated("phases", (2, 2))
+    assert not dilated(None, (2, 2))
+    assert not dilated("xla", (1, 1))
 
 
 @pytest.mark.parametrize(("batch", "products"), [(2, 1), (64, 6)])
