@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from capsjax.routing.fused.lanes import Lanes
 from capsjax.routing.fused.recurrence import route
 from capsjax.routing.routed import Routed
 
-Implementation = Literal["reference", "blocked"]
+Implementation = Literal["reference", "blocked", "pallas_tpu"]
 
 # Numbers in the votes of a batch from which on blocks of them are faster than all at once.
 _MANY_VOTES = 2**20
@@ -70,8 +70,9 @@ def dense_capsules(
       implementation: ``"reference"`` stores the votes and loops over the logits; it alone returns
         the coupling, and always has forward-mode derivatives. ``"blocked"``, in plain XLA, stores
         neither votes nor logits; its blocks are made for the platform that the program is compiled
-        for. None is ``"blocked"`` where that has been found to be faster: if there are many votes,
-        on CPU also no fewer dimensions than the children's poses.
+        for. ``"pallas_tpu"`` does the same by kernels for TPUs that read every pose and weight
+        once a pass. None is ``"blocked"`` where that has been found to be faster: if there are many
+        votes, on CPU also no fewer dimensions than the children's poses.
 
     Returns:
       :class:`Routed`: poses :math:`v` ``[..., J, D]`` and activations :math:`\|v\|` ``[..., J]`` in
@@ -83,7 +84,9 @@ def dense_capsules(
         ``num_iterations`` is not an integer.
       ValueError: an argument has the wrong shape, ``num_iterations`` is below 1, or the
         implementation's name is unknown.
-      NotImplementedError: ``"blocked"`` is named for weights of unknown size.
+      NotImplementedError: the named implementation cannot run: weights are of unknown size; for
+        kernels also a batch of unknown size, children too large for the memory beside the units,
+        or, when the program is lowered, another platform.
 
     Example:
       >>> import jax
@@ -118,7 +121,7 @@ def dense_capsules(
             where=where, leaky=leaky, stop_gradient=stop_gradient,
         )  # fmt: skip
 
-    def swept(kind: type[Blocks] | type[Lanes], poses: jax.Array, weights: jax.Array) -> Routed:
+    def swept(kind: Any, poses: jax.Array, weights: jax.Array) -> Routed:
         flat = poses.astype(dtype).reshape(-1, *poses.shape[-2:])
         added = jnp.zeros(parents) if bias is None else bias
         arguments = _alike(flat, weights.astype(dtype), added.astype(accumulator(dtype)))
@@ -135,13 +138,19 @@ def dense_capsules(
 
     if implementation == "reference":
         return stored(poses, weights)
-    if implementation == "blocked" and not _sizes_known(weights):
+    if implementation and not _sizes_known(weights):
         raise NotImplementedError(
-            f"implementation 'blocked' needs weights of known size, got shape {weights.shape}"
+            f"implementation {implementation!r} needs weights of known size, got shape"
+            f" {weights.shape}"
         )
     empty = 0 in (*poses.shape, *weights.shape)
     if empty or not (implementation or _are_many(poses, weights)):
         return without_coupling(poses, weights)
+    if implementation == "pallas_tpu":
+        # Not before it is wanted: importing Pallas takes longer than all of this package.
+        from capsjax.routing.fused.pallas_tpu import TpuKernels
+
+        return swept(TpuKernels, poses, weights)
     blocks, lanes = functools.partial(swept, Blocks), functools.partial(swept, Lanes)
     on_cpu = blocks if implementation or _gains_on_cpu(weights) else without_coupling
     routed: Routed = lax.platform_dependent(poses, weights, cpu=on_cpu, default=lanes)
