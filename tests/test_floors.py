@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "bench": {"ops", "routing", "nn", "models", "training"},
 }
 # What floors 1 to 3 may need of other packages.
-PACKAGES = {"ops": {"jax", "numpy"}, "routing": {"jax"}, "nn": {"jax", "flax"}}
+PACKAGES = {"ops": {"jax", "numpy"}, "routing": {"jax", "numpy"}, "nn": {"jax", "flax"}}
 FILES = [path for folder in MAY_IMPORT for path in sorted((PACKAGE / folder).rglob("*.py"))]
 
 
