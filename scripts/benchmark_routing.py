@@ -34,11 +34,12 @@ def main() -> None:
     except TargetError as error:
         sys.exit(f"benchmark_routing.py: error: --target: {error}")
     device = options.target or jax.devices()[0].device_kind
+    run = "compiled and not run" if options.target else f"{options.rounds} rounds in alternation"
     print(
         f"{options.batch} examples, {options.children} children of {options.in_features} to"
         f" {options.parents} parents of {options.features}, {options.num_iterations} iterations,"
-        f" {options.dtype}; {device}, jax {jax.__version__}; {options.rounds} rounds in"
-        " alternation, ratios to the reference, MB of temporary memory"
+        f" {options.dtype}; {device}, jax {jax.__version__}; {run}; ratios to the"
+        " reference, MB of temporary memory"
     )
     show(rows, "reference")
     if options.json:

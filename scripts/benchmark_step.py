@@ -40,10 +40,11 @@ def main() -> None:
         sys.exit(f"benchmark_step.py: error: --target: {error}")
     base = "torch.compile" if any(row.name == "torch.compile" for row in rows) else "reference"
     device = options.target or jax.devices()[0].device_kind
+    run = "compiled and not run" if options.target else f"{options.rounds} rounds in alternation"
     print(
         f"preset {options.preset}, {options.batch} examples, {options.dtype}; {device}, jax"
-        f" {jax.__version__}; {options.rounds} rounds in alternation, ratios to {base}, MB of"
-        " temporary memory; PyTorch's compilation is its first call"
+        f" {jax.__version__}; {run}; ratios to {base}, MB of temporary memory; PyTorch's"
+        " compilation is its first call"
     )
     show(rows, base)
     if options.json:

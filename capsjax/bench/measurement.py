@@ -104,10 +104,10 @@ def timed(
 
 
 def ratio(one: Measurement, other: Measurement) -> float | None:
-    """Of times, or if there are none of cycles; None if there are neither."""
+    """Of times, or if there are none of cycles; None if these leave out kernels, or are missing."""
     if one.times and other.times:
         return one.times.ratio(other.times)
-    if one.cycles and other.cycles:
+    if one.cycles and other.cycles and not (_kernels(one) or _kernels(other)):
         return one.cycles.total / other.cycles.total
     return None
 
@@ -155,7 +155,7 @@ def _cells(each: Measurement, base: Measurement) -> list[str]:
     return [
         median,
         span,
-        _number(each.cycles and each.cycles.total, 1e-6, 3),
+        _number(each.cycles and each.cycles.total, 1e-6, 3) + ("+" if _kernels(each) else ""),
         _number(ratio(each, base), 1, 2),
         _number(each.temporary_bytes, 1e-6, 1),
         _number(memory, 1, 3),
@@ -167,14 +167,21 @@ def _cells(each: Measurement, base: Measurement) -> list[str]:
 
 def _notes(measurements: Sequence[Measurement]) -> list[str]:
     """What a table cannot say: why a program is missing, and what cycles leave out."""
-    notes = [f"{each.kind}, {each.name}: {each.reason}\n" for each in measurements if each.reason]
-    for each in measurements:
-        kernels = each.cycles and each.cycles.without_estimate.get("custom-call tpu_custom_call")
-        if kernels:
-            notes.append(
-                f"{each.kind}, {each.name}: the cycles are without those of {kernels:g} kernels\n"
-            )
-    return notes
+    missing = [f"{each.kind}, {each.name}: {each.reason}\n" for each in measurements if each.reason]
+    without = [
+        f"{each.kind}, {each.name}: and the cycles of {_kernels(each):g} kernels, of which the"
+        " compiler has no estimate\n"
+        for each in measurements
+        if _kernels(each)
+    ]
+    return missing + without
+
+
+def _kernels(each: Measurement) -> float:
+    """Executions of kernels, which are in no estimate."""
+    if each.cycles is None:
+        return 0
+    return each.cycles.without_estimate.get("custom-call tpu_custom_call", 0)
 
 
 def _number(value: float | None, scale: float, digits: int) -> str:
