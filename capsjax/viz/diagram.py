@@ -348,8 +348,8 @@ class _Drawing:
                             lw=1.3, zorder=4)  # fmt: skip
             self._text(end, self.ends[n], _short(self.class_names[parent]), 8, ha="center",
                        weight="bold", color=colour, zorder=5)  # fmt: skip
-            self._text(end, self.ends[n] - 0.26, f"{present:.2f}", 7.5, ha="center", color=colour,
-                       zorder=5)  # fmt: skip
+            self._text(end - 0.08, self.ends[n] + (-0.25 if n else 0.25), f"{present:.2f}", 7.5,
+                       color=colour, zorder=5)  # fmt: skip
         equation = r"$c_{ij} = \mathrm{softmax}_j\, b_{ij}$" if self.dynamic else "$c_{ij}$"
         middle = (start + end) / 2
         self._head(middle, f"iteration {column + 1}", equation, _shape("c", coupling.shape))
@@ -362,6 +362,7 @@ class _Drawing:
         return x + _PANEL
 
     def _parents(self, x: float) -> float:
+        x += 0.12
         last = self.chosen.iterations[-1]
         classes = list(self.chosen.classes)
         columns = [("parents", self.poses[last], "v")]

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from jax.typing import ArrayLike
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from capsjax.routing import RoutingTrace
 from capsjax.viz.theme import Theme, ThemeName, new_figure, themed
@@ -201,7 +202,7 @@ def agreement(
                        textcoords="offset points", ha="right", va="top", fontsize=8,
                        color=colours.soft)  # fmt: skip
         right.set_title("entropy of a child's coupling, bits", loc="left")
-        right.set_ylim(0, 1.08 * np.log2(max(j, 2)))
+        right.margins(y=0.15)
         for ax in (left, right):
             ax.set_xticks(at)
             ax.set_xlabel("iteration")
@@ -415,7 +416,7 @@ def confusion(
             left, right = figure.subfigures(1, 2, width_ratios=(1.1, 1))
         ax = left.add_subplot()
         wrong = counts * (1 - np.eye(number, dtype=int))
-        ax.imshow(wrong, cmap="Oranges" if theme == "light" else "inferno", vmin=0,
+        ax.imshow(np.ma.masked_equal(wrong, 0), cmap="Oranges" if theme == "light" else "inferno", vmin=0,
                   vmax=max(1, wrong.max()) * 1.25, gid="confusion")  # fmt: skip
         for t in range(number):
             for p in range(number):
@@ -493,10 +494,12 @@ def training_curves(
                         label = f"{name}, {split}" if len(runs) > 1 else split
                         ax.plot(*zip(*points, strict=True), color=colour, label=label,
                                 gid=f"{name}-{split}-{key}", **style)  # fmt: skip
-            # A test without an error has no place on a logarithmic axis.
-            ax.set_yscale("symlog", linthresh=1e-3) if key == "error" else ax.set_yscale("log")
+            ax.set_yscale("log")
             ax.set_title(key, loc="left")
             ax.set_xlabel("step")
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}" if value < 0.001 else f"{value:.1%}")
+        # The last one, of errors.
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        ax.yaxis.set_minor_locator(NullLocator())
         ax.legend()
         return figure
