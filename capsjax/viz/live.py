@@ -35,6 +35,9 @@ class Live:
         self._lock = threading.Lock()
         self._dissect = nnx.jit(dissect)
         self._reconstruct = nnx.jit(reconstruct)
+        # Compiles all of it, so that the first answer is no slower than the others.
+        self.look(np.zeros(self.network.config.image_shape, np.uint8))
+        self.decode([0.0] * self.network.config.class_features, 0)
 
     def about(self) -> dict[str, Any]:
         """What the page needs to know before it asks anything."""
