@@ -61,7 +61,9 @@ def _one(trace: RoutingTrace) -> None:
 def _show(ax: Axes, image: Array, **options: Any) -> None:
     """An image without ticks, in grey unless it has colours."""
     image = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
-    ax.imshow(image, **{"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest", **options})
+    ax.imshow(
+        image, **{"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest", **options}
+    )
     ax.set_xticks([])
     ax.set_yticks([])
     for spine in ax.spines.values():

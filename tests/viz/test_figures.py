@@ -39,7 +39,9 @@ def test_agreement_and_entropy(anatomy):
     votes, coupling = np.asarray(anatomy.votes), np.asarray(trace.coupling)
     for t in range(3):
         along = np.einsum("ijd,jd->ij", votes, trace.poses[t])
-        np.testing.assert_allclose(means[t], np.average(along, axis=0, weights=coupling[t]), atol=1e-6)
+        np.testing.assert_allclose(
+            means[t], np.average(along, axis=0, weights=coupling[t]), atol=1e-6
+        )
     np.testing.assert_allclose(entropy[0], np.log2(10), rtol=1e-6)
     expected = np.mean([-sum(c * np.log2(c)) for c in coupling[2].astype(float)])
     np.testing.assert_allclose(entropy[2], expected, rtol=1e-6)
@@ -84,7 +86,9 @@ def test_overlaps_are_tinted(image):
 def test_confusion():
     labels = np.array([0, 1, 2, 2, 1])
     scores = np.eye(3)[[0, 1, 1, 2, 0]] * np.array([[1.0], [1], [0.6], [1], [0.9]])
-    np.testing.assert_array_equal(confusion_matrix(labels, scores), [[1, 0, 0], [1, 1, 0], [0, 1, 1]])
+    np.testing.assert_array_equal(
+        confusion_matrix(labels, scores), [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    )
     assert viz.worst_errors(labels, scores).tolist() == [4, 2]
     figure = viz.confusion(labels, scores, images=np.zeros((5, 4, 4, 1)))
     titles = [ax.get_title(loc) for ax in figure.axes for loc in ("left", "center")]
