@@ -114,9 +114,9 @@ def routing_diagram(
 ) -> Figure:
     r"""Draws routing by agreement for one example, from true numbers.
 
-    From left to right: children :math:`u_i`; their votes :math:`\hat u_{j|i} = W_{ij} u_i`; for each
-    iteration the couplings :math:`c_{ij}` as lines whose width is the coupling; the weighted sums
-    :math:`s_j`; the parents :math:`v_j` with their length. A vector is a row of bars, one per
+    From left to right: children :math:`u_i`; their votes :math:`\hat u_{j|i} = W_{ij} u_i`; for
+    each iteration the couplings :math:`c_{ij}` as lines whose width is the coupling; the weighted
+    sums :math:`s_j`; the parents :math:`v_j` with their length. A vector is a row of bars, one per
     component, up for positive. The children with the largest couplings are drawn one by one; the
     last row sums up all others: their mean coupling, and the sum of their weighted votes.
 
@@ -155,7 +155,7 @@ def routing_diagram(
     chosen = select(
         trace, classes=classes, children=among, num_children=num_children, iterations=iterations
     )
-    r, i, j = trace.coupling.shape
+    _, i, j = trace.coupling.shape
     d = trace.poses.shape[-1]
     u = _array("children", children, (i, None))
     uhat = _array("votes", votes, (i, j, d))
@@ -272,7 +272,7 @@ class _Drawing:
         inset.set_yticks([])
         for spine in inset.spines.values():
             spine.set(visible=True, color=self.theme.faint)
-        shape = " × ".join(map(str, image.shape))
+        shape = _shape("x", image.shape)
         self._head(x + side / 2, "image", "$x$", shape)
         return x + side + 0.12
 
@@ -371,10 +371,12 @@ class _Drawing:
             if self.bias is not None:
                 sums = sums + self.bias
             columns.insert(0, ("weighted sums", sums, "s"))
+        squash = r"$v_j = \frac{\|s_j\|^2}{1+\|s_j\|^2}\,\frac{s_j}{\|s_j\|}$"
+        beta = r"$ + \beta_j$" if self.bias is not None else ""
         equations = {
-            "s": r"$s_j = \Sigma_i\, c_{ij}\,\hat{u}_{j|i}$" + (r"$ + \beta_j$" if self.bias is not None else ""),
-            "v": r"$v_j = \frac{\|s_j\|^2}{1+\|s_j\|^2}\,\frac{s_j}{\|s_j\|}$" if self.dynamic else "$v_j$",
-        }  # fmt: skip
+            "s": r"$s_j = \Sigma_i\, c_{ij}\,\hat{u}_{j|i}$" + beta,
+            "v": squash if self.dynamic else "$v_j$",
+        }
         for title, vectors, letter in columns:
             largest = np.abs(vectors[classes]).max()
             for n, parent in enumerate(classes):

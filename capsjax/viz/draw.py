@@ -209,20 +209,21 @@ def predict_all(loaded: Loaded, images: np.ndarray, batch: int = 250) -> list[mo
     ]
 
 
-def _capsules(loaded: Loaded, images: np.ndarray) -> models.Prediction:
+def _capsules(loaded: Loaded, images: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Scores and class capsules."""
     (prediction,) = predict_all(loaded, images, len(images))
     if prediction.poses is None:
         raise ValueError(
             f"network must have class capsules, {type(loaded.network).__name__} has none"
         )
-    return prediction
+    return prediction.scores, prediction.poses
 
 
 def _lengths(loaded: Loaded, config: DrawConfig) -> Figure:
     n, test = config.index, loaded.dataset.test
-    prediction = _capsules(loaded, test.images[n : n + 1])
+    scores, _ = _capsules(loaded, test.images[n : n + 1])
     return figures.lengths(
-        prediction.scores[0], class_names=loaded.dataset.class_names, label=int(test.labels[n]),
+        scores[0], class_names=loaded.dataset.class_names, label=int(test.labels[n]),
         theme=config.theme,
     )  # fmt: skip
 
@@ -230,9 +231,9 @@ def _lengths(loaded: Loaded, config: DrawConfig) -> Figure:
 def _reconstructions(loaded: Loaded, config: DrawConfig) -> Figure:
     test, names = loaded.dataset.test, loaded.dataset.class_names
     images = test.images[config.index : config.index + 12]
-    prediction = _capsules(loaded, images)
-    said = jnp.argmax(prediction.scores, axis=-1)
-    made = reconstruct(loaded.network, prediction.poses, said)
+    scores, poses = _capsules(loaded, images)
+    said = jnp.argmax(scores, axis=-1)
+    made = reconstruct(loaded.network, poses, said)
     titles = [
         f"{names[label]} → {names[p]}"
         for label, p in zip(test.labels[config.index :], said.tolist(), strict=False)
@@ -242,9 +243,9 @@ def _reconstructions(loaded: Loaded, config: DrawConfig) -> Figure:
 
 def _dimensions(loaded: Loaded, config: DrawConfig) -> Figure:
     n = config.index
-    prediction = _capsules(loaded, loaded.dataset.test.images[n : n + 1])
-    parent = config.classes[0] if config.classes else int(jnp.argmax(prediction.scores[0]))
-    images = vary_dimensions(loaded.network, prediction.poses[0], parent)
+    scores, poses = _capsules(loaded, loaded.dataset.test.images[n : n + 1])
+    parent = config.classes[0] if config.classes else int(jnp.argmax(scores[0]))
+    images = vary_dimensions(loaded.network, poses[0], parent)
     return figures.dimensions(images, OFFSETS, theme=config.theme)
 
 
@@ -269,11 +270,9 @@ def _overlaps(loaded: Loaded, config: DrawConfig) -> Figure:
         if len(pairs) == 8:
             break
     images = np.stack([overlay(test.images[a], test.images[b]) for a, b in pairs])
-    prediction = _capsules(loaded, images)
-    two = jax.lax.top_k(prediction.scores, 2)[1]
-    parts = jnp.stack(
-        [reconstruct(loaded.network, prediction.poses, two[:, n]) for n in (0, 1)], axis=1
-    )
+    scores, poses = _capsules(loaded, images)
+    two = jax.lax.top_k(scores, 2)[1]
+    parts = jnp.stack([reconstruct(loaded.network, poses, two[:, n]) for n in (0, 1)], axis=1)
     titles = [
         f"{names[test.labels[a]]}+{names[test.labels[b]]} → {names[p]}+{names[q]}"
         for (a, b), (p, q) in zip(pairs, two.tolist(), strict=True)

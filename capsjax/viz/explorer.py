@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import io
+import itertools
 import json
 import socket
 from collections.abc import Callable
@@ -217,11 +218,11 @@ def export(live: Live, examples: tuple[int, ...]) -> str:
     about = live.about()
     chosen: list[dict[str, Any]] = []
     pairs: list[tuple[int, int | None]] = [(n, None) for n in examples]
-    pairs += [(a, b) for a, b in zip(examples, examples[1:], strict=False)][:4]
+    pairs += [(a, b) for a, b in itertools.pairwise(examples)][:4]
     for index, other in pairs:
         image = live.test_image(index, other)
         name = f"test image {index}" + (f" and {other}" if other is not None else "")
-        svgs = {theme: live.diagram(image, None, theme) for theme in ("light", "dark")}  # type: ignore[arg-type]
+        svgs = {theme: live.diagram(image, None, theme) for theme in ("light", "dark")}
         chosen.append({"name": name, **live.look(image), "diagram": svgs})
     about["labels"] = []
     return _with_values({**about, "examples": chosen, "decoder": live.decoder_weights()})

@@ -1,4 +1,4 @@
-"""Figures of capsule papers (floor 5): each returns a matplotlib figure and draws what it is given."""
+"""Figures of capsule papers (floor 5): numbers in, a matplotlib figure out."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -150,7 +150,7 @@ def coupling_maps(
         assert drawn is not None
         bar = figure.colorbar(drawn, ax=axes, fraction=0.025, pad=0.02)
         bar.set_label("coupling $c_{ij}$")
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         return figure
 
 
@@ -250,8 +250,8 @@ def lengths(
         bars = ax.bar(range(len(values)), values, 0.72, color=colours.accents[0], alpha=0.45)
         bars[int(np.argmax(values))].set_alpha(1)
         for at, value in enumerate(values):
-            ax.annotate(f"{value:.2f}", (at, value), (0, 2), textcoords="offset points", ha="center",
-                        fontsize=7.5, color=colours.soft)  # fmt: skip
+            ax.annotate(f"{value:.2f}", (at, value), (0, 2), textcoords="offset points",
+                        ha="center", fontsize=7.5, color=colours.soft)  # fmt: skip
         ax.set_xticks(range(len(values)), names)
         if label is not None:
             ax.get_xticklabels()[label].set(weight="bold", color=colours.ink)
@@ -363,7 +363,7 @@ def _grid(
         raise ValueError(f"titles must be {many}, got {len(titles)}")
     with themed(theme) as colours:
         figure = new_figure(1.1 + many * size, 0.45 + number * size * height / width)
-        figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)  # type: ignore[union-attr]
+        figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
         axes = figure.subplots(number, many, squeeze=False)
         for r in range(number):
             for n in range(many):
@@ -413,12 +413,14 @@ def confusion(
     shown = None if images is None else _checked("images", images, "N, H, W, C")
     with themed(theme) as colours:
         figure = new_figure(9.6 if shown is not None else 4.8, 4.4)
-        left = figure
+        left: Any = figure
         if shown is not None:
-            left, right = figure.subfigures(1, 2, width_ratios=(1.1, 1))
+            halves: Any = figure.subfigures(1, 2, width_ratios=(1.1, 1))
+            left, right = halves
         ax = left.add_subplot()
         wrong = counts * (1 - np.eye(number, dtype=int))
-        ax.imshow(np.ma.masked_equal(wrong, 0), cmap="Oranges" if theme == "light" else "inferno", vmin=0,
+        colour_map = "Oranges" if theme == "light" else "inferno"
+        ax.imshow(np.ma.masked_equal(wrong, 0), cmap=colour_map, vmin=0,
                   vmax=max(1, wrong.max()) * 1.25, gid="confusion")  # fmt: skip
         for t in range(number):
             for p in range(number):

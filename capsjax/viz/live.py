@@ -117,14 +117,14 @@ class Live:
 
     def decoder_weights(self) -> list[dict[str, Any]]:
         """Kernels and biases of the decoder as base64 of float32, for a page without a server."""
-        return [
-            {
-                "shape": list(layer.kernel[...].shape),
-                "kernel": _base64(layer.kernel[...]),
-                "bias": _base64(layer.bias[...]),
-            }
-            for layer in decoder_of(self.network).layers
-        ]
+        weights = []
+        for layer in decoder_of(self.network).layers:
+            assert layer.bias is not None  # the decoder's layers all have one
+            kernel, bias = layer.kernel[...], layer.bias[...]
+            weights.append(
+                {"shape": list(kernel.shape), "kernel": _base64(kernel), "bias": _base64(bias)}
+            )
+        return weights
 
 
 def _values(array: jax.Array) -> Any:

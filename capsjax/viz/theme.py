@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import matplotlib as mpl
+from cycler import cycler
 from matplotlib.figure import Figure
 
 ThemeName = Literal["light", "dark"]
@@ -58,7 +59,7 @@ def theme_of(name: ThemeName) -> Theme:
 def themed(name: ThemeName) -> Iterator[Theme]:
     """Matplotlib's settings in this theme, for as long as the context lasts."""
     theme = theme_of(name)
-    settings = {
+    settings: Any = {
         "figure.facecolor": theme.paper, "savefig.facecolor": theme.paper,
         "axes.facecolor": theme.paper, "axes.edgecolor": theme.faint, "axes.grid": False,
         "axes.labelcolor": theme.soft, "axes.titlecolor": theme.ink, "text.color": theme.ink,
@@ -66,7 +67,7 @@ def themed(name: ThemeName) -> Iterator[Theme]:
         "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold",
         "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
         "legend.frameon": False, "font.family": "DejaVu Sans", "mathtext.fontset": "cm",
-        "svg.hashsalt": "capsjax", "axes.prop_cycle": mpl.cycler(color=theme.accents),
+        "svg.hashsalt": "capsjax", "axes.prop_cycle": cycler(color=theme.accents),
     }  # fmt: skip
     with mpl.rc_context(settings):
         yield theme

@@ -7,12 +7,12 @@ import pytest
 from capsjax import length, routing_trace
 from capsjax.viz import dissect, routing_diagram, select
 
-I, J, D = 40, 5, 6
+CHILDREN, J, D = 40, 5, 6
 
 
 @pytest.fixture(scope="module")
 def votes():
-    return 0.8 * jax.random.normal(jax.random.key(1), (I, J, D))
+    return 0.8 * jax.random.normal(jax.random.key(1), (CHILDREN, J, D))
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +36,15 @@ def test_lines_are_as_wide_as_the_coupling(votes, trace, theme):
     drawn = artists(figure)
     chosen = select(trace, classes=(1, 3), num_children=6)
     assert len(chosen.children) == 6
-    assert len(chosen.rest) == I - 6
+    assert len(chosen.rest) == CHILDREN - 6
     for t in range(3):
         for j in (1, 3):
             for i in chosen.children:
                 width = drawn[f"coupling-{t + 1}-{i}-{j}"].get_linewidth()
                 np.testing.assert_allclose(width, 9 * trace.coupling[t, i, j], rtol=1e-6)
             mean = np.mean(trace.coupling[t, chosen.rest, j])
-            np.testing.assert_allclose(drawn[f"coupling-{t + 1}-rest-{j}"].get_linewidth(), 9 * mean,
-                                       rtol=1e-5)  # fmt: skip
+            width = drawn[f"coupling-{t + 1}-rest-{j}"].get_linewidth()
+            np.testing.assert_allclose(width, 9 * mean, rtol=1e-5)
 
 
 def test_bars_are_the_components(votes, trace):
@@ -109,7 +109,10 @@ def test_without_votes_neither_they_nor_sums_are_drawn(trace):
         ({"iterations": (4,)}, "iterations must be from 1 to 3, got 4"),
         ({"among": (40,)}, "children must be from 0 to 39, got 40"),
         ({"num_children": 0}, "num_children must be at least 1, got 0"),
-        ({"votes": np.zeros((I, J))}, r"votes must have shape \[40, 5, 6\], got shape \(40, 5\)"),
+        (
+            {"votes": np.zeros((CHILDREN, J))},
+            r"votes must have shape \[40, 5, 6\], got shape \(40, 5\)",
+        ),
         ({"class_names": ["a"]}, "class_names must be 5 names, got 1"),
         ({"theme": "pink"}, "theme must be one of light, dark, got 'pink'"),
     ],

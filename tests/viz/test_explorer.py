@@ -154,9 +154,9 @@ def test_the_exported_page_needs_no_server(live, loaded, image):
     ],
 )
 def test_networks_that_cannot_be_explored(loaded, config, message):
+    # Of shapes alone: the baseline has 35 million parameters.
+    network = nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=message):
-        # Of shapes alone: the baseline has 35 million parameters.
-        network = nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
         Live(dataclasses.replace(loaded, network=network))
 
 

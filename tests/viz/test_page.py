@@ -96,9 +96,10 @@ def test_the_page(page, address):
 def test_everything_has_a_name(page, address):
     page.goto(address)
     page.wait_for_selector("#diagram img")
-    unnamed = page.evaluate("""() => [...document.querySelectorAll("button, input, select, img, canvas, section")]
-        .filter(e => e.checkVisibility() && !(e.getAttribute("aria-label") || e.getAttribute("aria-labelledby")
-            || e.alt || e.labels?.length || e.textContent.trim()))
+    unnamed = page.evaluate("""() =>
+        [...document.querySelectorAll("button, input, select, img, canvas, section")]
+        .filter(e => e.checkVisibility() && !(e.getAttribute("aria-label") || e.alt
+            || e.getAttribute("aria-labelledby") || e.labels?.length || e.textContent.trim()))
         .map(e => e.outerHTML)""")
     assert unnamed == []
 
