@@ -1,4 +1,4 @@
-"""A run of a few steps, a tiny network of random weights, and an explorer that serves it."""
+"""A run's directory, a tiny network of random weights, and an explorer that serves it."""
 
 import threading
 import time
@@ -10,7 +10,9 @@ from flax import nnx
 
 from capsjax import models
 from capsjax.data import Dataset, Split, load
-from capsjax.training import Loaded, TrainConfig, train
+from capsjax.training import Checkpoints, Loaded, TrainConfig, init_state, split_network
+from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
+from capsjax.training.session import make_optimizer
 from capsjax.viz.explorer import make_app
 from capsjax.viz.live import Live
 
@@ -34,14 +36,20 @@ def image(loaded):
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    path = tmp_path_factory.mktemp("runs") / "short"
-    config = TrainConfig(
-        run_dir=path, steps=2, batch_size=16, validation=0, driver="jit", log_every=1,
-        tensorboard=False,
-    )  # fmt: skip
-    train(config)
-    return path
+def run(tmp_path_factory, loaded):
+    """The directory of a run as training leaves it, with the tiny network in it."""
+    directory = RunDirectory(tmp_path_factory.mktemp("runs") / "short")
+    options = TrainConfig(validation=0)
+    directory.create()
+    directory.write_config(RunConfig(options, TINY, DataDescription.of(load("mnist_5k"))))
+    _, variables = split_network(loaded.network)
+    checkpoints = Checkpoints(directory.checkpoints)
+    checkpoints.save(init_state(variables, make_optimizer(options)), 2, None)
+    checkpoints.finish()
+    checkpoints.close()
+    for step in (1, 2):
+        directory.append_metrics({"split": "train", "step": step, "loss": 1 / step, "error": 0.5})
+    return directory.path
 
 
 @pytest.fixture(scope="session")
