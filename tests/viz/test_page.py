@@ -1,5 +1,6 @@
 """The explorer's page, driven in Chromium."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,20 @@ def pixels(page, selector):
     return page.eval_on_selector(selector, "canvas => canvas.toDataURL()")
 
 
+def until(page, holds, arg=None):
+    """Waits for a condition; Playwright's own way would need eval, which the page forbids."""
+    limit = time.monotonic() + 20
+    while not page.evaluate(holds, arg):
+        assert time.monotonic() < limit, holds
+        page.wait_for_timeout(50)
+
+
 def changes(page, selector, before):
     """Waits until a canvas shows another picture."""
-    page.wait_for_function(
+    until(
+        page,
         "([selector, before]) => document.querySelector(selector).toDataURL() !== before",
-        arg=[selector, before],
+        [selector, before],
     )
 
 
@@ -111,7 +121,7 @@ def test_an_upload_that_is_no_image_is_told(browser, address, tmp_path):
     page.goto(address)
     page.wait_for_selector("#diagram img")
     page.set_input_files("#upload", wrong)
-    page.wait_for_function("document.querySelector('#error').textContent.includes('no PNG')")
+    until(page, "document.querySelector('#error').textContent.includes('no PNG')")
     page.close()
 
 
@@ -130,4 +140,4 @@ def test_the_exported_page(page, live, tmp_path):
         Math.abs(value - seen.reconstructions[chosen][n])))""")
     assert furthest <= 1
     page.select_option("#example", "2")
-    page.wait_for_function("document.querySelectorAll('#example option').length === 3")
+    until(page, "document.querySelectorAll('#example option').length === 3")
