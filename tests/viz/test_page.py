@@ -72,9 +72,7 @@ def test_the_page(page, address):
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] - 20, steps=8)
     page.mouse.up()
-    page.wait_for_function(
-        "said => document.querySelector('#lengths').innerText !== said", arg=said
-    )
+    until(page, "said => document.querySelector('#lengths').innerText !== said", said)
 
     # With the keyboard alone, from here on.
     before = pixels(page, "#draw")
