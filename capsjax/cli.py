@@ -1,13 +1,14 @@
 """The command line (floor 6): parse, call, print. Errors are one line, with exit code 2."""
 
 import contextlib
+import importlib
 import io
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
@@ -38,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_main("capsjax train", arguments[1:])
     elif arguments[:1] == ["evaluate"]:
         evaluate_main("capsjax evaluate", arguments[1:])
+    elif arguments[:1] == ["draw"]:
+        draw_main("capsjax draw", arguments[1:])
+    elif arguments[:1] == ["explore"]:
+        explore_main("capsjax explore", arguments[1:])
     else:
         # Help, or an error: no command was named.
         _parse(
@@ -85,6 +90,32 @@ def evaluate_main(prog: str = "evaluate.py", argv: Sequence[str] | None = None) 
         print(f"loss {evaluated.test.loss:.4f}; checkpoint of step {evaluated.step:,}")
 
     _run(prog, command)
+
+
+def draw_main(prog: str, argv: Sequence[str]) -> None:
+    """Runs ``capsjax draw``."""
+    viz = _extra(prog, "capsjax.viz.draw", "viz")
+    positional = (tyro.conf.PositionalRequiredArgs,)
+    config = _parse(prog, lambda: tyro.cli(viz.DrawConfig, prog=prog, args=argv, config=positional))
+    _run(prog, lambda: print(*viz.draw(config), sep="\n"))
+
+
+def explore_main(prog: str, argv: Sequence[str]) -> None:
+    """Runs ``capsjax explore``."""
+    viz = _extra(prog, "capsjax.viz.explorer", "explore")
+    positional = (tyro.conf.PositionalRequiredArgs,)
+    config = _parse(
+        prog, lambda: tyro.cli(viz.ExploreConfig, prog=prog, args=argv, config=positional)
+    )
+    _run(prog, lambda: viz.explore(config))
+
+
+def _extra(prog: str, module: str, extra: str) -> Any:
+    """A module that stands on packages that only an extra brings."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        _fail(prog, f'needs the package {error.name}: pip install "capsjax[{extra}]"', 2)
 
 
 def _print_result(prog: str, result: Result) -> None:
