@@ -48,7 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         _parse(
             "capsjax",
             lambda: tyro.extras.subcommand_cli_from_dict(
-                {"train": TrainConfig, "evaluate": EvaluateConfig},
+                {
+                    "train": TrainConfig,
+                    "evaluate": EvaluateConfig,
+                    "draw": _draw,
+                    "explore": _explore,
+                },
                 prog="capsjax",
                 description=f"Capsule networks for JAX, version {__version__}.",
                 args=arguments,
@@ -108,6 +113,14 @@ def explore_main(prog: str, argv: Sequence[str]) -> None:
         prog, lambda: tyro.cli(viz.ExploreConfig, prog=prog, args=argv, config=positional)
     )
     _run(prog, lambda: viz.explore(config))
+
+
+def _draw() -> None:
+    """Draw what a trained network computes: diagrams, maps, reconstructions, curves."""
+
+
+def _explore() -> None:
+    """Look at a trained network in a browser: draw digits, move dimensions, overlay two."""
 
 
 def _extra(prog: str, module: str, extra: str) -> Any:
