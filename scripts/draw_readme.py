@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from capsjax.data import scale_pixels
 from capsjax.training import load_network
@@ -17,7 +17,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "images"
 IMAGE = 3  # number of the test image of the diagram
 DIMENSIONS = 16
 FRAMES = 24  # of one swing from 0 to 0.25, to -0.25 and back
-SIDE, GAP, COLUMNS = 84, 6, 8
+SIDE, GAP, COLUMNS, LINE = 68, 6, 10, 20
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def animate(network, images, labels) -> None:
-    """Every dimension of capsules of eight digits swings between -0.25 and 0.25, in its turn."""
+    """Every fourth dimension of the digits' capsules swings between -0.25 and 0.25, in its turn."""
     prediction = network(images)
     said = np.argmax(prediction.scores, axis=-1)
     # Of each class the image whose capsule is longest.
@@ -54,12 +54,14 @@ def animate(network, images, labels) -> None:
     parents = jnp.arange(COLUMNS)
     swing = 0.25 * np.sin(2 * np.pi * np.arange(FRAMES) / FRAMES)
     frames = []
-    # One dimension after another, every fourth of them.
     for d in range(0, DIMENSIONS, 4):
         for by in swing:
             moved = poses.at[parents, parents, d].add(by)
             made = np.asarray(reconstruct(network, moved, parents))[..., 0]
-            frames.append(tiles(np.round(255 * made).astype(np.uint8)))
+            strip = tiles(np.round(255 * made).astype(np.uint8))
+            frames.append(
+                labelled(strip, f"dimension {d + 1}: {by:+.2f}".replace("-", "\N{MINUS SIGN}"))
+            )
     out = io.BytesIO()
     frames[0].save(out, "WEBP", save_all=True, append_images=frames[1:], duration=60, loop=0,
                    quality=60, method=6)  # fmt: skip
@@ -68,11 +70,20 @@ def animate(network, images, labels) -> None:
 
 def tiles(images) -> Image.Image:
     """Images in a row, enlarged."""
-    strip = Image.new("L", (COLUMNS * (SIDE + GAP) + GAP, SIDE + 2 * GAP), 0)
+    strip = Image.new("L", (COLUMNS * (SIDE + GAP) + GAP, SIDE + 2 * GAP + LINE), 0)
     for n, image in enumerate(images):
         big = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         strip.paste(big, (GAP + n * (SIDE + GAP), GAP))
     return strip.convert("RGB")
+
+
+def labelled(strip, text) -> Image.Image:
+    """The row with a line of text below it."""
+    middle = (strip.width // 2, strip.height - GAP - LINE // 2)
+    ImageDraw.Draw(strip).text(
+        middle, text, fill=(220, 220, 220), font=ImageFont.load_default(14), anchor="mm"
+    )
+    return strip
 
 
 if __name__ == "__main__":
