@@ -1,6 +1,7 @@
 """The command line (floor 6): parse, call, print. Errors are one line, with exit code 2."""
 
 import contextlib
+import importlib
 import io
 import itertools
 import logging
@@ -9,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
@@ -52,12 +53,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         compare_main("capsjax bench compare", arguments[2:])
     elif arguments[:1] == ["bench"]:
         bench_main("capsjax bench", arguments[1:])
+    elif arguments[:1] == ["draw"]:
+        draw_main("capsjax draw", arguments[1:])
+    elif arguments[:1] == ["explore"]:
+        explore_main("capsjax explore", arguments[1:])
     else:
         # Help, or an error: no command was named.
         _parse(
             "capsjax",
             lambda: tyro.extras.subcommand_cli_from_dict(
-                {"train": TrainConfig, "evaluate": EvaluateConfig, "bench": BenchConfig},
+                {
+                    "train": TrainConfig,
+                    "evaluate": EvaluateConfig,
+                    "bench": BenchConfig,
+                    "draw": _draw,
+                    "explore": _explore,
+                },
                 prog="capsjax",
                 description=f"Capsule networks for JAX, version {__version__}.",
                 args=arguments,
@@ -175,6 +186,40 @@ def compare_main(prog: str, argv: Sequence[str]) -> None:
             sys.exit(1)
 
     _run(prog, command)
+
+
+def draw_main(prog: str, argv: Sequence[str]) -> None:
+    """Runs ``capsjax draw``."""
+    viz = _extra(prog, "capsjax.viz.draw", "viz")
+    positional = (tyro.conf.PositionalRequiredArgs,)
+    config = _parse(prog, lambda: tyro.cli(viz.DrawConfig, prog=prog, args=argv, config=positional))
+    _run(prog, lambda: print(*viz.draw(config), sep="\n"))
+
+
+def explore_main(prog: str, argv: Sequence[str]) -> None:
+    """Runs ``capsjax explore``."""
+    viz = _extra(prog, "capsjax.viz.explorer", "explore")
+    positional = (tyro.conf.PositionalRequiredArgs,)
+    config = _parse(
+        prog, lambda: tyro.cli(viz.ExploreConfig, prog=prog, args=argv, config=positional)
+    )
+    _run(prog, lambda: viz.explore(config))
+
+
+def _draw() -> None:
+    """Draw what a trained network computes: diagrams, maps, reconstructions, curves."""
+
+
+def _explore() -> None:
+    """Look at a trained network in a browser: draw digits, move dimensions, overlay two."""
+
+
+def _extra(prog: str, module: str, extra: str) -> Any:
+    """A module that stands on packages that only an extra brings."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        _fail(prog, f'needs the package {error.name}: pip install "capsjax[{extra}]"', 2)
 
 
 def _print_result(prog: str, result: Result) -> None:

@@ -18,9 +18,10 @@ MAY_IMPORT = {
     "data": {"ops"},
     "training": {"ops", "routing", "nn", "models", "data"},
     "bench": {"ops", "routing", "nn", "models", "training"},
+    "viz": {"ops", "routing", "nn", "models", "data", "training"},
 }
 # What floors 1 to 3 may need of other packages.
-PACKAGES = {"ops": {"jax"}, "routing": {"jax"}, "nn": {"jax", "flax"}}
+PACKAGES = {"ops": {"jax", "numpy"}, "routing": {"jax", "numpy"}, "nn": {"jax", "flax"}}
 FILES = [path for folder in MAY_IMPORT for path in sorted((PACKAGE / folder).rglob("*.py"))]
 
 

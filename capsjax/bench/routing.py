@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from capsjax.bench.timing import Times, alternate
+from capsjax.bench.measurement import Measurement, compile_for, timed
+from capsjax.bench.targets import parse_target
 from capsjax.ops import squash
 from capsjax.routing.fused import Implementation, dense_capsules
 
@@ -49,82 +49,68 @@ class RoutingSizes:
                 raise ValueError(f"{field.name} must be at least 1, got {value}")
 
 
-class RoutingRow(NamedTuple):
-    """What was measured of one implementation in one direction.
-
-    Attributes:
-      implementation: its name.
-      direction: forward, or with the gradients of poses and weights.
-      compile_seconds: time to trace, lower and compile, once.
-      times: of the compiled program.
-      temporary_bytes: memory that it takes beside arguments and results; -1 where the compiler
-        does not tell.
-    """
-
-    implementation: str
-    direction: Direction
-    compile_seconds: float
-    times: Times
-    temporary_bytes: int
-
-
-def benchmark_routing(sizes: RoutingSizes, *, rounds: int = 7) -> list[RoutingRow]:
-    """Measures every implementation of :func:`capsjax.dense_capsules` on the default device.
+def benchmark_routing(
+    sizes: RoutingSizes, *, rounds: int = 7, target: str | None = None
+) -> list[Measurement]:
+    """Measures every implementation of :func:`capsjax.dense_capsules`.
 
     Args:
       sizes: of the layer.
       rounds: counted calls of each program, in alternation.
+      target: what to compile for, see :func:`capsjax.bench.parse_target`; None is the default
+        device. Programs for a device that is not in this machine are compiled and not called.
 
     Returns:
-      A row for each implementation and direction, the reference first.
+      A :class:`Measurement` for each direction and implementation, the reference first.
 
     Raises:
+      TargetError: this machine cannot serve the target.
       ValueError: there are no rounds.
 
     Example:
       >>> from capsjax.bench import RoutingSizes, benchmark_routing
       >>> rows = benchmark_routing(RoutingSizes(batch=2, children=32), rounds=1)
-      >>> [row.implementation for row in rows if row.direction == "forward"]
-      ['reference', 'blocked']
+      >>> [row.name for row in rows if row.kind == "forward"]
+      ['reference', 'blocked', 'pallas_tpu']
     """
+    place = parse_target(target or jax.default_backend())
     keys = jax.random.split(jax.random.key(0), 3)
     dtype = jnp.dtype(sizes.dtype)
     poses = squash(jax.random.normal(keys[0], (sizes.batch, sizes.children, sizes.in_features)))
     shape = (sizes.children, sizes.in_features, sizes.parents, sizes.features)
     weights = 0.1 * jax.random.normal(keys[1], shape)
     gradient = jax.random.normal(keys[2], (sizes.batch, *shape[2:]))
-    poses, weights, gradient = (x.astype(dtype) for x in (poses, weights, gradient))
+    arguments = [x.astype(dtype) for x in (poses, weights, gradient)]
     rows = []
     for direction in get_args(Direction):
-        made = {}
-        for implementation in get_args(Implementation):
-            function = _function(implementation, direction, sizes.num_iterations, gradient)
-            start = time.perf_counter()
-            program = jax.jit(function).lower(poses, weights).compile()
-            made[implementation] = program, time.perf_counter() - start
-        times = alternate(
-            {
-                name: functools.partial(program, poses, weights)
-                for name, (program, _) in made.items()
-            },
-            rounds=rounds,
-        )
-        for name, (program, seconds) in made.items():
-            memory = getattr(program.memory_analysis(), "temp_size_in_bytes", -1)
-            rows.append(RoutingRow(name, direction, seconds, times[name], memory))
+        programs = [
+            compile_for(
+                place, direction, name, _function(name, direction, sizes.num_iterations), arguments
+            )
+            for name in get_args(Implementation)
+        ]
+        found = [program.measurement for program in programs]
+        calls = {
+            program.measurement.name: functools.partial(program.call, *arguments)
+            for program in programs
+            if not program.measurement.reason and not place.is_absent
+        }
+        rows += timed(calls, found, rounds=rounds)
     return rows
 
 
 def _function(
-    implementation: Implementation, direction: Direction, num_iterations: int, gradient: jax.Array
+    implementation: Implementation, direction: Direction, num_iterations: int
 ) -> Callable[..., Any]:
     def forward(poses: jax.Array, weights: jax.Array) -> jax.Array:
         return dense_capsules(
             poses, weights, num_iterations=num_iterations, implementation=implementation
         ).poses
 
-    def backward(poses: jax.Array, weights: jax.Array) -> Any:
+    def backward(poses: jax.Array, weights: jax.Array, gradient: jax.Array) -> Any:
         v, pull_back = jax.vjp(forward, poses, weights)
         return v, pull_back(gradient)
 
-    return forward if direction == "forward" else backward
+    return (
+        backward if direction == "gradient" else lambda poses, weights, _: forward(poses, weights)
+    )

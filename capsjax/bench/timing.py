@@ -36,12 +36,16 @@ class Times(NamedTuple):
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
-def alternate(programs: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, Times]:
+def alternate(
+    programs: Mapping[str, Callable[[], Any]], *, rounds: int, pause: float = 0.0
+) -> dict[str, Times]:
     """Calls programs in turn, after one call of each that is not counted.
 
     Args:
       programs: calls by name; what they return is waited for.
       rounds: counted calls of each, at least 1.
+      pause: seconds to wait before each call, in which threads of the one before come to rest:
+        those of OpenMP spin for a while and take the next one's cores.
 
     Returns:
       :class:`Times` by name.
@@ -64,6 +68,7 @@ def alternate(programs: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds):
         for name, program in programs.items():
+            time.sleep(pause)
             start = time.perf_counter()
             jax.block_until_ready(program())
             seconds[name].append(time.perf_counter() - start)

@@ -68,11 +68,20 @@ def random_shift(keys: jax.Array, images: jax.Array, *, max_shift: int) -> jax.A
         )
     if max_shift == 0:
         return images
-    margin = (max_shift, max_shift)
-    padded = jnp.pad(images, ((0, 0), margin, margin, (0, 0)))
+    offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, 2 * max_shift + 1))(keys)
+    for axis in (1, 2):
+        images = _move(images, offsets[:, axis - 1], max_shift, axis)
+    return images
 
-    def move(key: jax.Array, image: jax.Array) -> jax.Array:
-        row, column = jax.random.randint(key, (2,), 0, 2 * max_shift + 1)
-        return jax.lax.dynamic_slice(image, (row, column, 0), images.shape[1:])
 
-    return jax.vmap(move)(keys, padded)
+def _move(images: jax.Array, offsets: jax.Array, max_shift: int, axis: int) -> jax.Array:
+    # All shifts, of which one is selected: a slice per image would be a loop over them on TPUs.
+    padding = [(0, 0)] * images.ndim
+    padding[axis] = (max_shift, max_shift)
+    padded, size = jnp.pad(images, padding), images.shape[axis]
+    shifted = [
+        jax.lax.slice_in_dim(padded, offset, offset + size, axis=axis)
+        for offset in range(2 * max_shift + 1)
+    ]
+    which = jnp.broadcast_to(offsets[:, None, None, None], images.shape)
+    return jax.lax.select_n(which, *shifted)

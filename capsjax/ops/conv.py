@@ -1,11 +1,13 @@
 """Convolution that every platform can differentiate at speed (floor 1).
 
 XLA's CPU backend computes the gradients of a strided 9 × 9 convolution many times more slowly than
-the matrix products that they amount to. Patches × GEMM there, XLA's own convolution elsewhere.
+the matrix products that they amount to, and its TPU backend multiplies by zeros in the gradient of
+the images. There are products of patches or of Fourier transforms for the one, a gradient phase by
+phase for the other, and XLA's own convolution elsewhere.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -13,8 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from capsjax.ops.fields import Padding, ReceptiveFields
+from capsjax.ops.fourier import conv_by_fourier, gains_by_fourier
+from capsjax.ops.phases import conv_by_phases, gains_by_phases
 
-ConvImplementation = Literal["patches", "xla"]
+ConvImplementation = Literal["patches", "fourier", "phases", "xla"]
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
 
@@ -43,30 +47,34 @@ def conv_general_dilated(
     ``linen.Conv`` as ``conv_general_dilated=``.
 
     Args:
-      lhs: images; ``[B, H, W, C]`` for the patches.
-      rhs: kernel of the same dtype; ``[KH, KW, C, O]`` for the patches.
+      lhs: images, ``[B, H, W, C]`` unless XLA convolves.
+      rhs: kernel of the same dtype, ``[KH, KW, C, O]`` unless XLA convolves.
       window_strides: stride per spatial axis.
       padding: ``"SAME"``, ``"VALID"``, or (low, high) per spatial axis.
-      lhs_dilation: as in ``lax``; patches know 1 only.
-      rhs_dilation: as in ``lax``; patches know 1 only.
-      dimension_numbers: as in ``lax``, whose default is NCHW; patches know
-        ``("NHWC", "HWIO", "NHWC")`` only.
-      feature_group_count: as in ``lax``; patches know 1 only.
-      batch_group_count: as in ``lax``; patches know 1 only.
+      lhs_dilation: as in ``lax``; only XLA knows others than 1.
+      rhs_dilation: as in ``lax``; only XLA knows others than 1.
+      dimension_numbers: as in ``lax``, whose default is NCHW; only XLA knows others than
+        ``("NHWC", "HWIO", "NHWC")``.
+      feature_group_count: as in ``lax``; only XLA knows others than 1.
+      batch_group_count: as in ``lax``; only XLA knows others than 1.
       precision: as in ``lax``.
       preferred_element_type: as in ``lax``.
-      out_sharding: as in ``lax``; patches know None only.
+      out_sharding: as in ``lax``; only XLA knows others than None.
       implementation: ``"patches"``: shifted copies of the image, concatenated, times the kernel as
-        one matrix product; needs memory for KH·KW/stride² images. ``"xla"``:
-        :func:`jax.lax.conv_general_dilated`. None: patches where the program is compiled for CPU
-        and the arguments allow it, else XLA.
+        one matrix product; needs memory for KH·KW/stride² images. ``"fourier"``: products of
+        Fourier transforms, a third of the operations for large kernels on small images; needs
+        memory for the transforms, four to five kernels with the paper's sizes. ``"phases"``: XLA's
+        convolution with a gradient of the images that multiplies by no zeros between numbers.
+        ``"xla"``: :func:`jax.lax.conv_general_dilated`. None: what is best on the platform that the
+        program is compiled for, if the arguments allow it: on CPU the one of the first two that
+        takes less, on TPU phases if there is a stride, elsewhere XLA.
 
     Returns:
       ``[B, P, Q, O]``.
 
     Raises:
       ValueError: the implementation's name is unknown.
-      NotImplementedError: ``"patches"`` was asked for where it cannot run, with the reason.
+      NotImplementedError: the implementation was named where it cannot run, with the reason.
 
     Example:
       >>> import jax.numpy as jnp
@@ -99,14 +107,9 @@ def conv_general_dilated(
             **sharding,
         )
 
-    def patches(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return _conv_by_patches(
-            lhs, rhs, window_strides, padding, precision, preferred_element_type
-        )
-
     if implementation == "xla":
         return xla(lhs, rhs)
-    reason = _why_no_patches(
+    reason = _why_only_xla(
         lhs,
         rhs,
         window_strides,
@@ -119,16 +122,25 @@ def conv_general_dilated(
         preferred_element_type,
         out_sharding,
     )
-    if implementation == "patches":
-        if reason:
-            raise NotImplementedError(f"implementation='patches' {reason}")
-        return patches(lhs, rhs)
+    if reason and implementation:
+        raise NotImplementedError(f"implementation={implementation!r} {reason}")
     if reason:
         return xla(lhs, rhs)
-    return lax.platform_dependent(lhs, rhs, cpu=patches, default=xla)
+    fields = _fields(lhs, rhs, window_strides, padding)
+    by_name: dict[str, Callable[..., jax.Array]]
+    by_name = {"patches": _conv_by_patches, "fourier": conv_by_fourier, "phases": conv_by_phases}
+
+    def products(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        return lambda lhs, rhs: by_name[name](lhs, rhs, fields, precision, preferred_element_type)
+
+    if implementation:
+        return products(implementation)(lhs, rhs)
+    on_cpu = products("fourier" if gains_by_fourier(lhs, rhs, fields) else "patches")
+    on_tpu = products("phases") if gains_by_phases(fields) else xla
+    return lax.platform_dependent(lhs, rhs, cpu=on_cpu, tpu=on_tpu, default=xla)
 
 
-def _why_no_patches(
+def _why_only_xla(
     lhs: jax.Array,
     rhs: jax.Array,
     strides: Sequence[int],
@@ -141,7 +153,7 @@ def _why_no_patches(
     preferred_element_type: Any,
     out_sharding: Any,
 ) -> str | None:
-    """Why patches cannot, in words; XLA then computes, or says what is wrong."""
+    """Why nothing else can, in words; XLA then computes, or says what is wrong."""
     if lhs.ndim != 4 or rhs.ndim != 4:
         return f"needs two spatial axes, got shapes {lhs.shape} and {rhs.shape}"
     if lax.conv_dimension_numbers(
@@ -185,12 +197,11 @@ def _fields(
 def _conv_by_patches(
     images: jax.Array,
     kernel: jax.Array,
-    strides: Sequence[int],
-    padding: Padding,
+    fields: ReceptiveFields,
     precision: lax.PrecisionLike,
     preferred_element_type: Any,
 ) -> jax.Array:
-    fields = _fields(images, kernel, strides, padding)
+    """Copies what the kernel sees at each place, and multiplies once."""
     grid, features = (images.shape[0], *fields.shape), kernel.shape[-1]
     size = fields.size * images.shape[-1]
     product = jnp.matmul(

@@ -11,6 +11,9 @@ from jax import lax
 
 Padding = str | Sequence[tuple[int, int]]
 
+# From so many channels on what is copied once more costs more than the compilation saves.
+_MANY_CHANNELS = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class ReceptiveFields:
@@ -58,15 +61,29 @@ class ReceptiveFields:
 
     def gather(self, x: jax.Array, fill: float = 0) -> jax.Array:
         """Copies ``[..., H, W, C]`` into the fields, ``[..., P, Q, KH * KW, C]``."""
+        channels = x.shape[-1]
         if any(p for pair in self.pads for p in pair):
             x = self._pad(x, fill, [(low, high, 0) for low, high in self.pads])
-        (rows, columns), (sh, sw) = self.shape, self.strides
-        shifted = [
-            x[..., h : h + sh * (rows - 1) + 1 : sh, w : w + sw * (columns - 1) + 1 : sw, :]
-            for h, w in self._offsets()
-        ]
-        joined = jnp.concatenate(shifted, axis=-1)
-        return joined.reshape(*joined.shape[:-1], self.size, x.shape[-1])
+        if channels < _MANY_CHANNELS:
+            # Columns first and rows of what came out second: KH + KW slices to compile.
+            x = self._shifted(x, [(0, w) for w in range(self.kernel[1])], (1,))
+            x = self._shifted(x, [(h, 0) for h in range(self.kernel[0])], (0,))
+        else:
+            x = self._shifted(x, self._offsets(), (0, 1))
+        return x.reshape(*x.shape[:-1], self.size, channels)
+
+    def _shifted(
+        self, x: jax.Array, offsets: Sequence[tuple[int, int]], axes: Sequence[int]
+    ) -> jax.Array:
+        """Concatenates what all fields hold at these offsets, along rows, columns or both."""
+        parts = []
+        for offset in offsets:
+            part = x
+            for n in axes:
+                last = offset[n] + self.strides[n] * (self.shape[n] - 1) + 1
+                part = lax.slice_in_dim(part, offset[n], last, self.strides[n], axis=n - 3)
+            parts.append(part)
+        return jnp.concatenate(parts, axis=-1)
 
     def sum(self, fields: jax.Array) -> jax.Array:
         """Adds up what the fields ``[..., P, Q, KH * KW, C]`` hold for each place of the grid."""

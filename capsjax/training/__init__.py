@@ -3,7 +3,7 @@
 from capsjax.training.checkpoints import CheckpointError, Checkpoints
 from capsjax.training.config import ConfigError, EvaluateConfig, TrainConfig
 from capsjax.training.drivers import Driver, make_driver
-from capsjax.training.evaluation import Evaluated, evaluate
+from capsjax.training.evaluation import Evaluated, Loaded, evaluate, load_network
 from capsjax.training.loop import DivergedError, Result, train
 from capsjax.training.objectives import (
     cross_entropy_loss,
@@ -34,6 +34,7 @@ __all__ = [
     "EvaluateConfig",
     "Evaluated",
     "Evaluation",
+    "Loaded",
     "Result",
     "Session",
     "StepMetrics",
@@ -44,6 +45,7 @@ __all__ = [
     "evaluate",
     "hold_out",
     "init_state",
+    "load_network",
     "make_driver",
     "make_evaluate",
     "make_run_steps",

@@ -7,12 +7,12 @@ import jax
 from flax import nnx
 
 from capsjax import models
-from capsjax.data import load
+from capsjax.data import Dataset, load
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import ConfigError, EvaluateConfig
 from capsjax.training.drivers import make_driver
 from capsjax.training.objectives import choose_loss
-from capsjax.training.run_directory import RunDirectory
+from capsjax.training.run_directory import DataDescription, RunDirectory
 from capsjax.training.session import (
     Evaluation,
     Evaluator,
@@ -80,6 +80,50 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
     test = Evaluator(apply, loss, driver, batch_size, model)(state, dataset.test)
     assert test is not None  # only a request to stop ends it early, and there is none
     return Evaluated(config.run_dir, step, name, test)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A trained network, and the data set that it was trained on.
+
+    Attributes:
+      network: with the parameters of the checkpoint.
+      dataset: the run's, or the one that was asked for.
+      step: of the checkpoint.
+    """
+
+    network: models.Network
+    dataset: Dataset
+    step: int
+
+
+def load_network(run_dir: Path, checkpoint: str | int = "last") -> Loaded:
+    """Reads a run's network, and the data set that goes with it.
+
+    Args:
+      run_dir: the run's directory.
+      checkpoint: ``"last"``, ``"best"`` (by validation error), or a step.
+
+    Returns:
+      :class:`Loaded`; the network normalises with the running statistics.
+
+    Raises:
+      ConfigError: the directory holds no run, or the data set is not the run's.
+      capsjax.data.DataError: the data set cannot be had.
+      CheckpointError: the checkpoint cannot be read.
+    """
+    started, model, data = RunDirectory(run_dir).read_config()
+    dataset = load(started.dataset, data_dir=started.data_dir)
+    check_dataset(dataset, model)
+    data.check(DataDescription.of(dataset))
+    network = models.build(model, rngs=nnx.Rngs(0))
+    _, variables = split_network(network)
+    like = init_state(variables, make_optimizer(started))
+    step, state = restore(RunDirectory(run_dir), checkpoint, like)
+    for values in state.variables:
+        nnx.update(network, values)
+    network.eval()
+    return Loaded(network, dataset, step)
 
 
 def restore(directory: RunDirectory, which: str | int, like: TrainState) -> tuple[int, TrainState]:

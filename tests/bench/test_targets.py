@@ -1,9 +1,10 @@
 """Names of targets, what this machine cannot serve, and who may use libtpu."""
 
 import importlib.util
-import multiprocessing
+import os
+import subprocess
+import sys
 import tempfile
-import time
 
 import pytest
 
@@ -62,34 +63,36 @@ def test_a_gpu_that_is_not_there_is_one_line_with_what_to_install():
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
-def test_a_tpu_without_its_compiler_is_one_line_with_what_to_install():
+def test_a_tpu_without_its_compiler_is_one_line_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TargetError, match=r"'v5e-8' needs the TPU compiler.*capsjax\[tpu\]"):
         parse_target("v5e-8").devices()
 
 
-def hold(folder, entered, release):
-    tempfile.tempdir = folder
-    with libtpu_lock():
-        entered.set()
-        release.wait(30)
+HOLD = """
+import sys
+from capsjax.bench import libtpu_lock
+
+with libtpu_lock():
+    print("entered", flush=True)
+    sys.stdin.readline()
+"""
 
 
 def test_the_second_waits_for_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    context = multiprocessing.get_context("spawn")
-    entered, release = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(str(tmp_path), entered, release))
-    other.start()
-    try:
-        assert entered.wait(60)
-        with pytest.raises(TargetError, match="has been using libtpu"), libtpu_lock(timeout=0.3):
-            pass
-        release.set()
-        start = time.monotonic()
-        with libtpu_lock(timeout=30) as waited:
-            assert waited <= time.monotonic() - start
-    finally:
-        release.set()
-        other.join(30)
-    assert other.exitcode == 0
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD], env={**os.environ, "TMPDIR": str(tmp_path)}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as other:  # fmt: skip
+        try:
+            assert other.stdout.readline() == "entered\n"
+            message = "has been using libtpu"
+            with pytest.raises(TargetError, match=message), libtpu_lock(timeout=0.3):
+                pass
+            other.stdin.write("\n")
+            other.stdin.flush()
+            with libtpu_lock(timeout=30):
+                assert other.wait(30) == 0
+        finally:
+            other.kill()

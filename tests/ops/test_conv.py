@@ -13,6 +13,7 @@ from jax.test_util import check_grads
 from capsjax import conv_general_dilated
 
 NHWC = ("NHWC", "HWIO", "NHWC")
+OWN = ["patches", "fourier", "phases"]
 
 
 def arrays(batch, height, width, channels, kh, kw, features, dtype="float32"):
@@ -29,7 +30,7 @@ def conv(images, kernel, strides=(1, 1), padding="VALID", implementation=None, *
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("implementation", ["patches", "xla", None])
+@pytest.mark.parametrize("implementation", [*OWN, "xla", None])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("strides", "pads"),
@@ -52,7 +53,7 @@ def test_is_the_sum_over_the_window(implementation, dtype, strides, pads):
     strides=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     padding=st.sampled_from(["SAME", "VALID", "SAME_LOWER", ((2, 1), (0, 3))]),
 )
-def test_patches_and_xla_agree_in_value_and_gradients(size, kernel_size, strides, padding):
+def test_all_agree_in_value_and_gradients(size, kernel_size, strides, padding):
     images, kernel = arrays(2, *size, 3, *kernel_size, 4)
 
     def loss(implementation, images, kernel):
@@ -61,15 +62,17 @@ def test_patches_and_xla_agree_in_value_and_gradients(size, kernel_size, strides
 
     results = [
         jax.value_and_grad(lambda *x, i=i: loss(i, *x), (0, 1), has_aux=True)(images, kernel)
-        for i in ("patches", "xla")
+        for i in (*OWN, "xla")
     ]
     terms = kernel_size[0] * kernel_size[1] * 3 * size[0] * size[1]
-    jax.tree.map(lambda a, b: assert_close(a, b, terms=terms), *results)
+    for result in results[:-1]:
+        jax.tree.map(lambda a, b: assert_close(a, b, terms=terms), result, results[-1])
 
 
-def test_paper_s_primary_capsules_on_both_paths():
+@pytest.mark.parametrize("implementation", OWN)
+def test_paper_s_primary_capsules(implementation):
     images, kernel = arrays(2, 20, 20, 256, 9, 9, 256)
-    a, b = (conv(images, kernel, (2, 2), "VALID", i) for i in ("patches", "xla"))
+    a, b = (conv(images, kernel, (2, 2), "VALID", i) for i in (implementation, "xla"))
     assert_close(a, b, terms=81 * 256)
 
 
@@ -81,11 +84,39 @@ def lowered_for(platform, implementation=None):
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_what_ran_can_be_told_from_the_lowered_text(platform):
-    for implementation, is_convolution in (("patches", False), ("xla", True)):
-        assert ("stablehlo.convolution" in lowered_for(platform, implementation)) == is_convolution
-    text = lowered_for(platform)
-    assert ("stablehlo.convolution" in text) == (platform != "cpu")
-    assert ("stablehlo.dot_general" in text) == (platform == "cpu")
+    def counts(implementation):
+        text = lowered_for(platform, implementation)
+        return text.count("stablehlo.convolution"), text.count("stablehlo.dot_general")
+
+    assert counts("patches") == (0, 1)
+    assert counts("fourier") == (0, 6)
+    assert counts("xla") == counts("phases") == (1, 0)
+    assert counts(None) == ((0, 1) if platform == "cpu" else (1, 0))
+
+
+def test_the_gradient_of_the_images_multiplies_by_no_zeros_on_tpus():
+    images, kernel = arrays(1, 9, 9, 2, 3, 3, 4)
+
+    def dilated(implementation, strides):
+        gradient = jax.grad(lambda x: conv(x, kernel, strides, implementation=implementation).sum())
+        text = export.export(jax.jit(gradient), platforms=["tpu"])(images).mlir_module()
+        assert "stablehlo.convolution" in text
+        return "lhs_dilate = [2, 2]" in text
+
+    assert dilated("xla", (2, 2))
+    assert not dilated("phases", (2, 2))
+    assert not dilated(None, (2, 2))
+    assert not dilated("xla", (1, 1))
+
+
+@pytest.mark.parametrize(("batch", "products"), [(2, 1), (64, 6)])
+def test_by_fourier_transforms_where_they_are_less_work(batch, products):
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in ((batch, 20, 20, 256), (9, 9, 256, 256))
+    ]
+    text = export.export(jax.jit(lambda *x: conv(*x, (2, 2))), platforms=["cpu"])(*shapes)
+    assert text.mlir_module().count("stablehlo.dot_general") == products
 
 
 def test_in_one_program_for_several_platforms():
@@ -97,7 +128,7 @@ def test_in_one_program_for_several_platforms():
     )
 
 
-@pytest.mark.parametrize("implementation", ["patches", "xla", None])
+@pytest.mark.parametrize("implementation", [*OWN, "xla", None])
 def test_under_transformations(implementation):
     images, kernel = arrays(2, 8, 8, 2, 3, 3, 3)
 
@@ -141,7 +172,7 @@ CANNOT = [
 
 
 @pytest.mark.parametrize(("options", "reason"), CANNOT, ids=[r for _, r in CANNOT])
-def test_what_patches_cannot_do_falls_to_xla(options, reason):
+def test_what_only_xla_can_do(options, reason):
     images, kernel = arrays(3, 7, 7, 3, 3, 3, 3)
     options = {"dimension_numbers": NHWC, **options}
     if options["dimension_numbers"] is None:
@@ -151,8 +182,9 @@ def test_what_patches_cannot_do_falls_to_xla(options, reason):
     arguments = (images, kernel, (1, 1), ((0, 0), (0, 0)))
     expected = lax.conv_general_dilated(*arguments, **options)
     np.testing.assert_array_equal(conv_general_dilated(*arguments, **options), expected)
-    with pytest.raises(NotImplementedError, match=f"implementation='patches' {reason}"):
-        conv_general_dilated(*arguments, **options, implementation="patches")
+    for name in OWN:
+        with pytest.raises(NotImplementedError, match=f"implementation='{name}' {reason}"):
+            conv_general_dilated(*arguments, **options, implementation=name)
 
 
 def test_one_spatial_axis_falls_to_xla():
@@ -178,14 +210,14 @@ def test_an_unknown_implementation_is_named():
 
 def test_accumulates_in_the_preferred_dtype():
     images, kernel = arrays(1, 8, 8, 4, 3, 3, 2, "bfloat16")
-    for implementation in ("patches", "xla"):
+    for implementation in (*OWN, "xla"):
         out = conv(
             images, kernel, implementation=implementation, preferred_element_type=jnp.float32
         )
         assert out.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("implementation", ["patches", None])
+@pytest.mark.parametrize("implementation", [*OWN, None])
 def test_an_empty_batch_and_no_output_features(implementation):
     images, kernel = arrays(2, 8, 8, 3, 3, 3, 4)
     assert conv(images[:0], kernel, implementation=implementation).shape == (0, 6, 6, 4)

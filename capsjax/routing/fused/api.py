@@ -1,10 +1,12 @@
 """Votes and dynamic routing as one function (floor 2)."""
 
+import functools
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from capsjax.ops import dense_votes, length
@@ -13,10 +15,11 @@ from capsjax.ops.votes import check_dense
 from capsjax.routing._passes import as_iterations
 from capsjax.routing.dynamic import dynamic_routing
 from capsjax.routing.fused.blocked import Blocks
+from capsjax.routing.fused.lanes import Lanes
 from capsjax.routing.fused.recurrence import route
 from capsjax.routing.routed import Routed
 
-Implementation = Literal["reference", "blocked"]
+Implementation = Literal["reference", "blocked", "pallas_tpu"]
 
 # Numbers in the votes of a batch from which on blocks of them are faster than all at once.
 _MANY_VOTES = 2**20
@@ -66,8 +69,10 @@ def dense_capsules(
         is the platform's default.
       implementation: ``"reference"`` stores the votes and loops over the logits; it alone returns
         the coupling, and always has forward-mode derivatives. ``"blocked"``, in plain XLA, stores
-        neither votes nor logits. None is ``"blocked"`` where that has been found to be faster:
-        if there are many votes, with no fewer dimensions than the children's poses.
+        neither votes nor logits; its blocks are made for the platform that the program is compiled
+        for. ``"pallas_tpu"`` does the same by kernels for TPUs that read every pose and weight
+        once a pass. None is ``"blocked"`` where that has been found to be faster: if there are many
+        votes, on CPU also no fewer dimensions than the children's poses.
 
     Returns:
       :class:`Routed`: poses :math:`v` ``[..., J, D]`` and activations :math:`\|v\|` ``[..., J]`` in
@@ -79,7 +84,9 @@ def dense_capsules(
         ``num_iterations`` is not an integer.
       ValueError: an argument has the wrong shape, ``num_iterations`` is below 1, or the
         implementation's name is unknown.
-      NotImplementedError: ``"blocked"`` is named for weights of unknown size.
+      NotImplementedError: the named implementation cannot run: weights are of unknown size; for
+        kernels also a batch of unknown size, children too large for the memory beside the units,
+        or, when the program is lowered, another platform.
 
     Example:
       >>> import jax
@@ -106,28 +113,48 @@ def dense_capsules(
         bias = as_floating("bias", bias)
         if bias.shape != parents:
             raise ValueError(f"bias must have shape [J, D] = {parents}, got {bias.shape}")
-    if implementation == "blocked" and not _sizes_known(weights):
+    dtype = jnp.promote_types(poses.dtype, weights.dtype)
+
+    def stored(poses: jax.Array, weights: jax.Array) -> Routed:
+        return dynamic_routing(
+            dense_votes(poses, weights, precision=precision), num_iterations=iterations, bias=bias,
+            where=where, leaky=leaky, stop_gradient=stop_gradient,
+        )  # fmt: skip
+
+    def swept(kind: Any, poses: jax.Array, weights: jax.Array) -> Routed:
+        flat = poses.astype(dtype).reshape(-1, *poses.shape[-2:])
+        added = jnp.zeros(parents) if bias is None else bias
+        arguments = _alike(flat, weights.astype(dtype), added.astype(accumulator(dtype)))
+        sweeps = kind.of(
+            *arguments[:2], leaky=bool(leaky), stop_gradient=bool(stop_gradient),
+            precision=precision,
+        )  # fmt: skip
+        v = jnp.moveaxis(route(sweeps, iterations, *arguments), 0, -2)
+        v = v.reshape(*poses.shape[:-2], *parents)
+        return Routed(v.astype(dtype), length(v).astype(dtype), None)
+
+    def without_coupling(poses: jax.Array, weights: jax.Array) -> Routed:
+        return stored(poses, weights)._replace(coupling=None)
+
+    if implementation == "reference":
+        return stored(poses, weights)
+    if implementation and not _sizes_known(weights):
         raise NotImplementedError(
-            f"implementation 'blocked' needs weights of known size, got shape {weights.shape}"
+            f"implementation {implementation!r} needs weights of known size, got shape"
+            f" {weights.shape}"
         )
     empty = 0 in (*poses.shape, *weights.shape)
-    if implementation == "reference" or empty or not (implementation or _gains(poses, weights)):
-        votes = dense_votes(poses, weights, precision=precision)
-        routed = dynamic_routing(
-            votes, num_iterations=iterations, bias=bias, where=where, leaky=leaky,
-            stop_gradient=stop_gradient,
-        )  # fmt: skip
-        return routed if implementation == "reference" else routed._replace(coupling=None)
-    dtype = jnp.promote_types(poses.dtype, weights.dtype)
-    bias = jnp.zeros(parents) if bias is None else bias
-    flat = poses.astype(dtype).reshape(-1, *poses.shape[-2:])
-    arguments = _alike(flat, weights.astype(dtype), bias.astype(accumulator(dtype)))
-    sweeps = Blocks.of(
-        *arguments[:2], leaky=bool(leaky), stop_gradient=bool(stop_gradient), precision=precision
-    )
-    v = jnp.moveaxis(route(sweeps, iterations, *arguments), 0, -2)
-    v = v.reshape(*poses.shape[:-2], *parents)
-    return Routed(v.astype(dtype), length(v).astype(dtype), None)
+    if empty or not (implementation or _are_many(poses, weights)):
+        return without_coupling(poses, weights)
+    if implementation == "pallas_tpu":
+        # Not before it is wanted: importing Pallas takes longer than all of this package.
+        from capsjax.routing.fused.pallas_tpu import TpuKernels
+
+        return swept(TpuKernels, poses, weights)
+    blocks, lanes = functools.partial(swept, Blocks), functools.partial(swept, Lanes)
+    on_cpu = blocks if implementation or _gains_on_cpu(weights) else without_coupling
+    routed: Routed = lax.platform_dependent(poses, weights, cpu=on_cpu, default=lanes)
+    return routed
 
 
 def check_implementation(implementation: str | None, routing: str = "dynamic") -> None:
@@ -145,16 +172,21 @@ def _sizes_known(weights: jax.Array) -> bool:
     return all(isinstance(size, int) for size in weights.shape)
 
 
-def _gains(poses: jax.Array, weights: jax.Array) -> bool:
-    """Whether blocks are faster, or as fast and smaller; measured in docs/performance.md."""
+def _are_many(poses: jax.Array, weights: jax.Array) -> bool:
+    """Whether there are so many votes that not to store them is faster on some platform."""
     if not _sizes_known(weights):
         return False
     batch = poses.shape[:-2]
-    children, in_features, parents, features = weights.shape
-    many = any(not isinstance(size, int) for size in batch) or (
+    children, _, parents, features = weights.shape
+    return any(not isinstance(size, int) for size in batch) or (
         math.prod(batch) * children * parents * features >= _MANY_VOTES
     )
-    return many and in_features <= features
+
+
+def _gains_on_cpu(weights: jax.Array) -> bool:
+    """Whether blocks are faster, or as fast and smaller; measured in docs/performance.md."""
+    _, in_features, _, features = weights.shape
+    return in_features <= features
 
 
 def _alike(*arrays: jax.Array) -> list[jax.Array]:

@@ -1,0 +1,146 @@
+"""Convolution by the convolution theorem (floor 1): fewer products where kernels are large."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from capsjax.ops._checks import accumulator
+from capsjax.ops.fields import ReceptiveFields
+
+# Making one number of a transform takes about as long as so many operations of a product; measured
+# on a CPU, see docs/performance.md.
+_TRANSFORM = 200
+
+
+def conv_by_fourier(
+    images: jax.Array,
+    kernel: jax.Array,
+    fields: ReceptiveFields,
+    precision: lax.PrecisionLike,
+    preferred_element_type: Any,
+) -> jax.Array:
+    r"""Convolves by products of discrete Fourier transforms.
+
+    Rows and columns of images x and kernel k are sorted by their remainder of division by the
+    stride: phases, of which each is convolved with stride 1.
+
+    .. math::
+      \hat y_{f,b,o} = \sum_{\varphi,c} \hat x_{f,b,\varphi,c} \; \overline{\hat k_{f,\varphi,c,o}}
+
+    Transforms are products with small matrices, over half the frequencies f, as the others are
+    conjugates. They are as long as a phase, so that what wraps around misses the results. With F
+    frequencies and strides S, T the products take 4·F·S·T·C multiplications for each image and
+    feature; the sum over fields takes P·Q·KH·KW·C.
+
+    Args:
+      images: ``[B, H, W, C]``.
+      kernel: ``[KH, KW, C, O]``.
+      fields: of the kernel on the images.
+      precision: of the matrix products; None is the highest.
+      preferred_element_type: dtype of the result; None is the images'.
+
+    Returns:
+      ``[B, P, Q, O]``, computed in float32 or wider.
+    """
+    sizes = _Sizes.of(fields)
+    wide = accumulator(images.dtype)
+    precision = lax.Precision.HIGHEST if precision is None else precision
+    batch, features = images.shape[0], kernel.shape[-1]
+    inputs = math.prod(fields.strides) * images.shape[-1]
+
+    def transform(waves: np.ndarray, x: jax.Array) -> jax.Array:
+        # Of two-dimensional factors XLA:CPU transposes no copies, here and in the gradient.
+        flat = x.reshape(len(x), math.prod(x.shape[1:]))
+        flat = jnp.matmul(jnp.asarray(waves, wide), flat, precision=precision)
+        return flat.reshape(len(waves), *x.shape[1:])
+
+    def product(x_hat: jax.Array, k_hat: jax.Array) -> jax.Array:
+        return jnp.einsum("fbc,fco->fbo", x_hat, k_hat, precision=precision)
+
+    x = _phases(images.astype(wide), fields, sizes.grid, fields.pads)
+    x = x.transpose(1, 3, 0, 2, 4, 5).reshape(math.prod(sizes.grid), batch, inputs)
+    k = _phases(kernel.astype(wide)[None], fields, sizes.taps)[0]
+    k = k.transpose(0, 2, 1, 3, 4, 5).reshape(math.prod(sizes.taps), inputs, features)
+    cosines, sines = sizes.waves(sizes.grid)
+    x_hat = transform(np.concatenate([cosines, -sines]), x)
+    # Real parts of the whole batch, then imaginary ones: two products with the kernel are all.
+    x_hat = jnp.concatenate(jnp.split(x_hat, 2), axis=1)
+    cosines, sines = sizes.waves(sizes.taps)
+    with_real = product(x_hat, transform(cosines, k))
+    with_imaginary = product(x_hat, transform(sines, k))
+    real = with_real[:, :batch] - with_imaginary[:, batch:]
+    imaginary = with_imaginary[:, :batch] + with_real[:, batch:]
+    cosines, sines = sizes.waves(fields.shape, weigh=True)
+    waves = np.concatenate([cosines, -sines])
+    y = transform(waves.T, jnp.concatenate([real, imaginary])).transpose(1, 0, 2)
+    return y.reshape(batch, *fields.shape, features).astype(preferred_element_type or images.dtype)
+
+
+def gains_by_fourier(images: jax.Array, kernel: jax.Array, fields: ReceptiveFields) -> bool:
+    """Whether it takes fewer operations than a product with each field, on CPUs."""
+    # The batch of an exported function may be of any size: taken for a common one.
+    batch = images.shape[0] if isinstance(images.shape[0], int) else 128
+    channels, features = kernel.shape[2:]
+    frequencies = len(_Sizes.of(fields).frequencies)
+    inputs = channels * math.prod(fields.strides)
+    products = 8 * frequencies * batch * inputs * features
+    numbers = 2 * frequencies * (batch * (inputs + features) + inputs * features)
+    direct = 2 * batch * math.prod(fields.shape) * fields.size * channels * features
+    return products + _TRANSFORM * numbers < direct
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Rows and columns of a phase of the images, and of the kernel."""
+
+    grid: tuple[int, int]
+    taps: tuple[int, int]
+
+    @classmethod
+    def of(cls, fields: ReceptiveFields) -> "_Sizes":
+        rows, columns = (
+            math.ceil(size / stride)
+            for size, stride in zip(fields.kernel, fields.strides, strict=True)
+        )
+        grid = fields.shape[0] + rows - 1, fields.shape[1] + columns - 1
+        return cls(grid, (rows, columns))
+
+    @property
+    def frequencies(self) -> list[tuple[int, int]]:
+        """One of each pair of frequencies whose transforms are conjugates."""
+        rows, columns = self.grid
+        pairs = ((f, g) for f in range(rows) for g in range(columns))
+        return [(f, g) for f, g in pairs if (f, g) <= (-f % rows, -g % columns)]
+
+    def waves(
+        self, places: tuple[int, int], *, weigh: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines ``[F, places]``; weighed, they are the inverse transform's."""
+        frequencies, periods = np.array(self.frequencies), np.array(self.grid)
+        angles = 2 * math.pi * (frequencies / periods) @ np.indices(places).reshape(2, -1)
+        if not weigh:
+            return np.cos(angles), np.sin(angles)
+        own_conjugate = np.all(2 * frequencies % periods == 0, axis=1, keepdims=True)
+        weights = np.where(own_conjugate, 1, 2) / math.prod(self.grid)
+        return weights * np.cos(angles), weights * np.sin(angles)
+
+
+def _phases(
+    x: jax.Array,
+    fields: ReceptiveFields,
+    sizes: tuple[int, int],
+    pads: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
+) -> jax.Array:
+    """Splits ``[B, H, W, ...]`` into ``[B, rows, stride, columns, stride, ...]``."""
+    zero = jnp.zeros((), x.dtype)
+    config = [(0, 0, 0)] * x.ndim
+    for n, (size, stride, (low, _)) in enumerate(zip(sizes, fields.strides, pads, strict=True)):
+        config[n + 1] = (low, size * stride - low - x.shape[n + 1], 0)
+    x = lax.pad(x, zero, config)
+    (rows, columns), (sh, sw) = sizes, fields.strides
+    return x.reshape(x.shape[0], rows, sh, columns, sw, *x.shape[3:])

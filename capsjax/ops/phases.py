@@ -1,0 +1,98 @@
+"""Strided convolution whose input gradient is made phase by phase (floor 1)."""
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from capsjax.ops.fields import ReceptiveFields
+
+_NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def conv_by_phases(
+    images: jax.Array,
+    kernel: jax.Array,
+    fields: ReceptiveFields,
+    precision: lax.PrecisionLike,
+    preferred_element_type: Any,
+) -> jax.Array:
+    r"""XLA's convolution, differentiated as a sum of convolutions with stride 1.
+
+    .. math::
+      y = \sum_{\varphi} x_\varphi * k_\varphi
+
+    A phase :math:`\varphi` holds the places of one remainder of division by the stride. Of the
+    strided convolution XLA would multiply the kernel with an image-sized gradient in which zeros
+    lie between the numbers; of a phase the gradient has none.
+
+    Args:
+      images: ``[B, H, W, C]``.
+      kernel: ``[KH, KW, C, O]``.
+      fields: of the kernel on the images.
+      precision: as in :func:`jax.lax.conv_general_dilated`.
+      preferred_element_type: as there.
+
+    Returns:
+      ``[B, P, Q, O]``.
+    """
+    return lax.conv_general_dilated(
+        images, kernel, fields.strides, fields.pads, dimension_numbers=_NHWC, precision=precision,
+        preferred_element_type=preferred_element_type,
+    )  # fmt: skip
+
+
+@functools.partial(conv_by_phases.defjvp, symbolic_zeros=True)
+def _conv_by_phases_jvp(
+    fields: ReceptiveFields,
+    precision: lax.PrecisionLike,
+    preferred_element_type: Any,
+    primals: tuple[jax.Array, jax.Array],
+    tangents: tuple[jax.Array | SymbolicZero, jax.Array | SymbolicZero],
+) -> tuple[jax.Array, jax.Array]:
+    (images, kernel), (d_images, d_kernel) = primals, tangents
+    options = (fields, precision, preferred_element_type)
+    out = conv_by_phases(images, kernel, *options)
+    parts = []
+    if not isinstance(d_images, SymbolicZero):
+        parts.append(_sum_of_phases(d_images, kernel, *options))
+    if not isinstance(d_kernel, SymbolicZero):
+        parts.append(conv_by_phases(images, d_kernel, *options))
+    return out, functools.reduce(jnp.add, parts)
+
+
+def _sum_of_phases(
+    images: jax.Array,
+    kernel: jax.Array,
+    fields: ReceptiveFields,
+    precision: lax.PrecisionLike,
+    preferred_element_type: Any,
+) -> jax.Array:
+    zero = jnp.zeros((), images.dtype)
+    images = lax.pad(images, zero, [(0, 0, 0), *((*pair, 0) for pair in fields.pads), (0, 0, 0)])
+    (sh, sw), (rows, columns) = fields.strides, fields.shape
+
+    def phase(h: int, w: int) -> jax.Array:
+        taps = kernel[h::sh, w::sw]
+        # As far as the phase's kernel sees.
+        bottom = h + sh * (rows + taps.shape[0] - 2) + 1
+        right = w + sw * (columns + taps.shape[1] - 2) + 1
+        return lax.conv_general_dilated(
+            images[:, h:bottom:sh, w:right:sw], taps, (1, 1), "VALID", dimension_numbers=_NHWC,
+            precision=precision, preferred_element_type=preferred_element_type,
+        )  # fmt: skip
+
+    # Where the stride is larger than the kernel, some phases are never seen.
+    seen = (range(min(s, k)) for s, k in zip(fields.strides, fields.kernel, strict=True))
+    return functools.reduce(jnp.add, (phase(h, w) for h, w in itertools.product(*seen)))
+
+
+def gains_by_phases(fields: ReceptiveFields) -> bool:
+    """Whether a gradient with zeros between its numbers would cost a TPU products."""
+    return math.prod(fields.strides) > 1 and fields.size > 1

@@ -1,0 +1,101 @@
+"""What a capsule network computes for one image, kept (floor 5)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from capsjax.models import CapsNet
+from capsjax.models.network import check_images
+from capsjax.nn.router import Children
+from capsjax.ops import dense_votes
+from capsjax.routing import RoutingTrace, routing_trace
+
+TRACED = ("dynamic", "kmeans", "attention", "em", "variational")
+
+
+class Anatomy(NamedTuple):
+    """What a :class:`capsjax.models.CapsNet` computes for one image.
+
+    Attributes:
+      image: pixels in [0, 1], ``[H, W, C]``.
+      children: primary capsules u, ``[I, K]``; rows, columns and types of the grid, in this order.
+      votes: ``[I, J, D]``.
+      trace: of routing these votes; see :func:`capsjax.routing_trace`.
+      bias: inside routing, ``[J, D]``, or None.
+    """
+
+    image: jax.Array
+    children: jax.Array
+    votes: jax.Array
+    trace: RoutingTrace
+    bias: jax.Array | None
+
+    @property
+    def poses(self) -> jax.Array:
+        """Class capsules after the last iteration, ``[J, D]``."""
+        return self.trace.poses[-1]
+
+    @property
+    def lengths(self) -> jax.Array:
+        """Activations of the class capsules after the last iteration, ``[J]``."""
+        return self.trace.activations[-1]
+
+
+def check_traced(network: nnx.Module) -> CapsNet:
+    """Raises a ValueError unless the network's routing can be looked at, pass by pass."""
+    if not isinstance(network, CapsNet):
+        raise ValueError(
+            f"network must be a CapsNet, which routes between two layers of capsules, got"
+            f" {type(network).__name__}"
+        )
+    if network.config.routing not in TRACED:
+        raise ValueError(
+            f"routing must iterate over votes to be traced, one of {', '.join(TRACED)}; the"
+            f" network's is {network.config.routing!r}"
+        )
+    return network
+
+
+def dissect(network: CapsNet, image: jax.Array, *, num_iterations: int | None = None) -> Anatomy:
+    """Computes what the network does for one image, and keeps children, votes and routing.
+
+    Args:
+      network: a capsule network with traceable routing: dynamic, k-means, attention, EM or
+        variational.
+      image: pixels in [0, 1], ``[H, W, C]``, floating point.
+      num_iterations: of routing; the network's own when None.
+
+    Returns:
+      :class:`Anatomy`.
+
+    Raises:
+      TypeError, ValueError: the network is another one, or the image has the wrong shape or dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax import models
+      >>> from capsjax.viz import dissect
+      >>> from flax import nnx
+      >>> network = models.create("small", rngs=nnx.Rngs(0))
+      >>> anatomy = dissect(network, jnp.ones((28, 28, 1)))
+      >>> anatomy.children.shape, anatomy.votes.shape, anatomy.trace.coupling.shape
+      ((144, 16), (144, 10, 16), (3, 144, 10))
+    """
+    check_traced(network)
+    image = jnp.asarray(image)
+    check_images(image, network.config.image_shape)
+    if image.ndim != 3:
+        raise ValueError(f"image must be one image [H, W, C], got shape {image.shape}")
+    config, layer = network.config, network.classes
+    children = network.primary(jax.nn.relu(network.conv(image)))
+    assert layer.kernel is not None  # only an algorithm that is not traced makes its own votes
+    dtype = jnp.dtype(config.dtype)
+    votes = dense_votes(children.astype(dtype), layer.kernel[...].astype(dtype))
+    learned = layer.router.arguments()
+    learned["num_iterations"] = num_iterations or config.num_iterations
+    weighed = config.routing in ("em", "variational")
+    present = [Children(children).present()] if weighed else []
+    trace = routing_trace(votes, *present, routing=config.routing, **learned)
+    return Anatomy(image, children, votes, trace, learned.get("bias"))

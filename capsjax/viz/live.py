@@ -1,0 +1,141 @@
+"""A network that answers the explorer's page (floor 5): JSON values out of arrays."""
+
+import base64
+import io
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from capsjax.training import Loaded
+from capsjax.viz.anatomy import Anatomy, check_traced, dissect
+from capsjax.viz.draw import diagram_of, overlay
+from capsjax.viz.perturb import decoder_of, reconstruct
+from capsjax.viz.theme import ThemeName
+
+
+class Live:
+    """Answers for one trained network; one computation at a time, whatever thread asks.
+
+    Args:
+      loaded: network and data set of a run.
+
+    Raises:
+      ValueError: the network has no decoder, or its routing cannot be traced.
+    """
+
+    def __init__(self, loaded: Loaded):
+        self.network = check_traced(loaded.network)
+        decoder_of(self.network)
+        self.dataset = loaded.dataset
+        self.step = loaded.step
+        self._lock = threading.Lock()
+        self._dissect = nnx.jit(dissect)
+        self._reconstruct = nnx.jit(reconstruct)
+        # Compiles all of it, so that the first answer is no slower than the others.
+        self.look(np.zeros(self.network.config.image_shape, np.uint8))
+        self.decode([0.0] * self.network.config.class_features, 0)
+
+    def about(self) -> dict[str, Any]:
+        """What the page needs to know before it asks anything."""
+        config = self.network.config
+        return {
+            "dataset": self.dataset.name,
+            "classes": list(self.dataset.class_names),
+            "shape": list(config.image_shape),
+            "grid": list(config.grid),
+            "types": config.primary_types,
+            "features": config.class_features,
+            "iterations": config.num_iterations,
+            "test_images": len(self.dataset.test.labels),
+            "labels": self.dataset.test.labels.tolist(),
+            "step": self.step,
+        }
+
+    def test_image(self, index: int, other: int | None = None) -> np.ndarray:
+        """A test image, or two on each other, uint8."""
+        images = self.dataset.test.images
+        for number in (index, other):
+            if number is not None and not 0 <= number < len(images):
+                raise ValueError(f"test images are numbered 0 to {len(images) - 1}, got {number}")
+        return images[index] if other is None else overlay(images[index], images[other])
+
+    def _anatomy(self, image: np.ndarray) -> Anatomy:
+        shape = self.network.config.image_shape
+        if image.shape != shape:
+            came, expected = (" x ".join(map(str, s)) for s in (image.shape, shape))
+            raise ValueError(f"the image must be {expected} pixels, got {came}")
+        return self._dissect(self.network, jnp.asarray(image, jnp.float32) / 255)
+
+    def look(self, image: np.ndarray) -> dict[str, Any]:
+        """What the network computes for a uint8 image ``[H, W, C]``."""
+        with self._lock:
+            anatomy = self._anatomy(image)
+            number = anatomy.poses.shape[0]
+            each = self._reconstruct(
+                self.network, jnp.broadcast_to(anatomy.poses, (number, *anatomy.poses.shape)),
+                jnp.arange(number),
+            )  # fmt: skip
+        return {
+            "pixels": image.ravel().tolist(),
+            "lengths": _values(anatomy.lengths),
+            "poses": _values(anatomy.poses),
+            "coupling": _values(anatomy.trace.coupling),
+            "activations": _values(anatomy.trace.activations),
+            "reconstructions": _pixels(each).reshape(number, -1).tolist(),
+        }
+
+    def decode(self, pose: list[float], parent: int) -> list[int]:
+        """The reconstruction from one class capsule, as pixels of 0 to 255."""
+        config = self.network.config
+        values = np.asarray(pose, np.float32)
+        if values.shape != (config.class_features,) or not np.isfinite(values).all():
+            raise ValueError(f"pose must be {config.class_features} finite numbers")
+        if not isinstance(parent, int) or not 0 <= parent < config.num_classes:
+            raise ValueError(f"class must be from 0 to {config.num_classes - 1}, got {parent}")
+        poses = np.zeros((config.num_classes, config.class_features), np.float32)
+        poses[parent] = values
+        with self._lock:
+            made = self._reconstruct(self.network, jnp.asarray(poses), jnp.asarray(parent))
+        pixels: list[int] = _pixels(made).ravel().tolist()
+        return pixels
+
+    def diagram(self, image: np.ndarray, classes: list[int] | None, theme: ThemeName) -> str:
+        """The routing diagram as SVG."""
+        with self._lock:
+            anatomy = self._anatomy(image)
+            figure = diagram_of(
+                self.network, anatomy, class_names=self.dataset.class_names, classes=classes,
+                num_children=6, theme=theme,
+            )  # fmt: skip
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+        return buffer.getvalue()
+
+    def decoder_weights(self) -> list[dict[str, Any]]:
+        """Kernels and biases of the decoder as base64 of float32, for a page without a server."""
+        weights = []
+        for layer in decoder_of(self.network).layers:
+            assert layer.bias is not None  # the decoder's layers all have one
+            kernel, bias = layer.kernel[...], layer.bias[...]
+            weights.append(
+                {"shape": list(kernel.shape), "kernel": _base64(kernel), "bias": _base64(bias)}
+            )
+        return weights
+
+
+def _values(array: jax.Array) -> Any:
+    """Nested lists, exact in float32, that JSON writes with seven digits."""
+    flat = np.asarray(array, np.float32)
+    return np.array([float(f"{x:.7g}") for x in flat.ravel()]).reshape(flat.shape).tolist()
+
+
+def _pixels(array: jax.Array) -> np.ndarray:
+    return np.round(np.clip(np.asarray(array, np.float32), 0, 1) * 255).astype(np.uint8)
+
+
+def _base64(array: jax.Array) -> str:
+    return base64.b64encode(np.asarray(array, "<f4").tobytes()).decode()

@@ -1,0 +1,179 @@
+"""The explorer's answers equal direct calls; what is wrong is said; the server stays up."""
+
+import dataclasses
+import io
+import json
+import os
+import socket
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from capsjax import models
+from capsjax.cli import main
+from capsjax.viz import dissect
+from capsjax.viz.explorer import export
+from capsjax.viz.live import Live
+
+
+def ask(url, data=None, headers=None):
+    """Status and body of an answer."""
+    body = json.dumps(data).encode() if isinstance(data, dict) else data
+    request = urllib.request.Request(url, body, headers or {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+def png(height, width, value=0):
+    out = io.BytesIO()
+    Image.fromarray(np.full((height, width), value, np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_a_look_equals_direct_calls(address, loaded, image):
+    status, body = ask(f"{address}/api/look", {"test": 3})
+    assert status == 200
+    said = json.loads(body)
+    anatomy = dissect(loaded.network, image)
+    np.testing.assert_allclose(said["lengths"], loaded.network(image).scores, atol=1e-5)
+    np.testing.assert_allclose(said["poses"], anatomy.poses, atol=1e-5)
+    np.testing.assert_allclose(said["coupling"], anatomy.trace.coupling, atol=1e-5)
+    np.testing.assert_allclose(said["activations"], anatomy.trace.activations, atol=1e-5)
+    for parent in (0, 9):
+        made = loaded.network.decoder(anatomy.poses, jnp.arange(10) == parent)
+        np.testing.assert_allclose(
+            np.array(said["reconstructions"][parent]) / 255, made.ravel(), atol=0.51 / 255
+        )
+    # Drawn or uploaded, the same pixels get the same answer.
+    pixels = loaded.dataset.test.images[3]
+    assert json.loads(ask(f"{address}/api/look", {"pixels": pixels.ravel().tolist()})[1]) == said
+    out = io.BytesIO()
+    Image.fromarray(pixels[..., 0]).save(out, "PNG")
+    assert json.loads(ask(f"{address}/api/upload", out.getvalue())[1]) == said
+
+
+def test_decoding_equals_a_direct_call(address, loaded):
+    pose = [0.1, -0.2, 0.3, 0.0, 0.25]
+    _, body = ask(f"{address}/api/decode", {"pose": pose, "class": 4})
+    poses = jnp.zeros((10, 5)).at[4].set(jnp.array(pose))
+    made = loaded.network.decoder(poses, jnp.arange(10) == 4)
+    np.testing.assert_allclose(np.array(json.loads(body)["pixels"]) / 255, made.ravel(),
+                               atol=0.51 / 255)  # fmt: skip
+
+
+def test_the_diagram_is_svg(address):
+    status, body = ask(f"{address}/api/diagram", {"test": 3, "classes": [1, 2]})
+    assert status == 200
+    assert b"coupling-3-rest-2" in body
+
+
+@pytest.mark.parametrize(
+    ("where", "data", "status", "message"),
+    [
+        ("upload", b"this is no image", 400, "the upload is no PNG"),
+        ("upload", png(28, 28)[:40], 400, "the upload is no PNG"),
+        ("upload", png(30, 40), 400, "the image must be 28 x 28 pixels, got 40 x 30"),
+        ("upload", png(3000, 3000), 400, "too many"),
+        ("upload", bytes(50 * 2**20), 413, "a request must be at most 2 MB"),
+        ("look", b"[1]", 400, "the request must be a JSON object"),
+        ("look", b"\xff\xfe", 400, "the request must be a JSON object"),
+        ("look", {}, 400, "the request lacks 'pixels'"),
+        ("look", {"pixels": [0] * 5}, 400, "pixels must be 784 integers, got 5"),
+        ("look", {"pixels": [300] * 784}, 400, "pixels must be from 0 to 255"),
+        ("look", {"pixels": [[1], [1, 2]]}, 400, ""),
+        ("look", {"test": 40}, 400, "test images are numbered 0 to 39, got 40"),
+        ("look", {"test": "a"}, 400, "test images are named by integers"),
+        ("decode", {"pose": [1, 2], "class": 1}, 400, "pose must be 5 finite numbers"),
+        ("decode", {"pose": [0] * 5, "class": 10}, 400, "class must be from 0 to 9, got 10"),
+        ("diagram", {"test": 1, "classes": [77]}, 400, "classes must be from 0 to 9, got 77"),
+        ("diagram", {"test": 1, "theme": "pink"}, 400, "theme must be one of light, dark"),
+    ],
+)
+def test_bad_requests(address, where, data, status, message):
+    try:
+        came, body = ask(f"{address}/api/{where}", data)
+    except (urllib.error.URLError, ConnectionError):
+        # The answer came, and the connection was closed, while the client was still sending.
+        assert status == 413
+    else:
+        assert came == status
+        assert message in json.loads(body)["error"]
+    assert ask(address)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/../../README.md", "/%2e%2e/cli.py", "/explorer.py", "//etc/passwd"]
+)
+def test_no_file_is_served(address, path):
+    assert ask(address + path)[0] == 404
+
+
+def test_other_hosts_names_are_refused(address):
+    assert ask(address, headers={"Host": "elsewhere.example"})[0] == 400
+
+
+def test_a_hundred_requests_at_once(address):
+    with ThreadPoolExecutor(100) as pool:
+        answers = list(pool.map(lambda n: ask(f"{address}/api/look", {"test": n % 40}), range(100)))
+    assert {status for status, _ in answers} == {200}
+    assert answers[0] == answers[40]
+    assert answers[0] != answers[1]
+
+
+def test_the_exported_page_needs_no_server(live, loaded, image):
+    page = export(live, (3, 5))
+    start = page.index("const about = ") + len("const about = ")
+    about, _ = json.JSONDecoder().raw_decode(page[start:])
+    assert [example["name"] for example in about["examples"]] == [
+        "test image 3", "test image 5", "test image 3 and 5",
+    ]  # fmt: skip
+    np.testing.assert_allclose(
+        about["examples"][0]["lengths"], loaded.network(image).scores, atol=1e-5
+    )
+    assert "<svg" not in page  # what is inside of the script cannot end it
+    assert 'src="http' not in page
+    assert len(about["decoder"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (models.configure("baseline"), "network must be a CapsNet.*got BaselineCNN"),
+        (models.configure("small", decoder_features=()), "network must have a decoder"),
+        (models.configure("small", routing="uniform"), "routing must iterate over votes"),
+    ],
+)
+def test_networks_that_cannot_be_explored(loaded, config, message):
+    # Of shapes alone: the baseline has 35 million parameters.
+    network = nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=message):
+        Live(dataclasses.replace(loaded, network=network))
+
+
+def test_a_port_in_use(run, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit) as stopped:
+            main(["explore", str(run), "--port", str(port)])
+    assert stopped.value.code == 2
+    assert f"--port {port} cannot be had (Address already in use)" in capsys.readouterr().err
+
+
+def test_explore_needs_a_run(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        main(["explore", str(tmp_path), "--export", str(tmp_path / "page.html")])
+    assert stopped.value.code == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,168 @@
+"""Every number of a figure is one that it was given, or follows from it."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from capsjax import viz
+from capsjax.cli import main
+from capsjax.training import load_network
+from capsjax.training.run_directory import RunDirectory
+from capsjax.viz.draw import DrawConfig, make_figure
+from capsjax.viz.figures import agreement_and_entropy, confusion_matrix
+
+
+@pytest.fixture(scope="module")
+def anatomy(loaded, image):
+    return viz.dissect(loaded.network, image)
+
+
+def test_coupling_maps(loaded, anatomy):
+    rows, columns = grid = loaded.network.config.grid
+    figure = viz.coupling_maps(anatomy.trace, grid, classes=[2, 7], iterations=[1, 3])
+    images = {im.get_gid(): im for ax in figure.axes for im in ax.images}
+    assert len(images) == 2 * 2 * 3
+    for t in (1, 3):
+        for kind in range(3):
+            # The capsule at this place of the grid, by its number.
+            for row, column in ((0, 0), (1, 2), (rows - 1, columns - 1)):
+                child = (row * columns + column) * 3 + kind
+                drawn = images[f"coupling-{t}-{kind}-7"].get_array()[row, column]
+                assert drawn == anatomy.trace.coupling[t - 1, child, 7]
+    with pytest.raises(ValueError, match="grid must divide"):
+        viz.coupling_maps(anatomy.trace, (7, 11))
+
+
+def test_agreement_and_entropy(anatomy):
+    trace = anatomy.trace
+    means, entropy = agreement_and_entropy(trace)
+    votes, coupling = np.asarray(anatomy.votes), np.asarray(trace.coupling)
+    for t in range(3):
+        along = np.einsum("ijd,jd->ij", votes, trace.poses[t])
+        np.testing.assert_allclose(
+            means[t], np.average(along, axis=0, weights=coupling[t]), rtol=1e-4, atol=1e-5
+        )
+    np.testing.assert_allclose(entropy[0], np.log2(10), rtol=1e-6)
+    expected = np.mean([-sum(c * np.log2(c)) for c in coupling[2].astype(float)])
+    np.testing.assert_allclose(entropy[2], expected, rtol=1e-5)
+    lines = {line.get_gid(): line for ax in viz.agreement(trace, classes=[4]).axes
+             for line in ax.lines}  # fmt: skip
+    np.testing.assert_array_equal(lines["agreement-4"].get_ydata(), means[:, 4])
+    np.testing.assert_array_equal(lines["entropy"].get_ydata(), entropy)
+
+
+def test_lengths_on_given_axes(anatomy):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    ax = figure.add_subplot()
+    assert viz.lengths(anatomy.lengths, label=3, ax=ax) is figure
+    heights = [patch.get_height() for patch in ax.patches]
+    np.testing.assert_allclose(heights, anatomy.lengths)
+
+
+def test_dimensions_move_one_component(loaded, anatomy):
+    images = viz.vary_dimensions(loaded.network, anatomy.poses, 6, (-0.25, 0.0, 0.25))
+    assert images.shape == (5, 3, 28, 28, 1)
+    moved = anatomy.poses.at[6, 2].add(0.25)
+    by_hand = loaded.network.decoder(moved, jnp.arange(10) == 6)
+    np.testing.assert_allclose(images[2, 2], by_hand, atol=1e-6)
+    figure = viz.dimensions(images, (-0.25, 0.0, 0.25))
+    tiles = {im.get_gid(): im.get_array() for ax in figure.axes for im in ax.images}
+    np.testing.assert_allclose(tiles["tile-2-2"], by_hand[..., 0], atol=1e-6)
+    with pytest.raises(ValueError, match="offsets must be 3 numbers, got 1"):
+        viz.dimensions(images, [0.0])
+
+
+def test_overlaps_are_tinted(image):
+    parts = np.stack([image, 0 * image])[None]
+    figure = viz.overlaps(image[None], parts)
+    tiles = {im.get_gid(): np.asarray(im.get_array()) for ax in figure.axes for im in ax.images}
+    np.testing.assert_allclose(tiles["tile-1-0"], tiles["tile-2-0"])
+    np.testing.assert_allclose(tiles["tile-2-0"][..., 2], image[..., 0], atol=1e-6)
+    assert not tiles["tile-3-0"].any()
+
+
+def test_confusion():
+    labels = np.array([0, 1, 2, 2, 1])
+    scores = np.eye(3)[[0, 1, 1, 2, 0]] * np.array([[1.0], [1], [0.6], [1], [0.9]])
+    np.testing.assert_array_equal(
+        confusion_matrix(labels, scores), [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    )
+    assert viz.worst_errors(labels, scores).tolist() == [4, 2]
+    figure = viz.confusion(labels, scores, images=np.zeros((5, 4, 4, 1)))
+    titles = [ax.get_title(loc) for ax in figure.axes for loc in ("left", "center")]
+    assert "2 of 5 wrong (40.00%)" in titles
+    assert "1 → 0\n0.00  0.90" in titles
+    with pytest.raises(ValueError, match="labels must be 5 integers"):
+        viz.confusion(labels[:2], scores)
+
+
+def test_curves_hold_the_records(run):
+    records = RunDirectory(run).read_metrics()
+    figure = viz.training_curves({"a": records, "b": records})
+    lines = {line.get_gid(): line for ax in figure.axes for line in ax.lines}
+    losses = [r["loss"] for r in records if r["split"] == "train"]
+    assert losses
+    np.testing.assert_array_equal(lines["b-train-loss"].get_ydata(), losses)
+    with pytest.raises(ValueError, match="got none of c"):
+        viz.training_curves({"c": []})
+
+
+def test_loading_gives_the_network_that_was_saved(run, loaded, image):
+    found = load_network(run)
+    assert found.step == 2
+    assert len(found.dataset.test.labels) == 1000
+    expected, came = loaded.network(image), found.network(image)
+    np.testing.assert_array_equal(came.scores, expected.scores)
+    np.testing.assert_array_equal(came.reconstruction, expected.reconstruction)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "diagram",
+        "couplings",
+        "agreement",
+        "lengths",
+        "reconstructions",
+        "overlaps",
+        "confusion",
+        "curves",
+    ],
+)
+def test_draw_writes_a_file(run, tmp_path, name, capsys):
+    out = tmp_path / "figure.png"
+    main(["draw", name, str(run), "--out", str(out), "--index", "2", "--theme", "dark"])
+    assert capsys.readouterr().out == f"{out}\n"
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_draw_passes_its_options_on(run):
+    config = DrawConfig(name="diagram", runs=(run,), classes=(8, 1), types=(2,), iterations=(1, 3),
+                        num_children=3)  # fmt: skip
+    ids = {a.get_gid() for a in make_figure(config).axes[0].get_children() if a.get_gid()}
+    lines = [gid.split("-") for gid in ids if gid.startswith("coupling")]
+    assert {(t, j) for _, t, _, j in lines} == {("1", "8"), ("1", "1"), ("3", "8"), ("3", "1")}
+    children = {int(i) for _, _, i, _ in lines if i != "rest"}
+    assert len(children) == 3
+    assert {child % 3 for child in children} == {1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["diagram", "nowhere"], "run directory nowhere does not exist"),
+        (["pie", "RUN"], "pie"),
+        (["lengths", "RUN", "RUN"], "lengths takes one run, got 2"),
+        (["diagram", "RUN", "--classes", "12"], "classes must be from 0 to 9, got 12"),
+        (["diagram", "RUN", "--types", "9"], "types must be from 1 to 3, got 9"),
+        (["diagram", "RUN", "--index", "5000"], "--index must be below 1000"),
+        (["diagram", "RUN", "--out", "x.doc"], "--out must end in .svg, .png or .pdf"),
+    ],
+)
+def test_draw_names_what_is_wrong(run, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["draw", *(str(run) if a == "RUN" else a for a in arguments)])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
