@@ -131,7 +131,8 @@ def _ratio(cell: str, measure: str, a: Row, b: Row) -> Ratio | None:
         return Ratio(cell, measure, *medians, ratio, ratio, ratio)
     if min(*old, *new) <= 0:
         return None
-    return Ratio(cell, measure, *medians, *_interval(old, new))
+    ratio, low, high = _interval(old, new)
+    return Ratio(cell, measure, *medians, ratio, low, high)
 
 
 def _interval(
@@ -145,7 +146,7 @@ def _interval(
     parts = [statistics.variance(x) / len(x) for x in (a, b)]
     error = math.sqrt(sum(parts))
     if not error:
-        return (math.exp(difference),) * 3
+        return math.exp(difference), math.exp(difference), math.exp(difference)
     freedom = error**4 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True))
     margin = float(stats.t.ppf(0.975, freedom)) * error
     return math.exp(difference), math.exp(difference - margin), math.exp(difference + margin)

@@ -26,12 +26,12 @@ class BenchConfig:
     """Suite to measure, if no workload is named."""
 
     target: tuple[str, ...] = ()
-    """What to compile for: cpu, cpu:8, gpu, tpu, or a TPU that is not here, such as v5e-256, v5p-128
-    or v6e-8. The CPU if not given; for the suite pod v5e-256."""
+    """What to compile for: cpu, cpu:8, gpu, tpu, or a TPU that is not here, such as v5e-256,
+    v5p-128 or v6e-8. The CPU if not given; for the suite pod v5e-256."""
 
     workload: str | None = None
-    """One workload instead of a suite: squash, routing, stack, hotos, hotos_gcc, forward, train_step,
-    pmap_train_step; or a function of your own, module:function."""
+    """One workload instead of a suite: squash, routing, stack, hotos, hotos_gcc, forward,
+    train_step, pmap_train_step; or a function of your own, module:function."""
 
     set: tuple[str, ...] = ()
     """Parameters of the workload, such as iterations=1,3,10 loop=fori_loop,unrolled; several values

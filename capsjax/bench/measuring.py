@@ -202,7 +202,6 @@ def _check_memory(memory: dict[str, int] | None, target: Target) -> None:
 
 def _arguments(built: Built) -> tuple[Any, ...]:
     """Arrays of these shapes: small positive numbers, zeros for integers, a random key."""
-
     random = np.random.default_rng(0)
 
     def make(shape: jax.ShapeDtypeStruct) -> Any:

@@ -82,8 +82,9 @@ def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any
             "Compile time against stacked layers", "Median of cold compilations.", stacked,
             ("layers", "compile, seconds", linear, linear),
         )  # fmt: skip
+    fixed = {"iterations": 3, "algorithm": "dynamic", "loop": "fori_loop"}
     memory = _series(rows, "routing", "batch", _temporaries, ("implementation", "direction"),
-                     fixed={"iterations": 3, "algorithm": "dynamic", "loop": "fori_loop"})  # fmt: skip
+                     fixed=fixed)  # fmt: skip
     if memory:
         yield (
             "Memory against batch",
@@ -242,6 +243,8 @@ def _contributors(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "cell": row["cell"],
                 "lines": [(s or "no line", f"{c:,.0f}", f"{c / total:.1%}")
                           for s, c in lines],
-                "missing": ", ".join(f"{v:g} × {k}" for k, v in cycles["without_estimate"].items()),
+                "missing": ", ".join(
+                    f"{k} ({v:g} times)" for k, v in cycles["without_estimate"].items()
+                ),
             })  # fmt: skip
     return found

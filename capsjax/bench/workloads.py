@@ -117,7 +117,9 @@ class Routing:
 
     def build(self, devices: Sequence[jax.Device]) -> Built:
         """Makes the function."""
-        shapes = {"poses": (self.batch, self.children, self.in_features)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "poses": (self.batch, self.children, self.in_features)
+        }
         sizes = (self.children, self.in_features, self.parents, self.features)
         if self.algorithm == "heinsen":
             shapes |= HeinsenParameters.shapes(*sizes)
@@ -357,7 +359,7 @@ def import_function(name: str) -> Callable[..., Any]:
     function = getattr(found, attribute, None)
     if not callable(function):
         raise WorkloadError(f"workload {name!r}: module {module!r} has no function {attribute!r}")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def parse_shape(text: str) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,113 @@
+"""Two files beside each other: pairs, intervals, exit codes."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from capsjax.bench import append_row, compare_rows
+from capsjax.cli import main
+
+
+def row(cell="squash @ cpu", compiled=(1.0, 1.1, 0.9), flops=100, flags=(), status="ok"):
+    return {
+        "cell": cell + "".join(f" {flag}" for flag in flags), "workload": "squash",
+        "parameters": {}, "target": "cpu", "xla_flags": list(flags), "status": status,
+        "error": None if status == "ok" else {"stage": "compile", "type": "E", "message": "no"},
+        "stages": {"compile": list(compiled)}, "hlo": {"cost": {"flops": flops}},
+        "repetitions": len(compiled), "base_environment": {},
+    }  # fmt: skip
+
+
+def ratios(old, new):
+    return {r.measure: r for r in compare_rows(old, new).ratios}
+
+
+def test_the_interval_is_welch_s_of_the_logarithms():
+    old, new = (1.0, 1.1, 0.9, 1.05), (1.5, 1.7, 1.6)
+    found = ratios([row(compiled=old)], [row(compiled=new)])["compile"]
+    expected = stats.ttest_ind(np.log(new), np.log(old), equal_var=False).confidence_interval(0.95)
+    np.testing.assert_allclose([found.low, found.high], np.exp(expected), rtol=1e-9)
+    assert found.ratio == pytest.approx(np.exp(np.mean(np.log(new)) - np.mean(np.log(old))))
+    assert found.is_worse(1.1)
+    assert not found.is_worse(2.0)
+
+
+def test_noise_is_not_worse_and_one_repetition_is_not_judged():
+    noisy = ratios([row(compiled=(1.0, 2.0))], [row(compiled=(1.2, 2.4))])["compile"]
+    assert not noisy.is_worse(1.1)
+    single = ratios([row(compiled=(1.0,))], [row(compiled=(9.0,))])["compile"]
+    assert single.low is None
+    assert not single.is_worse(1.1)
+
+
+def test_counts_are_exact():
+    found = ratios([row(flops=100)], [row(flops=120)])["flops"]
+    assert (found.ratio, found.low) == (1.2, 1.2)
+    assert found.is_worse(1.1)
+
+
+def test_cells_pair_across_flags_unless_flags_were_swept():
+    flag = ("--xla_x=true",)
+    assert ratios([row()], [row(flags=flag)])
+    swept = [row(), row(flags=flag)]
+    comparison = compare_rows(swept, swept)
+    assert len({r.cell for r in comparison.ratios}) == 2
+
+
+def test_what_only_one_file_holds_and_what_fails_now():
+    comparison = compare_rows(
+        [row(), row("a @ cpu"), row("b @ cpu")],
+        [row(), row("a @ cpu", status="failed"), row("c @ cpu")],
+    )
+    assert comparison.broken == ("a @ cpu",)
+    assert comparison.only_old == ("b @ cpu",)
+    assert comparison.only_new == ("c @ cpu",)
+
+
+def write(path, *rows):
+    for each in rows:
+        append_row(path, each)
+    return str(path)
+
+
+def test_the_command_s_exit_code_tells(tmp_path, capsys):
+    old = write(tmp_path / "old.jsonl", row())
+    slower = write(tmp_path / "slower.jsonl", row(compiled=(2.0, 2.1, 1.9)))
+    main(["bench", "compare", old, old])
+    assert "1 cells in both; 0 measures worse than 1.1" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as done:
+        main(["bench", "compare", old, slower])
+    assert done.value.code == 1
+    assert "worse" in capsys.readouterr().out
+    main(["bench", "compare", old, slower, "--threshold", "3"])
+    main(["bench", "compare", old, slower, "--measure", "flops"])
+    broken = write(tmp_path / "broken.jsonl", row(status="failed"))
+    with pytest.raises(SystemExit) as done:
+        main(["bench", "compare", old, broken])
+    assert done.value.code == 1
+    assert "fails now: squash @ cpu" in capsys.readouterr().out
+
+
+def test_bad_files_are_one_line(tmp_path, capsys):
+    old = write(tmp_path / "old.jsonl", row())
+    other = write(tmp_path / "other.jsonl", row("else @ cpu"))
+    text = tmp_path / "text.jsonl"
+    text.write_text("hello\n")
+    newer = tmp_path / "newer.jsonl"
+    newer.write_text(json.dumps({"schema": "capsjax.bench", "version": 99}) + "\n")
+    for arguments, said in (
+        ([old, other], "have no cell in common"),
+        ([old, str(text)], "text.jsonl"),
+        ([old, str(newer)], "99"),
+        ([old, str(tmp_path / "none.jsonl")], "none.jsonl"),
+        ([old, old, "--measure", "beauty"], "--measure must be among .*, got beauty"),
+    ):
+        with pytest.raises(SystemExit) as done:
+            main(["bench", "compare", *arguments])
+        assert done.value.code != 0
+        error = capsys.readouterr().err
+        assert len(error.strip().splitlines()) == 1
+        assert re.search(said, error), error
