@@ -354,8 +354,9 @@ def import_function(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
         found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise WorkloadError(f"workload {name!r}: {error}") from None
+    except Exception as error:  # whatever the user's module does
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WorkloadError(f"workload {name!r}: {said}") from error
     function = getattr(found, attribute, None)
     if not callable(function):
         raise WorkloadError(f"workload {name!r}: module {module!r} has no function {attribute!r}")
