@@ -1,6 +1,9 @@
 """Eight CPU devices, strict rank promotion, and where real data come from."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Before jax is imported anywhere: it reads these once.
@@ -10,6 +13,11 @@ os.environ["XLA_FLAGS"] = (
     # Nearly all of the time goes to compiling programs that run once, on tiny arrays.
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # What one test has compiled, another and the processes that tests start need not.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="capsjax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import hypothesis
 import jax
@@ -20,7 +28,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Examples are the same in every run, and few: each new shape is a compilation. One that fails is
 # not made smaller, which would take minutes.
 hypothesis.settings.register_profile(
-    "capsjax", deadline=None, derandomize=True, max_examples=20, database=None,
+    "capsjax", deadline=None, derandomize=True, max_examples=12, database=None,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )  # fmt: skip
 hypothesis.settings.load_profile("capsjax")

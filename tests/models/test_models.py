@@ -164,7 +164,7 @@ def test_gradients_are_finite_for_blank_images():
         prediction = nnx.merge(graphdef, state)(jnp.zeros_like(images()))
         return prediction.scores.sum() + prediction.reconstruction.sum()
 
-    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jax.grad(loss)(state)))
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jax.jit(jax.grad(loss))(state)))
 
 
 def test_initialisers_of_the_authors_code():

@@ -42,7 +42,7 @@ def test_margin_loss_over_shapes_axes_and_dtypes(shape, data, dtype, label_dtype
     lengths = rng.uniform(-0.2, 1.3, shape).astype(jnp.dtype(dtype))
     labels = rng.integers(0, 2, shape).astype(jnp.dtype(label_dtype))
     options = {"m_plus": 0.8, "m_minus": 0.2, "lambda_": 0.25}
-    loss = margin_loss(lengths, labels, axis=axis, **options)
+    loss = jax.jit(lambda *x: margin_loss(*x, axis=axis, **options))(lengths, labels)
     expected = references.margin_terms(
         lengths.astype(np.float64), labels.astype(np.float64), **options
     ).sum(axis)

@@ -181,15 +181,16 @@ def test_over_shapes_and_dtypes(name, leading, sizes, dtype):
     function, reference = ALGORITHMS[name]
     # Read-outs of the child's own votes are computed in the votes' dtype: keep them exact.
     dtype = "float32" if name == "self" else dtype
-    votes = votes_of(*leading, dtype=dtype, shape=sizes)
-    routed = function(votes)
+    votes = np.asarray(votes_of(*leading, dtype=dtype, shape=sizes))
+    # One program for a new shape, and no other for the index of an example.
+    routed = Routed(*map(np.asarray, jax.jit(function)(votes)))
     children, parents, features = sizes
     assert routed.poses.shape == (*leading, parents, features)
     assert routed.activations.shape == (*leading, parents)
     assert routed.coupling.shape == (*leading, children, parents)
     assert {x.dtype for x in routed} == {jnp.dtype(dtype)}
     for index in itertools.product(*map(range, leading)):
-        expected = reference(np.asarray(votes[index], np.float64))
+        expected = reference(votes[index].astype(np.float64))
         # One feature normalises to its sign, or to nothing: ill-conditioned by nature.
         scale = 4.0 if features > 1 else 400.0
         assert_routed(Routed(*(x[index] for x in routed)), expected, scale=scale)
@@ -265,7 +266,7 @@ def test_masked_children_have_no_influence_and_no_gradient(name, masked):
 
 
 @every_algorithm
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     kind=st.sampled_from([0.0, 1e-8, 1e4, "equal", "normal"]),
     children=st.sampled_from([1, 6]),
@@ -281,8 +282,8 @@ def test_values_and_gradients_are_finite(name, kind, children, parents, dtype, n
     normal = np.random.default_rng(0).normal(size=shape)
     votes = {"equal": np.ones(shape), "normal": normal}.get(kind)
     votes = jnp.asarray(normal * kind if votes is None else votes, dtype)
-    assert all(jnp.isfinite(x).all() for x in function(votes))
-    assert jnp.isfinite(grad_of(function)(votes)).all()
+    for x in (*jax.jit(function)(votes), grad_of(function)(votes)):
+        assert np.isfinite(np.asarray(x, np.float32)).all()
 
 
 @every_algorithm

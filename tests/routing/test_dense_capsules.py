@@ -148,7 +148,7 @@ def test_in_blocks_of_any_size_to_the_last_digits(implementation, kind, sizes, m
 def test_gradients_are_those_of_differences(implementation):
     with jax.enable_x64(True):
         poses, weights = arguments(2, shape=(6, 3, 4, 5), dtype="float64")
-        function = functools.partial(loss, implementation=implementation)
+        function = jax.jit(functools.partial(loss, implementation=implementation))
         bias = bias_of().astype(jnp.float64)
         check_grads(function, (poses, weights, bias), 1, ["rev"], eps=1e-6, atol=1e-6, rtol=1e-6)
 
@@ -280,14 +280,15 @@ def test_memory_grows_with_children_and_parents_but_not_with_their_pairs():
 def test_under_transformations(implementation):
     poses, weights = arguments(3)
 
+    @jax.jit
     def one(poses, weights=weights):
         return dense(poses, weights, implementation=implementation).poses
 
     def gradient(function):
-        return jax.grad(lambda p: jnp.cos(function(p)).sum())(poses)
+        return jax.jit(jax.grad(lambda p: jnp.cos(function(p)).sum()))(poses)
 
     expected, close = one(poses), {"rtol": 1e-5, "atol": 1e-6}
-    for run in (jax.jit(one), jax.vmap(one), functools.partial(jax.lax.map, one), jax.pmap(one)):
+    for run in (one.__wrapped__, jax.vmap(one), functools.partial(jax.lax.map, one), jax.pmap(one)):
         np.testing.assert_allclose(run(poses), expected, **close)
     np.testing.assert_allclose(gradient(jax.remat(one)), gradient(one), **close)
     np.testing.assert_allclose(gradient(jax.vmap(one)), gradient(one), rtol=1e-4, atol=1e-6)
@@ -312,7 +313,10 @@ def test_scan_over_stacked_layers(implementation):
         return jnp.sum(functools.reduce(lambda x, w: layer(x, w)[0], layers, poses)[..., 0])
 
     np.testing.assert_allclose(
-        jax.grad(scanned)(layers), jax.grad(written_out)(layers), rtol=1e-4, atol=1e-6
+        jax.jit(jax.grad(scanned))(layers),
+        jax.jit(jax.grad(written_out))(layers),
+        rtol=1e-4,
+        atol=1e-6,
     )
 
 
@@ -341,10 +345,11 @@ def test_under_shard_map_whichever_argument_is_sharded(implementation, varying):
         return lambda *arguments: jnp.cos(function(*arguments)).sum()
 
     np.testing.assert_allclose(
-        jax.jit(mapped)(poses, weights), each(poses, weights), rtol=1e-5, atol=1e-6
+        jax.jit(mapped)(poses, weights), jax.jit(each)(poses, weights), rtol=1e-5, atol=1e-6
     )
     got = jax.jit(jax.grad(total(mapped), (0, 1)))(poses, weights)
-    for a, b in zip(got, jax.grad(total(each), (0, 1))(poses, weights), strict=True):
+    expected = jax.jit(jax.grad(total(each), (0, 1)))(poses, weights)
+    for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
@@ -361,7 +366,8 @@ def test_pmapped_gradients_are_those_of_the_whole_batch(implementation):
 
     mapped = jax.pmap(step, axis_name="batch", in_axes=(None, 0), out_axes=None)
     np.testing.assert_allclose(
-        mapped(weights, poses.reshape(8, 2, *poses.shape[1:])), jax.grad(mean)(weights, poses),
+        mapped(weights, poses.reshape(8, 2, *poses.shape[1:])),
+        jax.jit(jax.grad(mean))(weights, poses),
         rtol=1e-4, atol=1e-6,
     )  # fmt: skip
 
@@ -401,7 +407,7 @@ def test_second_derivatives(implementation):
     with jax.enable_x64(True):
         poses, weights = arguments(shape=(4, 2, 3, 2), dtype="float64")
         got, expected = (
-            jax.hessian(functools.partial(loss, implementation=name))(poses, weights)
+            jax.jit(jax.hessian(functools.partial(loss, implementation=name)))(poses, weights)
             for name in (implementation, "reference")
         )
         np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)

@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -72,15 +73,17 @@ def test_in_float64_to_the_last_digits():
     leaky=st.booleans(),
 )
 def test_over_shapes_and_dtypes(leading, sizes, num_iterations, dtype, leaky):
-    votes = votes_of(*leading, dtype=dtype, shape=sizes)
-    routed = dynamic_routing(votes, num_iterations=num_iterations, leaky=leaky)
+    votes = np.asarray(votes_of(*leading, dtype=dtype, shape=sizes))
+    # One program for a new shape, and no other for the index of an example.
+    function = functools.partial(dynamic_routing, num_iterations=num_iterations, leaky=leaky)
+    routed = Routed(*map(np.asarray, jax.jit(function)(votes)))
     children, parents, features = sizes
     assert routed.poses.shape == (*leading, parents, features)
     assert routed.activations.shape == (*leading, parents)
     assert routed.coupling.shape == (*leading, children, parents)
     assert {x.dtype for x in routed} == {jnp.dtype(dtype)}
     for index in itertools.product(*map(range, leading)):
-        exact = np.asarray(votes[index], np.float64)
+        exact = votes[index].astype(np.float64)
         expected = references.dynamic_routing(exact, num_iterations, leaky=leaky)
         assert_routed([x[index] for x in routed], expected)
 

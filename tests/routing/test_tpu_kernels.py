@@ -171,7 +171,6 @@ def gradient(implementation, poses, weights):
 paper, odd = (128, 1152, 8, 10, 16), (3, 37, 5, 3, 7)
 with libtpu_lock(timeout=300):
     for target, name, dtype, sizes in (
-        ("v5e-1", "blocked", jnp.bfloat16, paper),
         ("v5e-1", "pallas_tpu", jnp.bfloat16, paper),
         ("v5e-1", "pallas_tpu", jnp.float32, odd),
         ("v6e-1", "pallas_tpu", jnp.bfloat16, paper),
@@ -196,5 +195,5 @@ def test_the_tpu_s_compiler_takes_them():
         capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("compiled")]
-    assert len(lines) == 4, done.stderr[-2000:]
-    assert all(line.endswith(str("pallas_tpu" in line)) for line in lines)
+    assert len(lines) == 3, done.stderr[-2000:]
+    assert all(line.endswith("True") for line in lines)

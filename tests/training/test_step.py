@@ -45,7 +45,7 @@ def test_a_step_subtracts_the_gradient_of_the_mean_loss(digits, tiny):
         prediction, _ = apply(variables._replace(params=params), images, target=target)
         return jnp.mean(paper_loss(prediction, target, images)), prediction
 
-    (value, prediction), grads = jax.value_and_grad(loss, has_aux=True)(variables.params)
+    (value, prediction), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables.params)
     expected = jax.tree.map(lambda p, g: p - g, variables.params, grads)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, expected
@@ -130,6 +130,7 @@ def test_statistics_of_the_batch_are_brought_on_in_training_only(digits):
     )
     assert jax.tree.leaves(moved) == [True] * 4
     images = jnp.asarray(digits.test.images[:4], jnp.float32) / 255
+    apply = jax.jit(apply)
     prediction, same = apply(state.variables, images)
     jax.tree.map(np.testing.assert_array_equal, same, state.batch_stats)
     alone, _ = apply(state.variables, images[:1])
@@ -154,7 +155,7 @@ def test_the_step_runs_under_vmap_as_under_pmap(digits, tiny):
     optimizer, examples = optax.sgd(1.0), batch(digits)
     whole, _ = one_step(apply, variables, examples, optimizer=optimizer)
     step = make_train_step(apply, optimizer, paper_loss, num_classes=10, axis_name="batch")
-    mapped = jax.vmap(step, axis_name="batch", in_axes=(None, 0, None), out_axes=(0, 0))
+    mapped = jax.jit(jax.vmap(step, axis_name="batch", in_axes=(None, 0, None), out_axes=(0, 0)))
     parts = jax.tree.map(lambda x: x.reshape(4, 4, *x.shape[1:]), examples)
     state, _ = mapped(init_state(variables, optimizer), parts, jax.random.key(3))
     jax.tree.map(
