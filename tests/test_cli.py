@@ -258,7 +258,7 @@ BAD = [
     (["evaluate", "missing"], "run directory missing does not exist"),
     (["evaluate"], "PATH"),
     (["evaluate", "missing", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-    (["fit"], "fit; available subcommands: train, evaluate, draw, explore"),
+    (["fit"], "fit; available subcommands: train, evaluate, bench, draw, explore"),
     ([], "train, evaluate"),
 ]
 

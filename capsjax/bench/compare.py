@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from scipy import stats
+from scipy import special
 
 from capsjax.bench.rows import Row
 
@@ -148,7 +148,7 @@ def _interval(
     if not error:
         return math.exp(difference), math.exp(difference), math.exp(difference)
     freedom = error**4 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True))
-    margin = float(stats.t.ppf(0.975, freedom)) * error
+    margin = float(special.stdtrit(freedom, 0.975)) * error
     return math.exp(difference), math.exp(difference - margin), math.exp(difference + margin)
 
 

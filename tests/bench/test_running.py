@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,6 +61,15 @@ def test_what_fails_is_a_row_with_its_reason(measured):
     assert row["error"] == {
         "stage": "trace", "type": "ValueError", "message": "no such luck"
     }  # fmt: skip
+
+
+def test_what_does_not_fit_into_memory_is_a_row_and_the_others_go_on(tmp_path):
+    plan = Plan(output=tmp_path / "rows.jsonl", repetitions=1, run_seconds=0.05, timeout=120)
+    run_cells(make_cells(sweep("squash", {"batch": [10**8, 2]}), ["cpu"], ()), plan)
+    too_large, fits = read_rows(plan.output)
+    assert too_large["error"]["type"] == "MemoryError"
+    assert re.match(r"out of memory: needs 7[0-9.]+ GB, [0-9.]+ GB are free", too_large["error"]["message"])
+    assert fits["status"] == "ok"
 
 
 def test_the_texts_that_were_judged_are_kept(measured):
