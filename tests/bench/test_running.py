@@ -68,7 +68,8 @@ def test_what_does_not_fit_into_memory_is_a_row_and_the_others_go_on(tmp_path):
     run_cells(make_cells(sweep("squash", {"batch": [10**8, 2]}), ["cpu"], ()), plan)
     too_large, fits = read_rows(plan.output)
     assert too_large["error"]["type"] == "MemoryError"
-    assert re.match(r"out of memory: needs 7[0-9.]+ GB, [0-9.]+ GB are free", too_large["error"]["message"])
+    message = too_large["error"]["message"]
+    assert re.match(r"out of memory: needs 7[0-9.]+ GB, [0-9.]+ GB are free", message)
     assert fits["status"] == "ok"
 
 
