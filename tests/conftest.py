@@ -1,8 +1,10 @@
 """Eight CPU devices, strict rank promotion, and where real data come from."""
 
 import atexit
+import logging
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,6 +14,7 @@ os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
     # Nearly all of the time goes to compiling programs that run once, on tiny arrays.
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false"
 )
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # What one test has compiled, another and the processes that tests start need not.
@@ -32,6 +35,19 @@ hypothesis.settings.register_profile(
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )  # fmt: skip
 hypothesis.settings.load_profile("capsjax")
+
+
+@pytest.fixture(autouse=True)
+def loggers():
+    """Undoes what a command that a test calls does to loggers and hooks."""
+    kept = [(logger, logger.level, logger.propagate, logger.handlers[:])
+            for logger in map(logging.getLogger, ("capsjax", "absl"))]  # fmt: skip
+    hook = sys.unraisablehook
+    yield
+    sys.unraisablehook = hook
+    for logger, level, propagate, handlers in kept:
+        logger.setLevel(level)
+        logger.propagate, logger.handlers = propagate, handlers
 
 
 @pytest.fixture(scope="session")
