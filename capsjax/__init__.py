@@ -4,6 +4,8 @@ Importing it gives floors 1 to 3: pure functions, routing algorithms and layers.
 (`capsjax.models`), data (`capsjax.data`) and training (`capsjax.training`) are imported by name.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from capsjax import nn, routing
 from capsjax.ops import (
     conv_general_dilated,
@@ -35,6 +37,9 @@ from capsjax.routing import (
 )
 from capsjax.version import __version__
 
+if TYPE_CHECKING:
+    from capsjax.models import load_pretrained
+
 __all__ = [
     "HeinsenParameters",
     "Routed",
@@ -51,6 +56,7 @@ __all__ = [
     "heinsen_routing",
     "kmeans_routing",
     "length",
+    "load_pretrained",
     "margin_loss",
     "matrix_votes",
     "nn",
@@ -64,3 +70,12 @@ __all__ = [
     "uniform_routing",
     "variational_routing",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Whole networks are imported when one is asked for."""
+    if name == "load_pretrained":
+        from capsjax.models import load_pretrained
+
+        return load_pretrained
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

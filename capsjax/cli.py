@@ -29,9 +29,11 @@ from capsjax.training import (
     DivergedError,
     EvaluateConfig,
     Evaluation,
+    ReproduceConfig,
     Result,
     TrainConfig,
     evaluate,
+    reproduce,
     train,
 )
 from capsjax.training.run_directory import RunDirectory
@@ -49,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_main("capsjax train", arguments[1:])
     elif arguments[:1] == ["evaluate"]:
         evaluate_main("capsjax evaluate", arguments[1:])
+    elif arguments[:1] == ["reproduce"]:
+        reproduce_main("capsjax reproduce", arguments[1:])
     elif arguments[:2] == ["bench", "compare"]:
         compare_main("capsjax bench compare", arguments[2:])
     elif arguments[:1] == ["bench"]:
@@ -65,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 {
                     "train": TrainConfig,
                     "evaluate": EvaluateConfig,
+                    "reproduce": ReproduceConfig,
                     "bench": BenchConfig,
                     "draw": _draw,
                     "explore": _explore,
@@ -108,6 +113,20 @@ def evaluate_main(prog: str = "evaluate.py", argv: Sequence[str] | None = None) 
         evaluated = evaluate(config)
         _print_error(f"{evaluated.dataset} test error", evaluated.test)
         print(f"loss {evaluated.test.loss:.4f}; checkpoint of step {evaluated.step:,}")
+
+    _run(prog, command)
+
+
+def reproduce_main(prog: str = "reproduce.py", argv: Sequence[str] | None = None) -> None:
+    """Runs ``capsjax reproduce`` or ``scripts/reproduce.py``."""
+    positional = (tyro.conf.PositionalRequiredArgs,)
+    config = _parse(
+        prog, lambda: tyro.cli(ReproduceConfig, prog=prog, args=argv, config=positional)
+    )
+
+    def command() -> None:
+        for row in reproduce(config):
+            print(f"{row.recipe.title}, {row.dataset}, {row.steps:,} steps: error {row.text} %")
 
     _run(prog, command)
 

@@ -25,7 +25,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python scripts/draw_readme.py RUN")
     loaded = load_network(Path(sys.argv[1]))
-    images = scale_pixels(jnp.asarray(loaded.dataset.test.images[:400]))
+    images = scale_pixels(jnp.asarray(loaded.test.images[:400]))
     DOCS.mkdir(parents=True, exist_ok=True)
     anatomy = dissect(loaded.network, images[IMAGE])
     for theme in ("light", "dark"):
@@ -35,7 +35,7 @@ def main() -> None:
         )  # fmt: skip
         save(figure, DOCS / f"diagram-{theme}.svg")
         save(figure, DOCS / f"diagram-{theme}.png", dpi=100)
-    animate(loaded.network, images, np.asarray(loaded.dataset.test.labels[:400]))
+    animate(loaded.network, images, np.asarray(loaded.test.labels[:400]))
     for path in sorted(DOCS.iterdir()):
         print(f"{path.relative_to(DOCS.parents[1])}: {path.stat().st_size / 1000:.0f} kB")
 

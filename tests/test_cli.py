@@ -223,6 +223,8 @@ BAD = [
     (["train", "--batch-siz", "3"], "--batch-siz.*perhaps you meant --batch-size"),
     (["train", "--batch-size", "x"], "--batch-size.*'x'"),
     (["train", "--steps", "x"], "--steps cannot be 'x'"),
+    (["train", "--test-size", "5"], "--test-size is for data sets whose images are made"),
+    (["train", "--no-reconstruction", "--preset", "baseline"], "baseline has no decoder anyway"),
     (["train", "--max-shift", "28"], "--max-shift must be below the images' 28 pixels, got 28"),
     (["train", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     (["train", "--learning-rate", "nan"], "--learning-rate must be positive, got nan"),
@@ -258,7 +260,7 @@ BAD = [
     (["evaluate", "missing"], "run directory missing does not exist"),
     (["evaluate"], "PATH"),
     (["evaluate", "missing", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-    (["fit"], "fit; available subcommands: train, evaluate, bench, draw, explore"),
+    (["fit"], "fit; available subcommands: train, evaluate, reproduce, bench, draw, explore"),
     ([], "train, evaluate"),
 ]
 

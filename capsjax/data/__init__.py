@@ -1,16 +1,51 @@
 """Data (floor 4): sets by name on the host, and what happens to images on the device."""
 
+from capsjax.data.affine import AffineRanges, random_affine
 from capsjax.data.dataset import DataError, Dataset, Split
+from capsjax.data.npz import save_npz
 from capsjax.data.sources import load, names
-from capsjax.data.transforms import epoch_order, random_shift, scale_pixels
+from capsjax.data.tasks import (
+    Batch,
+    Cropped,
+    Distorted,
+    Pairs,
+    Placed,
+    Sample,
+    Shifted,
+    Task,
+    evaluation_samples,
+    is_right,
+)
+from capsjax.data.transforms import (
+    crop_images,
+    epoch_order,
+    random_placement,
+    random_shift,
+    scale_pixels,
+)
 
 __all__ = [
+    "AffineRanges",
+    "Batch",
+    "Cropped",
     "DataError",
     "Dataset",
+    "Distorted",
+    "Pairs",
+    "Placed",
+    "Sample",
+    "Shifted",
     "Split",
+    "Task",
+    "crop_images",
     "epoch_order",
+    "evaluation_samples",
+    "is_right",
     "load",
     "names",
+    "random_affine",
+    "random_placement",
     "random_shift",
+    "save_npz",
     "scale_pixels",
 ]

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from capsjax.data.tasks import Shifted, Task
+
 
 class DataError(Exception):
     """Data cannot be had as asked; its text is one line: what came and what was expected."""
@@ -36,6 +38,7 @@ class Dataset:
       train: the split to train on.
       test: the split to measure on.
       class_names: one name per class, in the order of the labels.
+      task: what is made of the images for a network.
 
     Raises:
       ValueError: shapes or dtypes are not those of `Split`, the two splits' images differ in shape,
@@ -53,6 +56,7 @@ class Dataset:
     train: Split
     test: Split
     class_names: tuple[str, ...]
+    task: Task = Shifted()
 
     def __post_init__(self) -> None:
         for split_name in ("train", "test"):
@@ -85,9 +89,9 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of every image."""
+        """Height, width and channels of what a network is shown."""
         height, width, channels = self.train.images.shape[1:]
-        return height, width, channels
+        return self.task.image_shape((height, width, channels))
 
     def __repr__(self) -> str:
         # The generated one would print the pixels.

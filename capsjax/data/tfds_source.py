@@ -1,4 +1,4 @@
-"""MNIST and its siblings through TFDS, without TensorFlow (floor 4).
+"""Data sets through TFDS, without TensorFlow (floor 4).
 
 Reading a prepared set needs no TensorFlow. Preparing one with the stock builders does, for reading
 the original files and for encoding PNG; the builder made here does both in Python and leaves the
@@ -6,28 +6,28 @@ same data set, with the same name, version and order of records.
 """
 
 import contextlib
-import gzip
 import io
 import json
 import logging
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from capsjax.data.dataset import DataError, Dataset, Split
 from capsjax.data.decoded_cache import cached
+from capsjax.data.originals import ORIGINALS
+from capsjax.data.tasks import Cropped, Shifted, Task
 
-NAMES = ("mnist", "fashion_mnist", "kmnist")
+NAMES = tuple(ORIGINALS)
 
-_FILES = {
-    "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
-    "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
-}
+# What the paper makes of these; of the others it shifts the images.
+_TASKS: dict[str, Task] = {
+    "cifar10": Cropped(24), "svhn_cropped": Shifted(0), "smallnorb": Cropped(32)
+}  # fmt: skip
 _FORMAT = "array_record"
 _CHUNK = 1000
 _PROBE_SECONDS = 10.0
@@ -68,7 +68,17 @@ def load_tfds(name: str, data_dir: Path | None, *, download: bool) -> Dataset:
         raise
     except Exception as error:  # array_record, Pillow and TFDS raise many kinds
         raise _unreadable(name, prepared, error) from None
-    return Dataset(name, train, test, tuple(builder.info.features["label"].names))
+    return Dataset(name, train, test, _class_names(builder), task_of(name))
+
+
+def task_of(name: str) -> Task:
+    """What the paper makes of a set's images."""
+    return _TASKS.get(name, Shifted())
+
+
+def _class_names(builder: Any) -> tuple[str, ...]:
+    features = builder.info.features
+    return tuple(features["label" if "label" in features else "label_category"].names)
 
 
 def _expect_format(name: str, prepared: Path) -> None:
@@ -105,14 +115,16 @@ def _decode_split(builder: Any, split: str) -> Split:
         raise ValueError(f"{split} holds {len(source)} records, expected {number}")
     _log.info("decoding %s %s, %s images; the next run finds them decoded", builder.name, split,
               f"{number:,}")  # fmt: skip
-    images = np.empty((number, *builder.info.features["image"].shape), np.uint8)
-    labels = np.empty(number, np.int32)
+    images: list[np.ndarray] = []
+    labels: list[Any] = []
     for first in range(0, number, _CHUNK):
         positions = range(first, min(first + _CHUNK, number))
         # Records at once: several times faster than one by one.
-        for position, record in zip(positions, source.__getitems__(positions), strict=True):
-            images[position], labels[position] = record["image"], record["label"]
-    return Split(images, labels)
+        for record in source.__getitems__(positions):
+            image, label = ORIGINALS[builder.name].example(record)
+            images.append(image)
+            labels.append(label)
+    return Split(np.stack(images), np.array(labels, np.int32))
 
 
 def _prepare(tfds: Any, builder: Any, name: str, data_dir: Path, download: bool) -> None:
@@ -127,8 +139,9 @@ def _prepare(tfds: Any, builder: Any, name: str, data_dir: Path, download: bool)
     )
     if not download:
         raise DataError(f"{missing}, and a download was not asked for: {ways}")
-    if reason := _unreachable(builder.URL):
-        raise DataError(f"{missing}, and {urlsplit(builder.URL).hostname} {reason}: {ways}")
+    url = next(iter(ORIGINALS[name].urls(builder)["train"].values()))
+    if reason := _unreachable(url):
+        raise DataError(f"{missing}, and {urlsplit(url).hostname} {reason}: {ways}")
     _log.info("downloading and preparing %s in %s", name, data_dir)
     tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(force_checksums_validation=True)
@@ -173,6 +186,7 @@ def _unreachable(url: str) -> str | None:
 def _builder_class(tfds: Any, name: str) -> Any:
     """The stock builder, with the steps that need TensorFlow replaced."""
     stock: Any = tfds.builder_cls(name)
+    originals = ORIGINALS[name]
 
     class TensorFlowFree(stock, skip_registration=True):  # type: ignore[misc,call-arg]
         """Reads the original files and encodes PNG in Python."""
@@ -182,48 +196,17 @@ def _builder_class(tfds: Any, name: str) -> Any:
         url_infos = stock.url_infos
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            urls = {
-                split: {kind: urljoin(self.URL, file) for kind, file in
-                        zip(("images", "labels"), files, strict=True)}
-                for split, files in _FILES.items()
-            }  # fmt: skip
-            paths = dl_manager.download(urls)
-            return {split: self._generate_examples(**paths[split]) for split in urls}
+            paths = dl_manager.download(originals.urls(self))
+            if names := originals.class_names(paths["train"]):
+                self.info.features["label"].names = names
+            return {split: self._generate_examples(files, split) for split, files in paths.items()}
 
-        def _generate_examples(self, images: Any, labels: Any) -> Iterator[tuple[int, Any]]:
-            from PIL import Image
-
-            pixels, numbers = read_idx(images), read_idx(labels)
-            if len(pixels) != len(numbers):
-                raise ValueError(f"{len(pixels)} images but {len(numbers)} labels")
-            for index, (image, label) in enumerate(zip(pixels, numbers, strict=True)):
-                encoded = io.BytesIO()
-                Image.fromarray(image).save(encoded, format="png")
-                yield index, {"image": encoded.getvalue(), "label": int(label)}
+        def _generate_examples(self, files: Any, split: str) -> Iterator[tuple[int, Any]]:
+            return enumerate(originals.records(files, split))
 
     TensorFlowFree.name = stock.name
+    TensorFlowFree.pkg_dir_path = getattr(stock, "pkg_dir_path", None)
     return TensorFlowFree
-
-
-def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads a gzip-compressed IDX file of unsigned bytes, the original format of MNIST.
-
-    The header is two zero bytes, the type (8 for uint8), the number of axes, and each axis's
-    length as a big-endian uint32.
-
-    Raises:
-      ValueError: the header or the length is not such.
-    """
-    with gzip.open(path) as file:
-        data = file.read()
-    if len(data) < 4 or data[:3] != b"\0\0\x08":
-        raise ValueError(f"{Path(path).name} is not an IDX file of unsigned bytes")
-    start = 4 + 4 * data[3]
-    shape = tuple(int(n) for n in np.frombuffer(data[4:start], ">u4"))
-    pixels = np.frombuffer(data, np.uint8, offset=start)
-    if pixels.size != np.prod(shape):
-        raise ValueError(f"{Path(path).name} holds {pixels.size} bytes, expected {shape}")
-    return pixels.reshape(shape)
 
 
 def _import_tfds() -> Any:

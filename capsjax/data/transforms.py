@@ -62,26 +62,104 @@ def random_shift(keys: jax.Array, images: jax.Array, *, max_shift: int) -> jax.A
     """
     if max_shift < 0:
         raise ValueError(f"max_shift must not be negative, got {max_shift}")
-    if keys.shape != images.shape[:1]:
-        raise ValueError(
-            f"keys must have one key per image, shape {images.shape[:1]}, got shape {keys.shape}"
-        )
+    check_keys(keys, images)
     if max_shift == 0:
         return images
     offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, 2 * max_shift + 1))(keys)
     for axis in (1, 2):
-        images = _move(images, offsets[:, axis - 1], max_shift, axis)
+        images = _cut(images, offsets[:, axis - 1], max_shift, images.shape[axis], axis)
     return images
 
 
-def _move(images: jax.Array, offsets: jax.Array, max_shift: int, axis: int) -> jax.Array:
-    # All shifts, of which one is selected: a slice per image would be a loop over them on TPUs.
+def random_placement(keys: jax.Array, images: jax.Array, *, size: int) -> jax.Array:
+    """Puts each image somewhere onto a larger one of zeros; every place is equally likely.
+
+    Args:
+      keys: one random key per image, ``[B]``.
+      images: ``[B, H, W, C]``, any dtype.
+      size: rows and columns of the result, at least those of the images.
+
+    Returns:
+      ``[B, size, size, C]`` of the same dtype.
+
+    Raises:
+      ValueError: `size` is too small, or there is not one key per image.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from capsjax.data import random_placement
+      >>> keys = jax.random.split(jax.random.key(0), 2)
+      >>> random_placement(keys, jnp.ones((2, 28, 28, 1)), size=40).shape
+      (2, 40, 40, 1)
+
+    Reference:
+      Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 5.1.
+    """
+    check_keys(keys, images)
+    room = jnp.array([size - n for n in images.shape[1:3]])
+    if min(size - n for n in images.shape[1:3]) < 0:
+        raise ValueError(f"size must be at least that of the images, {images.shape[1:3]}, got {size}")
+    offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, room + 1))(keys)
+    for axis in (1, 2):
+        margin = size - images.shape[axis]
+        images = _cut(images, offsets[:, axis - 1], margin, size, axis)
+    return images
+
+
+def crop_images(images: jax.Array, size: int, keys: jax.Array | None = None) -> jax.Array:
+    """Cuts a square out of each image: the middle, or anywhere with equal chances.
+
+    Args:
+      images: ``[B, H, W, C]``, any dtype.
+      size: rows and columns of the result, at most those of the images.
+      keys: one random key per image, ``[B]``; None for the middle.
+
+    Returns:
+      ``[B, size, size, C]`` of the same dtype.
+
+    Raises:
+      ValueError: `size` is too large, or there is not one key per image.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax.data import crop_images
+      >>> print(crop_images(jnp.arange(16).reshape(1, 4, 4, 1), 2)[0, ..., 0])
+      [[ 5  6]
+       [ 9 10]]
+    """
+    room = [n - size for n in images.shape[1:3]]
+    if min(room) < 0:
+        raise ValueError(f"size must be at most that of the images, {images.shape[1:3]}, got {size}")
+    if keys is None:
+        rows, columns = (slice(n // 2, n // 2 + size) for n in room)
+        return images[:, rows, columns]
+    check_keys(keys, images)
+    most = jnp.array(room) + 1
+    offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, most))(keys)
+    for axis in (1, 2):
+        images = _cut(images, offsets[:, axis - 1], 0, size, axis)
+    return images
+
+
+def check_keys(keys: jax.Array, images: jax.Array) -> None:
+    """Raises a ValueError unless there is one key per image."""
+    if keys.shape != images.shape[:1]:
+        raise ValueError(
+            f"keys must have one key per image, shape {images.shape[:1]}, got shape {keys.shape}"
+        )
+
+
+def _cut(
+    images: jax.Array, offsets: jax.Array, margin: int, size: int, axis: int
+) -> jax.Array:
+    """Of images with margins of zeros along an axis, so much from each image's offset."""
+    # All cuts, of which one is selected: a slice per image would be a loop over them on TPUs.
     padding = [(0, 0)] * images.ndim
-    padding[axis] = (max_shift, max_shift)
-    padded, size = jnp.pad(images, padding), images.shape[axis]
+    padding[axis] = (margin, margin)
+    padded = jnp.pad(images, padding)
     shifted = [
         jax.lax.slice_in_dim(padded, offset, offset + size, axis=axis)
-        for offset in range(2 * max_shift + 1)
+        for offset in range(padded.shape[axis] - size + 1)
     ]
-    which = jnp.broadcast_to(offsets[:, None, None, None], images.shape)
+    which = jnp.broadcast_to(offsets[:, None, None, None], shifted[0].shape)
     return jax.lax.select_n(which, *shifted)

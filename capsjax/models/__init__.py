@@ -6,8 +6,10 @@ from capsjax.models.efficient import EfficientCapsNet, EfficientCapsNetConfig
 from capsjax.models.matrix import MatrixCapsNet, MatrixCapsNetConfig
 from capsjax.models.network import Prediction
 from capsjax.models.presets import ModelConfig, Network, build, configure, create, presets
+from capsjax.models.pretrained import About, about_pretrained, load_pretrained, pretrained
 
 __all__ = [
+    "About",
     "BaselineCNN",
     "BaselineConfig",
     "CapsNet",
@@ -19,8 +21,11 @@ __all__ = [
     "ModelConfig",
     "Network",
     "Prediction",
+    "about_pretrained",
     "build",
     "configure",
     "create",
+    "load_pretrained",
     "presets",
+    "pretrained",
 ]

@@ -20,6 +20,7 @@ class BaselineConfig:
       num_classes: J, the number of classes.
       conv_features: channels of the convolutions, one entry each.
       conv_kernel: rows and columns of their kernels; stride 1, SAME padding.
+      pooling: rows and columns over which the maximum is taken after each convolution; 1 for none.
       dense_features: widths of the hidden fully connected layers.
       dropout_rate: share of the last hidden layer that is dropped in training.
       dtype: dtype of the computation, ``"float32"`` or ``"bfloat16"``; parameters are float32.
@@ -29,6 +30,7 @@ class BaselineConfig:
     num_classes: int = 10
     conv_features: tuple[int, ...] = (256, 256, 128)
     conv_kernel: int = 5
+    pooling: int = 1
     dense_features: tuple[int, ...] = (328, 192)
     dropout_rate: float = 0.5
     dtype: str = "float32"
@@ -36,13 +38,25 @@ class BaselineConfig:
     def __post_init__(self) -> None:
         """Checks the fields, so that a wrong one is named before anything is built."""
         check_positive(
-            self, "image_shape", "num_classes", "conv_features", "conv_kernel", "dense_features"
-        )
+            self, "image_shape", "num_classes", "conv_features", "conv_kernel", "pooling",
+            "dense_features",
+        )  # fmt: skip
         for name in ("conv_features", "dense_features"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one layer, got {getattr(self, name)}")
+        if min(self.grid) < 1:
+            raise ValueError(
+                f"image_shape {self.image_shape} is too small for {len(self.conv_features)} poolings"
+                f" of {self.pooling}"
+            )
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns that the convolutions leave."""
+        rows, columns = (n // self.pooling ** len(self.conv_features) for n in self.image_shape[:2])
+        return rows, columns
 
 
 class BaselineCNN(nnx.Module):
@@ -70,7 +84,7 @@ class BaselineCNN(nnx.Module):
     def __init__(self, config: BaselineConfig, *, rngs: nnx.Rngs):
         self.config = config
         dtype = jnp.dtype(config.dtype)
-        rows, columns, channels = config.image_shape
+        (rows, columns), channels = config.grid, config.image_shape[2]
         kernel = (config.conv_kernel, config.conv_kernel)
         self.convs = nnx.List(
             [
@@ -112,13 +126,24 @@ class BaselineCNN(nnx.Module):
         check_images(images, self.config.image_shape)
         x = images
         for conv in self.convs:
-            x = jax.nn.relu(conv(x))
+            x = _pool(jax.nn.relu(conv(x)), self.config.pooling)
         x = x.reshape(*x.shape[:-3], -1)
         for dense in self.hidden:
             x = jax.nn.relu(dense(x))
         if keys is not None:
             x = _dropout(keys, x, self.config.dropout_rate)
         return Prediction(self.logits(x).astype(jnp.float32))
+
+
+def _pool(x: jax.Array, window: int) -> jax.Array:
+    """Maxima over windows that do not overlap; rows and columns that fill none are left out."""
+    if window == 1:
+        return x
+    *leading, rows, columns, features = x.shape
+    rows, columns = rows // window, columns // window
+    x = x[..., : rows * window, : columns * window, :]
+    x = x.reshape(*leading, rows, window, columns, window, features)
+    return jnp.max(x, axis=(-4, -2))
 
 
 def _dropout(keys: jax.Array, x: jax.Array, rate: float) -> jax.Array:

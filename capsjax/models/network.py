@@ -25,7 +25,8 @@ class Prediction(NamedTuple):
       scores: one per class, float32, ``[..., J]``; the largest is the predicted class. Lengths of
         the class capsules for a capsule network, logits for a plain one.
       poses: class capsules, ``[..., J, D]``; None for a plain network.
-      reconstruction: pixels in [0, 1], float32, ``[..., H, W, C]``; None without a decoder.
+      reconstruction: pixels in [0, 1], float32, ``[..., H, W, C]``; one for each of the target's
+        masks where these are several; None without a decoder.
     """
 
     scores: jax.Array
@@ -115,4 +116,7 @@ def predict(
         return Prediction(scores, routed.poses)
     if target is None:
         target = jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1])
-    return Prediction(scores, routed.poses, decoder(routed.poses, target).astype(jnp.float32))
+    poses = routed.poses
+    if target.ndim > scores.ndim:  # several drawings of each image
+        poses = jnp.broadcast_to(poses[..., None, :, :], (*target.shape, poses.shape[-1]))
+    return Prediction(scores, routed.poses, decoder(poses, target).astype(jnp.float32))

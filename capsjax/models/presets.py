@@ -15,12 +15,27 @@ Network = CapsNet | MatrixCapsNet | EfficientCapsNet | BaselineCNN
 
 _PAPER = CapsNetConfig()
 
+_OFFICIAL = dataclasses.replace(
+    _PAPER, primary_coupling=1 / 32, routing_bias=True, initialisation="official"
+)
+_CIFAR10 = dataclasses.replace(
+    _OFFICIAL, image_shape=(24, 24, 3), primary_types=64, padding="SAME", leaky=True,
+    decoder_features=(),
+)  # fmt: skip
+
 _PRESETS: dict[str, ModelConfig] = {
     # The formulas as printed: 8,215,568 parameters on MNIST.
     "paper": _PAPER,
     # The authors' code: biases, 1/32 coupling, its initialisers; 8,215,728 parameters on MNIST.
-    "official": dataclasses.replace(
-        _PAPER, primary_coupling=1 / 32, routing_bias=True, initialisation="official"
+    "official": _OFFICIAL,
+    # That code on CIFAR-10: 64 primary types, routing to "none of the above", no decoder.
+    "cifar10": _CIFAR10,
+    # The same on stereo pairs of toys.
+    "smallnorb": dataclasses.replace(_CIFAR10, image_shape=(32, 32, 2), num_classes=5),
+    # The small network that the paper trains on house numbers.
+    "svhn": dataclasses.replace(
+        _OFFICIAL, image_shape=(32, 32, 3), conv_features=64, primary_types=16,
+        primary_features=6, class_features=8, decoder_features=(),
     ),
     # The same layers, cut down until two CPU cores train them in minutes: 1,051,344 parameters.
     "small": dataclasses.replace(
@@ -35,6 +50,10 @@ _PRESETS: dict[str, ModelConfig] = {
     ),
     # The convolutional network that the paper compares with: 35,445,522 parameters on MNIST.
     "baseline": BaselineConfig(),
+    # Its small sibling, of about the size of the small capsule network: 1,059,146 parameters.
+    "baseline_small": BaselineConfig(conv_features=(32, 64), pooling=2, dense_features=(320,)),
+    # The one that the paper compares with on overlapping digits: 24.5 million on 36 x 36 pixels.
+    "baseline_pairs": BaselineConfig(conv_features=(512, 256), pooling=2, dense_features=(1024,)),
     # Matrix capsules with EM routing, all layers of 32 as in the paper.
     "matrix_capsnet": MatrixCapsNetConfig(),
     # The small one of the same paper: A = 64, B = 8, C = D = 16.
@@ -51,8 +70,8 @@ def presets() -> tuple[str, ...]:
 
     Example:
       >>> from capsjax import models
-      >>> models.presets()[:4]
-      ('paper', 'official', 'small', 'baseline')
+      >>> models.presets()[:3]
+      ('paper', 'official', 'cifar10')
     """
     return tuple(_PRESETS)
 

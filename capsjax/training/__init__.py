@@ -1,20 +1,23 @@
 """Training (floor 5): one pure step, drivers that run it anywhere, a loop that loses nothing."""
 
+from capsjax.data import Batch
 from capsjax.training.checkpoints import CheckpointError, Checkpoints
 from capsjax.training.config import ConfigError, EvaluateConfig, TrainConfig
 from capsjax.training.drivers import Driver, make_driver
 from capsjax.training.evaluation import Evaluated, Loaded, evaluate, load_network
 from capsjax.training.loop import DivergedError, Result, train
 from capsjax.training.objectives import (
+    binary_cross_entropy_loss,
     cross_entropy_loss,
     official_loss,
     paper_loss,
     spread_objective,
 )
 from capsjax.training.programs import make_evaluate, make_run_steps
+from capsjax.training.recipes import TABLES, Recipe
+from capsjax.training.reproduce import ReproduceConfig, RowResult, reproduce
 from capsjax.training.session import Evaluation, Session, hold_out
 from capsjax.training.step import (
-    Batch,
     StepMetrics,
     TrainState,
     Variables,
@@ -23,8 +26,10 @@ from capsjax.training.step import (
     paper_optimizer,
     split_network,
 )
+from capsjax.training.trials import Trial, Trials
 
 __all__ = [
+    "TABLES",
     "Batch",
     "CheckpointError",
     "Checkpoints",
@@ -35,12 +40,18 @@ __all__ = [
     "Evaluated",
     "Evaluation",
     "Loaded",
+    "Recipe",
+    "ReproduceConfig",
     "Result",
+    "RowResult",
     "Session",
     "StepMetrics",
     "TrainConfig",
     "TrainState",
+    "Trial",
+    "Trials",
     "Variables",
+    "binary_cross_entropy_loss",
     "cross_entropy_loss",
     "evaluate",
     "hold_out",
@@ -53,6 +64,7 @@ __all__ = [
     "official_loss",
     "paper_loss",
     "paper_optimizer",
+    "reproduce",
     "split_network",
     "spread_objective",
     "train",

@@ -8,6 +8,11 @@ from typing import Any, Literal
 from capsjax.training.drivers import DriverName
 from capsjax.training.objectives import LossName
 
+DatasetName = Literal[
+    "mnist_5k", "mnist", "fashion_mnist", "kmnist", "cifar10", "svhn_cropped", "smallnorb",
+    "multi_mnist", "expanded_mnist", "affine_mnist", "affnist", "image_folder",
+]  # fmt: skip
+
 
 class ConfigError(ValueError):
     """An option that cannot be; the message names it, what came and what was expected."""
@@ -22,12 +27,13 @@ class TrainConfig:
     """
 
     preset: Literal[
-        "small", "paper", "official", "baseline", "matrix_capsnet", "matrix_capsnet_small",
-        "efficient_capsnet",
+        "small", "paper", "official", "cifar10", "smallnorb", "svhn", "baseline",
+        "baseline_small", "baseline_pairs", "matrix_capsnet", "matrix_capsnet_small", "efficient_capsnet",
     ] = "small"  # fmt: skip
     """Network, also given as --model: small (minutes on two cores), paper (dynamic routing,
-    formulas as printed), official (the authors' code), baseline (the paper's convolutional
-    network), matrix_capsnet (EM routing), matrix_capsnet_small (the small one of that paper),
+    formulas as printed), official (the authors' code; cifar10, smallnorb and svhn for these sets),
+    baseline (the paper's convolutional network; baseline_small of the size of small,
+    baseline_pairs the one for overlapping digits), matrix_capsnet (EM routing), matrix_capsnet_small (the small one of that paper),
     efficient_capsnet (self-attention routing)."""
 
     routing: (
@@ -39,11 +45,16 @@ class TrainConfig:
     ) = None  # fmt: skip
     """Routing algorithm of the capsule layers; the network's own if not given."""
 
+    reconstruction: bool = True
+    """Train with a decoder that reconstructs the images, if the network has one."""
+
     num_iterations: int | None = None
     """Routing iterations, for algorithms that iterate; the network's own if not given."""
 
-    dataset: Literal["mnist_5k", "mnist", "fashion_mnist", "kmnist", "image_folder"] = "mnist_5k"
-    """Data set: mnist_5k is part of the package; image_folder reads DATA_DIR/train/CLASS/*.png and
+    dataset: DatasetName = "mnist_5k"
+    """Data set: mnist_5k is part of the package; multi_mnist (two overlapping digits),
+    expanded_mnist (a digit somewhere on 40x40) and affine_mnist (also rotated, sheared and scaled)
+    are made of mnist on the device; image_folder reads DATA_DIR/train/CLASS/*.png and
     DATA_DIR/test/CLASS/*.png."""
 
     data_dir: Path | None = None
@@ -86,8 +97,13 @@ class TrainConfig:
     min_learning_rate: float = 1e-6
     """The learning rate never falls below this."""
 
-    max_shift: int = 2
-    """Training images are shifted by up to this many pixels along both axes, zero-padded."""
+    max_shift: int | None = None
+    """Training images are shifted by up to this many pixels along both axes, zero-padded; 2 if not
+    given, of overlapping digits 4, which then are shifted in test too."""
+
+    test_size: int | None = None
+    """Test images to make, of data sets whose images are made; as many as the set has digits if
+    not given."""
 
     validation: int | None = None
     """Training images held out to choose the best checkpoint; a tenth of them if not given, 0 for
@@ -124,11 +140,11 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "decay_steps", "steps_per_dispatch", "log_every",
                      "keep"):  # fmt: skip
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("steps", "devices", "checkpoint_every", "num_iterations"):
+        for name in ("steps", "devices", "checkpoint_every", "num_iterations", "test_size"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "at least 1")
         self._require("validation", self.validation is None or self.validation >= 0, "at least 0")
-        self._require("max_shift", self.max_shift >= 0, "at least 0")
+        self._require("max_shift", self.max_shift is None or self.max_shift >= 0, "at least 0")
         self._require("seed", 0 <= self.seed < 2**32, "between 0 and 4294967295")
         for name in ("learning_rate", "min_learning_rate"):
             value = getattr(self, name)
@@ -184,7 +200,7 @@ class TrainConfig:
 _OF_THE_CALL = ("run_dir", "resume")
 _MAY_CHANGE = (
     *_OF_THE_CALL, "data_dir", "epochs", "steps", "driver", "devices", "steps_per_dispatch",
-    "log_every", "checkpoint_every", "keep", "tensorboard",
+    "log_every", "checkpoint_every", "keep", "tensorboard", "test_size",
 )  # fmt: skip
 
 
@@ -198,11 +214,15 @@ class EvaluateConfig:
     checkpoint: str = "last"
     """Which checkpoint: last, best (by validation error), or a step."""
 
-    dataset: Literal["mnist_5k", "mnist", "fashion_mnist", "kmnist", "image_folder"] | None = None
+    dataset: DatasetName | None = None
     """Evaluate on the test images of this data set; the run's own if not given."""
 
     data_dir: Path | None = None
     """Where data sets are looked for; the run's own if not given."""
+
+    test_size: int | None = None
+    """Test images to make, of data sets whose images are made; as many as the set has digits if
+    not given."""
 
     batch_size: int = 100
     """Examples in a batch, over all devices together; rounded up to a multiple of their number."""
@@ -215,7 +235,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Checks every option that can be checked without data and devices."""
-        for name in ("batch_size", "devices"):
+        for name in ("batch_size", "devices", "test_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 option = "--" + name.replace("_", "-")

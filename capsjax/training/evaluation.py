@@ -4,10 +4,21 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from capsjax import models
-from capsjax.data import Dataset, load
+from capsjax.data import (
+    Batch,
+    Cropped,
+    Dataset,
+    Pairs,
+    Shifted,
+    Split,
+    evaluation_samples,
+    load,
+)
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import ConfigError, EvaluateConfig
 from capsjax.training.drivers import make_driver
@@ -17,7 +28,9 @@ from capsjax.training.session import (
     Evaluation,
     Evaluator,
     check_dataset,
+    check_test_size,
     choose_devices,
+    choose_task,
     make_optimizer,
     option_error,
 )
@@ -68,6 +81,9 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
         raise option_error(error) from None
     dataset = load(name, data_dir=data_dir)
     check_dataset(dataset, model)
+    check_test_size(dataset, config.test_size)
+    # Pairs are shifted in test too, by as much as the run's.
+    task = choose_task(dataset, started.max_shift if name == started.dataset else None)
     if name == started.dataset and dataset.class_names != data.class_names:
         raise ConfigError(
             f"data set {name} has the classes {', '.join(dataset.class_names)}, the run was"
@@ -76,8 +92,13 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
     apply, variables = split_network(models.build(model, rngs=nnx.Rngs(0)))
     like = driver.replicate(init_state(variables, make_optimizer(started)))
     step, state = restore(RunDirectory(config.run_dir), config.checkpoint, like)
-    loss = choose_loss(started.loss, started.preset, model)
-    test = Evaluator(apply, loss, driver, batch_size, model)(state, dataset.test)
+    several = isinstance(task, Pairs)
+    loss = choose_loss(
+        started.loss if name == started.dataset else None, started.preset, model,
+        several_classes=several,
+    )  # fmt: skip
+    evaluator = Evaluator(apply, loss, driver, batch_size, model, task)
+    test = evaluator(state, dataset.test, number=config.test_size)
     assert test is not None  # only a request to stop ends it early, and there is none
     return Evaluated(config.run_dir, step, name, test)
 
@@ -88,12 +109,14 @@ class Loaded:
 
     Attributes:
       network: with the parameters of the checkpoint.
-      dataset: the run's, or the one that was asked for.
-      step: of the checkpoint.
+      dataset: the run's.
+      test: images that the network is tested on; of a network for pairs single ones.
+      step: of the checkpoint; 0 for a network that comes with the package.
     """
 
     network: models.Network
     dataset: Dataset
+    test: Split
     step: int
 
 
@@ -101,17 +124,22 @@ def load_network(run_dir: Path, checkpoint: str | int = "last") -> Loaded:
     """Reads a run's network, and the data set that goes with it.
 
     Args:
-      run_dir: the run's directory.
+      run_dir: the run's directory; or, where there is none, the name of a network that comes with
+        the package, which goes with the digits in it.
       checkpoint: ``"last"``, ``"best"`` (by validation error), or a step.
 
     Returns:
       :class:`Loaded`; the network normalises with the running statistics.
 
     Raises:
-      ConfigError: the directory holds no run, or the data set is not the run's.
+      ConfigError: the directory holds no run, the data set is not the run's, or the network is
+        shown no images that could be drawn.
       capsjax.data.DataError: the data set cannot be had.
       CheckpointError: the checkpoint cannot be read.
     """
+    if not run_dir.exists() and str(run_dir) in models.pretrained():
+        digits = load("mnist_5k")
+        return Loaded(models.load_pretrained(str(run_dir)), digits, digits.test, 0)
     started, model, data = RunDirectory(run_dir).read_config()
     dataset = load(started.dataset, data_dir=started.data_dir)
     check_dataset(dataset, model)
@@ -123,7 +151,26 @@ def load_network(run_dir: Path, checkpoint: str | int = "last") -> Loaded:
     for values in state.variables:
         nnx.update(network, values)
     network.eval()
-    return Loaded(network, dataset, step)
+    return Loaded(network, dataset, _as_shown(dataset), step)
+
+
+def _as_shown(dataset: Dataset) -> Split:
+    """Test images as a network is shown them, on the host."""
+    images, labels = dataset.test
+    if isinstance(dataset.task, Pairs):
+        return Split(np.asarray(dataset.task.singly(jnp.asarray(images))), labels)
+    if isinstance(dataset.task, Shifted):
+        return dataset.test
+    if isinstance(dataset.task, Cropped):
+        raise ConfigError(
+            f"networks for {dataset.name} are shown standardised images, which figures cannot show"
+        )
+    split = Batch(jnp.asarray(images), jnp.asarray(labels))
+    numbers = jnp.arange(len(labels))
+    sample, _ = evaluation_samples(
+        dataset.task, split, numbers, num_classes=dataset.num_classes
+    )
+    return Split(np.asarray(jnp.round(sample.images * 255).astype(jnp.uint8)), labels)
 
 
 def restore(directory: RunDirectory, which: str | int, like: TrainState) -> tuple[int, TrainState]:

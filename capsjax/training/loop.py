@@ -6,6 +6,7 @@ import datetime
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from capsjax import models
-from capsjax.data import Dataset, Split, load, scale_pixels
+from capsjax.data import Batch, Dataset, Split, evaluation_samples, load
 from capsjax.routing import iterates
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import ConfigError, TrainConfig
@@ -22,7 +23,7 @@ from capsjax.training.programs import NEVER, StepSums
 from capsjax.training.reporting import Report
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory, write_json
 from capsjax.training.session import Evaluation, Pace, Session, option_error
-from capsjax.training.step import Apply, TrainState
+from capsjax.training.step import TrainState
 from capsjax.training.stopping import StopRequest
 
 _PICTURED = 16
@@ -110,20 +111,25 @@ def train(
             checkpoints.close()
 
 
-def predict_and_reconstruct(apply: Apply, state: TrainState, images: np.ndarray) -> np.ndarray:
-    """Reconstructs uint8 images from their predicted class; float32 ``[N, H, W, C]``."""
-    variables = jax.device_get(state.variables)
-    prediction, _ = jax.jit(apply)(variables, scale_pixels(jnp.asarray(images)))
-    return np.asarray(prediction.reconstruction)
-
-
 def draw_reconstructions(session: Session, state: TrainState, path: Path, test: Split) -> bool:
     """Draws test images over their reconstructions; False for a network without a decoder."""
     if not getattr(session.model, "decoder_features", ()):
         return False
     chosen = np.linspace(0, len(test.labels) - 1, min(_PICTURED, len(test.labels))).astype(int)
-    images = test.images[chosen]
-    write_picture(path, images, predict_and_reconstruct(session.apply, state, images))
+    split = Batch(jnp.asarray(test.images), jnp.asarray(test.labels))
+    sample, labels = evaluation_samples(
+        session.task, split, jnp.asarray(chosen), num_classes=session.model.num_classes
+    )
+    variables = jax.device_get(state.variables)
+    prediction, _ = jax.jit(session.apply)(variables, sample.images)
+    # Of each image the classes that are predicted, as many as it shows.
+    _, said = jax.lax.top_k(prediction.scores, labels.size // len(chosen))
+    masks = jax.nn.one_hot(said, session.model.num_classes)
+    drawn, _ = jax.jit(session.apply)(variables, sample.images, target=masks)
+    # Of pairs what is shown; else what is to be drawn, which is not standardised.
+    shown = sample.drawings if sample.drawings.ndim == sample.images.ndim else sample.images
+    rows = [shown, *jnp.moveaxis(drawn.reconstruction, 1, 0)]
+    write_picture(path, [np.asarray(row) for row in rows])
     return True
 
 
@@ -197,8 +203,9 @@ class _Loop:
                 return self._stopped(started)
             with self.report.evaluating("testing"):
                 test = self.session.evaluator(
-                    self.state, self.session.test, lambda: self.stop.signal is not None
-                )
+                    self.state, self.session.test, lambda: self.stop.signal is not None,
+                    number=self.config.test_size,
+                )  # fmt: skip
             if test is None:
                 return self._stopped(started)
             return self._finished(test, started)
@@ -328,13 +335,14 @@ class _Loop:
     def _headline(self) -> str:
         config, session = self.config, self.session
         validation = 0 if session.validation is None else len(session.validation.labels)
+        test = len(session.test.labels) if config.test_size is None else config.test_size
         devices = session.driver.devices
         where = f"{len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
         begun = f", from step {self.step:,}" if self.step else ""
         return (
             f"{config.preset} ({session.num_parameters:,} parameters) on {config.dataset}:"
             f" {len(session.train.labels):,} training, {validation:,} validation,"
-            f" {len(session.test.labels):,} test images; {config.driver} on {where};"
+            f" {test:,} test images; {config.driver} on {where};"
             f" {session.total_steps:,} steps of {config.batch_size}{begun}\n"
             f"run directory: {self.directory.path}"
         )
@@ -349,8 +357,12 @@ def _run_dir(config: TrainConfig) -> Path:
 
 def _configure(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
     chosen = {"routing": config.routing, "num_iterations": config.num_iterations}
-    overrides = {name: value for name, value in chosen.items() if value is not None}
+    overrides: dict[str, Any] = {name: v for name, v in chosen.items() if v is not None}
     preset = models.configure(config.preset)
+    if not config.reconstruction:
+        if not getattr(preset, "decoder_features", ()):
+            raise ConfigError(f"--no-reconstruction: {config.preset} has no decoder anyway")
+        overrides["decoder_features"] = ()
     for name in overrides:
         if not hasattr(preset, name):
             option = "--" + name.replace("_", "-")

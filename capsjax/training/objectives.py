@@ -13,7 +13,7 @@ from capsjax.ops import margin_loss, reconstruction_loss, spread_loss
 
 RECONSTRUCTION_WEIGHT = 0.0005
 
-LossName = Literal["paper", "official", "spread", "cross_entropy"]
+LossName = Literal["paper", "official", "spread", "cross_entropy", "binary_cross_entropy"]
 # Of prediction, target and images; and of the step, if it has a parameter of this name.
 Objective = Callable[..., jax.Array]
 
@@ -27,7 +27,8 @@ def paper_loss(prediction: Prediction, target: jax.Array, images: jax.Array) -> 
     Args:
       prediction: of a capsule network, with or without a reconstruction.
       target: one-hot or multi-hot classes, ``[..., J]``.
-      images: pixels in [0, 1], ``[..., H, W, C]``.
+      images: what the reconstruction shall be, pixels in [0, 1], ``[..., H, W, C]``; several of
+        them, ``[..., S, H, W, C]``, add up.
 
     Returns:
       Loss per example, float32, ``[...]``.
@@ -125,38 +126,69 @@ def cross_entropy_loss(prediction: Prediction, target: jax.Array, images: jax.Ar
     return optax.softmax_cross_entropy(prediction.scores, target.astype(prediction.scores.dtype))
 
 
+def binary_cross_entropy_loss(
+    prediction: Prediction, target: jax.Array, images: jax.Array
+) -> jax.Array:
+    """Sum over the classes of the cross entropy of each one's presence, from scores as logits.
+
+    For plain networks and images of several classes. Arguments and result are those of
+    :func:`paper_loss`; the images are not used.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax.models import Prediction
+      >>> from capsjax.training import binary_cross_entropy_loss
+      >>> prediction = Prediction(jnp.zeros((1, 2)))
+      >>> print(binary_cross_entropy_loss(prediction, jnp.array([[1, 1]]), jnp.ones((1, 2, 2, 1))))
+      [1.3862944]
+    """
+    del images
+    target = target.astype(prediction.scores.dtype)
+    return optax.sigmoid_binary_cross_entropy(prediction.scores, target).sum(-1)
+
+
 LOSSES: dict[str, Objective] = {
     "paper": paper_loss,
     "official": official_loss,
     "spread": spread_objective,
     "cross_entropy": cross_entropy_loss,
+    "binary_cross_entropy": binary_cross_entropy_loss,
 }
+# Networks of the authors' code, which has a scale of its own.
+_OFFICIAL = ("official", "cifar10", "smallnorb", "svhn")
+_ONE_CLASS = ("spread", "cross_entropy")
 
 
-def choose_loss(name: str | None, preset: str, model: ModelConfig) -> str:
+def choose_loss(
+    name: str | None, preset: str, model: ModelConfig, *, several_classes: bool = False
+) -> str:
     """Returns the loss's name; None chooses the one that the preset's source trains with.
 
     Raises:
-      ValueError: the loss does not go with the network.
+      ValueError: the loss does not go with the network, or not with images of several classes.
     """
     plain = isinstance(model, BaselineConfig)
     if name is None:
         if plain:
-            return "cross_entropy"
+            return "binary_cross_entropy" if several_classes else "cross_entropy"
+        if several_classes:
+            return "official" if preset in _OFFICIAL else "paper"
         if isinstance(model, MatrixCapsNetConfig):
             return "spread"
-        return "official" if preset == "official" else "paper"
+        return "official" if preset in _OFFICIAL else "paper"
     if name not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
-    if plain != (name == "cross_entropy"):
+    if plain != (name in ("cross_entropy", "binary_cross_entropy")):
         fitting = "cross_entropy" if plain else "paper, official or spread"
         raise ValueError(f"loss for preset {preset!r} must be {fitting}, got {name!r}")
+    if several_classes and name in _ONE_CLASS:
+        raise ValueError(f"loss must be for several classes in an image, got {name!r}")
     return name
 
 
 def _weighed_reconstruction(prediction: Prediction, images: jax.Array) -> jax.Array:
     if prediction.reconstruction is None:
         return jnp.zeros(prediction.scores.shape[:-1], prediction.scores.dtype)
-    return RECONSTRUCTION_WEIGHT * reconstruction_loss(
-        prediction.reconstruction, images, axis=(-3, -2, -1)
-    )
+    losses = reconstruction_loss(prediction.reconstruction, images, axis=(-3, -2, -1))
+    several = tuple(range(prediction.scores.ndim - 1, losses.ndim))
+    return RECONSTRUCTION_WEIGHT * jnp.sum(losses, axis=several)

@@ -10,13 +10,23 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
-from capsjax.data import scale_pixels
+from capsjax.data import Batch, Shifted, Task, evaluation_samples, is_right
 from capsjax.training.drivers import Driver
 from capsjax.training.objectives import Objective
-from capsjax.training.step import Apply, Batch, StepMetrics, TrainState, TrainStep, Variables
+from capsjax.training.step import (
+    Apply,
+    StepMetrics,
+    TrainState,
+    TrainStep,
+    Variables,
+    example_keys,
+)
 
 NEVER = jnp.iinfo(jnp.int32).max
+_GATHER = 2
 
 
 class StepSums(NamedTuple):
@@ -53,7 +63,9 @@ RunSteps = Callable[..., tuple[TrainState, StepSums]]
 Evaluate = Callable[..., EvaluationSums]
 
 
-def make_run_steps(train_step: TrainStep, driver: Driver, *, batch_size: int) -> RunSteps:
+def make_run_steps(
+    train_step: TrainStep, driver: Driver, *, batch_size: int, task: Task | None = None
+) -> RunSteps:
     """Compiles ``run_steps(state, examples, order, key, num_steps) -> (state, sums)``.
 
     The state is donated. Step t takes the examples at positions ``t % (N // B) * B`` and following
@@ -63,7 +75,9 @@ def make_run_steps(train_step: TrainStep, driver: Driver, *, batch_size: int) ->
       train_step: from :func:`make_train_step` with the driver's axis name.
       driver: where it runs.
       batch_size: B, examples in the whole batch.
+      task: the step's, which also chooses images; single ones when None.
     """
+    task = Shifted() if task is None else task
 
     def run_steps(
         state: TrainState, examples: Batch, order: jax.Array, key: jax.Array, num_steps: jax.Array
@@ -73,9 +87,9 @@ def make_run_steps(train_step: TrainStep, driver: Driver, *, batch_size: int) ->
         def body(_: jax.Array, carry: tuple[TrainState, StepSums]) -> tuple[TrainState, StepSums]:
             state, sums = carry
             first = state.step % steps_per_epoch * batch_size
-            chosen = order[first + driver.batch_positions(batch_size)]
-            batch = Batch(examples.images[chosen], examples.labels[chosen])
+            positions = driver.batch_positions(batch_size)
             step_key = jax.random.fold_in(key, state.step)
+            batch = gather_batch(task, examples, step_key, positions, order[first + positions])
             next_state, metrics = train_step(state, batch, step_key)
             return next_state, _add(sums, metrics, state.step)
 
@@ -87,13 +101,29 @@ def make_run_steps(train_step: TrainStep, driver: Driver, *, batch_size: int) ->
     return compiled
 
 
-def make_evaluate(
-    apply: Apply, objective: Objective, driver: Driver, *, batch_size: int, num_classes: int
-) -> Evaluate:
-    """Compiles ``evaluate(variables, examples, first, num_batches) -> sums``.
+def gather_batch(
+    task: Task, examples: Batch, key: jax.Array, positions: jax.Array, chosen: jax.Array
+) -> Batch:
+    """The images that a task chooses for the examples at positions of a step's batch."""
+    # Of another stream than the step's own, which splits the examples' keys.
+    keys = jax.vmap(lambda k: jax.random.fold_in(k, _GATHER))(example_keys(key, positions))
+    return task.gather(keys, examples, chosen)
 
-    Evaluates batches ``first`` to ``first + num_batches - 1``; those beyond the last example, and
-    the missing part of a last partial batch, count nothing.
+
+def make_evaluate(
+    apply: Apply,
+    objective: Objective,
+    driver: Driver,
+    *,
+    batch_size: int,
+    num_classes: int,
+    task: Task | None = None,
+) -> Evaluate:
+    """Compiles ``evaluate(variables, examples, first, num_batches, num_examples=None) -> sums``.
+
+    Evaluates batches ``first`` to ``first + num_batches - 1`` of the samples that the task makes of
+    the examples, as many as there are examples if not told otherwise; batches beyond the last one,
+    and the missing part of a last partial batch, count nothing.
 
     Args:
       apply: the network as a pure function.
@@ -101,22 +131,25 @@ def make_evaluate(
       driver: where it runs.
       batch_size: examples in the whole batch.
       num_classes: J, for the one-hot targets.
+      task: makes the samples; the images as they are when None.
     """
+    task = Shifted() if task is None else task
 
     def evaluate(
-        variables: Variables, examples: Batch, first: jax.Array, num_batches: jax.Array
+        variables: Variables,
+        examples: Batch,
+        first: jax.Array,
+        num_batches: jax.Array,
+        num_examples: jax.Array,
     ) -> EvaluationSums:
-        num_examples = examples.labels.shape[0]
-
         def body(batch: jax.Array, sums: EvaluationSums) -> EvaluationSums:
             position = batch * batch_size + driver.batch_positions(batch_size)
             real = position < num_examples
-            chosen = jnp.minimum(position, num_examples - 1)
-            images, labels = scale_pixels(examples.images[chosen]), examples.labels[chosen]
-            target = jax.nn.one_hot(labels, num_classes)
-            prediction, _ = apply(variables, images, target=target)
-            loss = objective(prediction, target, images)
-            wrong = jnp.argmax(prediction.scores, axis=-1) != labels
+            numbers = jnp.minimum(position, num_examples - 1)
+            sample, labels = evaluation_samples(task, examples, numbers, num_classes=num_classes)
+            prediction, _ = apply(variables, sample.images, target=sample.masks)
+            loss = objective(prediction, sample.target, sample.drawings)
+            wrong = ~is_right(prediction.scores, labels)
             return EvaluationSums(
                 sums.loss + jnp.sum(loss, where=real),
                 sums.wrong + jnp.sum(wrong & real, dtype=jnp.int32),
@@ -127,7 +160,18 @@ def make_evaluate(
         return driver.sum(jax.lax.fori_loop(first, first + num_batches, body, zero))
 
     compiled: Evaluate = driver.compile(evaluate)
-    return compiled
+
+    def call(
+        variables: Variables,
+        examples: Batch,
+        first: ArrayLike,
+        num_batches: ArrayLike,
+        num_examples: int | None = None,
+    ) -> EvaluationSums:
+        number = examples.labels.shape[0] if num_examples is None else num_examples
+        return compiled(variables, examples, first, num_batches, np.int32(number))
+
+    return call
 
 
 def _add(sums: StepSums, metrics: StepMetrics, step: jax.Array) -> StepSums:

@@ -12,14 +12,13 @@ import optax
 from flax import nnx
 
 from capsjax import models
-from capsjax.data import Dataset, Split, epoch_order
+from capsjax.data import Batch, Dataset, Pairs, Shifted, Split, Task, epoch_order
 from capsjax.training.config import ConfigError, TrainConfig
 from capsjax.training.drivers import Driver, make_driver
 from capsjax.training.objectives import LOSSES, choose_loss
 from capsjax.training.programs import Evaluate, RunSteps, StepSums, make_evaluate, make_run_steps
 from capsjax.training.step import (
     Apply,
-    Batch,
     TrainState,
     init_state,
     make_train_step,
@@ -92,8 +91,11 @@ class Session:
         check_dataset(dataset, model)
         self.train, self.validation = hold_out(dataset.train, config.validation)
         self.test = dataset.test
+        self.task = choose_task(dataset, config.max_shift)
         try:
-            self.loss = choose_loss(config.loss, config.preset, model)
+            self.loss = choose_loss(
+                config.loss, config.preset, model, several_classes=isinstance(self.task, Pairs)
+            )
             self.driver = make_driver(
                 config.driver,
                 batch_size=config.batch_size,
@@ -101,11 +103,7 @@ class Session:
             )
         except ValueError as error:
             raise option_error(error) from None
-        if config.max_shift >= min(dataset.image_shape[:2]):
-            raise ConfigError(
-                f"--max-shift must be below the images' {min(dataset.image_shape[:2])} pixels, got"
-                f" {config.max_shift}"
-            )
+        check_test_size(dataset, config.test_size)
         self.steps_per_epoch = len(self.train.labels) // config.batch_size
         if not self.steps_per_epoch:
             raise ConfigError(
@@ -126,13 +124,16 @@ class Session:
                 optimizer,
                 LOSSES[self.loss],
                 num_classes=model.num_classes,
-                max_shift=config.max_shift,
+                task=self.task,
                 axis_name=self.driver.axis_name,
             ),
             self.driver,
             batch_size=config.batch_size,
+            task=self.task,
         )
-        self.evaluator = Evaluator(self.apply, self.loss, self.driver, config.batch_size, model)
+        self.evaluator = Evaluator(
+            self.apply, self.loss, self.driver, config.batch_size, model, self.task
+        )
         self._examples = self.driver.replicate(_as_arrays(self.train))
 
     def initial_state(self) -> TrainState:
@@ -163,15 +164,27 @@ class Evaluator:
       driver: where it runs.
       batch_size: examples in the whole batch.
       model: the network's configuration.
+      task: what is made of the images.
     """
 
     def __init__(
-        self, apply: Apply, loss: str, driver: Driver, batch_size: int, model: models.ModelConfig
+        self,
+        apply: Apply,
+        loss: str,
+        driver: Driver,
+        batch_size: int,
+        model: models.ModelConfig,
+        task: Task,
     ):
         self._driver = driver
         self._batch_size = batch_size
         self._evaluate: Evaluate = make_evaluate(
-            apply, LOSSES[loss], driver, batch_size=batch_size, num_classes=model.num_classes
+            apply,
+            LOSSES[loss],
+            driver,
+            batch_size=batch_size,
+            num_classes=model.num_classes,
+            task=task,
         )
         self._placed: list[tuple[Split, Batch]] = []
 
@@ -180,10 +193,20 @@ class Evaluator:
         state: TrainState,
         split: Split,
         should_stop: Callable[[], bool] = lambda: False,
+        *,
+        number: int | None = None,
     ) -> Evaluation | None:
-        """Evaluates every example of a split once; None if asked to stop on the way."""
+        """Evaluates every example of a split once; None if asked to stop on the way.
+
+        Args:
+          state: with the parameters.
+          split: the images.
+          should_stop: asked between calls of the devices.
+          number: how many samples are made of the split; as many as it has images when None.
+        """
         examples = self._place(split)
-        batches = -(-len(split.labels) // self._batch_size)
+        number = len(split.labels) if number is None else number
+        batches = -(-number // self._batch_size)
         pace, first = Pace(batches), 0
         loss, wrong, count = 0.0, 0, 0
         while first < batches:
@@ -191,7 +214,7 @@ class Evaluator:
                 return None
             amount, start = pace.amount(batches - first), time.monotonic()
             sums = jax.device_get(
-                self._evaluate(state.variables, examples, np.int32(first), np.int32(amount))
+                self._evaluate(state.variables, examples, np.int32(first), np.int32(amount), number)
             )
             pace.observe(amount, time.monotonic() - start)
             loss, wrong, count = loss + sums.loss, wrong + sums.wrong, count + sums.examples
@@ -255,6 +278,34 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         decay_steps=config.decay_steps,
         floor=config.min_learning_rate,
     )
+
+
+def choose_task(dataset: Dataset, max_shift: int | None) -> Task:
+    """Returns the data set's task, with another largest shift if there is one.
+
+    Raises:
+      ConfigError: images of this data set are not shifted, or not so far.
+    """
+    task = dataset.task
+    if max_shift is None:
+        return task
+    if not isinstance(task, Shifted | Pairs):
+        raise ConfigError(f"--max-shift is not for data set {dataset.name}, which moves its images")
+    smallest = min(dataset.image_shape[:2])
+    if max_shift >= smallest:
+        raise ConfigError(
+            f"--max-shift must be below the images' {smallest} pixels, got {max_shift}"
+        )
+    return dataclasses.replace(task, max_shift=max_shift)
+
+
+def check_test_size(dataset: Dataset, number: int | None) -> None:
+    """Raises a ConfigError if a number of test images is given for a set that has its own."""
+    if number is not None and isinstance(dataset.task, Shifted):
+        raise ConfigError(
+            f"--test-size is for data sets whose images are made, {dataset.name} has"
+            f" {len(dataset.test.labels):,} test images"
+        )
 
 
 def choose_devices(number: int | None) -> list[jax.Device] | None:

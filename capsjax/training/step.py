@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from capsjax.data import random_shift, scale_pixels
+from capsjax.data import Batch, Shifted, Task, is_right
 from capsjax.models import Network, Prediction
 from capsjax.training.objectives import Objective
 
@@ -46,18 +46,6 @@ class TrainState(NamedTuple):
     def variables(self) -> Variables:
         """The arrays of the network."""
         return Variables(self.params, self.batch_stats)
-
-
-class Batch(NamedTuple):
-    """Images and labels on the devices: a batch, or a whole split.
-
-    Attributes:
-      images: uint8 ``[B, H, W, C]``.
-      labels: int32 ``[B]``.
-    """
-
-    images: jax.Array
-    labels: jax.Array
 
 
 class StepMetrics(NamedTuple):
@@ -175,6 +163,7 @@ def make_train_step(
     *,
     num_classes: int,
     max_shift: int = 2,
+    task: Task | None = None,
     axis_name: str | None = None,
 ) -> TrainStep:
     """Makes the step: shift, scale, predict, differentiate, update.
@@ -190,7 +179,8 @@ def make_train_step(
       objective: loss per example, such as :func:`paper_loss`; one with a parameter ``step`` is
         given the number of steps taken.
       num_classes: J, for the one-hot targets.
-      max_shift: random shift in pixels, zero-padded.
+      max_shift: random shift in pixels, zero-padded, where no task says what is made of images.
+      task: makes what the network is shown and what it shall say; ``Shifted(max_shift)`` when None.
       axis_name: the mapped axis over which the batch is split; None if it is not.
 
     Returns:
@@ -213,6 +203,7 @@ def make_train_step(
       >>> int(state.step)
       1
     """
+    task = Shifted(max_shift) if task is None else task
     takes_step = "step" in inspect.signature(objective).parameters
 
     def timed(step: jax.Array) -> dict[str, jax.Array]:
@@ -221,29 +212,27 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
-        if batch.images.shape[:1] != batch.labels.shape:
+        if batch.images.shape[:-3] != batch.labels.shape:
             raise ValueError(
-                f"batch must have one label per image, shape {batch.images.shape[:1]}, got"
+                f"batch must have one label per image, shape {batch.images.shape[:-3]}, got"
                 f" labels of shape {batch.labels.shape}"
             )
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             raise TypeError(f"key must be a typed key as of jax.random.key, got {key.dtype}")
         size = batch.labels.shape[0]
         first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * size
-        keys = jax.vmap(lambda position: jax.random.fold_in(key, position))(
-            first + jnp.arange(size)
-        )
-        shift_keys, network_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        images = scale_pixels(random_shift(shift_keys, batch.images, max_shift=max_shift))
+        keys = example_keys(key, first + jnp.arange(size))
+        task_keys, network_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        sample = task.make(task_keys, batch, num_classes=num_classes, train=True)
 
         def loss_fn(params: chex.ArrayTree) -> tuple[jax.Array, tuple[jax.Array, chex.ArrayTree]]:
-            target = jax.nn.one_hot(batch.labels, num_classes)
             prediction, batch_stats = apply(
-                Variables(params, state.batch_stats), images, train=True, axis_name=axis_name,
-                target=target, keys=network_keys,
+                Variables(params, state.batch_stats), sample.images, train=True,
+                axis_name=axis_name, target=sample.masks, keys=network_keys,
             )  # fmt: skip
-            loss = jnp.mean(objective(prediction, target, images, **timed(state.step)))
-            wrong = jnp.argmax(prediction.scores, axis=-1) != batch.labels
+            losses = objective(prediction, sample.target, sample.drawings, **timed(state.step))
+            loss = jnp.mean(losses)
+            wrong = ~is_right(prediction.scores, batch.labels)
             return loss, (jnp.mean(wrong, dtype=jnp.float32), batch_stats)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -256,3 +245,8 @@ def make_train_step(
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return train_step
+
+
+def example_keys(key: jax.Array, positions: jax.Array) -> jax.Array:
+    """One key for each position in the whole batch."""
+    return jax.vmap(lambda position: jax.random.fold_in(key, position))(positions)

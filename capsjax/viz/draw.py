@@ -38,7 +38,7 @@ class DrawConfig:
     errors), curves (of training)."""
 
     runs: tuple[Path, ...]
-    """Directories of runs; several for curves only."""
+    """Directories of runs, several for curves only; or mnist_small, the network in the package."""
 
     out: Path | None = None
     """File to write, its ending the format (.svg, .png, .pdf); RUN/NAME.svg and RUN/NAME.png if not
@@ -91,7 +91,8 @@ def draw(config: DrawConfig) -> list[Path]:
         raise
     except ValueError as error:
         raise ConfigError(f"{config.name} of {config.runs[0]}: {error}") from None
-    where = config.runs[0]
+    # A network that comes with the package has no directory of its own.
+    where = config.runs[0] if config.runs[0].is_dir() else Path()
     paths = [config.out] if config.out else [where / f"{config.name}{s}" for s in (".svg", ".png")]
     for path in paths:
         save(figure, path)
@@ -115,7 +116,7 @@ def make_figure(config: DrawConfig) -> Figure:
             runs[name] = RunDirectory(run).read_metrics()
         return figures.training_curves(runs, theme=config.theme)
     loaded = load_network(config.runs[0], config.checkpoint)
-    count = len(loaded.dataset.test.labels)
+    count = len(loaded.test.labels)
     if config.index >= count:
         raise ConfigError(f"--index must be below {count}, the number of test images, got"
                           f" {config.index}")  # fmt: skip
@@ -170,7 +171,7 @@ def diagram_of(
 
 def _anatomy(loaded: Loaded, index: int) -> tuple[models.CapsNet, Anatomy]:
     network = check_traced(loaded.network)
-    return network, dissect(network, scale_pixels(jnp.asarray(loaded.dataset.test.images[index])))
+    return network, dissect(network, scale_pixels(jnp.asarray(loaded.test.images[index])))
 
 
 def _diagram(loaded: Loaded, config: DrawConfig) -> Figure:
@@ -220,7 +221,7 @@ def _capsules(loaded: Loaded, images: np.ndarray) -> tuple[jax.Array, jax.Array]
 
 
 def _lengths(loaded: Loaded, config: DrawConfig) -> Figure:
-    n, test = config.index, loaded.dataset.test
+    n, test = config.index, loaded.test
     scores, _ = _capsules(loaded, test.images[n : n + 1])
     return figures.lengths(
         scores[0], class_names=loaded.dataset.class_names, label=int(test.labels[n]),
@@ -229,7 +230,7 @@ def _lengths(loaded: Loaded, config: DrawConfig) -> Figure:
 
 
 def _reconstructions(loaded: Loaded, config: DrawConfig) -> Figure:
-    test, names = loaded.dataset.test, loaded.dataset.class_names
+    test, names = loaded.test, loaded.dataset.class_names
     images = test.images[config.index : config.index + 12]
     scores, poses = _capsules(loaded, images)
     said = jnp.argmax(scores, axis=-1)
@@ -243,7 +244,7 @@ def _reconstructions(loaded: Loaded, config: DrawConfig) -> Figure:
 
 def _dimensions(loaded: Loaded, config: DrawConfig) -> Figure:
     n = config.index
-    scores, poses = _capsules(loaded, loaded.dataset.test.images[n : n + 1])
+    scores, poses = _capsules(loaded, loaded.test.images[n : n + 1])
     parent = config.classes[0] if config.classes else int(jnp.argmax(scores[0]))
     images = vary_dimensions(loaded.network, poses[0], parent)
     return figures.dimensions(images, OFFSETS, theme=config.theme)
@@ -261,7 +262,7 @@ def overlay(first: np.ndarray, second: np.ndarray, shift: int = 4) -> np.ndarray
 
 
 def _overlaps(loaded: Loaded, config: DrawConfig) -> Figure:
-    test, names = loaded.dataset.test, loaded.dataset.class_names
+    test, names = loaded.test, loaded.dataset.class_names
     # Each image with the next one of another class.
     pairs = []
     for a in range(config.index, len(test.labels)):
@@ -281,7 +282,7 @@ def _overlaps(loaded: Loaded, config: DrawConfig) -> Figure:
 
 
 def _confusion(loaded: Loaded, config: DrawConfig) -> Figure:
-    test = loaded.dataset.test
+    test = loaded.test
     scores = np.concatenate([p.scores for p in predict_all(loaded, test.images)])
     return figures.confusion(
         test.labels, scores, images=test.images / 255, class_names=loaded.dataset.class_names,

@@ -30,7 +30,7 @@ class Live:
     def __init__(self, loaded: Loaded):
         self.network = check_traced(loaded.network)
         decoder_of(self.network)
-        self.dataset = loaded.dataset
+        self.dataset, self.test = loaded.dataset, loaded.test
         self.step = loaded.step
         self._lock = threading.Lock()
         self._dissect = nnx.jit(dissect)
@@ -50,14 +50,14 @@ class Live:
             "types": config.primary_types,
             "features": config.class_features,
             "iterations": config.num_iterations,
-            "test_images": len(self.dataset.test.labels),
-            "labels": self.dataset.test.labels.tolist(),
+            "test_images": len(self.test.labels),
+            "labels": self.test.labels.tolist(),
             "step": self.step,
         }
 
     def test_image(self, index: int, other: int | None = None) -> np.ndarray:
         """A test image, or two on each other, uint8."""
-        images = self.dataset.test.images
+        images = self.test.images
         for number in (index, other):
             if number is not None and not 0 <= number < len(images):
                 raise ValueError(f"test images are numbered 0 to {len(images) - 1}, got {number}")

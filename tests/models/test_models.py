@@ -25,8 +25,11 @@ def count(preset, **overrides):
         ("official", {}, 8_215_728),
         ("official", {"decoder_features": ()}, 6_804_384),
         ("official", {"image_shape": (36, 36, 1)}, 11_361_968),
+        ("cifar10", {}, 22_476_448),
         ("small", {}, 1_051_344),
         ("baseline", {}, 35_445_522),
+        ("baseline_small", {}, 1_059_146),
+        ("baseline_pairs", {"image_shape": (36, 36, 1)}, 24_535_306),
         ("efficient_capsnet", {}, 161_824),
         # The paper gives 310,000 and 68,000 for images of another size and number of classes.
         ("matrix_capsnet", {}, 318_964),
@@ -291,14 +294,19 @@ def test_baseline_gives_logits_and_drops_only_with_keys():
     np.testing.assert_allclose(network(x[1:], keys=keys[1:]).scores, dropped.scores[1:], rtol=1e-5)
 
 
-def test_baseline_is_three_convolutions_and_a_perceptron():
-    network = models.build(BASELINE, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("pooling", [1, 2])
+def test_baseline_is_convolutions_and_a_perceptron(pooling):
+    config = dataclasses.replace(BASELINE, conv_kernel=5, pooling=pooling)
+    network = models.build(config, rngs=nnx.Rngs(0))
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(nnx.state(network)))
     x = np.asarray(images(2, (8, 6, 1)), np.float64)
     for conv in p["convs"].values():
         pads = ((2, 2), (2, 2))
         x = references.convolution(x, conv["kernel"], (1, 1), pads) + conv["bias"]
         x = np.maximum(0, x)
+        rows, columns = (n // pooling for n in x.shape[1:3])
+        windows = x[:, : rows * pooling, : columns * pooling]
+        x = windows.reshape(2, rows, pooling, columns, pooling, -1).max((2, 4))
     x = x.reshape(2, -1)
     for dense in p["hidden"].values():
         x = np.maximum(0, x @ dense["kernel"] + dense["bias"])

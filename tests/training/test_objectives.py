@@ -56,7 +56,33 @@ def test_cross_entropy(case):
     np.testing.assert_allclose(cross_entropy_loss(prediction, target, images), expected, rtol=1e-5)
 
 
+def test_binary_cross_entropy_of_several_classes(case):
+    prediction, _, images, _, _ = case
+    scores = np.asarray(prediction.scores, np.float64)
+    present = np.zeros(scores.shape)
+    present[:, :2] = 1
+    p = 1 / (1 + np.exp(-scores))
+    expected = -(present * np.log(p) + (1 - present) * np.log(1 - p)).sum(1)
+    loss = binary_cross_entropy_loss(prediction, jnp.asarray(present), images)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_two_reconstructions_of_an_image_add_up(case):
+    prediction, target, images, margin, squared = case
+    twice = prediction._replace(reconstruction=jnp.stack([prediction.reconstruction] * 2, axis=1))
+    loss = paper_loss(twice, target, jnp.stack([images] * 2, axis=1))
+    np.testing.assert_allclose(loss, margin + 2 * 0.0005 * squared, rtol=1e-5)
+
+
 def test_the_preset_chooses_its_loss():
+    assert choose_loss(None, "baseline", BaselineConfig(), several_classes=True) == (
+        "binary_cross_entropy"
+    )
+    assert choose_loss(None, "matrix_capsnet", MatrixCapsNetConfig(), several_classes=True) == (
+        "paper"
+    )
+    with pytest.raises(ValueError, match="must be for several classes in an image, got 'spread'"):
+        choose_loss("spread", "small", CapsNetConfig(), several_classes=True)
     assert choose_loss(None, "paper", CapsNetConfig()) == "paper"
     assert choose_loss(None, "official", CapsNetConfig()) == "official"
     assert choose_loss(None, "baseline", BaselineConfig()) == "cross_entropy"

@@ -35,7 +35,7 @@ def loaded() -> Loaded:
 
 @pytest.fixture(scope="session")
 def image(loaded):
-    return loaded.dataset.test.images[3].astype(np.float32) / 255
+    return loaded.test.images[3].astype(np.float32) / 255
 
 
 @pytest.fixture(scope="session")

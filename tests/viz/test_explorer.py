@@ -55,7 +55,7 @@ def test_a_look_equals_direct_calls(address, loaded, image):
             np.array(said["reconstructions"][parent]) / 255, made.ravel(), atol=0.51 / 255
         )
     # Drawn or uploaded, the same pixels get the same answer.
-    pixels = loaded.dataset.test.images[3]
+    pixels = loaded.test.images[3]
     assert json.loads(ask(f"{address}/api/look", {"pixels": pixels.ravel().tolist()})[1]) == said
     out = io.BytesIO()
     Image.fromarray(pixels[..., 0]).save(out, "PNG")

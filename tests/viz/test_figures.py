@@ -112,7 +112,7 @@ def test_curves_hold_the_records(run):
 def test_loading_gives_the_network_that_was_saved(run, loaded, image):
     found = load_network(run)
     assert found.step == 2
-    assert len(found.dataset.test.labels) == 1000
+    assert len(found.test.labels) == 1000
     expected, came = loaded.network(image), found.network(image)
     np.testing.assert_array_equal(came.scores, expected.scores)
     np.testing.assert_array_equal(came.reconstruction, expected.reconstruction)

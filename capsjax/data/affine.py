@@ -1,0 +1,134 @@
+"""Affine transformations of images, drawn on the device (floor 4)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
+
+from capsjax.data.transforms import check_keys
+
+
+class AffineRanges(NamedTuple):
+    """What a random affine transformation is drawn from, each number uniformly.
+
+    The defaults are those that the affNIST data were made with.
+
+    Attributes:
+      rotation: largest angle in degrees, both ways.
+      shear: largest horizontal shear, both ways.
+      least_scale: smallest factor, for rows and columns each.
+      most_scale: largest factor.
+    """
+
+    rotation: float = 20.0
+    shear: float = 0.2
+    least_scale: float = 0.8
+    most_scale: float = 1.2
+
+
+def random_affine(
+    keys: jax.Array, images: jax.Array, *, size: int, ranges: AffineRanges = AffineRanges()
+) -> jax.Array:
+    r"""Scales, shears and rotates each image, and puts it somewhere into a larger one.
+
+    .. math::
+      A = \begin{pmatrix} \cos\phi & -\sin\phi \\ \sin\phi & \cos\phi \end{pmatrix}
+          \begin{pmatrix} 1 & s \\ 0 & 1 \end{pmatrix}
+          \begin{pmatrix} a & 0 \\ 0 & b \end{pmatrix}, \qquad q = A (p - c) + t
+
+    for a pixel at :math:`p = (x, y)` in an image with centre c. Where it comes to lie, t, is drawn
+    uniformly among all places at which no pixel above zero falls out; an image that is too large
+    is centred. Values between pixels are interpolated linearly.
+
+    Args:
+      keys: one random key per image, ``[B]``.
+      images: ``[B, H, W, C]``, uint8 or floating-point.
+      size: rows and columns of the result.
+      ranges: what is drawn.
+
+    Returns:
+      ``[B, size, size, C]`` of the same dtype; uint8 is rounded.
+
+    Raises:
+      ValueError: there is not one key per image, or `size` is not positive.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from capsjax.data import random_affine
+      >>> keys = jax.random.split(jax.random.key(0), 2)
+      >>> random_affine(keys, jnp.ones((2, 28, 28, 1)), size=40).shape
+      (2, 40, 40, 1)
+
+    Reference:
+      Tieleman, *affNIST*, 2013, a data set.
+    """
+    check_keys(keys, images)
+    if size < 1:
+        raise ValueError(f"size must be positive, got {size}")
+
+    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+        matrix_key, place_key = jax.random.split(key)
+        matrix = _draw_matrix(matrix_key, ranges)
+        return _warp(image, matrix, _draw_place(place_key, image, matrix, size), size)
+
+    return jax.vmap(one)(keys, images)
+
+
+def _draw_matrix(key: jax.Array, ranges: AffineRanges) -> jax.Array:
+    """A, for columns (x, y)."""
+    angle, shear, across, down = jax.random.uniform(
+        key,
+        (4,),
+        minval=jnp.array([-ranges.rotation, -ranges.shear, *[ranges.least_scale] * 2]),
+        maxval=jnp.array([ranges.rotation, ranges.shear, *[ranges.most_scale] * 2]),
+    )
+    cos, sin = jnp.cos(jnp.deg2rad(angle)), jnp.sin(jnp.deg2rad(angle))
+    rotation = jnp.array([[cos, -sin], [sin, cos]])
+    shearing = jnp.array([[1.0, shear], [0.0, 1.0]])
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.matmul(rotation, shearing, precision=highest) * jnp.stack([across, down])
+
+
+def _centred(shape: tuple[int, ...]) -> jax.Array:
+    """Coordinates (x, y) of the pixels, from the centre; ``[2, H, W]``."""
+    rows, columns = (jnp.arange(n) - (n - 1) / 2 for n in shape[:2])
+    return jnp.stack([jnp.broadcast_to(columns, shape[:2]), jnp.broadcast_to(rows[:, None], shape[:2])])
+
+
+def _product(matrix: jax.Array, points: jax.Array) -> jax.Array:
+    # Written out: coordinates in the rounding of a matrix product on TPUs would be visible.
+    return jnp.stack([row[0] * points[0] + row[1] * points[1] for row in matrix])
+
+
+def _draw_place(key: jax.Array, image: jax.Array, matrix: jax.Array, size: int) -> jax.Array:
+    """Where the centre goes, (x, y)."""
+    moved = _product(matrix, _centred(image.shape))
+    inked = jnp.any(image > 0, axis=-1)
+    least = jnp.min(moved, axis=(1, 2), where=inked, initial=jnp.inf)
+    most = jnp.max(moved, axis=(1, 2), where=inked, initial=-jnp.inf)
+    least, most = (jnp.where(jnp.any(inked), x, 0.0) for x in (least, most))
+    low, high = -least, size - 1 - most
+    middle = (low + high) / 2
+    low, high = jnp.minimum(low, middle), jnp.maximum(high, middle)
+    fits = -least <= size - 1 - most
+    drawn = low + (high - low) * jax.random.uniform(key, (2,))
+    return jnp.where(fits, drawn, middle)
+
+
+def _warp(image: jax.Array, matrix: jax.Array, place: jax.Array, size: int) -> jax.Array:
+    rows, columns = jnp.meshgrid(jnp.arange(float(size)), jnp.arange(float(size)), indexing="ij")
+    offsets = jnp.stack([columns - place[0], rows - place[1]])
+    (a, b), (c, d) = matrix
+    inverse = jnp.stack([jnp.stack([d, -b]), jnp.stack([-c, a])]) / (a * d - b * c)
+    x, y = _product(inverse, offsets)
+    height, width = image.shape[:2]
+    coordinates = [y + (height - 1) / 2, x + (width - 1) / 2]
+
+    def channel(plane: jax.Array) -> jax.Array:
+        return map_coordinates(plane, coordinates, order=1, mode="constant", cval=0.0)
+
+    warped = jax.vmap(channel, in_axes=2, out_axes=2)(image.astype(jnp.float32))
+    if jnp.issubdtype(image.dtype, jnp.integer):
+        warped = jnp.round(warped)
+    return warped.astype(image.dtype)

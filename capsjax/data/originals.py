@@ -1,0 +1,241 @@
+"""The original files of TFDS sets, read without TensorFlow (floor 4).
+
+What a set's stock builder reads by TensorFlow is read here in Python: the same records in the same
+order, with images as PNG, which TFDS stores without decoding them.
+"""
+
+import gzip
+import io
+import os
+import sys
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urljoin
+
+import numpy as np
+
+Urls = dict[str, dict[str, str]]
+Paths = Mapping[str, str]
+
+
+class Originals(Protocol):
+    """How a set's files are found and read, and what of a record makes an example."""
+
+    def urls(self, builder: Any) -> Urls:
+        """What to download, by split and by a name for each file."""
+        ...
+
+    def class_names(self, paths: Paths) -> list[str] | None:
+        """Names of the classes where they are in the files; None where the builder knows them."""
+        ...
+
+    def records(self, paths: Paths, split: str) -> Iterator[dict[str, Any]]:
+        """The records of a split, in order."""
+        ...
+
+    def example(self, record: Any) -> tuple[np.ndarray, Any]:
+        """Image, uint8 ``[H, W, C]``, and label of a decoded record."""
+        ...
+
+
+class IdxFiles:
+    """MNIST and its siblings: gzip-compressed IDX files."""
+
+    _FILES = {
+        "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+        "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+    }
+
+    def urls(self, builder: Any) -> Urls:
+        """Two files for each split."""
+        return {
+            split: {"images": urljoin(builder.URL, images), "labels": urljoin(builder.URL, labels)}
+            for split, (images, labels) in self._FILES.items()
+        }
+
+    def class_names(self, paths: Paths) -> None:
+        """The builder knows them."""
+
+    def records(self, paths: Paths, split: str) -> Iterator[dict[str, Any]]:
+        """Image and label."""
+        pixels, numbers = read_idx(paths["images"]), read_idx(paths["labels"])
+        if len(pixels) != len(numbers):
+            raise ValueError(f"{len(pixels)} images but {len(numbers)} labels")
+        for image, label in zip(pixels, numbers, strict=True):
+            yield {"image": _png(image), "label": int(label)}
+
+    def example(self, record: Any) -> tuple[np.ndarray, Any]:
+        """The image as it is."""
+        return record["image"], record["label"]
+
+
+class CifarArchive:
+    """CIFAR-10: a tar archive of binary files, 10,000 records each of a label and 3072 pixels."""
+
+    _FOLDER = "cifar-10-batches-bin"
+    _FILES = {"train": [f"data_batch_{n}.bin" for n in range(1, 6)], "test": ["test_batch.bin"]}
+    _SHAPE = (3, 32, 32)
+
+    def urls(self, builder: Any) -> Urls:
+        """One archive for both splits."""
+        return {split: {"archive": builder._cifar_info.url} for split in self._FILES}
+
+    def class_names(self, paths: Paths) -> list[str]:
+        """Those that the archive lists."""
+        return self._read(paths, "batches.meta.txt").decode().split()
+
+    def records(self, paths: Paths, split: str) -> Iterator[dict[str, Any]]:
+        """Id, image and label."""
+        number = 0
+        for file in self._FILES[split]:
+            rows = np.frombuffer(self._read(paths, file), np.uint8)
+            for row in rows.reshape(-1, 1 + int(np.prod(self._SHAPE))):
+                image = row[1:].reshape(self._SHAPE).transpose(1, 2, 0)
+                yield {"id": f"{split}_{number:05d}", "image": _png(image), "label": int(row[0])}
+                number += 1
+
+    def example(self, record: Any) -> tuple[np.ndarray, Any]:
+        """The image as it is."""
+        return record["image"], record["label"]
+
+    def _read(self, paths: Paths, name: str) -> bytes:
+        with tarfile.open(paths["archive"], "r:*") as archive:
+            file = archive.extractfile(f"{self._FOLDER}/{name}")
+            if file is None:
+                raise ValueError(f"{name} is no file of the archive")
+            return file.read()
+
+
+class SvhnFiles:
+    """Street View House Numbers, cropped: MATLAB files, the digit 0 stored as 10."""
+
+    def urls(self, builder: Any) -> Urls:
+        """A file for each split, ``extra`` included."""
+        base = _constant(builder, "URL")
+        return {
+            split: {"file": urljoin(base, f"{split}_32x32.mat")}
+            for split in ("train", "test", "extra")
+        }
+
+    def class_names(self, paths: Paths) -> None:
+        """The builder knows them."""
+
+    def records(self, paths: Paths, split: str) -> Iterator[dict[str, Any]]:
+        """Id, image and label."""
+        from scipy.io import loadmat
+
+        data = loadmat(paths["file"])
+        images, labels = np.moveaxis(data["X"], -1, 0), data["y"].reshape(-1)
+        if labels.size and not 1 <= labels.min() <= labels.max() <= 10:
+            raise ValueError(f"labels must lie in 1..10, got {labels.min()}..{labels.max()}")
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            yield {
+                "id": f"{split}_{number:06d}", "image": _png(image), "label": int(label) % 10
+            }  # fmt: skip
+
+    def example(self, record: Any) -> tuple[np.ndarray, Any]:
+        """The image as it is."""
+        return record["image"], record["label"]
+
+
+class NorbFiles:
+    """smallNORB: gzip-compressed binary matrices of stereo pairs, categories and what varies."""
+
+    _TYPES = {0x1E3D4C55: np.dtype("u1"), 0x1E3D4C54: np.dtype("<i4")}
+
+    def urls(self, builder: Any) -> Urls:
+        """Three files for each split."""
+        templates = {
+            "train": _constant(builder, "_TRAINING_URL_TEMPLATE"),
+            "test": _constant(builder, "_TESTING_URL_TEMPLATE"),
+        }
+        return {
+            split: {kind: template.format(type=kind) for kind in ("dat", "cat", "info")}
+            for split, template in templates.items()
+        }
+
+    def class_names(self, paths: Paths) -> None:
+        """The builder knows them."""
+
+    def records(self, paths: Paths, split: str) -> Iterator[dict[str, Any]]:
+        """Both images of the pair, the category, the instance and what varies."""
+        pairs, categories, infos = (self.read(paths[kind]) for kind in ("dat", "cat", "info"))
+        for (left, right), category, info in zip(pairs, categories, infos, strict=True):
+            instance, elevation, azimuth, lighting = map(int, info)
+            yield {
+                "image": _png(left), "image2": _png(right), "label_category": int(category),
+                "instance": instance, "label_elevation": elevation,
+                # Stored in steps of ten degrees, of which every second is taken.
+                "label_azimuth": azimuth // 2, "label_lighting": lighting,
+            }  # fmt: skip
+
+    def example(self, record: Any) -> tuple[np.ndarray, Any]:
+        """Both images as channels, 48 x 48: each pixel the mean of four."""
+        pair = np.concatenate([record["image"], record["image2"]], axis=-1)
+        rows, columns, channels = pair.shape
+        blocks = pair.reshape(rows // 2, 2, columns // 2, 2, channels)
+        return np.round(blocks.mean((1, 3))).astype(np.uint8), record["label_category"]
+
+    def read(self, path: str) -> np.ndarray:
+        """Reads a binary matrix: a magic number, the number of axes, their sizes, the numbers.
+
+        All little-endian; at least three sizes are stored, those beyond the axes are 1.
+        """
+        with gzip.open(path) as file:
+            data = file.read()
+        magic, axes = np.frombuffer(data, "<i4", count=2)
+        if int(magic) not in self._TYPES:
+            raise ValueError(f"{Path(path).name} is no matrix of bytes or integers")
+        shape = np.frombuffer(data, "<i4", count=int(axes), offset=8)
+        start = 8 + 4 * max(3, int(axes))
+        return np.frombuffer(data, self._TYPES[int(magic)], offset=start).reshape(shape)
+
+
+ORIGINALS: dict[str, Originals] = {
+    "mnist": IdxFiles(),
+    "fashion_mnist": IdxFiles(),
+    "kmnist": IdxFiles(),
+    "cifar10": CifarArchive(),
+    "svhn_cropped": SvhnFiles(),
+    "smallnorb": NorbFiles(),
+}
+
+
+def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads a gzip-compressed IDX file of unsigned bytes, the original format of MNIST.
+
+    The header is two zero bytes, the type (8 for uint8), the number of axes, and each axis's
+    length as a big-endian uint32.
+
+    Raises:
+      ValueError: the header or the length is not such.
+    """
+    with gzip.open(path) as file:
+        data = file.read()
+    if len(data) < 4 or data[:3] != b"\0\0\x08":
+        raise ValueError(f"{Path(path).name} is not an IDX file of unsigned bytes")
+    start = 4 + 4 * data[3]
+    shape = tuple(int(n) for n in np.frombuffer(data[4:start], ">u4"))
+    pixels = np.frombuffer(data, np.uint8, offset=start)
+    if pixels.size != np.prod(shape):
+        raise ValueError(f"{Path(path).name} holds {pixels.size} bytes, expected {shape}")
+    return pixels.reshape(shape)
+
+
+def _png(image: np.ndarray) -> bytes:
+    from PIL import Image
+
+    encoded = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(encoded, format="png")
+    return encoded.getvalue()
+
+
+def _constant(builder: Any, name: str) -> str:
+    """A constant of the module that a stock builder is defined in."""
+    stock = next(
+        kind for kind in type(builder).__mro__ if kind.__module__.startswith("tensorflow_datasets")
+    )
+    value: str = getattr(sys.modules[stock.__module__], name)
+    return value

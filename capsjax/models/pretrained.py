@@ -1,0 +1,139 @@
+"""Trained networks that come with the package (floor 4)."""
+
+import dataclasses
+import importlib.resources
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from capsjax.models.presets import Network, build, configure
+
+_FOLDER = "capsjax.models"
+# Bits of a half-precision number that are kept of its ten: what is cut off compresses well, and
+# no test image is told otherwise for it.
+_BITS = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What is known of a trained network.
+
+    Attributes:
+      preset: the network's.
+      overrides: fields of its configuration that differ.
+      dataset: that it was trained and tested on.
+      classes: names of its classes.
+      test_error: share of wrong predictions, of the parameters as they are stored.
+      test_count: number of test images.
+      command: that trained it.
+      date: of the training.
+    """
+
+    preset: str
+    overrides: dict[str, Any]
+    dataset: str
+    classes: tuple[str, ...]
+    test_error: float
+    test_count: int
+    command: str
+    date: str
+
+
+def pretrained() -> tuple[str, ...]:
+    """Names of the networks that :func:`load_pretrained` knows.
+
+    Example:
+      >>> from capsjax import models
+      >>> models.pretrained()
+      ('mnist_small',)
+    """
+    files = importlib.resources.files(_FOLDER).iterdir()
+    return tuple(sorted(f.name.removesuffix(".npz") for f in files if f.name.endswith(".npz")))
+
+
+def about_pretrained(name: str) -> About:
+    """What is known of a trained network.
+
+    Example:
+      >>> from capsjax import models
+      >>> models.about_pretrained("mnist_small").dataset
+      'mnist'
+    """
+    return _read(name)[0]
+
+
+def load_pretrained(name: str = "mnist_small") -> Network:
+    """Returns a trained network.
+
+    Args:
+      name: one of :func:`pretrained`.
+
+    Returns:
+      A Flax NNX module with float32 parameters, such as :class:`CapsNet`; what it was trained on,
+      and with which error, tells :func:`about_pretrained`.
+
+    Raises:
+      ValueError: the name is unknown.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import capsjax
+      >>> from capsjax.data import load, scale_pixels
+      >>> network = capsjax.load_pretrained()
+      >>> digits = load("mnist_5k").test
+      >>> scores = network(scale_pixels(jnp.asarray(digits.images[:8]))).scores
+      >>> print(scores.argmax(-1), digits.labels[:8])
+      [7 2 1 0 4 1 4 9] [7 2 1 0 4 1 4 9]
+    """
+    about, arrays = _read(name)
+    network = build(configure(about.preset, **about.overrides), rngs=nnx.Rngs(0))
+    state = nnx.state(network)
+    for path, variable in nnx.to_flat_state(state):
+        variable.set_value(np.asarray(arrays[".".join(map(str, path))], np.float32))
+    nnx.update(network, state)
+    network.eval()
+    return network
+
+
+def rounded(network: Network) -> Network:
+    """The network with its parameters as :func:`save_pretrained` stores them."""
+    state = nnx.state(network)
+    for _, variable in nnx.to_flat_state(state):
+        variable.set_value(_rounded(np.asarray(variable[...])).astype(np.float32))
+    nnx.update(network, state)
+    return network
+
+
+def save_pretrained(network: Network, about: About, path: Path) -> None:
+    """Writes a network's parameters, in half precision and compressed."""
+    arrays = {
+        ".".join(map(str, key)): _rounded(np.asarray(variable[...]))
+        for key, variable in nnx.to_flat_state(nnx.state(network))
+    }
+    with path.open("wb") as file:
+        np.savez_compressed(file, about=np.array(json.dumps(dataclasses.asdict(about))), **arrays)
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Half-precision numbers whose last bits are zero, to the nearest."""
+    bits = values.astype(np.float16).view(np.uint16)
+    cut = 10 - _BITS
+    bits = (bits + np.uint16(1 << (cut - 1))) >> cut << cut
+    return bits.astype(np.uint16).view(np.float16)
+
+
+def _read(name: str) -> tuple[About, dict[str, np.ndarray]]:
+    if name not in pretrained():
+        raise ValueError(f"name must be one of {', '.join(pretrained())}, got {name!r}")
+    resource = importlib.resources.files(_FOLDER).joinpath(f"{name}.npz")
+    with resource.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        values = json.loads(str(stored["about"]))
+        arrays = {key: stored[key] for key in stored.files if key != "about"}
+    values["classes"] = tuple(values["classes"])
+    values["overrides"] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in values["overrides"].items()
+    }
+    return About(**values), arrays

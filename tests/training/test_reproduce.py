@@ -1,0 +1,193 @@
+"""Trials of recipes: the same as `train` makes, all at once, and gone on with after a cut."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from capsjax import models
+from capsjax.data import Dataset, Pairs, Placed
+from capsjax.training import ConfigError, TrainConfig, reproduce, train
+from capsjax.training.recipes import TABLES, Recipe
+from capsjax.training.reproduce import ReproduceConfig, Results, ensemble_error, markdown
+from capsjax.training.trials import Trials
+
+from .test_loop import parameters
+from .test_tasks import made
+
+MODEL = {
+    "conv_features": 8, "conv_strides": 3, "primary_types": 2, "primary_features": 4,
+    "primary_kernel": 3, "class_features": 4, "decoder_features": (16,),
+}  # fmt: skip
+RECIPE = Recipe(name="tiny", title="tiny", preset="paper", model=MODEL, steps=25, batch_size=16)
+
+
+def trials(digits, folder, seeds=(0, 1), recipe=RECIPE, **options):
+    return Trials(recipe, digits, seeds, folder, **options)
+
+
+def quiet(_):
+    pass
+
+
+def test_trials_are_what_train_makes_with_their_seeds(digits, tiny, tmp_path):
+    both = trials(digits, tmp_path / "trials")
+    found = both.run(say=quiet)
+    for n, seed in enumerate((0, 1)):
+        config = TrainConfig(
+            run_dir=tmp_path / f"run{seed}", steps=25, batch_size=16, validation=0, seed=seed,
+            preset="paper", driver="jit", tensorboard=False,
+        )  # fmt: skip
+        result = train(config, model=tiny, dataset=digits)
+        _, state = parameters(tmp_path / f"run{seed}")
+        ours = jax.tree.map(lambda x, n=n: np.asarray(x[n]), both.states.params)
+        # Mapped over trials products are ordered otherwise, and Adam divides by small numbers.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), ours, state["params"]
+        )
+        assert (found[n].seed, found[n].steps, found[n].together) == (seed, 25, 2)
+        assert found[n].counts == {"mnist_5k": 101}
+        assert abs(found[n].errors["mnist_5k"] - result.test.error) <= 2 / 101
+
+
+def test_a_cut_run_is_gone_on_with_to_the_same_bits(digits, tmp_path):
+    whole = trials(digits, tmp_path / "whole")
+    whole.run(say=quiet)
+    cut = trials(digits, tmp_path / "cut")
+    # The first call is always made; then the time is over.
+    assert cut.run(seconds=1e-9, say=quiet) is None
+    assert 0 < cut.done < 25
+    again = trials(digits, tmp_path / "cut")
+    assert again.done == cut.done
+    assert again.run(say=quiet) is not None
+    jax.tree.map(np.testing.assert_array_equal, again.states, whole.states)
+    curve = (tmp_path / "cut" / "tiny-seeds-0-1.curve.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in curve]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 25
+
+
+def test_training_ends_where_the_held_out_images_are_told_well_enough(digits, tmp_path):
+    recipe = dataclasses.replace(RECIPE, until_error=0.95, steps=1000)
+    (done,) = trials(digits, tmp_path, (0,), recipe).run(say=quiet)
+    assert done.steps < 1000
+    other = made(digits, Placed(28))
+    both = trials(digits, tmp_path / "both", (0,), recipe, others=[dataclasses.replace(other, name="placed")])
+    (done,) = both.run(say=quiet)
+    assert set(done.errors) == {"mnist_5k", "placed"}
+
+
+def test_pairs_are_trained_and_the_mean_of_networks_is_measured(digits, tmp_path):
+    dataset = made(digits, Pairs())
+    both = trials(dataset, tmp_path, recipe=dataclasses.replace(RECIPE, steps=3))
+    (first, _) = both.run(say=quiet)
+    scores, labels = both.scores(dataset)
+    assert scores.shape == (2, 101, 10)
+    assert labels.shape == (101, 2)
+    alone = ensemble_error(scores[:1], labels)
+    assert alone == pytest.approx(first.errors["made"])
+
+
+def test_a_damaged_or_foreign_file_is_named(digits, tmp_path):
+    trials(digits, tmp_path).run(say=quiet)
+    path = tmp_path / "tiny-seeds-0-1.npz"
+    other = dataclasses.replace(RECIPE, model={**MODEL, "conv_features": 9})
+    with pytest.raises(ConfigError, match="is of another network"):
+        trials(digits, tmp_path, recipe=other)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ConfigError, match="is damaged"):
+        trials(digits, tmp_path)
+
+
+@pytest.fixture
+def table(monkeypatch, digits):
+    """A table of two small rows, on the small set."""
+    rows = (
+        dataclasses.replace(RECIPE, name="one", title="the first", published=0.25, spread=0.005),
+        dataclasses.replace(RECIPE, name="two", title="the second"),
+    )
+    monkeypatch.setitem(TABLES, "small", rows)
+    monkeypatch.setattr("capsjax.training.reproduce.load", lambda name, data_dir: digits)
+    return rows
+
+
+def test_a_table_is_filled_row_by_row_and_seed_by_seed(table, tmp_path):
+    config = ReproduceConfig(table="small", seeds=2, steps=12, output=tmp_path)
+    said = []
+    rows = reproduce(config, say=said.append)
+    assert [(row.recipe.name, len(row.errors), row.steps) for row in rows] == [
+        ("one", 2, 12), ("two", 2, 12)
+    ]  # fmt: skip
+    text = (tmp_path / "small.md").read_text()
+    assert "| the first | mnist_5k | 12 | – |" in text
+    assert "(n = 2)" in text
+    # Again: nothing is trained. With a third seed: only that one.
+    said.clear()
+    assert reproduce(config, say=said.append) == rows
+    assert said == []
+    more = reproduce(dataclasses.replace(config, seeds=3, rows=("two",)), say=said.append)
+    assert [len(row.errors) for row in more] == [3]
+    assert sum("seed" in line for line in said) == 1
+
+
+def test_the_time_is_kept_and_the_same_command_goes_on(table, tmp_path):
+    config = ReproduceConfig(table="small", seeds=1, steps=40, output=tmp_path, seconds=1e-9)
+    said = []
+    assert reproduce(config, say=said.append) == []
+    assert "the same command goes on" in said[-1]
+    rows = reproduce(dataclasses.replace(config, seconds=None), say=said.append)
+    assert [row.steps for row in rows] == [40, 40]
+
+
+def test_a_result_that_was_cut_off_is_done_again(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"table": "small"}\n{"table"')
+    results = Results(path)
+    results.add({"table": "other"})
+    assert [json.loads(line)["table"] for line in path.read_text().splitlines()] == ["small", "other"]
+    path.write_text('{"table"\n{"table": "small"}\n')
+    with pytest.raises(ConfigError, match="results.jsonl:1 is no result"):
+        Results(path)
+
+
+def test_the_table_shows_mean_deviation_and_number():
+    row = reproduce_row(errors=(0.2, 0.3, 0.25))
+    assert "| 0.25 ± 0.005 | 0.25 ± 0.050 (n = 3) |" in markdown([row])
+
+
+def reproduce_row(errors):
+    from capsjax.training.reproduce import RowResult
+
+    recipe = Recipe(name="r", title="row", published=0.25, spread=0.005)
+    return RowResult(recipe, "mnist", 300_000, errors)
+
+
+@pytest.mark.parametrize("recipe", [r for t in TABLES.values() for r in t], ids=lambda r: r.name)
+def test_every_recipe_makes_a_network(recipe):
+    shapes = {
+        "multi_mnist": (36, 36, 1), "expanded_mnist": (40, 40, 1), "cifar10": (24, 24, 3),
+        "svhn_cropped": (32, 32, 3), "smallnorb": (32, 32, 2),
+    }  # fmt: skip
+    model = recipe.configure(image_shape=shapes.get(recipe.dataset, (28, 28, 1)))
+    assert isinstance(model, models.ModelConfig)
+
+
+def test_names_of_rows_are_unique():
+    for recipes in TABLES.values():
+        assert len({r.name for r in recipes}) == len(recipes)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"seeds": 0}, "--seeds must be at least 1, got 0"),
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"seconds": 0}, "--seconds must be positive, got 0"),
+        ({"rows": ("none",)}, "--rows: table mnist has baseline, .*, no 'none'"),
+    ],
+)
+def test_bad_options_are_named(options, match):
+    with pytest.raises(ConfigError, match=match):
+        ReproduceConfig(table="mnist", **options)

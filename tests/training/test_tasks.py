@@ -1,0 +1,97 @@
+"""Training and evaluation of what is made of images: pairs, placed and distorted digits."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from capsjax.data import Dataset, Distorted, Pairs, Placed, Shifted, Split
+from capsjax.training import ConfigError, TrainConfig, train
+from capsjax.training.session import choose_task
+
+
+def by_class(split):
+    order = np.argsort(split.labels, kind="stable")
+    return Split(split.images[order], split.labels[order])
+
+
+def made(digits, task):
+    splits = (by_class(split) for split in (digits.train, digits.test))
+    return Dataset("made", *splits, digits.class_names, task)
+
+
+def options(tmp_path, **others):
+    return TrainConfig(
+        run_dir=tmp_path / "run", batch_size=16, steps=4, validation=20, tensorboard=False,
+        **others,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pairs_run(tmp_path_factory, digits, tiny):
+    folder = tmp_path_factory.mktemp("pairs")
+    dataset = made(digits, Pairs())
+    model = dataclasses.replace(tiny, image_shape=dataset.image_shape)
+    return folder / "run", train(options(folder, test_size=250), model=model, dataset=dataset)
+
+
+def test_a_network_is_trained_and_tested_on_pairs(pairs_run):
+    run, result = pairs_run
+    assert result.test.count == 250
+    # A chance of one in 45 to name both of two digits.
+    assert result.test.error > 0.5
+    assert np.isfinite(result.test.loss)
+    with Image.open(run / "reconstructions.png") as picture:
+        width, height = picture.size
+    # Sixteen images of 36 pixels, over two reconstructions of each.
+    assert (width, height) == (2 + 16 * 38, 2 + 3 * 38)
+
+
+def test_the_drivers_agree_on_pairs(pairs_run, tmp_path, digits, tiny):
+    dataset = made(digits, Pairs())
+    model = dataclasses.replace(tiny, image_shape=dataset.image_shape)
+    for driver in ("jit", "shard"):
+        config = options(tmp_path / driver, driver=driver, test_size=250)
+        result = train(config, model=model, dataset=dataset)
+        assert abs(result.test.wrong - pairs_run[1].test.wrong) <= 2
+        np.testing.assert_allclose(result.test.loss, pairs_run[1].test.loss, rtol=1e-3)
+
+
+@pytest.mark.parametrize("task", [Placed(32), Distorted(32)], ids=["placed", "distorted"])
+def test_a_network_is_trained_and_tested_on_a_larger_canvas(tmp_path, digits, tiny, task):
+    dataset = made(digits, task)
+    model = dataclasses.replace(tiny, image_shape=dataset.image_shape)
+    result = train(options(tmp_path), model=model, dataset=dataset)
+    assert result.test.count == len(digits.test.labels)
+    assert np.isfinite(result.test.loss)
+
+
+def test_validation_images_are_in_no_pair_of_training(digits):
+    from capsjax.data import Batch
+    from capsjax.training import hold_out
+
+    train_split, validation = hold_out(by_class(digits.train), 20)
+    assert (np.diff(train_split.labels) >= 0).all()
+    assert (np.diff(validation.labels) >= 0).all()
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = Pairs().gather(keys, Batch(*map(np.asarray, train_split)), np.arange(4000) % 160)
+    held = {image.tobytes() for image in validation.images}
+    seen = {image.tobytes() for pair in np.asarray(drawn.images) for image in pair}
+    assert not held & seen
+    assert len(seen) == len({image.tobytes() for image in train_split.images})
+
+
+def test_shifts_are_chosen_for_what_is_shifted(digits):
+    assert choose_task(made(digits, Shifted()), 3) == Shifted(3)
+    assert choose_task(made(digits, Pairs()), None) == Pairs(36, 4)
+    assert choose_task(made(digits, Pairs()), 2) == Pairs(36, 2)
+    with pytest.raises(ConfigError, match="--max-shift is not for data set made, which moves its"):
+        choose_task(made(digits, Placed()), 2)
+
+
+def test_the_number_of_test_images_is_chosen_where_they_are_made(tmp_path, digits, tiny):
+    message = "--test-size is for data sets whose images are made, mnist_5k has 101 test images"
+    with pytest.raises(ConfigError, match=message):
+        train(options(tmp_path, test_size=5), model=tiny, dataset=digits)
