@@ -140,12 +140,10 @@ def bench_main(prog: str = "benchmark_xla.py", argv: Sequence[str] | None = None
     # The suite without its option's name: capsjax bench routing.
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--suite")
-    # A flag begins with dashes, as an option does; tyro would take it for one.
-    arguments = re.sub(r"\0--xla-flag\0(?=--)", "\0--xla-flag=", "\0".join(["", *arguments])).split(
-        "\0"
-    )[1:]
     sys.path.insert(0, os.getcwd())  # where the user's own functions are
-    config = _parse(prog, lambda: tyro.cli(BenchConfig, prog=prog, args=arguments))
+    config = _parse(
+        prog, lambda: tyro.cli(BenchConfig, prog=prog, args=_flags_as_values(arguments))
+    )
 
     def command() -> None:
         plan = config.plan()
@@ -169,6 +167,16 @@ def bench_main(prog: str = "benchmark_xla.py", argv: Sequence[str] | None = None
             print(f"{failed} of {len(rows)} cells failed")
 
     _run(prog, command)
+
+
+def _flags_as_values(arguments: Sequence[str]) -> list[str]:
+    """Flags of XLA begin with dashes, as options do: with a space before them they are values."""
+    values, after = [], False
+    for argument in arguments:
+        is_flag = argument.startswith("--xla_")
+        values.append(f" {argument}" if after and is_flag else argument)
+        after = argument == "--xla-flag" or (after and (is_flag or not argument.startswith("-")))
+    return values
 
 
 def _write_report(rows: list[Row], output: Path) -> None:

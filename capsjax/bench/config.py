@@ -41,8 +41,8 @@ class BenchConfig:
     """Arguments of your own function, such as f32[128,784] i32[128]."""
 
     xla_flag: tuple[str, ...] = ()
-    """Sets of XLA flags to sweep, each a text; '' is none. Write --xla-flag='--xla_...' or with
-    quotes around several. Those of the TPU's compiler go to libtpu."""
+    """Sets of XLA flags to sweep, such as '' --xla_a=1 '--xla_a=1 --xla_b=2': each a text, the
+    empty one for none. Those of the TPU's compiler go to libtpu."""
 
     repetitions: int | None = None
     """Fresh processes for each cell. If not given 1 for quick and pod, else 3; comparisons of times

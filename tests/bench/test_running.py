@@ -130,6 +130,22 @@ def test_suites_and_options_that_do_not_go_together():
         BenchConfig(workload="squash", set=("batch",)).cells()
 
 
+def test_sets_of_flags_are_swept_though_they_begin_with_dashes(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    swept = []
+    monkeypatch.setattr("capsjax.cli.run_cells", lambda cells, plan, **_: swept.extend(cells))
+    plan = tmp_path / "rows.jsonl"
+    plan.write_text("")
+    options = ["--resume", "--output", str(plan), "--workload", "squash", "--no-report"]
+    flags = ["", "--xla_a=1", "--xla_b=2 --xla_c=3"]
+    main(["bench", "--xla-flag", *flags, *options])
+    assert [cell.xla_flags for cell in swept] == [(), ("--xla_a=1",), ("--xla_b=2", "--xla_c=3")]
+    swept.clear()
+    main(["bench", *options, "--xla-flag=--xla_a=1"])
+    assert [cell.xla_flags for cell in swept] == [("--xla_a=1",)]
+    capsys.readouterr()
+
+
 def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     there = tmp_path / "there.jsonl"
