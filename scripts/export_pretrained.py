@@ -39,7 +39,9 @@ def main(run: Path, name: str) -> None:
         for key, value in config.train.to_json().items()
         if value != getattr(type(config.train)(), key) and key != "data_dir"
     }
-    command = " ".join(["capsjax train", *(f"--{k.replace('_', '-')} {v}" for k, v in options.items())])
+    command = " ".join(
+        ["capsjax train", *(f"--{k.replace('_', '-')} {v}" for k, v in options.items())]
+    )
     about = About(
         preset=config.train.preset, overrides=overrides, dataset=config.data.name,
         classes=config.data.class_names, test_error=wrong / len(labels), test_count=len(labels),
@@ -47,7 +49,9 @@ def main(run: Path, name: str) -> None:
     )  # fmt: skip
     path = FOLDER / f"{name}.npz"
     save_pretrained(network, about, path)
-    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, test error {about.test_error:.2%}; {command}")
+    print(
+        f"{path}: {path.stat().st_size / 1e6:.2f} MB, test error {about.test_error:.2%}; {command}"
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class AffineRanges(NamedTuple):
 
 
 def random_affine(
-    keys: jax.Array, images: jax.Array, *, size: int, ranges: AffineRanges = AffineRanges()
+    keys: jax.Array, images: jax.Array, *, size: int, ranges: AffineRanges | None = None
 ) -> jax.Array:
     r"""Scales, shears and rotates each image, and puts it somewhere into a larger one.
 
@@ -45,7 +45,7 @@ def random_affine(
       keys: one random key per image, ``[B]``.
       images: ``[B, H, W, C]``, uint8 or floating-point.
       size: rows and columns of the result.
-      ranges: what is drawn.
+      ranges: what is drawn; affNIST's when None.
 
     Returns:
       ``[B, size, size, C]`` of the same dtype; uint8 is rounded.
@@ -64,12 +64,13 @@ def random_affine(
       Tieleman, *affNIST*, 2013, a data set.
     """
     check_keys(keys, images)
+    drawn = AffineRanges() if ranges is None else ranges
     if size < 1:
         raise ValueError(f"size must be positive, got {size}")
 
     def one(key: jax.Array, image: jax.Array) -> jax.Array:
         matrix_key, place_key = jax.random.split(key)
-        matrix = _draw_matrix(matrix_key, ranges)
+        matrix = _draw_matrix(matrix_key, drawn)
         return _warp(image, matrix, _draw_place(place_key, image, matrix, size), size)
 
     return jax.vmap(one)(keys, images)
@@ -93,7 +94,9 @@ def _draw_matrix(key: jax.Array, ranges: AffineRanges) -> jax.Array:
 def _centred(shape: tuple[int, ...]) -> jax.Array:
     """Coordinates (x, y) of the pixels, from the centre; ``[2, H, W]``."""
     rows, columns = (jnp.arange(n) - (n - 1) / 2 for n in shape[:2])
-    return jnp.stack([jnp.broadcast_to(columns, shape[:2]), jnp.broadcast_to(rows[:, None], shape[:2])])
+    return jnp.stack(
+        [jnp.broadcast_to(columns, shape[:2]), jnp.broadcast_to(rows[:, None], shape[:2])]
+    )
 
 
 def _product(matrix: jax.Array, points: jax.Array) -> jax.Array:

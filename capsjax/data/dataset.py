@@ -56,7 +56,7 @@ class Dataset:
     train: Split
     test: Split
     class_names: tuple[str, ...]
-    task: Task = Shifted()
+    task: Task = dataclasses.field(default_factory=Shifted)
 
     def __post_init__(self) -> None:
         for split_name in ("train", "test"):

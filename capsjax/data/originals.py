@@ -11,7 +11,7 @@ import sys
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 from urllib.parse import urljoin
 
 import numpy as np
@@ -43,7 +43,7 @@ class Originals(Protocol):
 class IdxFiles:
     """MNIST and its siblings: gzip-compressed IDX files."""
 
-    _FILES = {
+    _FILES: ClassVar = {
         "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
         "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
     }
@@ -75,7 +75,10 @@ class CifarArchive:
     """CIFAR-10: a tar archive of binary files, 10,000 records each of a label and 3072 pixels."""
 
     _FOLDER = "cifar-10-batches-bin"
-    _FILES = {"train": [f"data_batch_{n}.bin" for n in range(1, 6)], "test": ["test_batch.bin"]}
+    _FILES: ClassVar = {
+        "train": [f"data_batch_{n}.bin" for n in range(1, 6)],
+        "test": ["test_batch.bin"],
+    }
     _SHAPE = (3, 32, 32)
 
     def urls(self, builder: Any) -> Urls:
@@ -143,7 +146,10 @@ class SvhnFiles:
 class NorbFiles:
     """smallNORB: gzip-compressed binary matrices of stereo pairs, categories and what varies."""
 
-    _TYPES = {0x1E3D4C55: np.dtype("u1"), 0x1E3D4C54: np.dtype("<i4")}
+    _TYPES: ClassVar[dict[int, np.dtype[Any]]] = {
+        0x1E3D4C55: np.dtype("u1"),
+        0x1E3D4C54: np.dtype("<i4"),
+    }
 
     def urls(self, builder: Any) -> Urls:
         """Three files for each split."""

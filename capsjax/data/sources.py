@@ -11,8 +11,8 @@ from capsjax.data.dataset import DataError, Dataset, Split
 from capsjax.data.embedded import load_mnist_5k
 from capsjax.data.image_folder import load_image_folder
 from capsjax.data.npz import load_npz
-from capsjax.data.tfds_source import NAMES as TFDS_NAMES
 from capsjax.data.tasks import Distorted, Pairs, Placed, Task
+from capsjax.data.tfds_source import NAMES as TFDS_NAMES
 from capsjax.data.tfds_source import load_tfds, task_of
 
 # Made of MNIST's digits on the device, never stored.

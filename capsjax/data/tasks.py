@@ -1,9 +1,9 @@
 """What a network is shown of a data set, and what it shall say (floor 4).
 
 A data set holds images; a task makes what is trained and measured on out of them, on the device:
-shifted, placed on a larger canvas, distorted, cropped, or two in one. Nothing that is made is stored. A test
-example is made from the number that it has in the test set, so that the set is the same whenever,
-wherever and in whatever batches it is made, and as large as one likes.
+shifted, placed on a larger canvas, distorted, cropped, or two in one. Nothing that is made is
+stored. A test example is made from the number that it has in the test set, so that the set is the
+same whenever, wherever and in whatever batches it is made, and as large as one likes.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from capsjax.data.affine import random_affine
 from capsjax.data.transforms import crop_images, random_placement, random_shift, scale_pixels
@@ -177,7 +178,9 @@ class Cropped:
 
     def make(self, keys: jax.Array, batch: Batch, *, num_classes: int, train: bool) -> Sample:
         """Crops, varies and standardises; the decoder shall draw what was cropped."""
-        crop, bright, contrast = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
+        crop, bright, contrast = jnp.moveaxis(
+            jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0
+        )
         pixels = scale_pixels(crop_images(batch.images, self.size, crop if train else None))
         images = pixels
         if train:
@@ -272,7 +275,7 @@ def evaluation_samples(
     return sample, batch.labels
 
 
-def is_right(scores: jax.Array, labels: jax.Array) -> jax.Array:
+def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
     """Whether the largest scores are those of the labels, all of them, bool ``[B]``.
 
     Args:
@@ -286,7 +289,8 @@ def is_right(scores: jax.Array, labels: jax.Array) -> jax.Array:
       >>> print(is_right(scores, jnp.array([[1, 0], [1, 0]])))
       [ True False]
     """
-    labels = labels.reshape(scores.shape[0], -1)
+    scores = jnp.asarray(scores)
+    labels = jnp.asarray(labels).reshape(scores.shape[0], -1)
     _, largest = jax.lax.top_k(scores, labels.shape[1])
     return jnp.all(jnp.sort(largest) == jnp.sort(labels), axis=-1)
 

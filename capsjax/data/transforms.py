@@ -98,7 +98,9 @@ def random_placement(keys: jax.Array, images: jax.Array, *, size: int) -> jax.Ar
     check_keys(keys, images)
     room = jnp.array([size - n for n in images.shape[1:3]])
     if min(size - n for n in images.shape[1:3]) < 0:
-        raise ValueError(f"size must be at least that of the images, {images.shape[1:3]}, got {size}")
+        raise ValueError(
+            f"size must be at least that of the images, {images.shape[1:3]}, got {size}"
+        )
     offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, room + 1))(keys)
     for axis in (1, 2):
         margin = size - images.shape[axis]
@@ -129,7 +131,9 @@ def crop_images(images: jax.Array, size: int, keys: jax.Array | None = None) -> 
     """
     room = [n - size for n in images.shape[1:3]]
     if min(room) < 0:
-        raise ValueError(f"size must be at most that of the images, {images.shape[1:3]}, got {size}")
+        raise ValueError(
+            f"size must be at most that of the images, {images.shape[1:3]}, got {size}"
+        )
     if keys is None:
         rows, columns = (slice(n // 2, n // 2 + size) for n in room)
         return images[:, rows, columns]
@@ -149,9 +153,7 @@ def check_keys(keys: jax.Array, images: jax.Array) -> None:
         )
 
 
-def _cut(
-    images: jax.Array, offsets: jax.Array, margin: int, size: int, axis: int
-) -> jax.Array:
+def _cut(images: jax.Array, offsets: jax.Array, margin: int, size: int, axis: int) -> jax.Array:
     """Of images with margins of zeros along an axis, so much from each image's offset."""
     # All cuts, of which one is selected: a slice per image would be a loop over them on TPUs.
     padding = [(0, 0)] * images.ndim

@@ -46,8 +46,8 @@ class BaselineConfig:
                 raise ValueError(f"{name} must name at least one layer, got {getattr(self, name)}")
         if min(self.grid) < 1:
             raise ValueError(
-                f"image_shape {self.image_shape} is too small for {len(self.conv_features)} poolings"
-                f" of {self.pooling}"
+                f"image_shape {self.image_shape} is too small for {len(self.conv_features)}"
+                f" poolings of {self.pooling}"
             )
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}")

@@ -34,8 +34,13 @@ _PRESETS: dict[str, ModelConfig] = {
     "smallnorb": dataclasses.replace(_CIFAR10, image_shape=(32, 32, 2), num_classes=5),
     # The small network that the paper trains on house numbers.
     "svhn": dataclasses.replace(
-        _OFFICIAL, image_shape=(32, 32, 3), conv_features=64, primary_types=16,
-        primary_features=6, class_features=8, decoder_features=(),
+        _OFFICIAL,
+        image_shape=(32, 32, 3),
+        conv_features=64,
+        primary_types=16,
+        primary_features=6,
+        class_features=8,
+        decoder_features=(),
     ),
     # The same layers, cut down until two CPU cores train them in minutes: 1,051,344 parameters.
     "small": dataclasses.replace(

@@ -109,7 +109,7 @@ def rounded(network: Network) -> Network:
 
 def save_pretrained(network: Network, about: About, path: Path) -> None:
     """Writes a network's parameters, in half precision and compressed."""
-    arrays = {
+    arrays: dict[str, Any] = {
         ".".join(map(str, key)): _rounded(np.asarray(variable[...]))
         for key, variable in nnx.to_flat_state(nnx.state(network))
     }
@@ -121,8 +121,8 @@ def _rounded(values: np.ndarray) -> np.ndarray:
     """Half-precision numbers whose last bits are zero, to the nearest."""
     bits = values.astype(np.float16).view(np.uint16)
     cut = 10 - _BITS
-    bits = (bits + np.uint16(1 << (cut - 1))) >> cut << cut
-    return bits.astype(np.uint16).view(np.float16)
+    rounded = (bits + np.uint16(1 << (cut - 1))) >> cut << cut
+    return rounded.astype(np.uint16).view(np.float16)
 
 
 def _read(name: str) -> tuple[About, dict[str, np.ndarray]]:

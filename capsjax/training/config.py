@@ -28,13 +28,15 @@ class TrainConfig:
 
     preset: Literal[
         "small", "paper", "official", "cifar10", "smallnorb", "svhn", "baseline",
-        "baseline_small", "baseline_pairs", "matrix_capsnet", "matrix_capsnet_small", "efficient_capsnet",
+        "baseline_small", "baseline_pairs", "matrix_capsnet", "matrix_capsnet_small",
+        "efficient_capsnet",
     ] = "small"  # fmt: skip
     """Network, also given as --model: small (minutes on two cores), paper (dynamic routing,
     formulas as printed), official (the authors' code; cifar10, smallnorb and svhn for these sets),
     baseline (the paper's convolutional network; baseline_small of the size of small,
-    baseline_pairs the one for overlapping digits), matrix_capsnet (EM routing), matrix_capsnet_small (the small one of that paper),
-    efficient_capsnet (self-attention routing)."""
+    baseline_pairs the one for overlapping digits), matrix_capsnet (EM routing),
+    matrix_capsnet_small (the small one of that paper), efficient_capsnet (self-attention
+    routing)."""
 
     routing: (
         Literal[

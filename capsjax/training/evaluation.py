@@ -167,9 +167,7 @@ def _as_shown(dataset: Dataset) -> Split:
         )
     split = Batch(jnp.asarray(images), jnp.asarray(labels))
     numbers = jnp.arange(len(labels))
-    sample, _ = evaluation_samples(
-        dataset.task, split, numbers, num_classes=dataset.num_classes
-    )
+    sample, _ = evaluation_samples(dataset.task, split, numbers, num_classes=dataset.num_classes)
     return Split(np.asarray(jnp.round(sample.images * 255).astype(jnp.uint8)), labels)
 
 

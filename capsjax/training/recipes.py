@@ -77,7 +77,7 @@ def _mnist(preset: str) -> tuple[Recipe, ...]:
 
 
 _BASELINE = Recipe(name="baseline", title="baseline CNN", published=0.39, preset="baseline")
-_PAIRS = {"dataset": "multi_mnist", "decay_steps": 20_000}
+_PAIRS: dict[str, Any] = {"dataset": "multi_mnist", "decay_steps": 20_000}
 _AFFINE: dict[str, Any] = {
     # Stopped early, at the accuracy on expanded MNIST that the paper compares at.
     "dataset": "expanded_mnist", "also_tested_on": "affine_mnist", "until_error": 0.0077,
@@ -103,7 +103,7 @@ TABLES: dict[str, tuple[Recipe, ...]] = {
         Recipe(name="paper", title="CapsNet (paper)", published=21.0, **_AFFINE),
     ),
     "cifar10": (
-        Recipe(name="cifar10", title="CapsNet, ensemble of 7", published=10.6, dataset="cifar10",
+        Recipe(name="cifar10", title="CapsNet", published=10.6, dataset="cifar10",
                preset="cifar10", steps=600_000, ensemble=True),
     ),
     "svhn": (

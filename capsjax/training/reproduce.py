@@ -2,10 +2,12 @@
 
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import statistics
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +18,7 @@ import numpy as np
 from capsjax.data import Dataset, is_right, load
 from capsjax.training.config import ConfigError
 from capsjax.training.recipes import TABLES, Recipe
-from capsjax.training.trials import Trials
+from capsjax.training.trials import Trial, Trials
 from capsjax.version import __version__
 
 TableName = Literal[
@@ -73,9 +75,7 @@ class ReproduceConfig:
         known = [recipe.name for recipe in TABLES[self.table]]
         for row in self.rows:
             if row not in known:
-                raise ConfigError(
-                    f"--rows: table {self.table} has {', '.join(known)}, no {row!r}"
-                )
+                raise ConfigError(f"--rows: table {self.table} has {', '.join(known)}, no {row!r}")
 
     def recipes(self) -> list[Recipe]:
         """The rows to train."""
@@ -91,17 +91,38 @@ class RowResult:
       dataset: whose test images were taken.
       steps: that were taken, of the shortest trial.
       errors: in per cent, one for each trial.
+      ensemble: number of networks whose scores were averaged; 0 for single ones.
     """
 
     recipe: Recipe
     dataset: str
     steps: int
     errors: tuple[float, ...]
+    ensemble: int = 0
+
+    @property
+    def title(self) -> str:
+        """The row in words."""
+        if self.ensemble:
+            return f"{self.recipe.title}, ensemble of {self.ensemble}"
+        return self.recipe.title
+
+    @property
+    def published(self) -> str:
+        """What the paper reports for these images; empty if nothing."""
+        recipe = self.recipe
+        same = self.dataset == (recipe.also_tested_on or recipe.dataset)
+        if recipe.published is None or not same or bool(self.ensemble) != recipe.ensemble:
+            return ""
+        spread = "" if recipe.spread is None else f" ± {recipe.spread:g}"
+        return f"{recipe.published:g}{spread}"
 
     @property
     def text(self) -> str:
         """Mean, standard deviation and number of trials."""
         mean = f"{statistics.mean(self.errors):.2f}"
+        if self.ensemble:
+            return mean
         if len(self.errors) > 1:
             mean += f" ± {statistics.stdev(self.errors):.3f}"
         return f"{mean} (n = {len(self.errors)})"
@@ -120,54 +141,66 @@ def reproduce(config: ReproduceConfig, *, say: Callable[[str], None] = print) ->
     """
     results = Results(config.output / "results.jsonl")
     until = math.inf if config.seconds is None else time.monotonic() + config.seconds
-    sets: dict[str, Dataset] = {}
-
-    def dataset(name: str) -> Dataset:
-        if name not in sets:
-            sets[name] = load(name, data_dir=config.data_dir)
-        return sets[name]
-
+    get = functools.cache(lambda name: load(name, data_dir=config.data_dir))
     for recipe in config.recipes():
-        missing = [
-            seed for seed in range(config.seeds)
-            if not results.has(config.table, recipe, seed, config)
-        ]  # fmt: skip
-        for first in range(0, len(missing), config.together):
-            if time.monotonic() > until:
-                say("the time is over; the same command goes on")
-                return results.rows(config)
-            seeds = missing[first : first + config.together]
-            others = [dataset(recipe.also_tested_on)] if recipe.also_tested_on else []
-            trials = Trials(
-                recipe, dataset(recipe.dataset), seeds, _folder(config), steps=config.steps,
-                dtype=config.dtype, others=others,
-            )  # fmt: skip
-            done = trials.run(seconds=until - time.monotonic(), say=say)
+        while seeds := results.missing(recipe, config)[: config.together]:
+            left = until - time.monotonic()
+            done = _train(recipe, seeds, config, get, left, say) if left > 0 else None
             if done is None:
                 say("the time is over; the same command goes on")
                 return results.rows(config)
             for trial in done:
-                results.add(
-                    {
-                        "table": config.table, "asked_steps": config.steps, "dtype": config.dtype,
-                        **dataclasses.asdict(trial), **_conditions(),
-                    }
-                )  # fmt: skip
+                results.add(config, dataclasses.asdict(trial))
                 errors = ", ".join(f"{e:.2%} on {n}" for n, e in trial.errors.items())
                 say(f"{recipe.name}, seed {trial.seed}: error {errors}")
-            if recipe.ensemble and len(seeds) > 1:
-                error = ensemble_error(*trials.scores(dataset(recipe.dataset)))
-                results.add(
-                    {
-                        "table": config.table, "recipe": recipe.name, "ensemble": len(seeds),
-                        "asked_steps": config.steps, "dtype": config.dtype, "error": error,
-                        **_conditions(),
-                    }
-                )  # fmt: skip
-                say(f"{recipe.name}, ensemble of {len(seeds)}: error {error:.2%}")
+        if recipe.ensemble and config.seeds > 1 and not results.has_ensemble(recipe, config):
+            error = ensemble_error(*_read_scores(recipe, config))
+            results.add(config, {"recipe": recipe.name, "ensemble": config.seeds, "error": error})
+            say(f"{recipe.name}, ensemble of {config.seeds}: error {error:.2%}")
     rows = results.rows(config)
     (config.output / f"{config.table}.md").write_text(markdown(rows))
     return rows
+
+
+def _train(
+    recipe: Recipe,
+    seeds: Sequence[int],
+    config: ReproduceConfig,
+    get: Callable[[str], Dataset],
+    seconds: float,
+    say: Callable[[str], None],
+) -> list[Trial] | None:
+    """Trials of one recipe; None if the time was over first."""
+    dataset = get(recipe.dataset)
+    others = [get(recipe.also_tested_on)] if recipe.also_tested_on else []
+    trials = Trials(
+        recipe, dataset, seeds, _folder(config), steps=config.steps, dtype=config.dtype,
+        others=others,
+    )  # fmt: skip
+    done = trials.run(seconds=seconds, say=say)
+    if done is not None and recipe.ensemble:
+        scores, labels = trials.scores(dataset)
+        for seed, of_seed in zip(seeds, scores, strict=True):
+            np.savez(_scores_path(recipe, seed, config), scores=of_seed, labels=labels)
+    return done
+
+
+def _scores_path(recipe: Recipe, seed: int, config: ReproduceConfig) -> Path:
+    return _folder(config) / f"{recipe.name}-seed-{seed}.scores.npz"
+
+
+def _read_scores(recipe: Recipe, config: ReproduceConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of all trials, ``[trials, N, J]``, and the labels."""
+    found = []
+    for seed in range(config.seeds):
+        path = _scores_path(recipe, seed, config)
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                found.append(stored["scores"])
+                labels = stored["labels"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"the scores of a finished trial cannot be read: {error}") from None
+    return np.stack(found), labels
 
 
 def ensemble_error(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -210,51 +243,55 @@ class Results:
                 if number < len(lines):
                     raise ConfigError(f"{path}:{number} is no result") from None
 
-    def add(self, result: dict[str, Any]) -> None:
-        """Adds a result."""
+    def add(self, config: ReproduceConfig, result: dict[str, Any]) -> None:
+        """Adds a result, with the options and the machine that it was had with."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lines.append(result)
+        self._lines.append({**_options(config), **result, **_conditions()})
         # Written anew: a last line that was cut off must not swallow the next.
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
         temporary.replace(self.path)
 
-    def has(self, table: str, recipe: Recipe, seed: int, config: ReproduceConfig) -> bool:
-        """Whether a trial with this seed and these options is there."""
-        return any(
-            line["seed"] == seed for line in self._of(table, recipe, config) if "seed" in line
-        )
+    def missing(self, recipe: Recipe, config: ReproduceConfig) -> list[int]:
+        """The seeds of a row that are not there yet."""
+        there = {line["seed"] for line in self._of(recipe, config) if "seed" in line}
+        return [seed for seed in range(config.seeds) if seed not in there]
+
+    def has_ensemble(self, recipe: Recipe, config: ReproduceConfig) -> bool:
+        """Whether the mean over as many networks as are asked for is there."""
+        return any(line.get("ensemble") == config.seeds for line in self._of(recipe, config))
 
     def rows(self, config: ReproduceConfig) -> list[RowResult]:
         """What there is of a table, by row and data set."""
         found = []
         for recipe in config.recipes():
-            lines = [x for x in self._of(config.table, recipe, config) if "seed" in x]
-            lines.sort(key=lambda line: line["seed"])
-            for name in lines[0]["errors"] if lines else ():
-                errors = tuple(100 * line["errors"][name] for line in lines)
-                found.append(RowResult(recipe, name, min(x["steps"] for x in lines), errors))
+            lines = self._of(recipe, config)
+            trials = sorted((x for x in lines if "seed" in x), key=lambda line: line["seed"])
+            if not trials:
+                continue
+            steps = min(line["steps"] for line in trials)
+            for name in trials[0]["errors"]:
+                errors = tuple(100 * line["errors"][name] for line in trials)
+                found.append(RowResult(recipe, name, steps, errors))
+            ensembles = {line["ensemble"]: line["error"] for line in lines if "ensemble" in line}
+            found += [
+                RowResult(recipe, recipe.dataset, steps, (100 * error,), ensemble=number)
+                for number, error in ensembles.items()
+            ]
         return found
 
-    def _of(self, table: str, recipe: Recipe, config: ReproduceConfig) -> list[dict[str, Any]]:
-        wanted = {
-            "table": table, "recipe": recipe.name, "asked_steps": config.steps,
-            "dtype": config.dtype,
-        }  # fmt: skip
+    def _of(self, recipe: Recipe, config: ReproduceConfig) -> list[dict[str, Any]]:
+        wanted = {**_options(config), "recipe": recipe.name}
         return [x for x in self._lines if all(x.get(k) == v for k, v in wanted.items())]
 
 
 def markdown(rows: Sequence[RowResult]) -> str:
     """The rows as a Markdown table; errors in per cent."""
     lines = ["| row | test images | steps | paper | capsjax |", "|---|---|---|---|---|"]
-    for row in rows:
-        own = row.dataset == (row.recipe.also_tested_on or row.recipe.dataset)
-        published = "–" if row.recipe.published is None or not own else f"{row.recipe.published:g}"
-        if own and row.recipe.spread is not None:
-            published += f" ± {row.recipe.spread:g}"
-        lines.append(
-            f"| {row.recipe.title} | {row.dataset} | {row.steps:,} | {published} | {row.text} |"
-        )
+    lines += [
+        f"| {row.title} | {row.dataset} | {row.steps:,} | {row.published} | {row.text} |"
+        for row in rows
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -264,10 +301,14 @@ def _folder(config: ReproduceConfig) -> Path:
     return config.output / f"{config.table}-{steps}-{config.dtype}"
 
 
+def _options(config: ReproduceConfig) -> dict[str, Any]:
+    return {"table": config.table, "asked_steps": config.steps, "dtype": config.dtype}
+
+
 def _conditions() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "device": device.device_kind, "platform": device.platform, "jax": jax.__version__,
         "capsjax": __version__,
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip

@@ -103,7 +103,9 @@ class Trials:
         for each in self.tested:
             check_dataset(each, self.model)
         self.task = dataset.task
-        held_out = 0 if recipe.until_error is None else min(_HELD_OUT, len(dataset.train.labels) // 10)
+        held_out = (
+            0 if recipe.until_error is None else min(_HELD_OUT, len(dataset.train.labels) // 10)
+        )
         self.train, self.validation = hold_out(dataset.train, held_out)
         self.steps_per_epoch = len(self.train.labels) // recipe.batch_size
         if not self.steps_per_epoch:
@@ -121,6 +123,7 @@ class Trials:
         self._examples = _as_arrays(self.train)
         self._run = jax.jit(self._epochs, donate_argnums=0)
         self.done, self.seconds, self.states = 0, 0.0, self._initial()
+        self._last: dict[str, Any] | None = None
         self._resume()
 
     def run(
@@ -239,7 +242,9 @@ class Trials:
             return train_step(state, batch, step_key)
 
         def epoch(n: jax.Array, carry: Any) -> Any:
-            orders = jax.vmap(lambda key: epoch_order(jax.random.fold_in(key, n), count))(keys[:, 1])
+            orders = jax.vmap(lambda key: epoch_order(jax.random.fold_in(key, n), count))(
+                keys[:, 1]
+            )
             begin = n * self.steps_per_epoch
 
             def step(t: jax.Array, carry: Any) -> Any:
@@ -313,7 +318,6 @@ class Trials:
 
     def _resume(self) -> None:
         """Takes up what an earlier run has left."""
-        self._last: dict[str, Any] | None = None
         path = self.folder / f"{self._stem}.npz"
         if not path.exists():
             return

@@ -27,7 +27,7 @@ def cifar_archive():
         contents[file] = np.concatenate([digits, pixels], axis=1).tobytes()
         images.append(pixels.reshape(3, 3, 32, 32).transpose(0, 2, 3, 1))
         labels.append(digits[:, 0])
-    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    names = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     contents["batches.meta.txt"] = "\n".join([*names, ""]).encode()
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
@@ -72,7 +72,9 @@ def norb_files():
         category = (np.arange(7) % 5).astype("<i4")
         info = np.stack([np.arange(7) % 10, np.arange(7), 2 * np.arange(7), np.arange(7) % 6], 1)
         for kind, array in (
-            ("dat", small.repeat(2, 2).repeat(2, 3)), ("cat", category), ("info", info.astype("<i4"))
+            ("dat", small.repeat(2, 2).repeat(2, 3)),
+            ("cat", category),
+            ("info", info.astype("<i4")),
         ):  # fmt: skip
             files[f"/{stem}-{kind}.mat.gz"] = binary_matrix(array)
         splits[split] = (small.transpose(0, 2, 3, 1), category)
@@ -163,8 +165,13 @@ def test_networks_are_shown_what_the_paper_shows_them(name, shape, serve, tmp_pa
         if name != "svhn_cropped":
             np.testing.assert_allclose(sample.images.mean((1, 2, 3)), 0, atol=1e-5)
             np.testing.assert_allclose(sample.images.std((1, 2, 3)), 1, rtol=1e-3)
-            middle = (slice(None), *[slice((n - s) // 2, (n + s) // 2)
-                                     for n, s in zip(batch.images.shape[1:3], shape, strict=False)])
+            middle = (
+                slice(None),
+                *[
+                    slice((n - s) // 2, (n + s) // 2)
+                    for n, s in zip(batch.images.shape[1:3], shape, strict=False)
+                ],
+            )
             drawn = np.asarray(sample.drawings) * 255
             same = np.isclose(drawn, np.asarray(batch.images[middle]), atol=0.01).all((1, 2, 3))
             assert same.all() != train

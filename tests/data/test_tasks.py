@@ -23,7 +23,9 @@ def split(counts=(5, 3, 6, 2), side=8):
     """Images whose pixels tell their number, in the order of their labels."""
     labels = np.repeat(np.arange(CLASSES), counts).astype(np.int32)
     images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None] + np.uint8(100)
-    return Batch(jnp.asarray(np.broadcast_to(images, (len(labels), side, side, 1))), jnp.asarray(labels))
+    return Batch(
+        jnp.asarray(np.broadcast_to(images, (len(labels), side, side, 1))), jnp.asarray(labels)
+    )
 
 
 def keys(number, seed=0):
@@ -57,7 +59,9 @@ def pair_in_numpy(images, offsets, size, most):
     for image, (row, column) in zip(images, offsets, strict=True):
         canvas = np.zeros((size + 2 * most, size + 2 * most), int)
         top = (size - image.shape[0]) // 2 + most
-        canvas[top + row : top + row + image.shape[0], top + column : top + column + image.shape[1]] = image
+        canvas[
+            top + row : top + row + image.shape[0], top + column : top + column + image.shape[1]
+        ] = image
         parts.append(canvas[most : most + size, most : most + size])
         total += parts[-1]
     return np.minimum(total, 255), parts
@@ -94,7 +98,9 @@ def test_placing_reaches_every_place_equally_often():
     rows, columns = (out[..., 0] > 0).any(2).argmax(1), (out[..., 0] > 0).any(1).argmax(1)
     counts = np.bincount(3 * rows + columns, minlength=9)
     assert (np.abs(counts - 1000) < 200).all()
-    with pytest.raises(ValueError, match=r"size must be at least that of the images, \(5, 5\), got"):
+    with pytest.raises(
+        ValueError, match=r"size must be at least that of the images, \(5, 5\), got"
+    ):
         random_placement(keys(1), jnp.asarray(image), size=4)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from capsjax.models import BaselineConfig, CapsNetConfig, MatrixCapsNetConfig, Prediction
 from capsjax.training import cross_entropy_loss, official_loss, paper_loss, spread_objective
-from capsjax.training.objectives import choose_loss
+from capsjax.training.objectives import binary_cross_entropy_loss, choose_loss
 
 
 @pytest.fixture

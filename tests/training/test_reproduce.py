@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from capsjax import models
-from capsjax.data import Dataset, Pairs, Placed
+from capsjax.data import Pairs, Placed
 from capsjax.training import ConfigError, TrainConfig, reproduce, train
 from capsjax.training.recipes import TABLES, Recipe
 from capsjax.training.reproduce import ReproduceConfig, Results, ensemble_error, markdown
@@ -74,7 +74,9 @@ def test_training_ends_where_the_held_out_images_are_told_well_enough(digits, tm
     (done,) = trials(digits, tmp_path, (0,), recipe).run(say=quiet)
     assert done.steps < 1000
     other = made(digits, Placed(28))
-    both = trials(digits, tmp_path / "both", (0,), recipe, others=[dataclasses.replace(other, name="placed")])
+    both = trials(
+        digits, tmp_path / "both", (0,), recipe, others=[dataclasses.replace(other, name="placed")]
+    )
     (done,) = both.run(say=quiet)
     assert set(done.errors) == {"mnist_5k", "placed"}
 
@@ -121,7 +123,7 @@ def test_a_table_is_filled_row_by_row_and_seed_by_seed(table, tmp_path):
         ("one", 2, 12), ("two", 2, 12)
     ]  # fmt: skip
     text = (tmp_path / "small.md").read_text()
-    assert "| the first | mnist_5k | 12 | – |" in text
+    assert "| the first | mnist_5k | 12 |  |" in text
     assert "(n = 2)" in text
     # Again: nothing is trained. With a third seed: only that one.
     said.clear()
@@ -146,7 +148,10 @@ def test_a_result_that_was_cut_off_is_done_again(tmp_path):
     path.write_text('{"table": "small"}\n{"table"')
     results = Results(path)
     results.add({"table": "other"})
-    assert [json.loads(line)["table"] for line in path.read_text().splitlines()] == ["small", "other"]
+    assert [json.loads(line)["table"] for line in path.read_text().splitlines()] == [
+        "small",
+        "other",
+    ]
     path.write_text('{"table"\n{"table": "small"}\n')
     with pytest.raises(ConfigError, match="results.jsonl:1 is no result"):
         Results(path)
