@@ -143,15 +143,29 @@ def test_the_time_is_kept_and_the_same_command_goes_on(table, tmp_path):
     assert [row.steps for row in rows] == [40, 40]
 
 
+def test_an_ensemble_is_of_all_seeds_however_they_were_trained(table, monkeypatch, tmp_path):
+    (row, _) = table
+    row = dataclasses.replace(row, ensemble=True)
+    monkeypatch.setitem(TABLES, "small", (row,))
+    apart = ReproduceConfig(table="small", seeds=3, steps=5, output=tmp_path / "a", together=2)
+    single, ensemble = reproduce(apart, say=quiet)
+    assert (single.title, len(single.errors), single.published) == ("the first", 3, "")
+    assert (ensemble.title, ensemble.published) == ("the first, ensemble of 3", "0.25 ± 0.005")
+    together = dataclasses.replace(apart, output=tmp_path / "b", together=3)
+    assert reproduce(together, say=quiet)[1].errors == pytest.approx(ensemble.errors, abs=0.5)
+    assert reproduce(apart, say=quiet) == [single, ensemble]
+    next((tmp_path / "a").rglob("*.scores.npz")).unlink()
+    with pytest.raises(ConfigError, match="scores of a finished trial cannot be read"):
+        reproduce(dataclasses.replace(apart, seeds=4), say=quiet)
+
+
 def test_a_result_that_was_cut_off_is_done_again(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text('{"table": "small"}\n{"table"')
     results = Results(path)
-    results.add({"table": "other"})
-    assert [json.loads(line)["table"] for line in path.read_text().splitlines()] == [
-        "small",
-        "other",
-    ]
+    results.add(ReproduceConfig(table="small"), {"recipe": "affine", "seed": 0})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line.get("recipe") for line in lines] == [None, "affine"]
     path.write_text('{"table"\n{"table": "small"}\n')
     with pytest.raises(ConfigError, match="results.jsonl:1 is no result"):
         Results(path)
