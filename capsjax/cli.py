@@ -125,8 +125,11 @@ def reproduce_main(prog: str = "reproduce.py", argv: Sequence[str] | None = None
     )
 
     def command() -> None:
+        if config.list:
+            print("\n\n".join(map(str, config.recipes())))
+            return
         for row in reproduce(config):
-            print(f"{row.recipe.title}, {row.dataset}, {row.steps:,} steps: error {row.text} %")
+            print(f"{row.title}, {row.dataset}, {row.steps:,} steps: error {row.text} %")
 
     _run(prog, command)
 

@@ -13,7 +13,10 @@ _PAPER_STEPS = 300_000
 class Recipe:
     """One row of a table.
 
+    Printed, it tells its command and what came of it.
+
     Attributes:
+      table: name of the table.
       name: unique in its table.
       title: the row in words.
       published: error in per cent that the paper reports; None where it reports none.
@@ -29,8 +32,10 @@ class Recipe:
       until_error: train no longer than until the error on held-out training images is this or
         less; None for all steps, and nothing held out.
       ensemble: whether the lengths of all trials' networks are averaged too.
+      measured: what came of it, on which hardware, how fast; RESULTS.md says more.
     """
 
+    table: str = ""
     name: str
     title: str
     published: float | None = None
@@ -45,6 +50,25 @@ class Recipe:
     also_tested_on: str | None = None
     until_error: float | None = None
     ensemble: bool = False
+    measured: str = "not run"
+
+    @property
+    def command(self) -> str:
+        """What trains it, ends with the images in DIR."""
+        seeds = " --seeds 7" if self.ensemble else ""
+        return f"capsjax reproduce {self.table} --rows {self.name}{seeds} --data-dir DIR"
+
+    def __str__(self) -> str:
+        """Title, command, published and measured error, in lines."""
+        if self.published is None:
+            published = "not in the paper"
+        else:
+            spread = "" if self.spread is None else f" ± {self.spread:g}"
+            published = f"{self.published:g}{spread} %"
+        return (
+            f"{self.title}\n  {self.command}\n  {self.steps:,} steps of {self.batch_size}"
+            f" on {self.dataset}\n  paper:    {published}\n  measured: {self.measured}"
+        )
 
     def configure(self, **fields: Any) -> models.ModelConfig:
         """Returns the network's configuration, with fields that the data set determines."""
@@ -82,10 +106,9 @@ _AFFINE: dict[str, Any] = {
     # Stopped early, at the accuracy on expanded MNIST that the paper compares at.
     "dataset": "expanded_mnist", "also_tested_on": "affine_mnist", "until_error": 0.0077,
 }  # fmt: skip
-_SMALL: dict[str, Any] = {"preset": "small", "steps": 6000}
+_SMALL: dict[str, Any] = {"preset": "small", "steps": 10_000}
 
-#: Recipes by table.
-TABLES: dict[str, tuple[Recipe, ...]] = {
+_TABLES: dict[str, tuple[Recipe, ...]] = {
     "mnist": (_BASELINE, *_mnist("paper"), *_mnist("official")),
     "multi_mnist": (
         Recipe(name="baseline", title="baseline CNN", published=8.1, preset="baseline_pairs",
@@ -137,3 +160,9 @@ TABLES: dict[str, tuple[Recipe, ...]] = {
                **{**_AFFINE, **_SMALL, "until_error": 0.015, "preset": "baseline_small"}),
     ),
 }  # fmt: skip
+
+#: Recipes by table.
+TABLES = {
+    table: tuple(dataclasses.replace(recipe, table=table) for recipe in recipes)
+    for table, recipes in _TABLES.items()
+}

@@ -42,6 +42,9 @@ class ReproduceConfig:
     rows: tuple[str, ...] = ()
     """Names of rows; all of the table if not given."""
 
+    list: bool = False
+    """Only say what the rows are: command, the paper's error, and what was measured."""
+
     seeds: int = 3
     """Trials of each row, with seeds 0, 1, 2 and so on."""
 
@@ -77,7 +80,7 @@ class ReproduceConfig:
             if row not in known:
                 raise ConfigError(f"--rows: table {self.table} has {', '.join(known)}, no {row!r}")
 
-    def recipes(self) -> list[Recipe]:
+    def recipes(self) -> Sequence[Recipe]:
         """The rows to train."""
         return [r for r in TABLES[self.table] if not self.rows or r.name in self.rows]
 

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 from capsjax import models
-from capsjax.data import Pairs, Placed
+from capsjax.data import Pairs, Placed, save_npz
 from capsjax.training import ConfigError, TrainConfig, reproduce, train
 from capsjax.training.recipes import TABLES, Recipe
 from capsjax.training.reproduce import ReproduceConfig, Results, ensemble_error, markdown
@@ -181,6 +183,38 @@ def reproduce_row(errors):
 
     recipe = Recipe(name="r", title="row", published=0.25, spread=0.005)
     return RowResult(recipe, "mnist", 300_000, errors)
+
+
+_BARE = """
+import importlib.abc, pathlib, sys
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in {"tyro", "tensorflow_datasets", "grain", "matplotlib", "PIL"}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+from capsjax.training import ReproduceConfig, reproduce
+
+data, output = map(pathlib.Path, sys.argv[1:])
+for _ in range(2):
+    (row,) = reproduce(ReproduceConfig(
+        table="small", rows=("mnist",), steps=2, seeds=2, together=2, data_dir=data, output=output))
+print(row.text)
+"""
+
+
+def test_a_bare_machine_will_do(digits, tmp_path):
+    save_npz(digits, tmp_path / "digits.npz")
+    run = subprocess.run(
+        [sys.executable, "-c", _BARE, tmp_path / "digits.npz", tmp_path / "out"],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    said = run.stdout.splitlines()
+    assert said[0].startswith("mnist: step 2 of 2, training error")
+    assert said[-1].endswith("(n = 2)")
+    assert sum("step 2" in line for line in said) == 1
 
 
 @pytest.mark.parametrize("recipe", [r for t in TABLES.values() for r in t], ids=lambda r: r.name)
