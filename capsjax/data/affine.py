@@ -88,7 +88,7 @@ def _draw_matrix(key: jax.Array, ranges: AffineRanges) -> jax.Array:
     rotation = jnp.array([[cos, -sin], [sin, cos]])
     shearing = jnp.array([[1.0, shear], [0.0, 1.0]])
     highest = jax.lax.Precision.HIGHEST
-    return jnp.matmul(rotation, shearing, precision=highest) * jnp.stack([across, down])
+    return jnp.matmul(rotation, shearing, precision=highest) * jnp.stack([across, down])[None]
 
 
 def _centred(shape: tuple[int, ...]) -> jax.Array:
