@@ -15,7 +15,6 @@ from capsjax.training.objectives import (
 )
 from capsjax.training.programs import make_evaluate, make_run_steps
 from capsjax.training.recipes import TABLES, Recipe
-from capsjax.training.reproduce import ReproduceConfig, RowResult, reproduce
 from capsjax.training.session import Evaluation, Session, hold_out
 from capsjax.training.step import (
     StepMetrics,
@@ -26,6 +25,7 @@ from capsjax.training.step import (
     paper_optimizer,
     split_network,
 )
+from capsjax.training.tables import ReproduceConfig, RowResult, reproduce
 from capsjax.training.trials import Trial, Trials
 
 __all__ = [

@@ -215,7 +215,7 @@ def ensemble_error(scores: np.ndarray, labels: np.ndarray) -> float:
 
     Example:
       >>> import numpy as np
-      >>> from capsjax.training.reproduce import ensemble_error
+      >>> from capsjax.training.tables import ensemble_error
       >>> scores = np.array([[[0.9, 0.0], [0.6, 0.5]], [[0.4, 0.5], [0.0, 0.9]]])
       >>> ensemble_error(scores, np.array([0, 0]))
       0.5
