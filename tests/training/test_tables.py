@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from capsjax import models
-from capsjax.data import Pairs, Placed, save_npz
+from capsjax.data import Dataset, Pairs, Placed, Split, save_npz
 from capsjax.training import ConfigError, TrainConfig, reproduce, train
 from capsjax.training.recipes import TABLES, Recipe
 from capsjax.training.tables import ReproduceConfig, Results, ensemble_error, markdown
@@ -229,6 +229,33 @@ def test_every_recipe_makes_a_network(recipe):
     }  # fmt: skip
     model = recipe.configure(image_shape=shapes.get(recipe.dataset, (28, 28, 1)))
     assert isinstance(model, models.ModelConfig)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe", [r for t in TABLES.values() for r in t], ids=lambda r: f"{r.table}-{r.name}"
+)
+def test_every_row_runs_in_miniature(recipe, tmp_path):
+    """One step of its command, on noise in the set's shape."""
+    shapes = {"cifar10": (32, 32, 3), "svhn_cropped": (32, 32, 3), "smallnorb": (48, 48, 2)}
+    shape = shapes.get(recipe.dataset, (28, 28, 1))
+    classes = 5 if recipe.dataset == "smallnorb" else 10
+    rng = np.random.default_rng(0)
+    splits = [
+        Split(
+            rng.integers(0, 256, (n, *shape), np.uint8), (np.arange(n) % classes).astype(np.int32)
+        )
+        for n in (160, 20)
+    ]
+    noise = Dataset(recipe.dataset, *splits, tuple("0123456789"[:classes]))
+    save_npz(noise, tmp_path / "noise.npz")
+    config = ReproduceConfig(
+        table=recipe.table, rows=(recipe.name,), seeds=2 if recipe.ensemble else 1, steps=1,
+        data_dir=tmp_path / "noise.npz", output=tmp_path / "out",
+    )  # fmt: skip
+    rows = reproduce(config, say=quiet)
+    assert len(rows) == 1 + recipe.ensemble + (recipe.also_tested_on is not None)
+    assert all(row.steps == 1 and row.recipe == recipe for row in rows)
 
 
 def test_names_of_rows_are_unique():
