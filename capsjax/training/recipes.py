@@ -108,6 +108,7 @@ _AFFINE: dict[str, Any] = {
 }  # fmt: skip
 # Short: the learning rate falls to a twelfth by the end.
 _SMALL: dict[str, Any] = {"preset": "small", "steps": 6000, "decay_steps": 100}
+_SMALL_PAIRS = {**_SMALL, "steps": 4000, "decay_steps": 70}
 
 _TABLES: dict[str, tuple[Recipe, ...]] = {
     "mnist": (_BASELINE, *_mnist("paper"), *_mnist("official")),
@@ -152,9 +153,9 @@ _TABLES: dict[str, tuple[Recipe, ...]] = {
         Recipe(name="fashion_mnist", title="small CapsNet, Fashion-MNIST", dataset="fashion_mnist",
                **_SMALL),
         Recipe(name="multi_mnist", title="small CapsNet, MultiMNIST", dataset="multi_mnist",
-               **_SMALL),
+               **_SMALL_PAIRS),
         Recipe(name="multi_mnist-cnn", title="CNN of about that size, MultiMNIST",
-               dataset="multi_mnist", **{**_SMALL, "preset": "baseline_small"}),
+               dataset="multi_mnist", **{**_SMALL_PAIRS, "preset": "baseline_small"}),
         Recipe(name="affine", title="small CapsNet, affine MNIST",
                **{**_AFFINE, **_SMALL, "until_error": 0.015}),
         Recipe(name="affine-cnn", title="CNN of about that size, affine MNIST",
