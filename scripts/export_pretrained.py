@@ -11,7 +11,7 @@ import numpy as np
 
 from capsjax import models
 from capsjax.data import scale_pixels
-from capsjax.models.pretrained import About, rounded, save_pretrained
+from capsjax.models.trained import About, rounded, save_pretrained
 from capsjax.training import load_network
 from capsjax.training.run_directory import RunDirectory
 

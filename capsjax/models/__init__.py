@@ -6,7 +6,7 @@ from capsjax.models.efficient import EfficientCapsNet, EfficientCapsNetConfig
 from capsjax.models.matrix import MatrixCapsNet, MatrixCapsNetConfig
 from capsjax.models.network import Prediction
 from capsjax.models.presets import ModelConfig, Network, build, configure, create, presets
-from capsjax.models.pretrained import About, about_pretrained, load_pretrained, pretrained
+from capsjax.models.trained import About, about_pretrained, load_pretrained, pretrained
 
 __all__ = [
     "About",

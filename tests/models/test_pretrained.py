@@ -11,7 +11,7 @@ from flax import nnx
 import capsjax
 from capsjax import models
 from capsjax.data import load, scale_pixels
-from capsjax.models.pretrained import _rounded, rounded, save_pretrained
+from capsjax.models.trained import _rounded, rounded, save_pretrained
 
 NAMES = models.pretrained()
 
