@@ -27,7 +27,9 @@ class Recipe:
       loss: name of the objective; the preset's own when None.
       steps: of training.
       batch_size: examples in a step.
-      decay_steps: over which the learning rate falls by 4 %.
+      learning_rate: at the beginning.
+      decay_steps: over which it falls by 4 %.
+      max_shift: of training images, in pixels; the data set's own when None.
       also_tested_on: another data set whose test images are taken too.
       until_error: train no longer than until the error on held-out training images is this or
         less; None for all steps, and nothing held out.
@@ -46,7 +48,9 @@ class Recipe:
     loss: str | None = None
     steps: int = _PAPER_STEPS
     batch_size: int = 128
+    learning_rate: float = 1e-3
     decay_steps: int = 2000
+    max_shift: int | None = None
     also_tested_on: str | None = None
     until_error: float | None = None
     ensemble: bool = False

@@ -28,7 +28,7 @@ from capsjax.training.loop import DivergedError
 from capsjax.training.objectives import LOSSES, choose_loss
 from capsjax.training.programs import gather_batch, make_evaluate
 from capsjax.training.recipes import Recipe
-from capsjax.training.session import check_dataset, hold_out
+from capsjax.training.session import check_dataset, choose_task, hold_out
 from capsjax.training.step import (
     TrainState,
     init_state,
@@ -102,7 +102,7 @@ class Trials:
             raise ConfigError(f"recipe {recipe.name}: {error}") from None
         for each in self.tested:
             check_dataset(each, self.model)
-        self.task = dataset.task
+        self.task = choose_task(dataset, recipe.max_shift)
         held_out = (
             0 if recipe.until_error is None else min(_HELD_OUT, len(dataset.train.labels) // 10)
         )
@@ -114,7 +114,7 @@ class Trials:
             recipe.loss, recipe.preset, self.model, several_classes=isinstance(self.task, Pairs)
         )
         self.objective = LOSSES[loss]
-        self.optimizer = paper_optimizer(decay_steps=recipe.decay_steps)
+        self.optimizer = paper_optimizer(recipe.learning_rate, decay_steps=recipe.decay_steps)
         self._keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(
             jnp.array(self.seeds, jnp.uint32)
         )

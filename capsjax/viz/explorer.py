@@ -39,7 +39,7 @@ class ExploreConfig:
     """Explore a trained network in the browser, on this machine only; Ctrl-C ends it."""
 
     run: Path
-    """Directory of the run."""
+    """Directory of the run, or mnist_small, the network in the package."""
 
     port: int = 8317
     """Port on the loopback address; 0 for any that is free."""

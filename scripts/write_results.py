@@ -1,0 +1,124 @@
+r"""Fills RESULTS.md from docs/results, and draws its learning curves: ``write_results.py``.
+
+What ``capsjax reproduce`` has left in its output directory, results.jsonl and \*.curve.jsonl, is
+recorded by copying it to a folder of docs/results; each folder is one machine.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from capsjax.training import TABLES, Recipe
+
+ROOT = Path(__file__).parents[1]
+PAGE, RECORDS, IMAGES = ROOT / "RESULTS.md", ROOT / "docs" / "results", ROOT / "docs" / "images"
+
+# Means of three trials in per cent, of CapsNet-Keras after 30 epochs, which the page names.
+ELSEWHERE = {
+    ("mnist", "paper-1"): "0.39",
+    ("mnist", "paper-1-reconstruction"): "0.37",
+    ("mnist", "paper-3"): "0.40",
+    ("mnist", "paper-3-reconstruction"): "0.34",
+}
+NAMES = {
+    "mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "multi_mnist": "MultiMNIST",
+    "expanded_mnist": "expanded MNIST", "affine_mnist": "affine MNIST", "cifar10": "CIFAR-10",
+    "svhn_cropped": "SVHN", "smallnorb": "smallNORB",
+}  # fmt: skip
+# Rows of one picture of learning curves, by its name.
+CURVES = {
+    "small": ("mnist", "fashion_mnist"),
+    "pairs": ("multi_mnist", "multi_mnist-cnn"),
+    "affine": ("affine", "affine-cnn"),
+}
+
+
+def records() -> list[dict[str, Any]]:
+    """All trials that are recorded."""
+    return [
+        json.loads(line)
+        for path in sorted(RECORDS.glob("*/results.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+
+
+def measured(recipe: Recipe, found: Sequence[Mapping[str, Any]]) -> str:
+    """Errors in per cent of the trials of a row, with their steps, or that there are none."""
+    mine = [
+        x for x in found
+        if (x["table"], x["recipe"], x["asked_steps"]) == (recipe.table, recipe.name, None)
+    ]  # fmt: skip
+    if not mine:
+        return "not run"
+    texts = []
+    for name in mine[0]["errors"]:
+        errors = [100 * x["errors"][name] for x in mine]
+        text = f"{statistics.mean(errors):.2f}"
+        if len(errors) > 1:
+            text += f" ± {statistics.stdev(errors):.3f}"
+        several = f" on {NAMES[name]}" if len(mine[0]["errors"]) > 1 else ""
+        texts.append(text + several)
+    steps = min(x["steps"] for x in mine)
+    minutes = statistics.mean(x["seconds"] for x in mine) / 60
+    trials = f"{len(mine)} seed{'s' if len(mine) > 1 else ''}"
+    return f"{', '.join(texts)} ({trials}, {steps:,} steps, {minutes:.0f} min)"
+
+
+def table(name: str, found: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of a table in Markdown."""
+    lines = ["| row | paper | elsewhere | capsjax | command |", "|---|---|---|---|---|"]
+    for recipe in TABLES[name]:
+        spread = "" if recipe.spread is None else f" ± {recipe.spread:g}"
+        published = "" if recipe.published is None else f"{recipe.published:g}{spread}"
+        lines.append(
+            f"| {recipe.title} | {published} | {ELSEWHERE.get((name, recipe.name), '')}"
+            f" | {measured(recipe, found)} | `{recipe.command}` |"
+        )
+    return "\n".join(lines)
+
+
+def filled(page: str, found: Sequence[Mapping[str, Any]]) -> str:
+    """The page with the tables between its marks made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{table(match[2], found)}\n{match[3]}"
+
+    return re.sub(r"(<!-- table (\w+) -->)\n.*?\n?(<!-- end -->)", fill, page, flags=re.DOTALL)
+
+
+def curve(row: str) -> list[dict[str, Any]]:
+    """Loss and error of a row's first trial as :func:`capsjax.viz.training_curves` takes them."""
+    (path,) = RECORDS.glob(f"*/{row}-seeds-*.curve.jsonl")
+    points = [json.loads(line) for line in path.read_text().splitlines()]
+    trained = [
+        {"split": "train", "step": p["step"], "loss": p["loss"][0], "error": p["error"][0]}
+        for p in points
+    ]
+    held_out = [
+        {"split": "validation", "step": p["step"], "error": p["validation"][0]}
+        for p in points
+        if p["validation"]
+    ]
+    end = {x["recipe"]: x for x in records()}[row]
+    tests = [{"split": "test", "step": end["steps"], "error": e} for e in end["errors"].values()]
+    return trained + held_out + tests
+
+
+def main() -> None:
+    """Writes the page and its pictures."""
+    from capsjax.viz import training_curves
+    from capsjax.viz.draw import save
+
+    PAGE.write_text(filled(PAGE.read_text(), records()))
+    for name, rows in CURVES.items():
+        titles = {recipe.name: recipe.title for recipe in TABLES["small"]}
+        for theme in ("light", "dark"):
+            figure = training_curves({titles[row]: curve(row) for row in rows}, theme=theme)
+            save(figure, IMAGES / f"curves-{name}-{theme}.svg")
+
+
+if __name__ == "__main__":
+    main()
