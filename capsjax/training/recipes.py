@@ -155,7 +155,7 @@ _TABLES: dict[str, tuple[Recipe, ...]] = {
     "small": (
         Recipe(name="mnist", title="small CapsNet, MNIST", **_SMALL),
         Recipe(name="fashion_mnist", title="small CapsNet, Fashion-MNIST", dataset="fashion_mnist",
-               **_SMALL),
+               preset="small", steps=8000, learning_rate=3e-3, decay_steps=130, max_shift=1),
         Recipe(name="multi_mnist", title="small CapsNet, MultiMNIST", dataset="multi_mnist",
                **_SMALL_PAIRS),
         Recipe(name="multi_mnist-cnn", title="CNN of about that size, MultiMNIST",
