@@ -1,0 +1,59 @@
+"""RESULTS.md tells what is recorded, and recipes tell the same."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from capsjax.training import TABLES
+
+ROOT = Path(__file__).parents[1]
+ROWS = [recipe for table in TABLES.values() for recipe in table]
+
+
+@pytest.fixture(scope="module")
+def results():
+    """The script that fills the page."""
+    spec = importlib.util.spec_from_file_location("results", ROOT / "scripts" / "write_results.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_records_say(results):
+    page = results.PAGE.read_text()
+    assert results.filled(page, results.records()) == page
+    assert results.filled(page.replace("not run", "0.25"), results.records()) == page
+    for recipe in ROWS:
+        assert f"| `{recipe.command}` |" in page
+
+
+@pytest.mark.parametrize("recipe", ROWS, ids=lambda r: f"{r.table}-{r.name}")
+def test_a_recipe_tells_what_was_measured(results, recipe):
+    assert recipe.measured.startswith(results.measured(recipe, results.records()))
+
+
+def test_rows_for_two_cores_have_been_run(results):
+    for recipe in TABLES["small"]:
+        assert results.measured(recipe, results.records()) != "not run"
+
+
+def test_pictures_of_the_page_are_there(results):
+    page = results.PAGE.read_text()
+    names = re.findall(r'(?:src|srcset)="([^"]+)"', page)
+    assert len(names) == 2 * len(results.CURVES)
+    for name in names:
+        assert (ROOT / name).is_file()
+
+
+def test_means_and_deviations_are_of_trials_of_full_length(results):
+    recipe = TABLES["mnist"][0]
+    trial = {
+        "table": "mnist", "recipe": recipe.name, "asked_steps": None, "seconds": 60.0,
+        "steps": 9000, "errors": {"mnist": 0.004},
+    }  # fmt: skip
+    short = {**trial, "asked_steps": 5, "errors": {"mnist": 0.5}}
+    assert results.measured(recipe, [short]) == "not run"
+    both = [trial, short, {**trial, "errors": {"mnist": 0.003}, "seconds": 180.0}]
+    assert results.measured(recipe, both) == "0.35 ± 0.071 (2 seeds, 9,000 steps, 2 min)"
