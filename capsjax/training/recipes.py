@@ -114,7 +114,12 @@ _AFFINE: dict[str, Any] = {
 _SMALL: dict[str, Any] = {"preset": "small", "steps": 6000, "decay_steps": 100}
 # Of what was tried briefly, small batches helped both networks; twice the rate and drawings that
 # count more, the first.
-_SMALL_PAIRS = {"dataset": "multi_mnist", "steps": 12_000, "batch_size": 32, "decay_steps": 200}
+_SMALL_PAIRS: dict[str, Any] = {
+    "dataset": "multi_mnist",
+    "steps": 12_000,
+    "batch_size": 32,
+    "decay_steps": 200,
+}
 
 _TABLES: dict[str, tuple[Recipe, ...]] = {
     "mnist": (_BASELINE, *_mnist("paper"), *_mnist("official")),
