@@ -72,7 +72,7 @@ def benchmark_step(
       >>> from capsjax.bench import StepSizes, benchmark_step
       >>> rows = benchmark_step(StepSizes(preset="small", batch=2), rounds=1, torch=False)
       >>> [row.name for row in rows]
-      ['default', 'reference', 'blocked', 'pallas_tpu']
+      ['default', 'reference', 'blocked', 'pallas_tpu', 'pallas_gpu']
     """
     place = parse_target(target or jax.default_backend())
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from capsjax.bench import RoutingSizes, StepSizes, Times, benchmark_routing, ben
 from capsjax.bench.measurement import Measurement, ratio, show
 from capsjax.bench.program import Cycles
 
-IMPLEMENTATIONS = ["reference", "blocked", "pallas_tpu"]
+IMPLEMENTATIONS = ["reference", "blocked", "pallas_tpu", "pallas_gpu"]
 KERNEL = {"custom-call tpu_custom_call": 2.0}
 
 
@@ -21,13 +21,13 @@ def test_a_row_for_every_implementation_and_direction():
         (kind, name) for kind in ("forward", "gradient") for name in IMPLEMENTATIONS
     ]
     votes = 4 * 64 * 10 * 16
-    reference, _, kernels = rows[:3]
+    reference, _, kernels, _ = rows[:4]
     assert reference.temporary_bytes >= 4 * votes
     assert reference.cost.flops >= 2 * 8 * votes
     assert reference.cycles is None
-    assert "needs a TPU, the program is compiled for cpu" in kernels.reason
+    assert "is for tpu only, the program is compiled for cpu" in kernels.reason
     for row in rows:
-        if row.name != "pallas_tpu":
+        if not row.name.startswith("pallas"):
             assert row.compile_seconds > 0
             assert len(row.times.seconds) == 2
 
