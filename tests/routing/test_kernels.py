@@ -1,4 +1,4 @@
-"""Kernels for TPUs: what they say, computed by XLA; and that the TPU's compiler takes them."""
+"""Kernels: what they say, computed by XLA; and that what compiles for their chips takes them."""
 
 import dataclasses
 import functools
@@ -19,20 +19,24 @@ from jax.sharding import Mesh, PartitionSpec
 
 from capsjax import dense_capsules
 from capsjax.nn import DenseCapsules
+from capsjax.routing.fused.pallas_gpu import GpuKernels
 from capsjax.routing.fused.pallas_tpu import TpuKernels
 
 SIZES = (20, 4, 3, 5)
+PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
+CALLS = {"pallas_tpu": "custom_call @tpu_custom_call", "pallas_gpu": "custom_call @mosaic_gpu"}
+each_kernel = pytest.mark.parametrize("name", PLATFORMS)
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Makes kernels run on the CPU, in blocks of 16 children."""
-    real = TpuKernels.of
+    """Makes kernels run on the CPU, in blocks so small that there are several."""
+    for kernels, sizes in ((TpuKernels, {"block": 16}), (GpuKernels, {"block": 3, "blocks": 2})):
 
-    def of(*arguments, **options):
-        return dataclasses.replace(real(*arguments, **options), block=16, interpret=True)
+        def of(*arguments, real=kernels.of, sizes=sizes, **options):
+            return dataclasses.replace(real(*arguments, **options), **sizes, interpret=True)
 
-    monkeypatch.setattr(TpuKernels, "of", of)
+        monkeypatch.setattr(kernels, "of", of)
 
 
 def arguments(batch, sizes=SIZES, dtype="float32"):
@@ -42,14 +46,15 @@ def arguments(batch, sizes=SIZES, dtype="float32"):
     return poses.astype(dtype), weights.astype(dtype)
 
 
-def loss(poses, weights, bias=None, implementation="pallas_tpu", **options):
-    routed = dense_capsules(poses, weights, bias=bias, implementation=implementation, **options)
+def loss(name, poses, weights, bias=None, **options):
+    routed = dense_capsules(poses, weights, bias=bias, implementation=name, **options)
     v = routed.poses.astype(jnp.promote_types(routed.poses.dtype, jnp.float32))
     return jnp.vdot(v, jnp.cos(jnp.arange(v.size, dtype=v.dtype)).reshape(v.shape))
 
 
+@each_kernel
 @pytest.mark.usefixtures("interpreted")
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     batch=st.sampled_from([1, 3, 130]),
     sizes=st.tuples(
@@ -62,7 +67,7 @@ def loss(poses, weights, bias=None, implementation="pallas_tpu", **options):
     masked=st.booleans(),
 )
 def test_values_and_gradients_are_those_of_the_reference(
-    batch, sizes, num_iterations, dtype, leaky, stop_gradient, masked
+    name, batch, sizes, num_iterations, dtype, leaky, stop_gradient, masked
 ):
     poses, weights = arguments(batch, sizes, dtype)
     bias = jnp.cos(jnp.arange(float(np.prod(sizes[2:])))).reshape(sizes[2:])
@@ -70,10 +75,10 @@ def test_values_and_gradients_are_those_of_the_reference(
     if masked:
         options["where"] = jnp.arange(sizes[0]) % 3 > 0
     results = [
-        jax.jit(
-            jax.value_and_grad(functools.partial(loss, implementation=name, **options), (0, 1))
-        )(*(x.astype(kind) for x in (poses, weights)), bias)
-        for name, kind in (("pallas_tpu", dtype), ("reference", "float32"))
+        jax.jit(jax.value_and_grad(functools.partial(loss, which, **options), (0, 1)))(
+            *(x.astype(kind) for x in (poses, weights)), bias
+        )
+        for which, kind in ((name, dtype), ("reference", "float32"))
     ]
     got, expected = map(jax.tree.leaves, results)
     scale = max(1.0, *(float(jnp.abs(x).max()) for x in expected))
@@ -81,13 +86,14 @@ def test_values_and_gradients_are_those_of_the_reference(
         assert_close(a, b, dtype=dtype, terms=sizes[0] * sizes[1], scale=scale)
 
 
+@each_kernel
 @pytest.mark.usefixtures("interpreted")
-def test_under_vmap_and_shard_map():
+def test_under_vmap_and_shard_map(name):
     poses, weights = arguments(8)
     expected = dense_capsules(poses, weights, implementation="reference").poses
 
     def route(poses):
-        return dense_capsules(poses, weights, implementation="pallas_tpu").poses
+        return dense_capsules(poses, weights, implementation=name).poses
 
     np.testing.assert_allclose(jax.vmap(route)(poses), expected, rtol=1e-5, atol=1e-5)
     mesh, batch = Mesh(np.array(jax.devices()), ("batch",)), PartitionSpec("batch")
@@ -96,62 +102,96 @@ def test_under_vmap_and_shard_map():
     np.testing.assert_allclose(jax.jit(mapped)(poses), expected, rtol=1e-5, atol=1e-5)
 
 
-def lowered(function, platform="tpu"):
-    shapes = [jax.ShapeDtypeStruct((8, *SIZES[:2]), jnp.float32)]
-    return export.export(jax.jit(function), platforms=[platform])(*shapes).mlir_module()
+def lowered(function, platform, batch=8, sizes=SIZES, dtype=jnp.float32):
+    """StableHLO of a function of poses and weights."""
+    shapes = [jax.ShapeDtypeStruct(s, dtype) for s in ((batch, *sizes[:2]), sizes)]
+    # Not jax.export, which does not let kernels for GPUs through.
+    return jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
 
 
-def test_what_is_named_is_what_runs():
-    weights = arguments(1)[1]
-    text = lowered(jax.grad(lambda poses: loss(poses, weights)))
-    assert "forward_kernel" in text
-    assert "backward_kernel" in text
+def gradient(name):
+    return jax.grad(functools.partial(loss, name), (0, 1))
+
+
+@each_kernel
+def test_what_is_named_is_what_runs(name):
+    forward, both = (
+        lowered(function, PLATFORMS[name]).count(CALLS[name])
+        for function in (functools.partial(loss, name), gradient(name))
+    )
+    assert 0 < forward < both
     for other in ("blocked", "reference", None):
-        assert "kernel_name" not in lowered(
-            jax.grad(lambda poses, name=other: loss(poses, weights, implementation=name))
-        )
+        text = lowered(gradient(other), PLATFORMS[name])
+        assert not any(call in text for call in CALLS.values())
 
 
-def test_under_a_checked_shard_map():
-    weights = arguments(1)[1]
+@each_kernel
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("sizes", [(1152, 8, 10, 16), (1, 1, 1, 1), (36_864, 8, 10, 16)], ids=str)
+def test_any_size_is_lowered(name, sizes, dtype):
+    assert CALLS[name] in lowered(gradient(name), PLATFORMS[name], 130, sizes, dtype)
+
+
+@each_kernel
+def test_under_a_checked_shard_map(name):
     mesh, batch = Mesh(np.array(jax.devices()), ("batch",)), PartitionSpec("batch")
 
-    def route(poses):
-        return dense_capsules(poses, weights, implementation="pallas_tpu").poses
+    def route(poses, weights):
+        return dense_capsules(poses, weights, implementation=name).poses
 
-    mapped = jax.shard_map(route, mesh=mesh, in_specs=batch, out_specs=batch)
-    assert "backward_kernel" in lowered(jax.grad(lambda poses: mapped(poses).sum()))
+    mapped = jax.shard_map(route, mesh=mesh, in_specs=(batch, None), out_specs=batch)
+    text = lowered(jax.grad(lambda *x: mapped(*x).sum(), (0, 1)), PLATFORMS[name])
+    assert CALLS[name] in text
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda"])
-def test_another_platform_is_named_when_the_program_is_lowered(platform):
-    weights = arguments(1)[1]
-    message = f"'pallas_tpu' needs a TPU, the program is compiled for {platform}"
-    for function in (loss, jax.grad(loss), jax.vmap(loss, (0, None))):
+@each_kernel
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_another_platform_is_named_when_the_program_is_lowered(name, platform):
+    if platform == PLATFORMS[name]:
+        platform = "rocm"
+    message = f"'{name}' is for {PLATFORMS[name]} only, the program is compiled for {platform}"
+    call = functools.partial(loss, name)
+    for function in (call, gradient(name), jax.vmap(call, (0, None))):
         with pytest.raises(NotImplementedError, match=message):
-            lowered(lambda poses, function=function: function(poses, weights), platform)
+            lowered(function, platform)
 
 
-def test_what_kernels_cannot_do_is_named():
-    with pytest.raises(NotImplementedError, match="needs 16 children to fit into 12 MiB, got"):
-        loss(*arguments(1, (1, 4000, 1, 1)))
+@pytest.mark.parametrize(
+    ("name", "sizes", "dtype", "message"),
+    [
+        ("pallas_tpu", (1, 4000, 1, 1), "float32", "needs 16 children to fit into 12 MiB, got"),
+        ("pallas_gpu", (1, 1, 300, 1), "float32", "needs the logits of a child to fit into 220"),
+        ("pallas_gpu", SIZES, "float64", "computes in float32, got poses of float64"),
+    ],
+)
+def test_what_kernels_cannot_do_is_named(name, sizes, dtype, message):
+    with jax.enable_x64(dtype == "float64"):
+        poses, weights = arguments(1, sizes, dtype)
+        with pytest.raises(NotImplementedError, match=message):
+            loss(name, poses, weights)
+
+
+@each_kernel
+def test_unknown_sizes_are_named(name):
     batch, children = export.symbolic_shape("batch, children")
-    weights = jax.ShapeDtypeStruct((children, 4, 3, 5), jnp.float32)
+    function = jax.jit(functools.partial(loss, name))
+    shape = jax.ShapeDtypeStruct
     with pytest.raises(NotImplementedError, match="needs weights of known size, got"):
-        export.export(jax.jit(loss))(jax.ShapeDtypeStruct((2, children, 4), jnp.float32), weights)
-    with pytest.raises(NotImplementedError, match="needs poses of known size, got"):
-        export.export(jax.jit(loss))(
-            jax.ShapeDtypeStruct((batch, 20, 4), jnp.float32), arguments(1)[1]
+        export.export(function)(
+            shape((2, children, 4), jnp.float32), shape((children, 4, 3, 5), jnp.float32)
         )
+    with pytest.raises(NotImplementedError, match="needs poses of known size, got"):
+        export.export(function)(shape((batch, 20, 4), jnp.float32), arguments(1)[1])
 
 
-def test_a_layer_takes_the_name(interpreted):
-    del interpreted
+@each_kernel
+@pytest.mark.usefixtures("interpreted")
+def test_a_layer_takes_the_name(name):
     from flax import nnx
 
     layers = [
-        DenseCapsules(20, 4, 3, 5, implementation=name, rngs=nnx.Rngs(0))
-        for name in ("pallas_tpu", "reference")
+        DenseCapsules(20, 4, 3, 5, implementation=which, rngs=nnx.Rngs(0))
+        for which in (name, "reference")
     ]
     kernels, reference = (layer(arguments(2)[0]).poses for layer in layers)
     np.testing.assert_allclose(kernels, reference, rtol=1e-5, atol=1e-5)

@@ -1,7 +1,6 @@
 """Sweeps as kernels for Hopper GPUs and newer (floor 2): a thread for each example."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -143,46 +142,54 @@ class GpuKernels:
         """The kernel over all programs.
 
         Args:
-          kernel: takes these sweeps and references to what follows, in this order.
+          kernel: takes these sweeps, its number and references to what follows, in this order.
           out: like results of which each program writes a part.
           summed: like results of which each program has its own, ``[programs, ...]``.
           scratch: numbers of arrays ``[J, block, lanes]`` of its own.
         """
+        memory = [plgpu.SMEM((self.parents, self.block, LANES), jnp.float32)] * scratch
+        name = kernel.__name__.strip("_")
 
-        def call(*arguments: jax.Array) -> tuple[jax.Array, ...]:
+        def results_like(*arguments: jax.Array) -> list[jax.ShapeDtypeStruct]:
             shapes = [x.shape for x in out] + [(self.programs, *x.shape) for x in summed]
             # Under shard_map results differ on the axes of the mesh on which an argument does.
-            like = jax.eval_shape(lambda: [zeros(s, jnp.float32, *arguments) for s in shapes])
-            anywhere = pl.BlockSpec(memory_space=plgpu.GMEM)
-            options: dict[str, Any] = {"interpret": True}
-            if not self.interpret:
-                options = {"compiler_params": plgpu.CompilerParams()}
-            results: tuple[jax.Array, ...] = tuple(
-                pl.pallas_call(
-                    functools.partial(kernel, self),
-                    grid=(self.programs,),
-                    in_specs=[anywhere] * len(arguments),
-                    out_specs=[anywhere] * len(shapes),
-                    out_shape=like,
-                    scratch_shapes=[
-                        plgpu.SMEM((self.parents, self.block, LANES), jnp.float32)
-                    ] * scratch,
-                    name=kernel.__name__.strip("_"),
-                    **options,
-                )(*arguments)
-            )  # fmt: skip
-            return results
+            like: list[jax.ShapeDtypeStruct] = jax.eval_shape(
+                lambda: [zeros(s, jnp.float32, *arguments) for s in shapes]
+            )
+            return like
 
-        return call if self.interpret else only_on("cuda", "pallas_gpu", call)
+        def call(*arguments: jax.Array) -> tuple[jax.Array, ...]:
+            results = plgpu.kernel(
+                lambda *refs: kernel(self, lax.axis_index("program"), *refs),
+                out_type=results_like(*arguments), scratch_types=memory,
+                grid=(self.programs,), grid_names=("program",), kernel_name=name,
+            )(*arguments)  # fmt: skip
+            # A kernel of this kind does not say itself on which axes of a mesh its numbers differ.
+            return tuple(x + zeros((), x.dtype, *arguments) for x in results)
+
+        def interpreted(*arguments: jax.Array) -> tuple[jax.Array, ...]:
+            results = pl.pallas_call(
+                lambda *refs: kernel(self, pl.program_id(0), *refs),
+                out_shape=results_like(*arguments), scratch_shapes=memory,
+                grid=(self.programs,), name=name, interpret=True,
+            )(*arguments)  # fmt: skip
+            return tuple(results)
+
+        return interpreted if self.interpret else only_on("cuda", "pallas_gpu", call)
 
 
 def _forward_kernel(
-    sweeps: GpuKernels, u: Any, weights: Any, query: Any, sums: Any, logits: Any
+    sweeps: GpuKernels,
+    program: jax.Array,
+    u: Any,
+    weights: Any,
+    query: Any,
+    sums: Any,
+    logits: Any,
 ) -> None:
-    program = pl.program_id(0)
     _clear(sweeps, sums.at[program])
 
-    @_for_each_block(sweeps)
+    @_for_each_block(sweeps, program)
     def _(first: jax.Array) -> None:
         @_for_each(sweeps.parents)
         def _(j: jax.Array) -> None:
@@ -201,13 +208,12 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    sweeps: GpuKernels, u: Any, weights: Any, query: Any, d_sums: Any, d_u: Any, d_weights: Any,
-    d_query: Any, coupling: Any, d_logits: Any,
+    sweeps: GpuKernels, program: jax.Array, u: Any, weights: Any, query: Any, d_sums: Any,
+    d_u: Any, d_weights: Any, d_query: Any, coupling: Any, d_logits: Any,
 ) -> None:  # fmt: skip
-    program = pl.program_id(0)
     _clear(sweeps, d_query.at[program])
 
-    @_for_each_block(sweeps)
+    @_for_each_block(sweeps, program)
     def _(first: jax.Array) -> None:
         @_for_each(sweeps.parents)
         def _(j: jax.Array) -> None:
@@ -262,14 +268,14 @@ def _for_each(number: int) -> Callable[[Callable[[jax.Array], None]], None]:
     return run
 
 
-def _for_each_block(sweeps: GpuKernels) -> Callable[[Callable[[jax.Array], None]], None]:
-    """Of this program, by the first child."""
-    start = pl.program_id(0) * sweeps.blocks
+def _for_each_block(
+    sweeps: GpuKernels, program: jax.Array
+) -> Callable[[Callable[[jax.Array], None]], None]:
+    """Of one program, by the first child."""
+    start = program * sweeps.blocks
 
     def run(body: Callable[[jax.Array], None]) -> None:
-        lax.fori_loop(
-            0, sweeps.blocks, lambda n, _: body((start + n) * sweeps.block), None
-        )  # fmt: skip
+        lax.fori_loop(0, sweeps.blocks, lambda n, _: body((start + n) * sweeps.block), None)
 
     return run
 
