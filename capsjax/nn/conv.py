@@ -23,6 +23,10 @@ _kernel_init = nnx.initializers.variance_scaling(
 )
 
 
+# Names of an implementation that the layer's own votes can stand for.
+_STORED = (None, "reference")
+
+
 class ConvCapsules(nnx.Module):
     r"""Capsules on a grid: children of one receptive field vote for the parents at its place.
 
@@ -57,12 +61,15 @@ class ConvCapsules(nnx.Module):
       dtype: dtype of the computation; the promotion of inputs and parameters when None. Routing
         sums are float32.
       param_dtype: dtype of the parameters.
-      precision: of the votes' matrix product.
+      precision: of the votes' matrix product; see :func:`capsjax.dense_capsules` for dynamic
+        routing.
       kernel_init: initialiser of the weights ``[KH * KW * I, K, J, D]``, or with ``matrix``
         ``[KH * KW * I, n, J, n]``; with no kernel size, ``[I, …]``.
       bias_init: initialiser of the bias.
-      implementation: of votes and dynamic routing, as in :func:`capsjax.dense_capsules`. With
-        ``matrix`` or ``coordinates`` votes are made otherwise, and always stored.
+      implementation: of votes and dynamic routing, as in :func:`capsjax.dense_capsules`, also for
+        its derivatives. With ``matrix`` or ``coordinates`` votes are made otherwise, and always
+        stored. With no kernel size they are stored unless an implementation is named: others need
+        a copy of the weights for every place.
       rngs: random streams; uses ``params``.
       **options: of the routing function, such as ``num_iterations``.
 
@@ -162,9 +169,9 @@ class ConvCapsules(nnx.Module):
         Returns:
           :class:`capsjax.Routed`: poses ``[..., P, Q, J, D]``, activations ``[..., P, Q, J]``,
           coupling ``[..., P, Q, KH * KW * I, J]`` on the grid of receptive fields; without P and Q,
-          and with H · W · I children, if the layer has no kernel size. Dynamic routing of votes
-          that are not stored returns the coupling only if the implementation is ``"reference"``,
-          else None.
+          and with H · W · I children, if the layer has no kernel size. Dynamic routing over
+          receptive fields returns the coupling only if the implementation is ``"reference"``, or
+          votes are always stored, else None.
 
         Raises:
           ValueError: an argument has the wrong shape, the kernel is larger than the grid, or there
@@ -184,7 +191,7 @@ class ConvCapsules(nnx.Module):
         poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
         gather = self._gather_grid if self.kernel_size is None else self._gather_fields
         children, make_votes = gather(poses, kernel, activations, where)
-        if self._stores_votes:
+        if self._stores_votes or (self.kernel_size is None and implementation in _STORED):
             return self.router(make_votes(), children)
         places = children.poses.shape[-2] // self.sizes.in_capsules
         return dense_capsules(
@@ -198,7 +205,7 @@ class ConvCapsules(nnx.Module):
 
     def _check_implementation(self, implementation: str | None) -> None:
         check_implementation(implementation, self.router.name)
-        if self._stores_votes and implementation not in (None, "reference"):
+        if self._stores_votes and implementation not in _STORED:
             raise ValueError(
                 f"implementation {implementation!r} makes no votes of matrices or with coordinates"
             )

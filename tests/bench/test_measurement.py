@@ -62,9 +62,16 @@ def test_the_step_in_pytorch_is_the_same_network_and_learns():
     assert number == sum(x.size for x in jax.tree.leaves(nnx.state(own)))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4, 28, 28, 1), dtype=np.uint8)
-    step = torch_step.make_step(config, images, np.arange(4), compiled=False, device="cpu")
-    losses = [step() for _ in range(10)]
-    assert losses[-1] < losses[0]
+    starts = []
+    for dtype in ("float32", "bfloat16"):
+        config = models.configure("small", dtype=dtype)
+        torch_step.torch.manual_seed(0)
+        step = torch_step.make_step(config, images, np.arange(4), compiled=False, device="cpu")
+        losses = [step() for _ in range(10)]
+        assert losses[-1] < losses[0]
+        starts.append(losses[0])
+    assert starts[0] != starts[1]
+    np.testing.assert_allclose(starts[1], starts[0], rtol=0.02)
 
 
 def test_a_step_goes_on_from_the_state_that_the_last_one_left():

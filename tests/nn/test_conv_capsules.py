@@ -126,11 +126,30 @@ def test_votes_of_dynamic_routing_need_not_be_stored(kernel_size):
     assert_close(routed.poses, expected.poses, terms=100)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(stored), strict=True):
         assert_close(a, b, terms=1000)
-    assert layer(poses).coupling is None
+    if kernel_size:
+        assert layer(poses).coupling is None
+    else:
+        # To share weights between places pays more than not to store votes.
+        assert layer(poses).coupling is not None
     chosen = ConvCapsules(
         2, 4, 3, 5, kernel_size=kernel_size, implementation="reference", rngs=nnx.Rngs(0)
     )
     assert chosen(poses).coupling is not None
+
+
+def test_many_votes_are_not_stored():
+    layer = ConvCapsules(2, 4, 16, 16, kernel_size=3, rngs=nnx.Rngs(0))
+
+    @nnx.jit(static_argnames="name")
+    def gradients(layer, poses, name):
+        return nnx.grad(lambda layer: jnp.sum(layer(poses, implementation=name).poses ** 2))(layer)
+
+    poses = jnp.zeros((16, 8, 8, 2, 4))
+    memory = {
+        name: gradients.lower(layer, poses, name=name).compile().memory_analysis()
+        for name in (None, "reference")
+    }
+    assert memory[None].temp_size_in_bytes < memory["reference"].temp_size_in_bytes / 4
 
 
 @pytest.mark.parametrize(

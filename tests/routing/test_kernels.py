@@ -105,7 +105,6 @@ def test_under_vmap_and_shard_map(name):
 def lowered(function, platform, batch=8, sizes=SIZES, dtype=jnp.float32):
     """StableHLO of a function of poses and weights."""
     shapes = [jax.ShapeDtypeStruct(s, dtype) for s in ((batch, *sizes[:2]), sizes)]
-    # Not jax.export, which does not let kernels for GPUs through.
     return jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -128,8 +127,14 @@ def test_what_is_named_is_what_runs(name):
 @each_kernel
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("sizes", [(1152, 8, 10, 16), (1, 1, 1, 1), (36_864, 8, 10, 16)], ids=str)
-def test_any_size_is_lowered(name, sizes, dtype):
+def test_sizes_are_lowered(name, sizes, dtype):
     assert CALLS[name] in lowered(gradient(name), PLATFORMS[name], 130, sizes, dtype)
+
+
+@each_kernel
+def test_a_mapped_kernel_is_lowered(name):
+    mapped = jax.vmap(gradient(name), (0, None))
+    assert CALLS[name] in lowered(mapped, PLATFORMS[name])
 
 
 @each_kernel
@@ -140,8 +145,11 @@ def test_under_a_checked_shard_map(name):
         return dense_capsules(poses, weights, implementation=name).poses
 
     mapped = jax.shard_map(route, mesh=mesh, in_specs=(batch, None), out_specs=batch)
-    text = lowered(jax.grad(lambda *x: mapped(*x).sum(), (0, 1)), PLATFORMS[name])
-    assert CALLS[name] in text
+    forward, both = (
+        lowered(function, PLATFORMS[name]).count(CALLS[name])
+        for function in (mapped, jax.grad(lambda *x: mapped(*x).sum(), (0, 1)))
+    )
+    assert 0 < forward < both
 
 
 @each_kernel
@@ -161,7 +169,8 @@ def test_another_platform_is_named_when_the_program_is_lowered(name, platform):
     [
         ("pallas_tpu", (1, 4000, 1, 1), "float32", "needs 16 children to fit into 12 MiB, got"),
         ("pallas_gpu", (1, 1, 300, 1), "float32", "needs the logits of a child to fit into 220"),
-        ("pallas_gpu", SIZES, "float64", "computes in float32, got poses of float64"),
+        ("pallas_gpu", SIZES, "float64", "computes in float32, got poses or weights of float64"),
+        ("pallas_gpu", (1, 1, 1, 65), "float32", "needs parents of at most 64 dimensions, got"),
     ],
 )
 def test_what_kernels_cannot_do_is_named(name, sizes, dtype, message):
@@ -169,6 +178,26 @@ def test_what_kernels_cannot_do_is_named(name, sizes, dtype, message):
         poses, weights = arguments(1, sizes, dtype)
         with pytest.raises(NotImplementedError, match=message):
             loss(name, poses, weights)
+
+
+def test_a_gpu_that_is_too_old_is_named(monkeypatch):
+    monkeypatch.setattr("capsjax.routing.fused.pallas_gpu._compute_capability", lambda: 8.0)
+    with pytest.raises(NotImplementedError, match=r"compute capability 9.0 or more, got 8.0"):
+        loss("pallas_gpu", *arguments(1))
+    monkeypatch.setattr("capsjax.routing.fused.pallas_gpu._compute_capability", lambda: 12.0)
+    with pytest.raises(NotImplementedError, match="logits of a child to fit into 96 KiB"):
+        loss("pallas_gpu", *arguments(1, (1, 1, 128, 1)))
+
+
+@pytest.mark.parametrize("children", [1, 263, 265, 1152, 36_864])
+def test_programs_have_equal_shares(children):
+    kernels = GpuKernels.of(
+        jnp.zeros((1, children, 8)), jnp.zeros((children, 8, 10, 1)),
+        leaky=False, stop_gradient=False, precision=None,
+    )  # fmt: skip
+    places = kernels.programs * kernels.blocks * kernels.block
+    assert kernels.programs <= 264
+    assert children <= places < 1.1 * children + 8
 
 
 @each_kernel

@@ -15,10 +15,13 @@ from capsjax.ops._checks import zeros
 from capsjax.routing.fused.platforms import only_on
 from capsjax.routing.fused.tiles import LANES, from_lanes, to_lanes
 
-# Bytes of a program's shared memory, such that two run on a multiprocessor, and the most there is.
-_SHARED, _MOST_SHARED = 96 * 2**10, 220 * 2**10
+# Bytes of a program's shared memory, such that two run on a multiprocessor, and the most there is
+# on chips for data centres and on others.
+_SHARED, _MOST_SHARED, _MOST_SHARED_ELSEWHERE = 96 * 2**10, 220 * 2**10, 96 * 2**10
 # Children of a block, and programs of a kernel: two for each multiprocessor.
 _BLOCK, _PROGRAMS = 8, 264
+# Dimensions of a parent, which are written out and held in registers.
+_MOST_FEATURES = 64
 
 Packed = tuple[jax.Array, jax.Array]
 
@@ -31,6 +34,9 @@ class GpuKernels:
     :math:`\sum_k u_{ik} \sum_d W_{ikjd} V_{jd}` of a block go to shared memory; with their softmax
     the sums of the block are made in registers too. Each program adds up its own, and XLA those of
     all. All arithmetic is float32 on the cores, as matrix units would round factors to TF32.
+
+    Beside packed arguments and results, a pass needs ``[programs, J, D, 128]`` for the programs'
+    sums, of at most 264 programs.
 
     Attributes:
       batch: B.
@@ -58,24 +64,38 @@ class GpuKernels:
     @classmethod
     def of(cls, poses: jax.Array, weights: jax.Array, **options: Any) -> "GpuKernels":
         """Sweeps for poses ``[B, I, K]`` and weights ``[I, K, J, D]`` with these options."""
-        children, _, parents, _ = weights.shape
+        children, _, parents, features = weights.shape
+        capability = _compute_capability()
+        if capability < 9:
+            raise NotImplementedError(
+                "implementation 'pallas_gpu' needs a GPU of compute capability 9.0 or more, got"
+                f" {capability}"
+            )
         if not isinstance(poses.shape[0], int):
             raise NotImplementedError(
                 f"implementation 'pallas_gpu' needs poses of known size, got shape {poses.shape}"
             )
         if poses.dtype == jnp.float64:
             raise NotImplementedError(
-                "implementation 'pallas_gpu' computes in float32, got poses of float64"
+                "implementation 'pallas_gpu' computes in float32, got poses or weights of float64"
+            )
+        if features > _MOST_FEATURES:
+            raise NotImplementedError(
+                f"implementation 'pallas_gpu' needs parents of at most {_MOST_FEATURES} dimensions,"
+                f" got weights of shape {weights.shape}"
             )
         # Coupling and the gradient of logits, of one child.
         child = 2 * parents * LANES * 4
-        if child > _MOST_SHARED:
+        most = _MOST_SHARED_ELSEWHERE if 12 <= capability < math.inf else _MOST_SHARED
+        if child > most:
             raise NotImplementedError(
                 f"implementation 'pallas_gpu' needs the logits of a child to fit into"
-                f" {_MOST_SHARED >> 10} KiB, got weights of shape {weights.shape}"
+                f" {most >> 10} KiB, got weights of shape {weights.shape}"
             )
-        block = min(max(_SHARED // child, 1), _BLOCK, children)
-        blocks = math.ceil(children / (block * _PROGRAMS))
+        # As many children for every program, in blocks as large as may be.
+        share = math.ceil(children / _PROGRAMS)
+        blocks = math.ceil(share / min(max(_SHARED // child, 1), _BLOCK))
+        block = math.ceil(share / blocks)
         return cls(poses.shape[0], children, parents, block, blocks, **options)
 
     @property
@@ -176,6 +196,13 @@ class GpuKernels:
             return tuple(results)
 
         return interpreted if self.interpret else only_on("cuda", "pallas_gpu", call)
+
+
+def _compute_capability() -> float:
+    """Of this machine's GPUs; infinite where it has none, and compiles for others."""
+    if jax.default_backend() != "gpu":
+        return math.inf
+    return float(jax.devices()[0].compute_capability)
 
 
 def _forward_kernel(
