@@ -81,7 +81,7 @@ def compile_for(
     start = time.perf_counter()
     try:
         compiled = jax.jit(function, **jit_options).lower(*shapes).compile()
-    except NotImplementedError as error:
+    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
         return Compiled(function, Measurement(kind, name, reason=str(error)))
     seconds = time.perf_counter() - start
     found = read_program(compiled.as_text() or "")

@@ -71,7 +71,7 @@ def benchmark_routing(
       >>> from capsjax.bench import RoutingSizes, benchmark_routing
       >>> rows = benchmark_routing(RoutingSizes(batch=2, children=32), rounds=1)
       >>> [row.name for row in rows if row.kind == "forward"]
-      ['reference', 'blocked', 'pallas_tpu']
+      ['reference', 'blocked', 'pallas_tpu', 'pallas_gpu']
     """
     place = parse_target(target or jax.default_backend())
     keys = jax.random.split(jax.random.key(0), 3)

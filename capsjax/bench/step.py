@@ -72,7 +72,7 @@ def benchmark_step(
       >>> from capsjax.bench import StepSizes, benchmark_step
       >>> rows = benchmark_step(StepSizes(preset="small", batch=2), rounds=1, torch=False)
       >>> [row.name for row in rows]
-      ['default', 'reference', 'blocked', 'pallas_tpu']
+      ['default', 'reference', 'blocked', 'pallas_tpu', 'pallas_gpu']
     """
     place = parse_target(target or jax.default_backend())
     rng = np.random.default_rng(0)
@@ -123,11 +123,11 @@ def _torch_steps(
     sizes: StepSizes, images: np.ndarray, labels: np.ndarray, platform: str
 ) -> list[tuple[str, Callable[[], float]]]:
     device = {"cpu": "cpu", "gpu": "cuda"}.get(platform)
-    if importlib.util.find_spec("torch") is None or device is None or sizes.dtype != "float32":
+    if importlib.util.find_spec("torch") is None or device is None:
         return []
     from capsjax.bench import torch_step
 
-    config = models.configure(sizes.preset)
+    config = models.configure(sizes.preset, dtype=sizes.dtype)
     if not isinstance(config, models.CapsNetConfig):
         return []
     make = functools.partial(torch_step.make_step, config, images, labels, device=device)

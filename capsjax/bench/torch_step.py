@@ -81,7 +81,7 @@ def make_step(
     """Makes a step on one batch, which moves the network and returns the loss.
 
     Args:
-      config: of the network.
+      config: of the network; the dtype ``"bfloat16"`` is computed in by ``torch.autocast``.
       images: uint8 ``[B, H, W, C]``.
       labels: ``[B]``.
       compiled: whether by ``torch.compile``.
@@ -106,7 +106,8 @@ def make_step(
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = loss_fn(x, y)
+        with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            loss = loss_fn(x, y)
         loss.backward()
         optimizer.step()
         return float(loss.detach())

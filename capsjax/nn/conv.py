@@ -1,7 +1,7 @@
 """Convolutional capsules (floor 3)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,11 +15,16 @@ from capsjax.nn.router import Children, Router, Sizes, makes_votes
 from capsjax.ops import ReceptiveFields, dense_votes, matrix_votes
 from capsjax.ops.fields import Padding
 from capsjax.routing import Routed
+from capsjax.routing.fused import Implementation, check_implementation, dense_capsules
 
 # Votes of the size of the poses, whatever the number of children.
 _kernel_init = nnx.initializers.variance_scaling(
     1.0, "fan_in", "normal", in_axis=-3, out_axis=(-2, -1), batch_axis=(-4,)
 )
+
+
+# Names of an implementation that the layer's own votes can stand for.
+_STORED = (None, "reference")
 
 
 class ConvCapsules(nnx.Module):
@@ -56,15 +61,21 @@ class ConvCapsules(nnx.Module):
       dtype: dtype of the computation; the promotion of inputs and parameters when None. Routing
         sums are float32.
       param_dtype: dtype of the parameters.
-      precision: of the votes' matrix product.
+      precision: of the votes' matrix product; see :func:`capsjax.dense_capsules` for dynamic
+        routing.
       kernel_init: initialiser of the weights ``[KH * KW * I, K, J, D]``, or with ``matrix``
         ``[KH * KW * I, n, J, n]``; with no kernel size, ``[I, …]``.
       bias_init: initialiser of the bias.
+      implementation: of votes and dynamic routing, as in :func:`capsjax.dense_capsules`, also for
+        its derivatives. With ``matrix`` or ``coordinates`` votes are made otherwise, and always
+        stored. With no kernel size they are stored unless an implementation is named: others need
+        a copy of the weights for every place.
       rngs: random streams; uses ``params``.
       **options: of the routing function, such as ``num_iterations``.
 
     Raises:
-      ValueError: the algorithm or an option of it is unknown, or the sizes do not go together.
+      ValueError: the algorithm, an option of it or the implementation is unknown, or the sizes do
+        not go together.
 
     Example:
       >>> import jax.numpy as jnp
@@ -99,6 +110,7 @@ class ConvCapsules(nnx.Module):
         precision: PrecisionLike = None,
         kernel_init: Initializer = _kernel_init,
         bias_init: Initializer = nnx.initializers.zeros_init(),
+        implementation: Implementation | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ):
@@ -134,6 +146,8 @@ class ConvCapsules(nnx.Module):
             param_dtype=param_dtype,
             rngs=rngs,
         )
+        self._check_implementation(implementation)
+        self.implementation = implementation
 
     def __call__(
         self,
@@ -141,6 +155,7 @@ class ConvCapsules(nnx.Module):
         *,
         activations: jax.Array | None = None,
         where: ArrayLike | None = None,
+        implementation: Implementation | None = None,
     ) -> Routed:
         """Computes the parent capsules.
 
@@ -149,14 +164,18 @@ class ConvCapsules(nnx.Module):
           activations: of the children, ``[..., H, W, I]``, for algorithms that weigh by them; the
             lengths of the poses when None.
           where: children that take part, bool, broadcastable to ``[..., H, W, I]``.
+          implementation: instead of the layer's own; ``"reference"`` for the coupling.
 
         Returns:
           :class:`capsjax.Routed`: poses ``[..., P, Q, J, D]``, activations ``[..., P, Q, J]``,
           coupling ``[..., P, Q, KH * KW * I, J]`` on the grid of receptive fields; without P and Q,
-          and with H · W · I children, if the layer has no kernel size.
+          and with H · W · I children, if the layer has no kernel size. Dynamic routing over
+          receptive fields returns the coupling only if the implementation is ``"reference"``, or
+          votes are always stored, else None.
 
         Raises:
-          ValueError: an argument has the wrong shape, or the kernel is larger than the grid.
+          ValueError: an argument has the wrong shape, the kernel is larger than the grid, or there
+            is no such implementation.
         """
         expected = (self.in_types, self.sizes.in_features)
         if poses.ndim < 4 or poses.shape[-2:] != expected:
@@ -164,23 +183,41 @@ class ConvCapsules(nnx.Module):
                 f"poses must have shape [..., H, W, I, K] = [..., H, W, {expected[0]},"
                 f" {expected[1]}], got shape {poses.shape}"
             )
+        if implementation is None:
+            implementation = self.implementation
+        self._check_implementation(implementation)
         if where is not None:
             where = jnp.broadcast_to(where, poses.shape[:-1])
         poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
-        route = self._route_grid if self.kernel_size is None else self._route_fields
-        return route(poses, kernel, activations, where)
+        gather = self._gather_grid if self.kernel_size is None else self._gather_fields
+        children, make_votes = gather(poses, kernel, activations, where)
+        if self._stores_votes or (self.kernel_size is None and implementation in _STORED):
+            return self.router(make_votes(), children)
+        places = children.poses.shape[-2] // self.sizes.in_capsules
+        return dense_capsules(
+            children.poses, jnp.tile(kernel, (places, 1, 1, 1)), where=children.where,
+            precision=self.precision, implementation=implementation, **self.router.arguments(),
+        )  # fmt: skip
 
-    def _route_grid(
+    @property
+    def _stores_votes(self) -> bool:
+        return self.router.name != "dynamic" or self.matrix or self.coordinates
+
+    def _check_implementation(self, implementation: str | None) -> None:
+        check_implementation(implementation, self.router.name)
+        if self._stores_votes and implementation not in _STORED:
+            raise ValueError(
+                f"implementation {implementation!r} makes no votes of matrices or with coordinates"
+            )
+
+    def _gather_grid(
         self,
         poses: jax.Array,
         kernel: jax.Array,
         activations: jax.Array | None,
         where: jax.Array | None,
-    ) -> Routed:
-        """Routes all places of the grid to one set of parents."""
-        votes = self._votes(poses, kernel)
-        if self.coordinates:
-            votes = self._add(votes, _places(poses.shape[-4:-2])[:, :, None])
+    ) -> tuple[Children, Callable[[], jax.Array]]:
+        """All places of the grid are children of one set of parents."""
 
         def flat(x: jax.Array, trailing: int) -> jax.Array:
             """Rows, columns and types as one axis of children."""
@@ -191,16 +228,23 @@ class ConvCapsules(nnx.Module):
             None if activations is None else flat(activations, 0),
             where=None if where is None else flat(where, 0),
         )
-        return self.router(flat(votes, 2), children)
 
-    def _route_fields(
+        def make_votes() -> jax.Array:
+            votes = self._votes(poses, kernel)
+            if self.coordinates:
+                votes = self._add(votes, _places(poses.shape[-4:-2])[:, :, None])
+            return flat(votes, 2)
+
+        return children, make_votes
+
+    def _gather_fields(
         self,
         poses: jax.Array,
         kernel: jax.Array,
         activations: jax.Array | None,
         where: jax.Array | None,
-    ) -> Routed:
-        """Routes the children of each receptive field to the parents at its place."""
+    ) -> tuple[Children, Callable[[], jax.Array]]:
+        """Those in each receptive field are children of the parents at its place."""
         assert self.kernel_size is not None
         grid = poses.shape[-4:-2]
         fields = ReceptiveFields.of(grid, self.kernel_size, self.strides, self.padding)
@@ -216,10 +260,6 @@ class ConvCapsules(nnx.Module):
             return x.reshape(*x.shape[:-2], self.sizes.in_capsules, *trailing)
 
         field_poses = gather(poses, poses.shape[-1])
-        votes = self._votes(field_poses, kernel)
-        if self.coordinates:
-            places = jnp.broadcast_to(_places(grid)[:, :, None], (*grid, self.in_types, 2))
-            votes = self._add(votes, gather(places, 2))
         inside = jnp.broadcast_to(
             gather(jnp.ones((*grid, self.in_types), bool)), field_poses.shape[:-1]
         )
@@ -234,7 +274,15 @@ class ConvCapsules(nnx.Module):
             where=inside if where is None else inside & gather(where),
             normalize=normalize,
         )
-        return self.router(votes, children)
+
+        def make_votes() -> jax.Array:
+            votes = self._votes(field_poses, kernel)
+            if self.coordinates:
+                places = jnp.broadcast_to(_places(grid)[:, :, None], (*grid, self.in_types, 2))
+                votes = self._add(votes, gather(places, 2))
+            return votes
+
+        return children, make_votes
 
     def _votes(self, poses: jax.Array, kernel: jax.Array) -> jax.Array:
         make = matrix_votes if self.matrix else dense_votes

@@ -141,9 +141,9 @@ class DenseCapsules(nnx.Module):
                     poses, kernel, where=where, precision=self.precision,
                     implementation=implementation, **self.router.arguments(),
                 )  # fmt: skip
-            if implementation == "blocked":
+            if implementation not in (None, "reference"):
                 raise ValueError(
-                    "implementation 'blocked' stores no logits and takes no prior ones"
+                    f"implementation {implementation!r} stores no logits and takes no prior ones"
                 )
             votes = dense_votes(poses, kernel, precision=self.precision)
         return self.router(votes, Children(poses, activations, logits, where))

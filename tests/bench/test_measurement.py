@@ -11,7 +11,7 @@ from capsjax.bench import RoutingSizes, StepSizes, Times, benchmark_routing, ben
 from capsjax.bench.measurement import Measurement, ratio, show
 from capsjax.bench.program import Cycles
 
-IMPLEMENTATIONS = ["reference", "blocked", "pallas_tpu"]
+IMPLEMENTATIONS = ["reference", "blocked", "pallas_tpu", "pallas_gpu"]
 KERNEL = {"custom-call tpu_custom_call": 2.0}
 
 
@@ -21,13 +21,13 @@ def test_a_row_for_every_implementation_and_direction():
         (kind, name) for kind in ("forward", "gradient") for name in IMPLEMENTATIONS
     ]
     votes = 4 * 64 * 10 * 16
-    reference, _, kernels = rows[:3]
+    reference, _, kernels, _ = rows[:4]
     assert reference.temporary_bytes >= 4 * votes
     assert reference.cost.flops >= 2 * 8 * votes
     assert reference.cycles is None
-    assert "needs a TPU, the program is compiled for cpu" in kernels.reason
+    assert "is for tpu only, the program is compiled for cpu" in kernels.reason
     for row in rows:
-        if row.name != "pallas_tpu":
+        if not row.name.startswith("pallas"):
             assert row.compile_seconds > 0
             assert len(row.times.seconds) == 2
 
@@ -62,9 +62,16 @@ def test_the_step_in_pytorch_is_the_same_network_and_learns():
     assert number == sum(x.size for x in jax.tree.leaves(nnx.state(own)))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4, 28, 28, 1), dtype=np.uint8)
-    step = torch_step.make_step(config, images, np.arange(4), compiled=False, device="cpu")
-    losses = [step() for _ in range(10)]
-    assert losses[-1] < losses[0]
+    starts = []
+    for dtype in ("float32", "bfloat16"):
+        config = models.configure("small", dtype=dtype)
+        torch_step.torch.manual_seed(0)
+        step = torch_step.make_step(config, images, np.arange(4), compiled=False, device="cpu")
+        losses = [step() for _ in range(10)]
+        assert losses[-1] < losses[0]
+        starts.append(losses[0])
+    assert starts[0] != starts[1]
+    np.testing.assert_allclose(starts[1], starts[0], rtol=0.02)
 
 
 def test_a_step_goes_on_from_the_state_that_the_last_one_left():

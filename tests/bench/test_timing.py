@@ -47,11 +47,11 @@ def test_the_script_prints_a_table_and_writes_the_rows(tmp_path):
     )
     assert "2 examples, 32 children of 8 to 10 parents of 16" in done.stdout
     records = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert "pallas_tpu: implementation 'pallas_tpu' needs a TPU" in done.stdout
+    assert "pallas_tpu: implementation 'pallas_tpu' is for tpu only" in done.stdout
     for record in records:
         assert record["children"] == 32
-        if record["name"] == "pallas_tpu":
-            assert "needs a TPU" in record["reason"]
+        if record["name"].startswith("pallas"):
+            assert "only, the program is compiled for cpu" in record["reason"]
         else:
             assert f"{1e3 * record['times']['seconds'][0]:.1f}" in done.stdout
             assert record["ratio"] > 0
@@ -63,4 +63,9 @@ def test_the_script_prints_a_table_and_writes_the_rows(tmp_path):
     assert lost.stderr.splitlines() == [
         f"benchmark_routing.py: error: --json: no directory {tmp_path / 'none'}"
     ]
-    assert [record["name"] for record in records] == ["reference", "blocked", "pallas_tpu"] * 2
+    assert [record["name"] for record in records] == [
+        "reference",
+        "blocked",
+        "pallas_tpu",
+        "pallas_gpu",
+    ] * 2

@@ -81,7 +81,7 @@ def conv(routing="dynamic", matrix=False, features=(4, 4), padding="VALID", **op
 def test_conv_capsules_route_each_field_by_itself(padding, matrix):
     layer = conv(matrix=matrix, padding=padding)
     poses = normal(2, 5, 4, 2, 4)
-    routed = layer(poses)
+    routed = layer(poses, implementation="reference")
     pads = ((0, 0), (0, 0)) if padding == "VALID" else padding
     kernel = np.asarray(layer.kernel[...], np.float64)
     for (p, q), places in padded_fields((5, 4), (3, 2), (2, 1), pads).items():
@@ -100,6 +100,72 @@ def test_conv_capsules_route_each_field_by_itself(padding, matrix):
         assert_close(routed.activations[1, p, q], lengths, terms=50)
         outside = [2 * k + i for k, place in enumerate(places) if place is None for i in (0, 1)]
         np.testing.assert_array_equal(routed.coupling[1, p, q][np.array(outside, int)], 0)
+
+
+@pytest.mark.parametrize("kernel_size", [(3, 2), None])
+def test_votes_of_dynamic_routing_need_not_be_stored(kernel_size):
+    layer = ConvCapsules(
+        2, 4, 3, 5, kernel_size=kernel_size, padding="SAME", use_bias=True,
+        bias_init=nnx.initializers.normal(), rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    poses, where = normal(2, 5, 4, 2, 4), jnp.ones((5, 4, 2), bool).at[2, 1, 0].set(False)
+
+    @nnx.jit(static_argnames="name")
+    def gradients(layer, poses, name):
+        def loss(layer, poses):
+            routed = layer(poses, where=where, implementation=name)
+            return jnp.sum(jnp.cos(jnp.arange(routed.poses.size)) * routed.poses.ravel()), routed
+
+        return nnx.grad(loss, argnums=(0, 1), has_aux=True)(layer, poses)
+
+    (stored, expected), (grads, routed) = (
+        gradients(layer, poses, name=name) for name in ("reference", "blocked")
+    )
+    assert routed.coupling is None
+    np.testing.assert_allclose(expected.coupling.sum(-1)[..., 0:1].max(), 1, rtol=1e-5)
+    assert_close(routed.poses, expected.poses, terms=100)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(stored), strict=True):
+        assert_close(a, b, terms=1000)
+    if kernel_size:
+        assert layer(poses).coupling is None
+    else:
+        # To share weights between places pays more than not to store votes.
+        assert layer(poses).coupling is not None
+    chosen = ConvCapsules(
+        2, 4, 3, 5, kernel_size=kernel_size, implementation="reference", rngs=nnx.Rngs(0)
+    )
+    assert chosen(poses).coupling is not None
+
+
+def test_many_votes_are_not_stored():
+    layer = ConvCapsules(2, 4, 16, 16, kernel_size=3, rngs=nnx.Rngs(0))
+
+    @nnx.jit(static_argnames="name")
+    def gradients(layer, poses, name):
+        return nnx.grad(lambda layer: jnp.sum(layer(poses, implementation=name).poses ** 2))(layer)
+
+    poses = jnp.zeros((16, 8, 8, 2, 4))
+    memory = {
+        name: gradients.lower(layer, poses, name=name).compile().memory_analysis()
+        for name in (None, "reference")
+    }
+    assert memory[None].temp_size_in_bytes < memory["reference"].temp_size_in_bytes / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "message"),
+    [
+        ({}, "cudnn", "implementation must be None or one of reference, blocked, .*, got 'cudnn'"),
+        ({"routing": "em"}, "blocked", "one of reference for routing 'em', got 'blocked'"),
+        ({"matrix": True}, "blocked", "'blocked' makes no votes of matrices or with coordinates"),
+        ({"coordinates": True}, "pallas_tpu", "'pallas_tpu' makes no votes of matrices or with"),
+    ],
+)
+def test_an_implementation_that_does_not_apply_is_named(options, name, message):
+    with pytest.raises(ValueError, match=message):
+        conv(**options, implementation=name)
+    with pytest.raises(ValueError, match=message):
+        conv(**options)(normal(2, 5, 4, 2, 4), implementation=name)
 
 
 def test_a_field_of_the_whole_grid_is_a_dense_layer():

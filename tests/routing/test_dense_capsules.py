@@ -455,7 +455,7 @@ BAD = [
     ({"num_iterations": 0}, ValueError, "num_iterations must be at least 1, got 0"),
     ({"num_iterations": 2.5}, TypeError, "num_iterations must be a Python integer, got 2.5"),
     ({"implementation": "cudnn"}, ValueError,
-     "implementation must be None or one of reference, blocked, pallas_tpu, got 'cudnn'"),
+     "None or one of reference, blocked, pallas_tpu, pallas_gpu, got 'cudnn'"),
 ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from capsjax.routing.fused.lanes import Lanes
 from capsjax.routing.fused.recurrence import route
 from capsjax.routing.routed import Routed
 
-Implementation = Literal["reference", "blocked", "pallas_tpu"]
+Implementation = Literal["reference", "blocked", "pallas_tpu", "pallas_gpu"]
 
 # Numbers in the votes of a batch from which on blocks of them are faster than all at once.
 _MANY_VOTES = 2**20
@@ -71,8 +71,10 @@ def dense_capsules(
         the coupling, and always has forward-mode derivatives. ``"blocked"``, in plain XLA, stores
         neither votes nor logits; its blocks are made for the platform that the program is compiled
         for. ``"pallas_tpu"`` does the same by kernels for TPUs that read every pose and weight
-        once a pass. None is ``"blocked"`` where that has been found to be faster: if there are many
-        votes, on CPU also no fewer dimensions than the children's poses.
+        once a pass, ``"pallas_gpu"`` by kernels for Hopper GPUs and newer, all in float32, which no
+        GPU has run yet. Kernels are of one device: over several, call them under ``shard_map``.
+        None is ``"blocked"`` where that has been found to be faster: if there are many votes, on
+        CPU also no fewer dimensions than the children's poses.
 
     Returns:
       :class:`Routed`: poses :math:`v` ``[..., J, D]`` and activations :math:`\|v\|` ``[..., J]`` in
@@ -86,7 +88,8 @@ def dense_capsules(
         implementation's name is unknown.
       NotImplementedError: the named implementation cannot run: weights are of unknown size; for
         kernels also a batch of unknown size, children too large for the memory beside the units,
-        or, when the program is lowered, another platform.
+        on GPUs float64, more than 64 dimensions of a parent or a chip older than Hopper; or, when
+        the program is lowered, another platform. One iteration needs no kernel and always runs.
 
     Example:
       >>> import jax
@@ -151,6 +154,10 @@ def dense_capsules(
         from capsjax.routing.fused.pallas_tpu import TpuKernels
 
         return swept(TpuKernels, poses, weights)
+    if implementation == "pallas_gpu":
+        from capsjax.routing.fused.pallas_gpu import GpuKernels
+
+        return swept(GpuKernels, poses, weights)
     blocks, lanes = functools.partial(swept, Blocks), functools.partial(swept, Lanes)
     on_cpu = blocks if implementation or _gains_on_cpu(weights) else without_coupling
     routed: Routed = lax.platform_dependent(poses, weights, cpu=on_cpu, default=lanes)

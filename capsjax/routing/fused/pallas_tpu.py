@@ -15,9 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 from capsjax.ops._checks import zeros
 from capsjax.routing.fused.platforms import only_on
 from capsjax.routing.fused.recurrence import product
+from capsjax.routing.fused.tiles import LANES, from_lanes, to_lanes
 
-# Examples of a tile, one in each lane; children of a block come in multiples of a tile's rows.
-_LANES, _SUBLANES = 128, 16
+# Children of a block come in multiples of a tile's rows.
+_SUBLANES = 16
 # Bytes that one block may take of the memory beside the units.
 _VMEM = 12 * 2**20
 
@@ -66,7 +67,7 @@ class TpuKernels:
         # Of one child: logits, their gradients, poses and what they are multiplied with; weights
         # and their gradient, each twice, as the next block is fetched while one is used.
         rows = 2 * parents + 8 * in_features
-        child = 4 * (rows * _LANES + 3 * in_features * parents * max(features, _SUBLANES))
+        child = 4 * (rows * LANES + 3 * in_features * parents * max(features, _SUBLANES))
         if child * _SUBLANES > _VMEM:
             raise NotImplementedError(
                 f"implementation 'pallas_tpu' needs {_SUBLANES} children to fit into"
@@ -90,8 +91,8 @@ class TpuKernels:
     def pack(self, poses: jax.Array, weights: jax.Array) -> Packed:
         """Poses ``[tiles, N, K, block, lanes]`` and weights ``[N, J, D, K * block]``."""
         missing = self.count * self.block - self.children
-        poses = jnp.pad(poses, ((0, -self.batch % _LANES), (0, missing), (0, 0)))
-        poses = poses.reshape(-1, _LANES, self.count, self.block, poses.shape[-1])
+        poses = jnp.pad(poses, ((0, -self.batch % LANES), (0, missing), (0, 0)))
+        poses = poses.reshape(-1, LANES, self.count, self.block, poses.shape[-1])
         weights = jnp.pad(weights, ((0, missing), (0, 0), (0, 0), (0, 0)))
         weights = weights.reshape(self.count, self.block, *weights.shape[1:])
         weights = weights.transpose(0, 3, 4, 2, 1)
@@ -110,7 +111,7 @@ class TpuKernels:
     def forward(self, packed: Packed, query: jax.Array) -> jax.Array:
         """The sums with logits from the query, ``[J, B, D]``."""
         poses, weights = packed
-        queries = _to_lanes(query)
+        queries = to_lanes(query)
         call = self._call(
             _forward_kernel,
             [poses[0], weights],
@@ -120,14 +121,14 @@ class TpuKernels:
             scratch=1,
         )
         sums = lax.map(lambda tile: call(tile[0], weights, tile[1])[0], (poses, queries))
-        return self._from_lanes(sums)
+        return from_lanes(sums, self.batch)
 
     def backward(
         self, packed: Packed, query: jax.Array, d_sums: jax.Array, grads: Packed
     ) -> tuple[jax.Array, Packed]:
         """The query's gradient, ``[J, B, D]``, and `grads` with those of the arguments added."""
         poses, weights = packed
-        tiles = (poses, _to_lanes(query), _to_lanes(d_sums))
+        tiles = (poses, to_lanes(query), to_lanes(d_sums))
         one_query = tiles[1][0]
         call = self._call(
             _backward_kernel, [poses[0], weights], [one_query, one_query],
@@ -142,7 +143,7 @@ class TpuKernels:
             return d_weights + d_w, (d_q, d_u)
 
         d_weights, (d_query, d_poses) = lax.scan(tile, grads[1], tiles)
-        return self._from_lanes(d_query), (grads[0] + d_poses, d_weights)
+        return from_lanes(d_query, self.batch), (grads[0] + d_poses, d_weights)
 
     def _call(
         self,
@@ -171,7 +172,7 @@ class TpuKernels:
                 return pl.BlockSpec((None, *x.shape[1:]), lambda n: (n, *others))
             return pl.BlockSpec(x.shape, lambda n: (0, *others))
 
-        arrays = pltpu.VMEM((self.parents, self.block, _LANES), summed[0].dtype)
+        arrays = pltpu.VMEM((self.parents, self.block, LANES), summed[0].dtype)
         # Under shard_map results differ on the axes of the mesh on which an argument does.
         shapes = jax.eval_shape(
             lambda: [zeros(x.shape, x.dtype, *blocked, *whole) for x in (*out, *summed)]
@@ -187,18 +188,6 @@ class TpuKernels:
             name=kernel.__name__.strip("_"),
         )
         return call if self.interpret else only_on("tpu", "pallas_tpu", call)
-
-    def _from_lanes(self, x: jax.Array) -> jax.Array:
-        """The inverse of :func:`_to_lanes`."""
-        x = x.transpose(1, 0, 3, 2)
-        return x.reshape(x.shape[0], -1, x.shape[3])[:, : self.batch]
-
-
-def _to_lanes(x: jax.Array) -> jax.Array:
-    """Tiles ``[tiles, J, D, lanes]`` of ``[J, B, D]``."""
-    parents, batch, features = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -batch % _LANES), (0, 0)))
-    return x.reshape(parents, -1, _LANES, features).transpose(1, 0, 3, 2)
 
 
 def _forward_kernel(

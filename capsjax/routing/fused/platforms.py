@@ -52,7 +52,7 @@ def _raise(context: Any, *arguments: Any, shapes: Any, name: str, platform: str)
     del arguments, shapes
     compiled_for = ", ".join(context.module_context.platforms)
     raise NotImplementedError(
-        f"implementation {name!r} needs a {platform.upper()}, the program is compiled for"
+        f"implementation {name!r} is for {platform} only, the program is compiled for"
         f" {compiled_for}"
     )
 
