@@ -64,14 +64,13 @@ class Recipe:
 
     def __str__(self) -> str:
         """Title, command, published and measured error, in lines."""
-        if self.published is None:
-            published = "not in the paper"
-        else:
+        published = "none"
+        if self.published is not None:
             spread = "" if self.spread is None else f" ± {self.spread:g}"
-            published = f"{self.published:g}{spread} %"
+            published = f"{self.published:g}{spread}"
         return (
             f"{self.title}\n  {self.command}\n  {self.steps:,} steps of {self.batch_size}"
-            f" on {self.dataset}\n  paper:    {published}\n  measured: {self.measured}"
+            f" on {self.dataset}\n  error in %: paper {published}; capsjax {self.measured}"
         )
 
     def configure(self, **fields: Any) -> models.ModelConfig:
@@ -160,17 +159,23 @@ _TABLES: dict[str, tuple[Recipe, ...]] = {
         Recipe(name="official", title="all four: the authors' code", preset="official"),
     ),
     "small": (
-        Recipe(name="mnist", title="small CapsNet, MNIST", **_SMALL),
+        Recipe(name="mnist", title="small CapsNet, MNIST", **_SMALL,
+               measured="0.73 (1 seed, 6,000 steps, 23 min) on 2 CPU cores"),
         Recipe(name="fashion_mnist", title="small CapsNet, Fashion-MNIST", dataset="fashion_mnist",
-               preset="small", steps=8000, learning_rate=3e-3, decay_steps=130, max_shift=1),
+               preset="small", steps=8000, learning_rate=3e-3, decay_steps=130, max_shift=1,
+               measured="8.73 (1 seed, 8,000 steps, 51 min) on 2 CPU cores"),
         Recipe(name="multi_mnist", title="small CapsNet, MultiMNIST", preset="small",
                loss="official", learning_rate=2e-3, **_SMALL_PAIRS),
         Recipe(name="multi_mnist-cnn", title="CNN of about that size, MultiMNIST",
                preset="baseline_small", **_SMALL_PAIRS),
         Recipe(name="affine", title="small CapsNet, affine MNIST",
-               **{**_AFFINE, **_SMALL, "until_error": 0.015}),
+               **{**_AFFINE, **_SMALL, "until_error": 0.015},
+               measured="1.43 on expanded MNIST, 22.61 on affine MNIST (1 seed, 3,432 steps, 47 min)"
+               " on 2 CPU cores"),
         Recipe(name="affine-cnn", title="CNN of about that size, affine MNIST",
-               **{**_AFFINE, **_SMALL, "until_error": 0.015, "preset": "baseline_small"}),
+               **{**_AFFINE, **_SMALL, "until_error": 0.015, "preset": "baseline_small"},
+               measured="1.09 on expanded MNIST, 20.93 on affine MNIST (1 seed, 2,145 steps, 19 min)"
+               " on 2 CPU cores"),
     ),
 }  # fmt: skip
 
