@@ -170,12 +170,12 @@ _TABLES: dict[str, tuple[Recipe, ...]] = {
                preset="baseline_small", **_SMALL_PAIRS),
         Recipe(name="affine", title="small CapsNet, affine MNIST",
                **{**_AFFINE, **_SMALL, "until_error": 0.015},
-               measured="1.43 on expanded MNIST, 22.61 on affine MNIST (1 seed, 3,432 steps, 47 min)"
-               " on 2 CPU cores"),
+               measured="1.43 on expanded MNIST, 22.61 on affine MNIST"
+               " (1 seed, 3,432 steps, 47 min) on 2 CPU cores"),
         Recipe(name="affine-cnn", title="CNN of about that size, affine MNIST",
                **{**_AFFINE, **_SMALL, "until_error": 0.015, "preset": "baseline_small"},
-               measured="1.09 on expanded MNIST, 20.93 on affine MNIST (1 seed, 2,145 steps, 19 min)"
-               " on 2 CPU cores"),
+               measured="1.09 on expanded MNIST, 20.93 on affine MNIST"
+               " (1 seed, 2,145 steps, 19 min) on 2 CPU cores"),
     ),
 }  # fmt: skip
 
