@@ -46,14 +46,20 @@ def records() -> list[dict[str, Any]]:
 
 
 def measured(recipe: Recipe, found: Sequence[Mapping[str, Any]]) -> str:
-    """Errors in per cent of the trials of a row, with their steps, or that there are none."""
-    mine = [
-        x for x in found
-        if (x["table"], x["recipe"], x["asked_steps"]) == (recipe.table, recipe.name, None)
-    ]  # fmt: skip
+    """Errors in per cent of the trials of a row, with their steps, or that there are none.
+
+    Of trials of the recipe's own length in float32; the last one of each seed.
+    """
+    wanted = (recipe.table, recipe.name, None, "float32")
+    lines = [x for x in found if (x["table"], x["recipe"], x["asked_steps"], x["dtype"]) == wanted]
+    mine = list({x["seed"]: x for x in lines if "seed" in x}.values())
     if not mine:
         return "not run"
-    texts = []
+    texts = [
+        f"{100 * x['error']:.2f} as an ensemble of {x['ensemble']}"
+        for x in lines
+        if "ensemble" in x
+    ][-1:]
     for name in mine[0]["errors"]:
         errors = [100 * x["errors"][name] for x in mine]
         text = f"{statistics.mean(errors):.2f}"
@@ -91,7 +97,7 @@ def filled(page: str, found: Sequence[Mapping[str, Any]]) -> str:
 
 def curve(row: str) -> list[dict[str, Any]]:
     """Loss and error of a row's first trial as :func:`capsjax.viz.training_curves` takes them."""
-    (path,) = RECORDS.glob(f"*/{row}-seeds-*.curve.jsonl")
+    path = sorted(RECORDS.glob(f"*/{row}-seeds-*.curve.jsonl"))[0]
     points = [json.loads(line) for line in path.read_text().splitlines()]
     trained = [
         {"split": "train", "step": p["step"], "loss": p["loss"][0], "error": p["error"][0]}
@@ -102,7 +108,7 @@ def curve(row: str) -> list[dict[str, Any]]:
         for p in points
         if p["validation"]
     ]
-    end = {x["recipe"]: x for x in records()}[row]
+    end = {x["recipe"]: x for x in records() if x["table"] == "small" and "seed" in x}[row]
     tests = [{"split": "test", "step": end["steps"], "error": e} for e in end["errors"].values()]
     return trained + held_out + tests
 

@@ -50,10 +50,16 @@ def test_pictures_of_the_page_are_there(results):
 def test_means_and_deviations_are_of_trials_of_full_length(results):
     recipe = TABLES["mnist"][0]
     trial = {
-        "table": "mnist", "recipe": recipe.name, "asked_steps": None, "seconds": 60.0,
+        "table": "mnist", "recipe": recipe.name, "asked_steps": None, "seconds": 60.0, "seed": 0,
+        "dtype": "float32",
         "steps": 9000, "errors": {"mnist": 0.004},
     }  # fmt: skip
     short = {**trial, "asked_steps": 5, "errors": {"mnist": 0.5}}
-    assert results.measured(recipe, [short]) == "not run"
-    both = [trial, short, {**trial, "errors": {"mnist": 0.003}, "seconds": 180.0}]
+    half = {**trial, "dtype": "bfloat16", "errors": {"mnist": 0.5}}
+    assert results.measured(recipe, [short, half]) == "not run"
+    second = {**trial, "seed": 1, "errors": {"mnist": 0.003}, "seconds": 180.0}
+    both = [half, {**trial, "errors": {"mnist": 0.5}}, trial, short, second]
+    ensemble = {**trial, "ensemble": 2, "error": 0.0025}
+    del ensemble["seed"], ensemble["errors"]
+    assert results.measured(recipe, [ensemble, *both]).startswith("0.25 as an ensemble of 2, 0.35")
     assert results.measured(recipe, both) == "0.35 ± 0.071 (2 seeds, 9,000 steps, 2 min)"

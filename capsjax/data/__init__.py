@@ -3,7 +3,7 @@
 from capsjax.data.affine import AffineRanges, random_affine
 from capsjax.data.dataset import DataError, Dataset, Split
 from capsjax.data.npz import save_npz
-from capsjax.data.sources import load, names
+from capsjax.data.sources import load, names, source_of
 from capsjax.data.tasks import (
     Batch,
     Cropped,
@@ -48,4 +48,5 @@ __all__ = [
     "random_shift",
     "save_npz",
     "scale_pixels",
+    "source_of",
 ]

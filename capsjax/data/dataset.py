@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from capsjax.data.tasks import Shifted, Task
+from capsjax.data.tasks import Pairs, Shifted, Task
 
 
 class DataError(Exception):
@@ -42,7 +42,7 @@ class Dataset:
 
     Raises:
       ValueError: shapes or dtypes are not those of `Split`, the two splits' images differ in shape,
-        or a label has no class name.
+        a label has no class name, or pairs cannot be drawn of a split.
 
     Example:
       >>> import numpy as np
@@ -78,9 +78,19 @@ class Dataset:
                 )
         if self.train.images.shape[1:] != self.test.images.shape[1:]:
             raise ValueError(
-                f"test images must have the shape of train images, {list(self.image_shape)}, "
+                "test images must have the shape of train images,"
+                f" {list(self.train.images.shape[1:])}, "
                 f"got {list(self.test.images.shape[1:])}"
             )
+
+        if isinstance(self.task, Pairs):
+            for split_name in ("train", "test"):
+                labels = getattr(self, split_name).labels
+                if labels.size and (labels[0] == labels[-1] or (np.diff(labels) < 0).any()):
+                    raise ValueError(
+                        f"{split_name} must have several classes, in the order of the labels, to"
+                        " draw pairs of"
+                    )
 
     @property
     def num_classes(self) -> int:

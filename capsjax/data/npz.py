@@ -1,5 +1,7 @@
 """Data sets as one NumPy file, for machines without TFDS (floor 4)."""
 
+import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -8,27 +10,38 @@ from capsjax.data.dataset import DataError, Dataset, Split
 from capsjax.data.tasks import Task
 
 
-def save_npz(dataset: Dataset, path: Path) -> None:
-    """Writes a data set's images, labels and class names, compressed.
+def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
+    """Writes a data set's name, images, labels and class names, compressed.
 
-    ``load(name, data_dir=path)`` reads it in place of TFDS's directory.
+    ``load(name, data_dir=path)`` reads it in place of the directory that the set comes from.
+
+    Raises:
+      ValueError: the path does not end in ``.npz``.
 
     Example:
-      >>> import pathlib, tempfile
+      >>> import dataclasses, pathlib, tempfile
       >>> from capsjax.data import load, save_npz
+      >>> digits = dataclasses.replace(load("mnist_5k"), name="mnist")
       >>> with tempfile.TemporaryDirectory() as folder:
       ...   path = pathlib.Path(folder, "digits.npz")
-      ...   save_npz(load("mnist_5k"), path)
+      ...   save_npz(digits, path)
       ...   load("mnist", data_dir=path)
       Dataset('mnist': 4000 train and 1000 test images of 28x28x1, 10 classes)
     """
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"path must end in .npz, got {path}")
     arrays = {
         f"{name}_{kind}": array
         for name in ("train", "test")
         for kind, array in getattr(dataset, name)._asdict().items()
     }
-    with path.open("wb") as file:
-        np.savez_compressed(file, class_names=np.array(dataset.class_names), **arrays)
+    arrays |= {"name": np.array(dataset.name), "class_names": np.array(dataset.class_names)}
+    # Not in place: what was there stays until all is written.
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    temporary.replace(path)
 
 
 def load_npz(name: str, path: Path, task: Task) -> Dataset:
@@ -38,7 +51,12 @@ def load_npz(name: str, path: Path, task: Task) -> Dataset:
       DataError: the file is missing, damaged, or holds something else.
     """
     try:
+        if path.exists() and not zipfile.is_zipfile(path):
+            raise ValueError("it is no .npz file")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            held = str(stored["name"])
+            if held != name:
+                raise ValueError(f"it holds {held}, expected {name}")
             train, test = (
                 Split(stored[f"{split}_images"], stored[f"{split}_labels"])
                 for split in ("train", "test")

@@ -57,10 +57,10 @@ def load(
     Args:
       name: one of `names()`.
       data_dir: for TFDS sets, the directory that holds (or shall hold) prepared sets, by default
-        TFDS's own: ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``. In place of
-        it a file ``.npz`` that :func:`save_npz` has written of the set, or of ``mnist`` for what
-        is made of it. For ``image_folder``, the directory with ``train`` and ``test``; for
-        ``affnist``, the one with ``test_batches``. ``mnist_5k`` needs none and ignores it.
+        TFDS's own: ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``. For ``image_folder``, the
+        directory with ``train`` and ``test``; for ``affnist``, the one with ``test_batches``. In
+        place of any of them a file ``.npz`` that :func:`save_npz` has written of the set, or of
+        ``mnist`` for what is made of it. ``mnist_5k`` needs none and ignores it.
       download: whether a TFDS set that is not prepared yet may be downloaded.
 
     Returns:
@@ -76,15 +76,18 @@ def load(
     """
     if name == "mnist_5k":
         return load_mnist_5k()
+    path = None if data_dir is None else Path(data_dir)
+    if path is not None and path.suffix == ".npz" and name in _NAMES and name not in _MADE:
+        return load_npz(name, path, task_of(name))
     if name in TFDS_NAMES:
-        path = None if data_dir is None else Path(data_dir)
-        if path is not None and path.suffix == ".npz":
-            return load_npz(name, path, task_of(name))
         return load_tfds(name, path, download=download)
     if name in _MADE:
         digits = load("mnist", data_dir=data_dir, download=download)
         train, test = (_by_class(split) for split in (digits.train, digits.test))
-        return Dataset(name, train, test, digits.class_names, _MADE[name])
+        try:
+            return Dataset(name, train, test, digits.class_names, _MADE[name])
+        except ValueError as error:
+            raise DataError(f"{name} cannot be made of {data_dir}: {error}") from None
     if name == "affnist":
         return load_affnist(data_dir)
     if name == "image_folder":
@@ -92,6 +95,17 @@ def load(
     closest = difflib.get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.5)
     hint = f"; did you mean {closest[0]!r}?" if closest else ""
     raise DataError(f"unknown data set {name!r}, expected one of {', '.join(_NAMES)}{hint}")
+
+
+def source_of(name: str) -> str:
+    """The data set whose images this one is made of: itself, unless it is made on the device.
+
+    Example:
+      >>> from capsjax.data import source_of
+      >>> source_of("affine_mnist"), source_of("kmnist")
+      ('mnist', 'kmnist')
+    """
+    return "mnist" if name in _MADE else name
 
 
 def _by_class(split: Split) -> Split:

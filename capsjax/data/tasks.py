@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from capsjax.data.affine import random_affine
@@ -249,7 +250,9 @@ def evaluation_samples(
 ) -> tuple[Sample, jax.Array]:
     """Makes the samples with these numbers of the test set that a task makes of a split.
 
-    The set is endless: sample n begins with image ``n % N``, and what is drawn depends on n alone.
+    The set is endless, and what is drawn for sample n depends on n alone. Every N samples begin
+    with each image once: in their own order, or, where something is made of images that may be in
+    the order of their labels, in one that mixes the classes.
 
     Args:
       task: what is made.
@@ -270,7 +273,12 @@ def evaluation_samples(
     """
     seed = jax.random.key(_TEST)
     keys = jax.vmap(lambda n: jax.random.split(jax.random.fold_in(seed, n)))(numbers)
-    batch = task.gather(keys[:, 0], split, numbers % split.labels.shape[0])
+    size = split.labels.shape[0]
+    positions = numbers % size
+    if not isinstance(task, Shifted | Cropped):
+        order = np.random.default_rng(_TEST).permutation(size)
+        positions = jnp.asarray(order, jnp.int32)[positions]
+    batch = task.gather(keys[:, 0], split, positions)
     sample = task.make(keys[:, 1], batch, num_classes=num_classes, train=False)
     return sample, batch.labels
 

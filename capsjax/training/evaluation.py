@@ -18,6 +18,7 @@ from capsjax.data import (
     Split,
     evaluation_samples,
     load,
+    source_of,
 )
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import ConfigError, EvaluateConfig
@@ -70,8 +71,10 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
     """
     started, model, data = RunDirectory(config.run_dir).read_config()
     name = config.dataset or started.dataset
-    # A run's own directory goes with its own data set only.
-    data_dir = config.data_dir or (started.data_dir if name == started.dataset else None)
+    # A run's own directory goes with its own data set only, or with what is made of the same.
+    data_dir = config.data_dir or (
+        started.data_dir if source_of(name) == source_of(started.dataset) else None
+    )
     devices = choose_devices(config.devices)
     share = 1 if config.driver == "jit" else len(devices or jax.devices())
     batch_size = -(-config.batch_size // share) * share
@@ -167,8 +170,11 @@ def _as_shown(dataset: Dataset) -> Split:
         )
     split = Batch(jnp.asarray(images), jnp.asarray(labels))
     numbers = jnp.arange(len(labels))
-    sample, _ = evaluation_samples(dataset.task, split, numbers, num_classes=dataset.num_classes)
-    return Split(np.asarray(jnp.round(sample.images * 255).astype(jnp.uint8)), labels)
+    sample, found = evaluation_samples(
+        dataset.task, split, numbers, num_classes=dataset.num_classes
+    )
+    shown = jnp.round(sample.images * 255).astype(jnp.uint8)
+    return Split(np.asarray(shown), np.asarray(found))
 
 
 def restore(directory: RunDirectory, which: str | int, like: TrainState) -> tuple[int, TrainState]:

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from capsjax import models
-from capsjax.data import Batch, Dataset, Pairs, Shifted, Split, Task, epoch_order
+from capsjax.data import Batch, Cropped, Dataset, Pairs, Shifted, Split, Task, epoch_order
 from capsjax.training.config import ConfigError, TrainConfig
 from capsjax.training.drivers import Driver, make_driver
 from capsjax.training.objectives import LOSSES, choose_loss
@@ -301,11 +301,13 @@ def choose_task(dataset: Dataset, max_shift: int | None) -> Task:
 
 def check_test_size(dataset: Dataset, number: int | None) -> None:
     """Raises a ConfigError if a number of test images is given for a set that has its own."""
-    if number is not None and isinstance(dataset.task, Shifted):
+    if number is not None and isinstance(dataset.task, Shifted | Cropped):
         raise ConfigError(
             f"--test-size is for data sets whose images are made, {dataset.name} has"
             f" {len(dataset.test.labels):,} test images"
         )
+    if number is not None and number >= 2**31:
+        raise ConfigError(f"--test-size must be below 2,147,483,648, got {number:,}")
 
 
 def choose_devices(number: int | None) -> list[jax.Device] | None:

@@ -7,7 +7,6 @@ import json
 import math
 import statistics
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ import numpy as np
 from capsjax.data import Dataset, is_right, load
 from capsjax.training.config import ConfigError
 from capsjax.training.recipes import TABLES, Recipe
-from capsjax.training.trials import Trial, Trials
+from capsjax.training.trials import Trial, Trials, check_alike, describe
 from capsjax.version import __version__
 
 TableName = Literal[
@@ -30,10 +29,10 @@ TableName = Literal[
 class ReproduceConfig:
     """Train the rows of a table with several seeds, and write mean and deviation of their errors.
 
-    Finished trials are kept in OUTPUT/results.jsonl and not trained again; one that was cut short
-    is gone on with. Tables: mnist and multi_mnist (Sabour et al. 2017, table 1), affine, cifar10,
-    svhn and smallnorb (the same paper's text), ablation (what tells the authors' code from the
-    formulas as printed), small (networks for two processor cores).
+    Finished trials are kept in OUTPUT/results.jsonl and not trained again; the same command goes on
+    with what was cut short. Tables: mnist and multi_mnist (Sabour et al. 2017, table 1), affine,
+    cifar10, svhn and smallnorb (the same paper's text), ablation (what tells the authors' code from
+    the formulas as printed), small (networks for two processor cores).
     """
 
     table: TableName
@@ -52,7 +51,7 @@ class ReproduceConfig:
     """Steps of each trial in place of the recipe's own; results say which."""
 
     together: int = 1
-    """Trials that are trained at once, by vmap."""
+    """Trials that are trained at once, by vmap; of rows that end at an error, always one."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the computation."""
@@ -61,7 +60,7 @@ class ReproduceConfig:
     """Where data sets are prepared and looked for, or an .npz file that save_npz has written."""
 
     output: Path = Path("reproduced")
-    """Directory for results, learning curves and what is under way."""
+    """Directory for results, learning curves and what is under way; one for each kind of data."""
 
     seconds: float | None = None
     """Begin no further call of the device after so many seconds; the same command goes on."""
@@ -142,11 +141,17 @@ def reproduce(config: ReproduceConfig, *, say: Callable[[str], None] = print) ->
       ConfigError: the options do not go together, or a file is damaged.
       capsjax.data.DataError: a data set cannot be had.
     """
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise ConfigError(f"--output {config.output} cannot be written: {reason}") from None
     results = Results(config.output / "results.jsonl")
     until = math.inf if config.seconds is None else time.monotonic() + config.seconds
     get = functools.cache(lambda name: load(name, data_dir=config.data_dir))
     for recipe in config.recipes():
-        while seeds := results.missing(recipe, config)[: config.together]:
+        results.check(recipe, config, get)
+        together = config.together if recipe.until_error is None else 1
+        while seeds := results.missing(recipe, config)[:together]:
             left = until - time.monotonic()
             done = _train(recipe, seeds, config, get, left, say) if left > 0 else None
             if done is None:
@@ -156,13 +161,19 @@ def reproduce(config: ReproduceConfig, *, say: Callable[[str], None] = print) ->
                 results.add(config, dataclasses.asdict(trial))
                 errors = ", ".join(f"{e:.2%} on {n}" for n, e in trial.errors.items())
                 say(f"{recipe.name}, seed {trial.seed}: error {errors}")
+            _write_table(results, config)
         if recipe.ensemble and config.seeds > 1 and not results.has_ensemble(recipe, config):
             error = ensemble_error(*_read_scores(recipe, config))
             results.add(config, {"recipe": recipe.name, "ensemble": config.seeds, "error": error})
             say(f"{recipe.name}, ensemble of {config.seeds}: error {error:.2%}")
-    rows = results.rows(config)
-    (config.output / f"{config.table}.md").write_text(markdown(rows))
-    return rows
+            _write_table(results, config)
+    return results.rows(config)
+
+
+def _write_table(results: "Results", config: ReproduceConfig) -> None:
+    """Of all rows that there are, not only of those that are asked for."""
+    rows = results.rows(dataclasses.replace(config, rows=()))
+    _folder(config).with_suffix(".md").write_text(markdown(rows))
 
 
 def _train(
@@ -201,7 +212,7 @@ def _read_scores(recipe: Recipe, config: ReproduceConfig) -> tuple[np.ndarray, n
             with np.load(path, allow_pickle=False) as stored:
                 found.append(stored["scores"])
                 labels = stored["labels"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged file raises nearly anything
             raise ConfigError(f"the scores of a finished trial cannot be read: {error}") from None
     return np.stack(found), labels
 
@@ -224,7 +235,7 @@ def ensemble_error(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 class Results:
-    """The finished trials in a file of JSON lines.
+    """The finished trials in a file of JSON lines, to which several commands may add.
 
     Args:
       path: of the file.
@@ -235,25 +246,44 @@ class Results:
 
     def __init__(self, path: Path):
         self.path = path
-        self._lines: list[dict[str, Any]] = []
-        if not path.exists():
-            return
-        lines = path.read_text().splitlines()
+        self._read()
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        found = []
+        lines = self.path.read_bytes().splitlines()
         for number, line in enumerate(lines, 1):
             try:
-                self._lines.append(json.loads(line))
-            except ValueError:
+                result = json.loads(line)
+                if not {"table", "recipe"} <= result.keys() or not (
+                    {"seed", "steps", "errors"} <= result.keys()
+                    or {"ensemble", "error"} <= result.keys()
+                ):
+                    raise ValueError
+                found.append(result)
+            except (ValueError, AttributeError):
                 if number < len(lines):
-                    raise ConfigError(f"{path}:{number} is no result") from None
+                    raise ConfigError(f"{self.path}:{number} is no result") from None
+        return found
 
     def add(self, config: ReproduceConfig, result: dict[str, Any]) -> None:
         """Adds a result, with the options and the machine that it was had with."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lines.append({**_options(config), **result, **_conditions()})
-        # Written anew: a last line that was cut off must not swallow the next.
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
-        temporary.replace(self.path)
+        line = json.dumps({**_options(config), **result, **_conditions()}) + "\n"
+        with self.path.open("ab+") as file:
+            file.seek(0)
+            before = file.read()
+            # A last line that was cut off must not swallow this one.
+            file.truncate(before.rfind(b"\n") + 1)
+            file.write(line.encode())
+
+    def check(self, recipe: Recipe, config: ReproduceConfig, get: Callable[[str], Dataset]) -> None:
+        """Raises a ConfigError if there are trials of this name that were trained otherwise."""
+        trials = [x for x in self._of(recipe, config) if "seed" in x]
+        if trials:
+            now = describe(recipe, get(recipe.dataset))
+            for trial in trials:
+                check_alike(trial.get("of", {}), now, self.path)
 
     def missing(self, recipe: Recipe, config: ReproduceConfig) -> list[int]:
         """The seeds of a row that are not there yet."""
@@ -285,7 +315,7 @@ class Results:
 
     def _of(self, recipe: Recipe, config: ReproduceConfig) -> list[dict[str, Any]]:
         wanted = {**_options(config), "recipe": recipe.name}
-        return [x for x in self._lines if all(x.get(k) == v for k, v in wanted.items())]
+        return [x for x in self._read() if all(x.get(k) == v for k, v in wanted.items())]
 
 
 def markdown(rows: Sequence[RowResult]) -> str:

@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from capsjax.training.loop import DivergedError
 from capsjax.training.objectives import LOSSES, choose_loss
 from capsjax.training.programs import gather_batch, make_evaluate
 from capsjax.training.recipes import Recipe
+from capsjax.training.run_directory import DataDescription
 from capsjax.training.session import check_dataset, choose_task, hold_out
 from capsjax.training.step import (
     TrainState,
@@ -52,6 +52,7 @@ class Trial:
       counts: number of test images by data set.
       seconds: that the trials of this recipe took together, compilation included, over all calls.
       together: how many trials ran at once.
+      of: what was trained on what; see :func:`describe`.
     """
 
     recipe: str
@@ -61,6 +62,27 @@ class Trial:
     counts: dict[str, int]
     seconds: float
     together: int
+    of: dict[str, Any]
+
+
+def describe(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    """What a trial depends on beside its seed, as JSON: how the recipe trains, and the data."""
+    said = ("table", "title", "published", "spread", "measured", "ensemble", "also_tested_on")
+    trained = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in said}
+    described: dict[str, Any] = json.loads(
+        json.dumps({**trained, "data": dataclasses.asdict(DataDescription.of(dataset))})
+    )
+    return described
+
+
+def check_alike(then: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """Raises a ConfigError where what was trained is not what is to be trained."""
+    for key in now:
+        if then.get(key) != now[key]:
+            raise ConfigError(
+                f"{path} is of {key.replace('_', ' ')} {then.get(key)}, not {now[key]}; move it"
+                " away, or choose another --output"
+            )
 
 
 class Trials:
@@ -94,6 +116,7 @@ class Trials:
         self.recipe, self.seeds, self.folder = recipe, tuple(seeds), folder
         self.total_steps = recipe.steps if steps is None else steps
         self.tested = (dataset, *others)
+        self.of = describe(recipe, dataset)
         try:
             self.model = recipe.configure(
                 image_shape=dataset.image_shape, num_classes=dataset.num_classes, dtype=dtype
@@ -173,7 +196,9 @@ class Trials:
                 f"{self.recipe.name}: step {self.done:,} of {self.total_steps:,}, training error"
                 f" {np.mean(point['error']):.3%}, {speed:,.0f} examples/s"
             )
-            if timed:  # the first call includes the compilation
+            # The first call includes the compilation. Where the error decides, every epoch is
+            # looked at, on slow machines and fast ones.
+            if timed and self.recipe.until_error is None:
                 epochs = max(1, min(4 * epochs, int(epochs * seconds_per_call / took)))
             timed = True
         return self._test()
@@ -295,7 +320,7 @@ class Trials:
         return [
             Trial(
                 self.recipe.name, seed, self.done, {name: e[n] for name, e in errors.items()},
-                counts, round(self.seconds, 1), len(self.seeds),
+                counts, round(self.seconds, 1), len(self.seeds), self.of,
             )
             for n, seed in enumerate(self.seeds)
         ]  # fmt: skip
@@ -311,7 +336,7 @@ class Trials:
             file.write(json.dumps(point) + "\n")
         path = self.folder / f"{self._stem}.npz"
         temporary = path.with_suffix(".tmp")
-        about = {"done": self.done, "seconds": self.seconds, "last": point}
+        about = {"done": self.done, "seconds": self.seconds, "last": point, "of": self.of}
         with temporary.open("wb") as file:
             np.savez(file, about=np.array(json.dumps(about)), **_named(jax.device_get(self.states)))
         os.replace(temporary, path)
@@ -325,15 +350,24 @@ class Trials:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 about = json.loads(str(stored["about"]))
                 arrays = {name: stored[name] for name in stored.files if name != "about"}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ConfigError(f"{path} is damaged: {error}; move it away to start afresh") from None
+            of, last = dict(about["of"]), dict(about["last"])
+            done, seconds = int(about["done"]), float(about["seconds"])
+        except Exception as error:  # a damaged file raises nearly anything
+            raise ConfigError(
+                f"{path} is damaged: {error or type(error).__name__}; move it away to start afresh"
+            ) from None
+        check_alike(of, self.of, path)
         expected = _named(self.states)
-        if {k: v.shape for k, v in arrays.items()} != {k: v.shape for k, v in expected.items()}:
+        if _kinds(arrays) != _kinds(expected):
             raise ConfigError(f"{path} is of another network; move it away to start afresh")
-        leaves, structure = jax.tree.flatten(self.states)
+        structure = jax.tree.structure(self.states)
         self.states = jax.tree.unflatten(structure, [jnp.asarray(arrays[n]) for n in expected])
-        del leaves
-        self.done, self.seconds, self._last = about["done"], about["seconds"], about["last"]
+        self.done, self.seconds, self._last = done, seconds, last
+
+
+def _kinds(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Shapes and dtypes by name."""
+    return {name: (x.shape, np.dtype(x.dtype)) for name, x in arrays.items()}
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -1,17 +1,18 @@
 """Data sets as one file, for machines without TFDS."""
 
+import dataclasses
 import sys
 
 import numpy as np
 import pytest
 
-from capsjax.data import DataError, Pairs, load, save_npz
+from capsjax.data import DataError, Pairs, Split, load, save_npz
 
 
 def test_stands_for_the_prepared_set_and_for_what_is_made_of_it(tmp_path, monkeypatch):
-    digits = load("mnist_5k")
+    digits = dataclasses.replace(load("mnist_5k"), name="mnist")
     path = tmp_path / "digits.npz"
-    save_npz(digits, path)
+    save_npz(digits, str(path))
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     mnist = load("mnist", data_dir=path)
     np.testing.assert_array_equal(mnist.train.images, digits.train.images)
@@ -23,6 +24,31 @@ def test_stands_for_the_prepared_set_and_for_what_is_made_of_it(tmp_path, monkey
     assert (np.diff(pairs.train.labels) >= 0).all()
     # The same digits, in another order.
     assert pairs.train.images.sum() == digits.train.images.sum()
+
+
+def test_one_file_stands_for_one_set_only(tmp_path):
+    path = tmp_path / "digits.npz"
+    save_npz(load("mnist_5k"), path)
+    for name, held in (("fashion_mnist", "fashion_mnist"), ("affnist", "affnist"),
+                       ("image_folder", "image_folder"), ("multi_mnist", "mnist")):  # fmt: skip
+        with pytest.raises(DataError, match=f"it holds mnist_5k, expected {held}"):
+            load(name, data_dir=path)
+    save_npz(dataclasses.replace(load("mnist_5k"), name="affnist"), path)
+    assert load("affnist", data_dir=path).name == "affnist"
+    with pytest.raises(ValueError, match=r"path must end in \.npz, got digits"):
+        save_npz(load("mnist_5k"), "digits")
+
+
+def test_pairs_need_two_classes_in_order(tmp_path):
+    digits = load("mnist_5k")
+    with pytest.raises(ValueError, match="train must have several classes, in the order"):
+        dataclasses.replace(digits, task=Pairs())
+    zeros = digits.train.labels == 0
+    ones = Split(digits.train.images[zeros], digits.train.labels[zeros])
+    path = tmp_path / "zeros.npz"
+    save_npz(dataclasses.replace(digits, name="mnist", train=ones), path)
+    with pytest.raises(DataError, match="multi_mnist cannot be made of .*train must have several"):
+        load("multi_mnist", data_dir=path)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 but no zip"])

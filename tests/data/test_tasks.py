@@ -137,8 +137,18 @@ def test_a_pair_is_right_only_if_both_are():
     labels = jnp.array([[0, 1], [2, 3], [1, 0]])
     one_right = jnp.array([[0.9, 0.1, 0.8, 0.0], [0.9, 0.0, 0.8, 0.1], [0.0, 0.9, 0.8, 0.1]])
     assert not is_right(one_right, labels).any()
-    both = jax.nn.one_hot(labels, 4).sum(1) + 0.01 * jnp.arange(4)
+    both = jax.nn.one_hot(labels, 4).sum(1) + 0.01 * jnp.arange(4)[None]
     assert is_right(both, labels).all()
     np.testing.assert_array_equal(
         is_right(one_right, jnp.array([0, 1, 1])), np.array([True, False, True])
     )
+
+
+@pytest.mark.parametrize("task", [Placed(), Pairs()])
+def test_the_first_test_samples_are_of_all_classes(task):
+    labels = jnp.repeat(jnp.arange(5), 20)
+    images = Batch(jnp.zeros((100, 28, 28, 1), jnp.uint8), labels)
+    _, found = evaluation_samples(task, images, jnp.arange(100), num_classes=5)
+    first = np.asarray(found).reshape(100, -1)[:, 0]
+    assert set(first[:25]) == set(range(5))
+    np.testing.assert_array_equal(np.bincount(first), [20] * 5)

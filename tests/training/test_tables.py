@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from capsjax import models
-from capsjax.data import Dataset, Pairs, Placed, Split, save_npz
+from capsjax.data import Dataset, Pairs, Placed, Split, save_npz, source_of
 from capsjax.training import ConfigError, TrainConfig, reproduce, train
 from capsjax.training.recipes import TABLES, Recipe
 from capsjax.training.tables import ReproduceConfig, Results, ensemble_error, markdown
@@ -103,10 +103,30 @@ def test_a_damaged_or_foreign_file_is_named(digits, tmp_path):
     trials(digits, tmp_path).run(say=quiet)
     path = tmp_path / "tiny-seeds-0-1.npz"
     other = dataclasses.replace(RECIPE, model={**MODEL, "conv_features": 9})
-    with pytest.raises(ConfigError, match="is of another network"):
+    with pytest.raises(
+        ConfigError, match="is of model {'conv_features': 8, .* not {'conv_features'"
+    ):
         trials(digits, tmp_path, recipe=other)
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ConfigError, match="is damaged"):
+    other = dataclasses.replace(RECIPE, learning_rate=0.5)
+    with pytest.raises(ConfigError, match="is of learning rate 0.001, not 0.5; move it away"):
+        trials(digits, tmp_path, recipe=other)
+    fewer = dataclasses.replace(digits, train=Split(*(x[:100] for x in digits.train)))
+    with pytest.raises(ConfigError, match="is of data {'name': 'mnist_5k', .*'train_images': 180"):
+        trials(fewer, tmp_path)
+    whole = path.read_bytes()
+    with np.load(path) as stored:
+        arrays = {k: v.astype(np.float64) if k != "about" else v for k, v in stored.items()}
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+    with pytest.raises(ConfigError, match="is of another network"):
+        trials(digits, tmp_path)
+    for content in (b"", whole[:500], b"no zip"):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match="is damaged"):
+            trials(digits, tmp_path)
+    with path.open("wb") as file:
+        np.savez(file, about=np.array("{}"))
+    with pytest.raises(ConfigError, match="is damaged: 'of'"):
         trials(digits, tmp_path)
 
 
@@ -129,7 +149,7 @@ def test_a_table_is_filled_row_by_row_and_seed_by_seed(table, tmp_path):
     assert [(row.recipe.name, len(row.errors), row.steps) for row in rows] == [
         ("one", 2, 12), ("two", 2, 12)
     ]  # fmt: skip
-    text = (tmp_path / "small.md").read_text()
+    text = (tmp_path / "small-12-float32.md").read_text()
     assert "| the first | mnist_5k | 12 |  |" in text
     assert "(n = 2)" in text
     # Again: nothing is trained. With a third seed: only that one.
@@ -139,6 +159,33 @@ def test_a_table_is_filled_row_by_row_and_seed_by_seed(table, tmp_path):
     more = reproduce(dataclasses.replace(config, seeds=3, rows=("two",)), say=said.append)
     assert [len(row.errors) for row in more] == [3]
     assert sum("seed" in line for line in said) == 1
+    # The table on disk has the other row, too.
+    assert (tmp_path / "small-12-float32.md").read_text().count("mnist_5k") == 2
+
+
+def test_trials_of_other_images_are_not_taken_for_these(table, monkeypatch, digits, tmp_path):
+    config = ReproduceConfig(table="small", seeds=1, steps=2, output=tmp_path)
+    reproduce(config, say=quiet)
+    inverse = Split(255 - digits.train.images, digits.train.labels)
+    other = dataclasses.replace(digits, train=inverse)
+    monkeypatch.setattr("capsjax.training.tables.load", lambda name, data_dir: other)
+    with pytest.raises(ConfigError, match="results.jsonl is of data .* another --output"):
+        reproduce(config, say=quiet)
+
+
+def test_a_place_that_cannot_be_written_is_named_before_training(table, tmp_path):
+    (tmp_path / "file").touch()
+    config = ReproduceConfig(table="small", output=tmp_path / "file" / "out")
+    with pytest.raises(ConfigError, match="--output .*out cannot be written"):
+        reproduce(config, say=quiet)
+
+
+def test_two_commands_may_add_to_one_file(tmp_path):
+    config = ReproduceConfig(table="small")
+    both = [Results(tmp_path / "results.jsonl") for _ in range(2)]
+    for n, results in enumerate(both):
+        results.add(config, {"recipe": "affine", "seed": n, "steps": 1, "errors": {"made": 0.5}})
+    assert [len(results.rows(config)[0].errors) for results in both] == [2, 2]
 
 
 def test_the_time_is_kept_and_the_same_command_goes_on(table, tmp_path):
@@ -168,14 +215,17 @@ def test_an_ensemble_is_of_all_seeds_however_they_were_trained(table, monkeypatc
 
 def test_a_result_that_was_cut_off_is_done_again(tmp_path):
     path = tmp_path / "results.jsonl"
-    path.write_text('{"table": "small"}\n{"table"')
+    result = {"recipe": "affine", "seed": 0, "steps": 1, "errors": {}}
+    whole = json.dumps({"table": "small", **result})
+    path.write_text(whole + '\n{"table"')
     results = Results(path)
-    results.add(ReproduceConfig(table="small"), {"recipe": "affine", "seed": 0})
+    results.add(ReproduceConfig(table="small"), {**result, "seed": 1})
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line.get("recipe") for line in lines] == [None, "affine"]
-    path.write_text('{"table"\n{"table": "small"}\n')
-    with pytest.raises(ConfigError, match="results.jsonl:1 is no result"):
-        Results(path)
+    assert [line["seed"] for line in lines] == [0, 1]
+    for bad in (b'{"table"', b"5", b"[]", b'{"table": "small", "recipe": "affine"}', b"\xff"):
+        path.write_bytes(bad + b"\n" + whole.encode() + b"\n")
+        with pytest.raises(ConfigError, match="results.jsonl:1 is no result"):
+            Results(path)
 
 
 def test_the_table_shows_mean_deviation_and_number():
@@ -210,7 +260,7 @@ print(row.text)
 
 
 def test_a_bare_machine_will_do(digits, tmp_path):
-    save_npz(digits, tmp_path / "digits.npz")
+    save_npz(dataclasses.replace(digits, name="mnist"), tmp_path / "digits.npz")
     run = subprocess.run(
         [sys.executable, "-c", _BARE, tmp_path / "digits.npz", tmp_path / "out"],
         capture_output=True, text=True, timeout=300, check=False,
@@ -247,7 +297,7 @@ def test_every_row_runs_in_miniature(recipe, tmp_path):
         )
         for n in (160, 20)
     ]
-    noise = Dataset(recipe.dataset, *splits, tuple("0123456789"[:classes]))
+    noise = Dataset(source_of(recipe.dataset), *splits, tuple("0123456789"[:classes]))
     save_npz(noise, tmp_path / "noise.npz")
     config = ReproduceConfig(
         table=recipe.table, rows=(recipe.name,), seeds=2 if recipe.ensemble else 1, steps=1,
