@@ -143,6 +143,11 @@ def load_network(run_dir: Path, checkpoint: str | int = "last") -> Loaded:
     if not run_dir.exists() and str(run_dir) in models.pretrained():
         digits = load("mnist_5k")
         return Loaded(models.load_pretrained(str(run_dir)), digits, digits.test, 0)
+    if not run_dir.exists():
+        raise ConfigError(
+            f"{run_dir} is no run directory, and no network that comes with the package"
+            f" ({', '.join(models.pretrained())})"
+        )
     started, model, data = RunDirectory(run_dir).read_config()
     dataset = load(started.dataset, data_dir=started.data_dir)
     check_dataset(dataset, model)

@@ -30,7 +30,7 @@ def loaded() -> Loaded:
     network = models.build(TINY, rngs=nnx.Rngs(0))
     # Votes so long that couplings change from iteration to iteration, as after training.
     network.classes.kernel[...] *= 8
-    return Loaded(network, dataset, 7)
+    return Loaded(network, dataset, few, 7)
 
 
 @pytest.fixture(scope="session")
