@@ -42,7 +42,8 @@ def test_every_public_name_has_an_entry(inventory, module):
 
 
 PUBLIC = [getattr(capsjax, name) for name in capsjax.__all__]
-FUNCTIONS = [f for f in PUBLIC if inspect.isfunction(f)]
+# All but the one that computes nothing.
+FUNCTIONS = [f for f in PUBLIC if inspect.isfunction(f) and f is not capsjax.load_pretrained]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)

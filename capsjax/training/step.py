@@ -185,7 +185,7 @@ def make_train_step(
 
     Returns:
       ``train_step(state, batch, key) -> (state, metrics)`` with a :class:`TrainState`, a batch of
-      uint8 images ``[B, H, W, C]`` and int32 labels ``[B]`` (:class:`Batch`), a
+      uint8 images ``[B, H, W, C]`` and int32 labels ``[B]`` (:class:`capsjax.data.Batch`), a
       random key and :class:`StepMetrics`.
 
     Example:

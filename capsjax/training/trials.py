@@ -52,7 +52,7 @@ class Trial:
       counts: number of test images by data set.
       seconds: that the trials of this recipe took together, compilation included, over all calls.
       together: how many trials ran at once.
-      of: what was trained on what; see :func:`describe`.
+      of: what was trained, on what data.
     """
 
     recipe: str

@@ -226,7 +226,7 @@ def test_nobody_listens(prepared, server, tmp_path, monkeypatch):
 
 def test_a_server_in_trouble(prepared, server, tmp_path, monkeypatch):
     point_at(server, monkeypatch)
-    server.files["/"], server.status = b"", 503
+    server.files["/train-images-idx3-ubyte.gz"], server.status = b"", 503
     assert "503" in refusal("mnist", tmp_path)
 
 
