@@ -77,10 +77,8 @@ def table(name: str, found: Sequence[Mapping[str, Any]]) -> str:
     """The rows of a table in Markdown."""
     lines = ["| row | paper | elsewhere | capsjax | command |", "|---|---|---|---|---|"]
     for recipe in TABLES[name]:
-        spread = "" if recipe.spread is None else f" ± {recipe.spread:g}"
-        published = "" if recipe.published is None else f"{recipe.published:g}{spread}"
         lines.append(
-            f"| {recipe.title} | {published} | {ELSEWHERE.get((name, recipe.name), '')}"
+            f"| {recipe.title} | {recipe.paper} | {ELSEWHERE.get((name, recipe.name), '')}"
             f" | {measured(recipe, found)} | `{recipe.command}` |"
         )
     return "\n".join(lines)

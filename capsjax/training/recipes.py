@@ -62,15 +62,19 @@ class Recipe:
         seeds = " --seeds 7" if self.ensemble else ""
         return f"capsjax reproduce {self.table} --rows {self.name}{seeds} --data-dir DIR"
 
+    @property
+    def paper(self) -> str:
+        """What the paper reports, with its deviation; empty if nothing."""
+        if self.published is None:
+            return ""
+        return f"{self.published:g}" + ("" if self.spread is None else f" ± {self.spread:g}")
+
     def __str__(self) -> str:
         """Title, command, published and measured error, in lines."""
-        published = "none"
-        if self.published is not None:
-            spread = "" if self.spread is None else f" ± {self.spread:g}"
-            published = f"{self.published:g}{spread}"
         return (
             f"{self.title}\n  {self.command}\n  {self.steps:,} steps of {self.batch_size}"
-            f" on {self.dataset}\n  error in %: paper {published}; capsjax {self.measured}"
+            f" on {self.dataset}\n"
+            f"  error in %: paper {self.paper or 'none'}; capsjax {self.measured}"
         )
 
     def configure(self, **fields: Any) -> models.ModelConfig:

@@ -114,10 +114,7 @@ class RowResult:
         """What the paper reports for these images; empty if nothing."""
         recipe = self.recipe
         same = self.dataset == (recipe.also_tested_on or recipe.dataset)
-        if recipe.published is None or not same or bool(self.ensemble) != recipe.ensemble:
-            return ""
-        spread = "" if recipe.spread is None else f" ± {recipe.spread:g}"
-        return f"{recipe.published:g}{spread}"
+        return recipe.paper if same and bool(self.ensemble) == recipe.ensemble else ""
 
     @property
     def text(self) -> str:

@@ -13,7 +13,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from capsjax.ops._checks import zeros
 from capsjax.routing.fused.platforms import only_on
-from capsjax.routing.fused.tiles import LANES, from_lanes, to_lanes
+from capsjax.routing.fused.tiles import (
+    LANES,
+    Kernel,
+    Packed,
+    backward_tiles,
+    forward_tiles,
+    to_lanes,
+)
 
 # Bytes of a program's shared memory, such that two run on a multiprocessor, and the most there is
 # on chips for data centres and on others.
@@ -22,8 +29,6 @@ _SHARED, _MOST_SHARED, _MOST_SHARED_ELSEWHERE = 96 * 2**10, 220 * 2**10, 96 * 2*
 _BLOCK, _PROGRAMS = 8, 264
 # Dimensions of a parent, which are written out and held in registers.
 _MOST_FEATURES = 64
-
-Packed = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,31 +130,20 @@ class GpuKernels:
 
     def forward(self, packed: Packed, query: jax.Array) -> jax.Array:
         """The sums with logits from the query, ``[J, B, D]``."""
-        poses, weights = packed
         queries = to_lanes(query)
-        call = self._call(_forward_kernel, out=[], summed=[queries[0]], scratch=1)
-        sums = lax.map(lambda x: call(x[0], weights, x[1])[0].sum(0), (poses, queries))
-        return from_lanes(sums, self.batch)
+        one = queries[0]
+        call = self._call(_forward_kernel, out=[], summed=[one], scratch=1)
+        return forward_tiles(call, packed, queries, self.batch)
 
     def backward(
         self, packed: Packed, query: jax.Array, d_sums: jax.Array, grads: Packed
     ) -> tuple[jax.Array, Packed]:
         """The query's gradient, ``[J, B, D]``, and `grads` with those of the arguments added."""
         poses, weights = packed
-        tiles = (poses, to_lanes(query), to_lanes(d_sums))
-        call = self._call(
-            _backward_kernel, out=[poses[0], weights], summed=[tiles[1][0]], scratch=2
-        )
-
-        def tile(
-            d_weights: jax.Array, arguments: tuple[jax.Array, ...]
-        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            u, q, d_s = arguments
-            d_u, d_w, d_q = call(u, weights, q, d_s)
-            return d_weights + d_w, (d_q.sum(0), d_u)
-
-        d_weights, (d_query, d_poses) = lax.scan(tile, grads[1], tiles)
-        return from_lanes(d_query, self.batch), (grads[0] + d_poses, d_weights)
+        queries = to_lanes(query)
+        one = queries[0]
+        call = self._call(_backward_kernel, out=[poses[0], weights], summed=[one], scratch=2)
+        return backward_tiles(call, packed, queries, to_lanes(d_sums), grads, self.batch)
 
     def _call(
         self,
@@ -158,13 +152,13 @@ class GpuKernels:
         out: Sequence[jax.Array],
         summed: Sequence[jax.Array],
         scratch: int,
-    ) -> Callable[..., tuple[jax.Array, ...]]:
+    ) -> Kernel:
         """The kernel over all programs.
 
         Args:
           kernel: takes these sweeps, its number and references to what follows, in this order.
           out: like results of which each program writes a part.
-          summed: like results of which each program has its own, ``[programs, ...]``.
+          summed: like results of which each program has its own; they are added up.
           scratch: numbers of arrays ``[J, block, lanes]`` of its own.
         """
         memory = [plgpu.SMEM((self.parents, self.block, LANES), jnp.float32)] * scratch
@@ -195,7 +189,13 @@ class GpuKernels:
             )(*arguments)  # fmt: skip
             return tuple(results)
 
-        return interpreted if self.interpret else only_on("cuda", "pallas_gpu", call)
+        run = interpreted if self.interpret else only_on("cuda", "pallas_gpu", call)
+
+        def added(*arguments: jax.Array) -> tuple[jax.Array, ...]:
+            results = run(*arguments)
+            return *results[: len(out)], *(x.sum(0) for x in results[len(out) :])
+
+        return added
 
 
 def _compute_capability() -> float:

@@ -15,14 +15,12 @@ from jax.experimental.pallas import tpu as pltpu
 from capsjax.ops._checks import zeros
 from capsjax.routing.fused.platforms import only_on
 from capsjax.routing.fused.recurrence import product
-from capsjax.routing.fused.tiles import LANES, from_lanes, to_lanes
+from capsjax.routing.fused.tiles import LANES, Packed, backward_tiles, forward_tiles, to_lanes
 
 # Children of a block come in multiples of a tile's rows.
 _SUBLANES = 16
 # Bytes that one block may take of the memory beside the units.
 _VMEM = 12 * 2**20
-
-Packed = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,38 +110,24 @@ class TpuKernels:
         """The sums with logits from the query, ``[J, B, D]``."""
         poses, weights = packed
         queries = to_lanes(query)
+        one = queries[0]
         call = self._call(
-            _forward_kernel,
-            [poses[0], weights],
-            [queries[0]],
-            out=[],
-            summed=[queries[0]],
-            scratch=1,
+            _forward_kernel, [poses[0], weights], [one], out=[], summed=[one], scratch=1
         )
-        sums = lax.map(lambda tile: call(tile[0], weights, tile[1])[0], (poses, queries))
-        return from_lanes(sums, self.batch)
+        return forward_tiles(call, packed, queries, self.batch)
 
     def backward(
         self, packed: Packed, query: jax.Array, d_sums: jax.Array, grads: Packed
     ) -> tuple[jax.Array, Packed]:
         """The query's gradient, ``[J, B, D]``, and `grads` with those of the arguments added."""
         poses, weights = packed
-        tiles = (poses, to_lanes(query), to_lanes(d_sums))
-        one_query = tiles[1][0]
+        queries = to_lanes(query)
+        one = queries[0]
         call = self._call(
-            _backward_kernel, [poses[0], weights], [one_query, one_query],
-            out=[grads[0][0], grads[1]], summed=[one_query], scratch=2,
+            _backward_kernel, [poses[0], weights], [one, one],
+            out=[grads[0][0], grads[1]], summed=[one], scratch=2,
         )  # fmt: skip
-
-        def tile(
-            d_weights: jax.Array, arguments: tuple[jax.Array, ...]
-        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            u, q, d_s = arguments
-            d_u, d_w, d_q = call(u, weights, q, d_s)
-            return d_weights + d_w, (d_q, d_u)
-
-        d_weights, (d_query, d_poses) = lax.scan(tile, grads[1], tiles)
-        return from_lanes(d_query, self.batch), (grads[0] + d_poses, d_weights)
+        return backward_tiles(call, packed, queries, to_lanes(d_sums), grads, self.batch)
 
     def _call(
         self,
