@@ -2,8 +2,9 @@
 
 XLA's CPU backend computes the gradients of a strided 9 × 9 convolution many times more slowly than
 the matrix products that they amount to, and its TPU backend multiplies by zeros in the gradient of
-the images. There are products of patches or of Fourier transforms for the one, a gradient phase by
-phase for the other, and XLA's own convolution elsewhere.
+the images; cuDNN takes four times as long as products of Fourier transforms. There are products of
+patches or of transforms for CPUs and NVIDIA's GPUs, a gradient phase by phase for TPUs, and XLA's
+own convolution elsewhere.
 """
 
 import math
@@ -67,7 +68,8 @@ def conv_general_dilated(
         convolution with a gradient of the images that multiplies by no zeros between numbers.
         ``"xla"``: :func:`jax.lax.conv_general_dilated`. None: what is best on the platform that the
         program is compiled for, if the arguments allow it: on CPU the one of the first two that
-        takes less, on TPU phases if there is a stride, elsewhere XLA.
+        takes less; on NVIDIA's GPUs Fourier transforms where they take less, else XLA; on TPU
+        phases if there is a stride; elsewhere XLA.
 
     Returns:
       ``[B, P, Q, O]``.
@@ -135,9 +137,11 @@ def conv_general_dilated(
 
     if implementation:
         return products(implementation)(lhs, rhs)
-    on_cpu = products("fourier" if gains_by_fourier(lhs, rhs, fields) else "patches")
+    by_fourier = gains_by_fourier(lhs, rhs, fields)
+    on_cpu = products("fourier" if by_fourier else "patches")
+    on_gpu = products("fourier") if by_fourier else xla
     on_tpu = products("phases") if gains_by_phases(fields) else xla
-    return lax.platform_dependent(lhs, rhs, cpu=on_cpu, tpu=on_tpu, default=xla)
+    return lax.platform_dependent(lhs, rhs, cpu=on_cpu, cuda=on_gpu, tpu=on_tpu, default=xla)
 
 
 def _why_only_xla(

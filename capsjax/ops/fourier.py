@@ -41,7 +41,7 @@ def conv_by_fourier(
       images: ``[B, H, W, C]``.
       kernel: ``[KH, KW, C, O]``.
       fields: of the kernel on the images.
-      precision: of the matrix products; None is the highest.
+      precision: of the matrix products; None is the platform's default.
       preferred_element_type: dtype of the result; None is the images'.
 
     Returns:
@@ -49,7 +49,6 @@ def conv_by_fourier(
     """
     sizes = _Sizes.of(fields)
     wide = accumulator(images.dtype)
-    precision = lax.Precision.HIGHEST if precision is None else precision
     batch, features = images.shape[0], kernel.shape[-1]
     inputs = math.prod(fields.strides) * images.shape[-1]
 

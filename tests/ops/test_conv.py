@@ -117,13 +117,16 @@ def test_the_gradient_of_the_images_multiplies_by_no_zeros_on_tpus():
     assert not dilated("xla", (1, 1))
 
 
-@pytest.mark.parametrize(("batch", "products"), [(2, 1), (64, 6)])
-def test_by_fourier_transforms_where_they_are_less_work(batch, products):
+@pytest.mark.parametrize(
+    ("platform", "batch", "products"),
+    [("cpu", 2, 1), ("cpu", 64, 6), ("cuda", 2, 0), ("cuda", 64, 6), ("tpu", 64, 0)],
+)
+def test_by_fourier_transforms_where_they_are_less_work(platform, batch, products):
     shapes = [
         jax.ShapeDtypeStruct(shape, jnp.float32)
         for shape in ((batch, 20, 20, 256), (9, 9, 256, 256))
     ]
-    text = export.export(jax.jit(lambda *x: conv(*x, (2, 2))), platforms=["cpu"])(*shapes)
+    text = export.export(jax.jit(lambda *x: conv(*x, (2, 2))), platforms=[platform])(*shapes)
     assert text.mlir_module().count("stablehlo.dot_general") == products
 
 

@@ -266,3 +266,56 @@ def test_the_tpu_s_compiler_takes_them():
     lines = [line for line in done.stdout.splitlines() if line.startswith("compiled")]
     assert len(lines) == 3, done.stderr[-2000:]
     assert all(line.endswith("True") for line in lines)
+
+
+RUN_ON_GPU = """
+import functools
+import jax, jax.numpy as jnp, numpy as np
+from capsjax import dense_capsules
+
+def outcome(name, poses, weights, bias, **options):
+    def loss(poses, weights, bias):
+        routed = dense_capsules(
+            poses, weights, bias=bias, implementation=name, precision="highest", **options)
+        v = routed.poses.astype(jnp.float32)
+        return jnp.vdot(v, jnp.cos(jnp.arange(v.size, dtype=v.dtype)).reshape(v.shape)), v
+
+    (_, v), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(
+        poses, weights, bias)
+    return [np.asarray(x, np.float64) for x in (v, *gradients)]
+
+for batch, *sizes, dtype, options in (
+    (128, 1152, 8, 10, 16, "float32", {}),
+    (128, 1152, 8, 10, 16, "bfloat16", {}),
+    (3, 37, 5, 3, 7, "float32", {"leaky": True, "num_iterations": 2}),
+    (130, 600, 16, 10, 16, "float32", {"stop_gradient": True, "num_iterations": 4}),
+    (1, 1, 1, 1, 1, "float32", {"num_iterations": 2}),
+):
+    keys = jax.random.split(jax.random.key(0), 3)
+    poses = jax.random.normal(keys[0], (batch, *sizes[:2])).astype(dtype)
+    weights = (jax.random.normal(keys[1], sizes) / np.sqrt(sizes[0] * sizes[1])).astype(dtype)
+    bias = 0.1 * jax.random.normal(keys[2], sizes[2:])
+    got = outcome("pallas_gpu", poses, weights, bias, **options)
+    again = outcome("pallas_gpu", poses, weights, bias, **options)
+    exact = (x.astype(jnp.float32) for x in (poses, weights))
+    expected = outcome("reference", *exact, bias, **options)
+    errors = [
+        np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(got, expected, strict=True)]
+    same = all(np.array_equal(a, b) for a, b in zip(got, again, strict=True))
+    print("ran", batch, *sizes, dtype, same, *(f"{e:.1e}" for e in errors), flush=True)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/nvidia0"), reason="needs a Hopper GPU")
+def test_a_gpu_computes_what_the_reference_does():
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ON_GPU], env=environment,
+        capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    print(done.stdout)
+    lines = [line.split()[6:] for line in done.stdout.splitlines() if line.startswith("ran")]
+    assert len(lines) == 5, done.stderr[-2000:]
+    for dtype, same, *errors in lines:
+        assert same == "True"
+        assert max(map(float, errors)) < {"float32": 1e-5, "bfloat16": 2e-2}[dtype]

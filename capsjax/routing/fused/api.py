@@ -71,10 +71,10 @@ def dense_capsules(
         the coupling, and always has forward-mode derivatives. ``"blocked"``, in plain XLA, stores
         neither votes nor logits; its blocks are made for the platform that the program is compiled
         for. ``"pallas_tpu"`` does the same by kernels for TPUs that read every pose and weight
-        once a pass, ``"pallas_gpu"`` by kernels for Hopper GPUs and newer, all in float32, which no
-        GPU has run yet. Kernels are of one device: over several, call them under ``shard_map``.
-        None is ``"blocked"`` where that has been found to be faster: if there are many votes, on
-        CPU also no fewer dimensions than the children's poses.
+        once a pass, ``"pallas_gpu"`` by kernels for Hopper GPUs and newer, all in float32. Kernels
+        are of one device: over several, call them under ``shard_map``. None is ``"blocked"`` where
+        that has been found to be faster: if there are many votes, not on NVIDIA's GPUs, and on CPU
+        with no fewer dimensions than the children's poses.
 
     Returns:
       :class:`Routed`: poses :math:`v` ``[..., J, D]`` and activations :math:`\|v\|` ``[..., J]`` in
@@ -160,7 +160,8 @@ def dense_capsules(
         return swept(GpuKernels, poses, weights)
     blocks, lanes = functools.partial(swept, Blocks), functools.partial(swept, Lanes)
     on_cpu = blocks if implementation or _gains_on_cpu(weights) else without_coupling
-    routed: Routed = lax.platform_dependent(poses, weights, cpu=on_cpu, default=lanes)
+    on_gpu = lanes if implementation else without_coupling
+    routed: Routed = lax.platform_dependent(poses, weights, cpu=on_cpu, cuda=on_gpu, default=lanes)
     return routed
 
 
