@@ -28,11 +28,18 @@ NAMES = {
     "expanded_mnist": "expanded MNIST", "affine_mnist": "affine MNIST", "cifar10": "CIFAR-10",
     "svhn_cropped": "SVHN", "smallnorb": "smallNORB",
 }  # fmt: skip
-# Rows of one picture of learning curves, and what they are called in it, by its name.
+# Table and rows of one picture of learning curves, and what rows are called in it, by its name.
 CURVES = {
-    "small": {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"},
-    "pairs": {"multi_mnist": "CapsNet", "multi_mnist-cnn": "CNN"},
-    "affine": {"affine": "CapsNet", "affine-cnn": "CNN"},
+    "mnist": (
+        "mnist",
+        {"paper-3-reconstruction": "paper", "official-3-reconstruction": "official"},
+    ),
+    "small": ("small", {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}),
+    "pairs": (
+        "small",
+        {"multi_mnist-wide": "CapsNet", "multi_mnist": "small CapsNet", "multi_mnist-cnn": "CNN"},
+    ),
+    "affine": ("small", {"affine": "CapsNet", "affine-cnn": "CNN"}),
 }
 
 
@@ -48,10 +55,13 @@ def records() -> list[dict[str, Any]]:
 def measured(recipe: Recipe, found: Sequence[Mapping[str, Any]]) -> str:
     """Errors in per cent of the trials of a row, with their steps, or that there are none.
 
-    Of trials of the recipe's own length in float32; the last one of each seed.
+    Of trials of the recipe's own length in float32, else of the longest; the last one of each seed.
     """
-    wanted = (recipe.table, recipe.name, None, "float32")
-    lines = [x for x in found if (x["table"], x["recipe"], x["asked_steps"], x["dtype"]) == wanted]
+    wanted = (recipe.table, recipe.name, "float32")
+    lines = [x for x in found if (x["table"], x["recipe"], x["dtype"]) == wanted]
+    lengths = {x["asked_steps"] for x in lines}
+    asked = None if None in lengths else max(lengths, default=None)
+    lines = [x for x in lines if x["asked_steps"] == asked]
     mine = list({x["seed"]: x for x in lines if "seed" in x}.values())
     if not mine:
         return "not run"
@@ -67,10 +77,12 @@ def measured(recipe: Recipe, found: Sequence[Mapping[str, Any]]) -> str:
             text += f" ± {statistics.stdev(errors):.3f}"
         several = f" on {NAMES[name]}" if len(mine[0]["errors"]) > 1 else ""
         texts.append(text + several)
-    steps = min(x["steps"] for x in mine)
+    steps = f"{min(x['steps'] for x in mine):,}"
+    if asked is not None:
+        steps += f" of {recipe.steps:,}"
     minutes = statistics.mean(x["seconds"] for x in mine) / 60
     trials = f"{len(mine)} seed{'s' if len(mine) > 1 else ''}"
-    return f"{', '.join(texts)} ({trials}, {steps:,} steps, {minutes:.0f} min)"
+    return f"{', '.join(texts)} ({trials}, {steps} steps, {minutes:.0f} min)"
 
 
 def table(name: str, found: Sequence[Mapping[str, Any]]) -> str:
@@ -93,7 +105,7 @@ def filled(page: str, found: Sequence[Mapping[str, Any]]) -> str:
     return re.sub(r"(<!-- table (\w+) -->)\n.*?\n?(<!-- end -->)", fill, page, flags=re.DOTALL)
 
 
-def curve(row: str) -> list[dict[str, Any]]:
+def curve(table: str, row: str) -> list[dict[str, Any]]:
     """Loss and error of a row's first trial as :func:`capsjax.viz.training_curves` takes them."""
     path = sorted(RECORDS.glob(f"*/{row}-seeds-*.curve.jsonl"))[0]
     points = [json.loads(line) for line in path.read_text().splitlines()]
@@ -106,7 +118,8 @@ def curve(row: str) -> list[dict[str, Any]]:
         for p in points
         if p["validation"]
     ]
-    end = {x["recipe"]: x for x in records() if x["table"] == "small" and "seed" in x}[row]
+    ends = [x for x in records() if (x["table"], x["recipe"]) == (table, row) and "seed" in x]
+    end = min(ends, key=lambda x: x["seed"])
     tests = [{"split": "test", "step": end["steps"], "error": e} for e in end["errors"].values()]
     return trained + held_out + tests
 
@@ -117,9 +130,9 @@ def main() -> None:
     from capsjax.viz.draw import save
 
     PAGE.write_text(filled(PAGE.read_text(), records()))
-    for name, rows in CURVES.items():
+    for name, (tried, rows) in CURVES.items():
         for theme in ("light", "dark"):
-            figure = training_curves({rows[row]: curve(row) for row in rows}, theme=theme)
+            figure = training_curves({rows[row]: curve(tried, row) for row in rows}, theme=theme)
             save(figure, IMAGES / f"curves-{name}-{theme}.svg")
 
 

@@ -56,7 +56,10 @@ def test_means_and_deviations_are_of_trials_of_full_length(results):
     }  # fmt: skip
     short = {**trial, "asked_steps": 5, "errors": {"mnist": 0.5}}
     half = {**trial, "dtype": "bfloat16", "errors": {"mnist": 0.5}}
-    assert results.measured(recipe, [short, half]) == "not run"
+    assert results.measured(recipe, [half]) == "not run"
+    shorter = {**short, "asked_steps": 2, "seed": 1}
+    text = "50.00 (1 seed, 9,000 of 300,000 steps, 1 min)"
+    assert results.measured(recipe, [shorter, short, half]) == text
     second = {**trial, "seed": 1, "errors": {"mnist": 0.003}, "seconds": 180.0}
     both = [half, {**trial, "errors": {"mnist": 0.5}}, trial, short, second]
     ensemble = {**trial, "ensemble": 2, "error": 0.0025}

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from capsjax.data.tasks import Pairs, Shifted, Task
+from capsjax.data.tasks import Shifted, Task
 
 
 class DataError(Exception):
@@ -83,7 +83,7 @@ class Dataset:
                 f"got {list(self.test.images.shape[1:])}"
             )
 
-        if isinstance(self.task, Pairs):
+        if self.task.classes_per_image > 1:
             for split_name in ("train", "test"):
                 labels = getattr(self, split_name).labels
                 if labels.size and (labels[0] == labels[-1] or (np.diff(labels) < 0).any()):

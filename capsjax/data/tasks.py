@@ -7,7 +7,7 @@ same whenever, wherever and in whatever batches it is made, and as large as one 
 """
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,16 @@ class Sample(NamedTuple):
 
 
 class Task(Protocol):
-    """Makes samples of a split; a frozen dataclass."""
+    """Makes samples of a split; a frozen dataclass.
+
+    Attributes:
+      classes_per_image: number of classes that an image shows.
+      is_made: whether test images are drawn too, and there are as many as one likes; otherwise they
+        are those of the test split.
+    """
+
+    classes_per_image: ClassVar[int]
+    is_made: ClassVar[bool]
 
     def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Shape of what the network is shown, from that of the data set's images."""
@@ -86,6 +95,8 @@ class Shifted:
       max_shift: in pixels, along both axes.
     """
 
+    classes_per_image: ClassVar[int] = 1
+    is_made: ClassVar[bool] = False
     max_shift: int = 2
 
     def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -110,6 +121,8 @@ class Placed:
       size: rows and columns of the canvas.
     """
 
+    classes_per_image: ClassVar[int] = 1
+    is_made: ClassVar[bool] = True
     size: int = 40
 
     def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -136,6 +149,8 @@ class Distorted:
       size: rows and columns of the canvas.
     """
 
+    classes_per_image: ClassVar[int] = 1
+    is_made: ClassVar[bool] = True
     size: int = 40
 
     def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -165,6 +180,8 @@ class Cropped:
       contrast: smallest and largest factor of the distance of pixels from their channel's mean.
     """
 
+    classes_per_image: ClassVar[int] = 1
+    is_made: ClassVar[bool] = False
     size: int = 24
     brightness: float = 63 / 255
     contrast: tuple[float, float] = (0.2, 1.8)
@@ -203,6 +220,8 @@ class Pairs:
       max_shift: in pixels, along both axes.
     """
 
+    classes_per_image: ClassVar[int] = 2
+    is_made: ClassVar[bool] = True
     size: int = 36
     max_shift: int = 4
 
@@ -275,7 +294,7 @@ def evaluation_samples(
     keys = jax.vmap(lambda n: jax.random.split(jax.random.fold_in(seed, n)))(numbers)
     size = split.labels.shape[0]
     positions = numbers % size
-    if not isinstance(task, Shifted | Cropped):
+    if task.is_made:
         order = np.random.default_rng(_TEST).permutation(size)
         positions = jnp.asarray(order, jnp.int32)[positions]
     batch = task.gather(keys[:, 0], split, positions)

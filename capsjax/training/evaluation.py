@@ -95,7 +95,7 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
     apply, variables = split_network(models.build(model, rngs=nnx.Rngs(0)))
     like = driver.replicate(init_state(variables, make_optimizer(started)))
     step, state = restore(RunDirectory(config.run_dir), config.checkpoint, like)
-    several = isinstance(task, Pairs)
+    several = task.classes_per_image > 1
     loss = choose_loss(
         started.loss if name == started.dataset else None, started.preset, model,
         several_classes=several,

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from capsjax import models
-from capsjax.data import Batch, Cropped, Dataset, Pairs, Shifted, Split, Task, epoch_order
+from capsjax.data import Batch, Dataset, Pairs, Shifted, Split, Task, epoch_order
 from capsjax.training.config import ConfigError, TrainConfig
 from capsjax.training.drivers import Driver, make_driver
 from capsjax.training.objectives import LOSSES, choose_loss
@@ -94,7 +94,7 @@ class Session:
         self.task = choose_task(dataset, config.max_shift)
         try:
             self.loss = choose_loss(
-                config.loss, config.preset, model, several_classes=isinstance(self.task, Pairs)
+                config.loss, config.preset, model, several_classes=self.task.classes_per_image > 1
             )
             self.driver = make_driver(
                 config.driver,
@@ -301,7 +301,7 @@ def choose_task(dataset: Dataset, max_shift: int | None) -> Task:
 
 def check_test_size(dataset: Dataset, number: int | None) -> None:
     """Raises a ConfigError if a number of test images is given for a set that has its own."""
-    if number is not None and isinstance(dataset.task, Shifted | Cropped):
+    if number is not None and not dataset.task.is_made:
         raise ConfigError(
             f"--test-size is for data sets whose images are made, {dataset.name} has"
             f" {len(dataset.test.labels):,} test images"

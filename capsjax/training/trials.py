@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from capsjax import models
-from capsjax.data import Batch, Dataset, Pairs, Split, Task, epoch_order
+from capsjax.data import Batch, Dataset, Split, Task, epoch_order
 from capsjax.training.config import ConfigError
 from capsjax.training.drivers import make_driver
 from capsjax.training.loop import DivergedError
@@ -134,7 +134,7 @@ class Trials:
         if not self.steps_per_epoch:
             raise ConfigError(f"recipe {recipe.name} needs {recipe.batch_size} training images")
         loss = choose_loss(
-            recipe.loss, recipe.preset, self.model, several_classes=isinstance(self.task, Pairs)
+            recipe.loss, recipe.preset, self.model, several_classes=self.task.classes_per_image > 1
         )
         self.objective = LOSSES[loss]
         self.optimizer = paper_optimizer(recipe.learning_rate, decay_steps=recipe.decay_steps)

@@ -295,6 +295,23 @@ def test_gradients(name):
 
 
 @every_algorithm
+@pytest.mark.parametrize("sizes", [(4, 16, 5, 16), (64, 16, 5, 16), (16, 40, 5, 16)], ids=str)
+def test_gradients_under_a_leading_axis_of_one(name, sizes):
+    # Such programs XLA:CPU of jaxlib 0.10.2 computes wrongly, by orders of magnitude.
+    batch, *shape = sizes
+    votes = votes_of(1, batch, shape=shape) / 4
+
+    def gradient(votes):
+        signs = jnp.cos(jnp.arange(16.0)).reshape((1,) * (votes.ndim - 2) + (16,))
+        return jax.grad(lambda v: jnp.sum(ALGORITHMS[name][0](v).poses * signs))(votes)
+
+    expected = gradient(votes[0])
+    scale = float(jnp.abs(expected).max())
+    for function in (gradient, jax.vmap(gradient)):
+        np.testing.assert_allclose(jax.jit(function)(votes)[0], expected, atol=1e-2 * scale)
+
+
+@every_algorithm
 def test_under_shard_map_and_exported(name):
     function = jax.jit(lambda v: tuple(ALGORITHMS[name][0](v)))
     votes = votes_of(8)

@@ -1,6 +1,7 @@
 """Sweeps as kernels for Hopper GPUs and newer (floor 2): a thread for each example."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -175,8 +176,8 @@ class GpuKernels:
         def call(*arguments: jax.Array) -> tuple[jax.Array, ...]:
             results = plgpu.kernel(
                 lambda *refs: kernel(self, lax.axis_index("program"), *refs),
-                out_type=results_like(*arguments), scratch_types=memory,
                 grid=(self.programs,), grid_names=("program",), kernel_name=name,
+                **_memory(results_like(*arguments), memory),
             )(*arguments)  # fmt: skip
             # A kernel of this kind does not say itself on which axes of a mesh its numbers differ.
             return tuple(x + zeros((), x.dtype, *arguments) for x in results)
@@ -196,6 +197,13 @@ class GpuKernels:
             return *results[: len(out)], *(x.sum(0) for x in results[len(out) :])
 
         return added
+
+
+def _memory(results: Sequence[jax.ShapeDtypeStruct], scratch: Sequence[Any]) -> dict[str, Any]:
+    """Arguments of ``plgpu.kernel``, which were renamed in jax 0.10.2."""
+    if "out_type" in inspect.signature(plgpu.kernel).parameters:
+        return {"out_type": results, "scratch_types": scratch}
+    return {"out_shape": results, "scratch_shapes": scratch}
 
 
 def _compute_capability() -> float:
