@@ -59,7 +59,7 @@ def measured(recipe: Recipe, found: Sequence[Mapping[str, Any]]) -> str:
     """
     wanted = (recipe.table, recipe.name, "float32")
     lines = [x for x in found if (x["table"], x["recipe"], x["dtype"]) == wanted]
-    lengths = {x["asked_steps"] for x in lines}
+    lengths = {x["asked_steps"] for x in lines if "seed" in x}
     asked = None if None in lengths else max(lengths, default=None)
     lines = [x for x in lines if x["asked_steps"] == asked]
     mine = list({x["seed"]: x for x in lines if "seed" in x}.values())
@@ -107,8 +107,17 @@ def filled(page: str, found: Sequence[Mapping[str, Any]]) -> str:
 
 def curve(table: str, row: str) -> list[dict[str, Any]]:
     """Loss and error of a row's first trial as :func:`capsjax.viz.training_curves` takes them."""
-    path = sorted(RECORDS.glob(f"*/{row}-seeds-*.curve.jsonl"))[0]
-    points = [json.loads(line) for line in path.read_text().splitlines()]
+    ends = [x for x in records() if (x["table"], x["recipe"]) == (table, row) and "seed" in x]
+    for path in sorted(RECORDS.glob(f"*/{row}-seeds-*.curve.jsonl")):
+        points = [json.loads(line) for line in path.read_text().splitlines()]
+        # Rows of several tables may have this name.
+        first, steps = points[0]["seeds"][0], points[-1]["step"]
+        mine = [x for x in ends if (x["seed"], x["steps"]) == (first, steps)]
+        if mine:
+            end = mine[-1]
+            break
+    else:
+        raise ValueError(f"no curve of row {row} of table {table} in {RECORDS}")
     trained = [
         {"split": "train", "step": p["step"], "loss": p["loss"][0], "error": p["error"][0]}
         for p in points
@@ -118,8 +127,6 @@ def curve(table: str, row: str) -> list[dict[str, Any]]:
         for p in points
         if p["validation"]
     ]
-    ends = [x for x in records() if (x["table"], x["recipe"]) == (table, row) and "seed" in x]
-    end = min(ends, key=lambda x: x["seed"])
     tests = [{"split": "test", "step": end["steps"], "error": e} for e in end["errors"].values()]
     return trained + held_out + tests
 

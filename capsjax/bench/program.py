@@ -5,6 +5,7 @@ that is not known the body counts once, and the result says so.
 """
 
 import dataclasses
+import importlib.util
 import os
 import re
 import site
@@ -214,10 +215,15 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def _cost(module: Module) -> Cost | None:
     """XLA's cost of the module, and of each loop's body and condition as often as they run."""
+    # None of it is public: the function moved after jaxlib 0.10.1.
     try:
         from jaxlib import _jax
-        from jaxlib._hlo import hlo_module_from_text  # type: ignore[import-not-found]
-    except ImportError:  # none of it is public
+
+        place = importlib.import_module(
+            "jaxlib._hlo" if importlib.util.find_spec("jaxlib._hlo") else "jaxlib._jax"
+        )
+        parse, analyse = place.hlo_module_from_text, _jax.hlo_module_cost_analysis
+    except (ImportError, AttributeError):
         return None
     client = jax.devices("cpu")[0].client
     known: dict[str, Cost] = {}
@@ -230,7 +236,7 @@ def _cost(module: Module) -> Cost | None:
             text = re.sub(entry, r"ENTRY \1", headless, count=1, flags=re.MULTILINE)
             # Without the layouts of the real entry's arguments.
             text = re.sub(r"^HloModule .*", "HloModule part", text, count=1)
-            found = _jax.hlo_module_cost_analysis(client, hlo_module_from_text(text))
+            found = analyse(client, parse(text))
             known[name] = Cost(
                 found.get("flops", 0), found.get("transcendentals", 0),
                 found.get("bytes accessed", 0),

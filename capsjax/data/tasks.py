@@ -54,8 +54,8 @@ class Task(Protocol):
 
     Attributes:
       classes_per_image: number of classes that an image shows.
-      is_made: whether test images are drawn too, and there are as many as one likes; otherwise they
-        are those of the test split.
+      is_made: whether the test set is drawn too, and endless, see :func:`evaluation_samples`;
+        otherwise it is the test split.
     """
 
     classes_per_image: ClassVar[int]

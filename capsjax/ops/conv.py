@@ -2,7 +2,7 @@
 
 XLA's CPU backend computes the gradients of a strided 9 × 9 convolution many times more slowly than
 the matrix products that they amount to, and its TPU backend multiplies by zeros in the gradient of
-the images; cuDNN takes four times as long as products of Fourier transforms. There are products of
+the images; cuDNN takes longer than products of Fourier transforms. There are products of
 patches or of transforms for CPUs and NVIDIA's GPUs, a gradient phase by phase for TPUs, and XLA's
 own convolution elsewhere.
 """

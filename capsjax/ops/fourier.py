@@ -45,7 +45,7 @@ def conv_by_fourier(
       preferred_element_type: dtype of the result; None is the images'.
 
     Returns:
-      ``[B, P, Q, O]``, computed in float32 or wider.
+      ``[B, P, Q, O]``. Sums are float32 or wider; how factors are rounded, `precision` says.
     """
     sizes = _Sizes.of(fields)
     wide = accumulator(images.dtype)
@@ -81,7 +81,7 @@ def conv_by_fourier(
 
 
 def gains_by_fourier(images: jax.Array, kernel: jax.Array, fields: ReceptiveFields) -> bool:
-    """Whether it takes fewer operations than a product with each field, on CPUs."""
+    """Whether it takes fewer operations than a product with each field, as weighed on CPUs."""
     # The batch of an exported function may be of any size: taken for a common one.
     batch = images.shape[0] if isinstance(images.shape[0], int) else 128
     channels, features = kernel.shape[2:]

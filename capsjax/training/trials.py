@@ -365,7 +365,7 @@ class Trials:
 
 
 def _map_trials(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Maps over the leading axis; of one trial without ``vmap``, which is slower."""
+    """Maps over the leading axis; one trial is called as it is, without the cost of ``vmap``."""
 
     def mapped(*trees: Any) -> Any:
         if jax.tree.leaves(trees)[0].shape[0] > 1:

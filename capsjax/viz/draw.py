@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
@@ -102,7 +103,9 @@ def draw(config: DrawConfig) -> list[Path]:
 def save(figure: Figure, path: Path, *, dpi: int = 150) -> None:
     """Writes a figure; the same figure gives the same SVG."""
     metadata = {"Date": None} if path.suffix == ".svg" else None
-    figure.savefig(path, dpi=dpi, metadata=metadata)
+    # Names of shapes follow the salt at the time of writing.
+    with mpl.rc_context({"svg.hashsalt": "capsjax"}):
+        figure.savefig(path, dpi=dpi, metadata=metadata)
 
 
 def make_figure(config: DrawConfig) -> Figure:

@@ -67,7 +67,7 @@ def themed(name: ThemeName) -> Iterator[Theme]:
         "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold",
         "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
         "legend.frameon": False, "font.family": "DejaVu Sans", "mathtext.fontset": "cm",
-        "svg.hashsalt": "capsjax", "axes.prop_cycle": cycler(color=theme.accents),
+        "axes.prop_cycle": cycler(color=theme.accents),
     }  # fmt: skip
     with mpl.rc_context(settings):
         yield theme

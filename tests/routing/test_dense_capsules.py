@@ -231,6 +231,7 @@ def test_what_is_named_is_what_runs(platform):
         (128, (1152, 8, 10, 16), "cpu", False),
         (128, (1152, 8, 10, 16), "tpu", False),
         (128, (1152, 8, 10, 16), "cuda", True),
+        (128, (1152, 8, 100, 16), "cuda", False),
         (2, (1152, 8, 10, 16), "cpu", True),  # few votes
         (2, (1152, 8, 10, 16), "tpu", True),
         (128, (196, 192, 10, 16), "cpu", True),  # votes smaller than poses

@@ -306,7 +306,7 @@ for batch, *sizes, dtype, options in (
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/nvidia0"), reason="needs a Hopper GPU")
+@pytest.mark.skipif(not os.path.exists("/dev/nvidia0"), reason="needs a GPU, Hopper or newer")
 def test_a_gpu_computes_what_the_reference_does():
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     done = subprocess.run(
@@ -318,4 +318,5 @@ def test_a_gpu_computes_what_the_reference_does():
     assert len(lines) == 5, done.stderr[-2000:]
     for dtype, same, *errors in lines:
         assert same == "True"
-        assert max(map(float, errors)) < {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+        most = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+        assert all(float(error) < most for error in errors)

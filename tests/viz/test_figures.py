@@ -138,6 +138,13 @@ def test_draw_writes_a_file(run, tmp_path, name, capsys):
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_same_figure_gives_the_same_file(run, tmp_path):
+    files = [tmp_path / f"{n}.svg" for n in range(2)]
+    for file in files:
+        main(["draw", "curves", str(run), "--out", str(file)])
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_draw_passes_its_options_on(run):
     config = DrawConfig(name="diagram", runs=(run,), classes=(8, 1), types=(2,), iterations=(1, 3),
                         num_children=3)  # fmt: skip

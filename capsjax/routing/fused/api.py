@@ -23,6 +23,8 @@ Implementation = Literal["reference", "blocked", "pallas_tpu", "pallas_gpu"]
 
 # Numbers in the votes of a batch from which on blocks of them are faster than all at once.
 _MANY_VOTES = 2**20
+# Up to which storing them was found to be faster on an H200, where nothing larger was measured.
+_MOST_STORED_ON_GPU = 2**25
 
 
 def dense_capsules(
@@ -65,16 +67,16 @@ def dense_capsules(
         influence and no gradient, whatever their poses hold; their weights have to be finite.
       stop_gradient: no gradient through the logits, only through the last pass.
       precision: of the matrix products, as in :func:`jax.numpy.einsum`; None is the highest, so
-        that float32 factors are not rounded on any platform, except in ``"reference"``, where it
-        is the platform's default.
+        that float32 factors are not rounded on any platform, except where votes are stored: there
+        it is the platform's default, TF32 on NVIDIA's GPUs.
       implementation: ``"reference"`` stores the votes and loops over the logits; it alone returns
         the coupling, and always has forward-mode derivatives. ``"blocked"``, in plain XLA, stores
         neither votes nor logits; its blocks are made for the platform that the program is compiled
         for. ``"pallas_tpu"`` does the same by kernels for TPUs that read every pose and weight
         once a pass, ``"pallas_gpu"`` by kernels for Hopper GPUs and newer, all in float32. Kernels
         are of one device: over several, call them under ``shard_map``. None is ``"blocked"`` where
-        that has been found to be faster: if there are many votes, not on NVIDIA's GPUs, and on CPU
-        with no fewer dimensions than the children's poses.
+        there are many votes, and stores them where that was found to be faster: on CPU votes of
+        fewer dimensions than the children's poses, on NVIDIA's GPUs up to 2²⁵ numbers.
 
     Returns:
       :class:`Routed`: poses :math:`v` ``[..., J, D]`` and activations :math:`\|v\|` ``[..., J]`` in
@@ -160,7 +162,7 @@ def dense_capsules(
         return swept(GpuKernels, poses, weights)
     blocks, lanes = functools.partial(swept, Blocks), functools.partial(swept, Lanes)
     on_cpu = blocks if implementation or _gains_on_cpu(weights) else without_coupling
-    on_gpu = lanes if implementation else without_coupling
+    on_gpu = lanes if implementation or not _fit_gpu(poses, weights) else without_coupling
     routed: Routed = lax.platform_dependent(poses, weights, cpu=on_cpu, cuda=on_gpu, default=lanes)
     return routed
 
@@ -184,11 +186,23 @@ def _are_many(poses: jax.Array, weights: jax.Array) -> bool:
     """Whether there are so many votes that not to store them is faster on some platform."""
     if not _sizes_known(weights):
         return False
+    number = _number_of_votes(poses, weights)
+    return number is None or number >= _MANY_VOTES
+
+
+def _fit_gpu(poses: jax.Array, weights: jax.Array) -> bool:
+    """Whether there are so few votes that storing them was faster; see docs/performance.md."""
+    number = _number_of_votes(poses, weights)
+    return number is not None and number <= _MOST_STORED_ON_GPU
+
+
+def _number_of_votes(poses: jax.Array, weights: jax.Array) -> int | None:
+    """None for a batch of unknown size."""
     batch = poses.shape[:-2]
     children, _, parents, features = weights.shape
-    return any(not isinstance(size, int) for size in batch) or (
-        math.prod(batch) * children * parents * features >= _MANY_VOTES
-    )
+    if not all(isinstance(size, int) for size in batch):
+        return None
+    return math.prod(batch) * children * parents * features
 
 
 def _gains_on_cpu(weights: jax.Array) -> bool:
