@@ -43,13 +43,14 @@ CURVES = {
 }
 
 
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """What a file of JSON lines holds."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def records() -> list[dict[str, Any]]:
     """All trials that are recorded."""
-    return [
-        json.loads(line)
-        for path in sorted(RECORDS.glob("*/results.jsonl"))
-        for line in path.read_text().splitlines()
-    ]
+    return [line for path in sorted(RECORDS.glob("*/results.jsonl")) for line in json_lines(path)]
 
 
 def measured(recipe: Recipe, found: Sequence[Mapping[str, Any]]) -> str:
@@ -105,19 +106,20 @@ def filled(page: str, found: Sequence[Mapping[str, Any]]) -> str:
     return re.sub(r"(<!-- table (\w+) -->)\n.*?\n?(<!-- end -->)", fill, page, flags=re.DOTALL)
 
 
-def curve(table: str, row: str) -> list[dict[str, Any]]:
+def curve(of_table: str, row: str) -> list[dict[str, Any]]:
     """Loss and error of a row's first trial as :func:`capsjax.viz.training_curves` takes them."""
-    ends = [x for x in records() if (x["table"], x["recipe"]) == (table, row) and "seed" in x]
-    for path in sorted(RECORDS.glob(f"*/{row}-seeds-*.curve.jsonl")):
-        points = [json.loads(line) for line in path.read_text().splitlines()]
-        # Rows of several tables may have this name.
-        first, steps = points[0]["seeds"][0], points[-1]["step"]
-        mine = [x for x in ends if (x["seed"], x["steps"]) == (first, steps)]
-        if mine:
-            end = mine[-1]
-            break
-    else:
-        raise ValueError(f"no curve of row {row} of table {table} in {RECORDS}")
+    ends = {
+        (x["seed"], x["steps"]): x
+        for x in records()
+        if (x["table"], x["recipe"]) == (of_table, row) and "seed" in x
+    }
+
+    def end(points: list[dict[str, Any]]) -> tuple[int, int]:
+        return points[0]["seeds"][0], points[-1]["step"]
+
+    # Rows of several tables may have this name.
+    curves = map(json_lines, sorted(RECORDS.glob(f"*/{row}-seeds-*.curve.jsonl")))
+    points = next(points for points in curves if end(points) in ends)
     trained = [
         {"split": "train", "step": p["step"], "loss": p["loss"][0], "error": p["error"][0]}
         for p in points
@@ -127,7 +129,9 @@ def curve(table: str, row: str) -> list[dict[str, Any]]:
         for p in points
         if p["validation"]
     ]
-    tests = [{"split": "test", "step": end["steps"], "error": e} for e in end["errors"].values()]
+    seed, steps = end(points)
+    errors = ends[seed, steps]["errors"].values()
+    tests = [{"split": "test", "step": steps, "error": error} for error in errors]
     return trained + held_out + tests
 
 
@@ -137,9 +141,10 @@ def main() -> None:
     from capsjax.viz.draw import save
 
     PAGE.write_text(filled(PAGE.read_text(), records()))
-    for name, (tried, rows) in CURVES.items():
+    for name, (of_table, rows) in CURVES.items():
         for theme in ("light", "dark"):
-            figure = training_curves({rows[row]: curve(tried, row) for row in rows}, theme=theme)
+            curves = {label: curve(of_table, row) for row, label in rows.items()}
+            figure = training_curves(curves, theme=theme)
             save(figure, IMAGES / f"curves-{name}-{theme}.svg")
 
 

@@ -5,11 +5,11 @@ that is not known the body counts once, and the result says so.
 """
 
 import dataclasses
-import importlib.util
 import os
 import re
 import site
 from collections import Counter
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import jax
@@ -215,13 +215,11 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def _cost(module: Module) -> Cost | None:
     """XLA's cost of the module, and of each loop's body and condition as often as they run."""
-    # None of it is public: the function moved after jaxlib 0.10.1.
+    # None of it is public: the parser moved after jaxlib 0.10.1.
     try:
         from jaxlib import _jax
 
-        place = importlib.import_module(
-            "jaxlib._hlo" if importlib.util.find_spec("jaxlib._hlo") else "jaxlib._jax"
-        )
+        place = _jax if hasattr(_jax, "hlo_module_from_text") else import_module("jaxlib._hlo")
         parse, analyse = place.hlo_module_from_text, _jax.hlo_module_cost_analysis
     except (ImportError, AttributeError):
         return None

@@ -216,7 +216,7 @@ class Trials:
                 dataset.task, arrays, numbers, num_classes=self.model.num_classes
             )
             apply = functools.partial(self.apply, images=sample.images)
-            return jax.vmap(lambda v: apply(v)[0].scores)(variables), labels
+            return _map_trials(lambda v: apply(v)[0].scores)(variables), labels
 
         scores, labels = [], []
         for first in range(0, number, 500):

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -100,12 +100,13 @@ def draw(config: DrawConfig) -> list[Path]:
     return paths
 
 
-def save(figure: Figure, path: Path, *, dpi: int = 150) -> None:
-    """Writes a figure; the same figure gives the same SVG."""
-    metadata = {"Date": None} if path.suffix == ".svg" else None
+def save(figure: Figure, target: Path | TextIO, *, dpi: int = 150) -> None:
+    """Writes a figure to a file, or as SVG to a buffer; the same figure gives the same SVG."""
+    kind = target.suffix.removeprefix(".") if isinstance(target, Path) else "svg"
+    metadata = {"Date": None} if kind == "svg" else None
     # Names of shapes follow the salt at the time of writing.
     with mpl.rc_context({"svg.hashsalt": "capsjax"}):
-        figure.savefig(path, dpi=dpi, metadata=metadata)
+        figure.savefig(target, format=kind, dpi=dpi, metadata=metadata)
 
 
 def make_figure(config: DrawConfig) -> Figure:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from capsjax.training import Loaded
 from capsjax.viz.anatomy import Anatomy, check_traced, dissect
-from capsjax.viz.draw import diagram_of, overlay
+from capsjax.viz.draw import diagram_of, overlay, save
 from capsjax.viz.perturb import decoder_of, reconstruct
 from capsjax.viz.theme import ThemeName
 
@@ -112,7 +112,7 @@ class Live:
                 num_children=6, theme=theme,
             )  # fmt: skip
             buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", metadata={"Date": None})
+            save(figure, buffer)
         return buffer.getvalue()
 
     def decoder_weights(self) -> list[dict[str, Any]]:

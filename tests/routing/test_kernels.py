@@ -269,7 +269,6 @@ def test_the_tpu_s_compiler_takes_them():
 
 
 RUN_ON_GPU = """
-import functools
 import jax, jax.numpy as jnp, numpy as np
 from capsjax import dense_capsules
 

@@ -162,7 +162,7 @@ def dense_capsules(
         return swept(GpuKernels, poses, weights)
     blocks, lanes = functools.partial(swept, Blocks), functools.partial(swept, Lanes)
     on_cpu = blocks if implementation or _gains_on_cpu(weights) else without_coupling
-    on_gpu = lanes if implementation or not _fit_gpu(poses, weights) else without_coupling
+    on_gpu = lanes if implementation or _gains_on_gpu(poses, weights) else without_coupling
     routed: Routed = lax.platform_dependent(poses, weights, cpu=on_cpu, cuda=on_gpu, default=lanes)
     return routed
 
@@ -190,12 +190,6 @@ def _are_many(poses: jax.Array, weights: jax.Array) -> bool:
     return number is None or number >= _MANY_VOTES
 
 
-def _fit_gpu(poses: jax.Array, weights: jax.Array) -> bool:
-    """Whether there are so few votes that storing them was faster; see docs/performance.md."""
-    number = _number_of_votes(poses, weights)
-    return number is not None and number <= _MOST_STORED_ON_GPU
-
-
 def _number_of_votes(poses: jax.Array, weights: jax.Array) -> int | None:
     """None for a batch of unknown size."""
     batch = poses.shape[:-2]
@@ -209,6 +203,12 @@ def _gains_on_cpu(weights: jax.Array) -> bool:
     """Whether blocks are faster, or as fast and smaller; measured in docs/performance.md."""
     _, in_features, _, features = weights.shape
     return in_features <= features
+
+
+def _gains_on_gpu(poses: jax.Array, weights: jax.Array) -> bool:
+    """Whether there are more votes than storing was found to be faster for, in the same place."""
+    number = _number_of_votes(poses, weights)
+    return number is None or number > _MOST_STORED_ON_GPU
 
 
 def _alike(*arrays: jax.Array) -> list[jax.Array]:
