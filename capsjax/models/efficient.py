@@ -35,7 +35,11 @@ class EfficientCapsNetConfig:
       conv_kernels: rows and columns of their kernels.
       conv_strides: their strides.
       primary_features: K, dimension of a primary capsule; as many capsules as the channels of the
-        last convolution give.
+        last convolution give, in each place of the primary grid.
+      primary_kernel: rows and columns of the kernel of the primary capsules. None is the paper's: a
+        depthwise one as large as the maps, hence one place. A number makes it an ordinary
+        convolution with a grid of capsules, as in Sabour et al. 2017.
+      primary_strides: strides of that convolution.
       class_features: D, dimension of a class capsule.
       routing: name of the algorithm; see :func:`capsjax.routing.algorithms`.
       num_iterations: routing iterations, for algorithms that iterate.
@@ -51,6 +55,8 @@ class EfficientCapsNetConfig:
     conv_kernels: tuple[int, ...] = (5, 3, 3, 3)
     conv_strides: tuple[int, ...] = (1, 1, 1, 2)
     primary_features: int = 8
+    primary_kernel: int | None = None
+    primary_strides: int = 1
     class_features: int = 16
     routing: str = "efficient"
     num_iterations: int = 3
@@ -61,8 +67,11 @@ class EfficientCapsNetConfig:
         """Checks the fields, so that a wrong one is named before anything is built."""
         check_positive(
             self, "image_shape", "num_classes", "conv_features", "conv_kernels", "conv_strides",
-            "primary_features", "class_features", "num_iterations", "decoder_features",
+            "primary_features", "primary_strides", "class_features", "num_iterations",
+            "decoder_features",
         )  # fmt: skip
+        if self.primary_kernel is not None:
+            check_positive(self, "primary_kernel")
         if not self.conv_features:
             raise ValueError("conv_features must name at least one layer, got ()")
         for name in ("conv_kernels", "conv_strides"):
@@ -81,16 +90,35 @@ class EfficientCapsNetConfig:
             raise ValueError(
                 f"image_shape {self.image_shape} is too small for kernels {self.conv_kernels}"
             )
+        if self.primary_kernel is None:
+            if self.primary_strides != 1:
+                raise ValueError(
+                    f"primary_strides needs a primary_kernel, got {self.primary_strides} and None"
+                )
+        elif self.primary_kernel > min(self.grid):
+            raise ValueError(
+                f"primary_kernel must fit the last feature maps of {self.grid}, got"
+                f" {self.primary_kernel}"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the last feature maps: of the primary capsules' kernel."""
+        """Rows and columns of the last feature maps, on which the primary capsules' kernel acts."""
         rows, columns = self.image_shape[:2]
         for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
             rows, columns = ((size - kernel) // stride + 1 for size in (rows, columns))
             if min(rows, columns) < 1:
                 return 0, 0
         return rows, columns
+
+    @property
+    def num_primary(self) -> int:
+        """I, the number of primary capsules."""
+        places = 1
+        if self.primary_kernel is not None:
+            for size in self.grid:
+                places *= (size - self.primary_kernel) // self.primary_strides + 1
+        return places * self.conv_features[-1] // self.primary_features
 
 
 class EfficientCapsNet(nnx.Module):
@@ -140,10 +168,15 @@ class EfficientCapsNet(nnx.Module):
                 for features in config.conv_features
             ]
         )
-        # One kernel as large as the maps for each channel: a grid of one place.
-        self.primary = conv(channels[-1], channels[-1], config.grid, groups=channels[-1])
+        last = channels[-1]
+        if config.primary_kernel is None:
+            # One kernel as large as the maps for each channel: a grid of one place.
+            self.primary = conv(last, last, config.grid, groups=last)
+        else:
+            kernel = (config.primary_kernel, config.primary_kernel)
+            self.primary = conv(last, last, kernel, config.primary_strides)
         self.classes = DenseCapsules(
-            channels[-1] // config.primary_features,
+            config.num_primary,
             config.primary_features,
             config.num_classes,
             config.class_features,

@@ -186,6 +186,13 @@ _TABLES: dict[str, tuple[Recipe, ...]] = {
                       "primary_strides": 2, "primary_features": 8, "decoder_features": (256, 256)},
                loss="official", learning_rate=2e-3, **_SMALL_PAIRS,
                measured="17.97 (1 seed, 12,000 steps, 34 min) on 2 CPU cores"),
+        # Efficient-CapsNet with a grid of 256 capsules: also of the CNN's size.
+        Recipe(name="multi_mnist-efficient", title="Efficient-CapsNet of the CNN's size, MultiMNIST",
+               preset="efficient_capsnet",
+               model={"conv_features": (64, 64, 128), "conv_kernels": (5, 3, 3),
+                      "conv_strides": (2, 1, 1), "primary_kernel": 5, "primary_strides": 2,
+                      "decoder_features": (256, 512)},
+               loss="official", learning_rate=2e-3, **_SMALL_PAIRS),
         Recipe(name="multi_mnist-cnn", title="CNN of about that size, MultiMNIST",
                preset="baseline_small", **_SMALL_PAIRS,
                measured="21.24 (1 seed, 12,000 steps, 26 min) on 2 CPU cores"),
