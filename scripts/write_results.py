@@ -37,7 +37,12 @@ CURVES = {
     "small": ("small", {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}),
     "pairs": (
         "small",
-        {"multi_mnist-wide": "CapsNet", "multi_mnist": "small CapsNet", "multi_mnist-cnn": "CNN"},
+        {
+            "multi_mnist-efficient": "Efficient-CapsNet",
+            "multi_mnist-wide": "CapsNet",
+            "multi_mnist": "small CapsNet",
+            "multi_mnist-cnn": "CNN",
+        },
     ),
     "affine": ("small", {"affine": "CapsNet", "affine-cnn": "CNN"}),
 }

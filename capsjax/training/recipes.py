@@ -187,7 +187,7 @@ _TABLES: dict[str, tuple[Recipe, ...]] = {
                loss="official", learning_rate=2e-3, **_SMALL_PAIRS,
                measured="17.97 (1 seed, 12,000 steps, 34 min) on 2 CPU cores"),
         # Efficient-CapsNet with a grid of 256 capsules: also of the CNN's size.
-        Recipe(name="multi_mnist-efficient", title="Efficient-CapsNet of the CNN's size, MultiMNIST",
+        Recipe(name="multi_mnist-efficient", title="Efficient-CapsNet of that size, MultiMNIST",
                preset="efficient_capsnet",
                model={"conv_features": (64, 64, 128), "conv_kernels": (5, 3, 3),
                       "conv_strides": (2, 1, 1), "primary_kernel": 5, "primary_strides": 2,

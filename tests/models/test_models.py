@@ -10,6 +10,7 @@ from flax import nnx
 
 from capsjax import length, models, routing
 from capsjax.models import BaselineConfig, CapsNetConfig
+from capsjax.ops import exponential_squash
 
 
 def count(preset, **overrides):
@@ -242,6 +243,27 @@ def test_matrix_capsnet_is_em_over_its_layers():
     assert network.classes.coordinates
 
 
+def test_efficient_capsnet_may_have_a_grid_of_capsules():
+    fields = {**SMALLEST["efficient_capsnet"], "primary_kernel": 3, "primary_strides": 2}
+    config = models.configure("efficient_capsnet", **fields)
+    assert (config.grid, config.num_primary) == ((9, 9), 4 * 4 * 2)
+    network = models.build(config, rngs=nnx.Rngs(0))
+    network.eval()
+    assert network.primary.kernel.shape == (3, 3, 16, 16)
+    x = images(2, (28, 28, 1))
+    routed = network.route(x)
+    assert routed.coupling.shape == (2, 32, 10)
+    # A capsule is K neighbouring channels in one place of the grid.
+    maps = x
+    for conv, norm in zip(network.convs, network.norms, strict=True):
+        maps = norm(jax.nn.relu(conv(maps)))
+    capsules = network.primary(maps).reshape(2, 4 * 4, 2, 8).reshape(2, 32, 8)
+    again = network.classes(exponential_squash(capsules))
+    np.testing.assert_allclose(routed.poses, again.poses, rtol=1e-6)
+    # The paper's: one place.
+    assert models.configure("efficient_capsnet").num_primary == 16
+
+
 def test_efficient_capsnet_normalises_over_the_batch_in_training_only():
     network = models.create("efficient_capsnet", rngs=nnx.Rngs(0), **SMALLEST["efficient_capsnet"])
     x = images(4, (28, 28, 1))
@@ -268,6 +290,9 @@ def test_efficient_capsnet_normalises_over_the_batch_in_training_only():
         ("efficient_capsnet", {"conv_kernels": (5,)}, "one entry for each of the 4 conv_features"),
         ("efficient_capsnet", {"conv_features": ()}, "conv_features must name at least one"),
         ("efficient_capsnet", {"image_shape": (10, 10, 1)}, "too small for kernels"),
+        ("efficient_capsnet", {"primary_kernel": 0}, "primary_kernel must be positive, got 0"),
+        ("efficient_capsnet", {"primary_kernel": 10}, r"must fit the last .*\(9, 9\), got 10"),
+        ("efficient_capsnet", {"primary_strides": 2}, "primary_strides needs a primary_kernel"),
     ],
 )
 def test_bad_configurations_of_other_networks_are_named(preset, overrides, match):
