@@ -484,7 +484,7 @@ def training_curves(
         empty = [name for name, records in runs.items() if not records]
         raise ValueError(f"runs must have records to draw, got none of {', '.join(empty) or 'any'}")
     with themed(theme) as colours:
-        figure = new_figure(8.4, 3.2)
+        figure = new_figure(9.6, 3.2)
         for ax, key in zip(figure.subplots(1, 2), ("loss", "error"), strict=True):
             for n, (name, records) in enumerate(runs.items()):
                 colour = colours.accents[n % len(colours.accents)]
@@ -505,5 +505,6 @@ def training_curves(
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         ax.yaxis.set_minor_locator(NullLocator())
-        ax.legend()
+        # Beside the axes: curves cross all of them.
+        ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
         return figure
