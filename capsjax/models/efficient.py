@@ -12,6 +12,7 @@ from capsjax.models.network import (
     check_images,
     check_positive,
     check_routing,
+    grid_after,
     make_decoder,
     predict,
     routing_options,
@@ -104,21 +105,16 @@ class EfficientCapsNetConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the last feature maps, on which the primary capsules' kernel acts."""
-        rows, columns = self.image_shape[:2]
-        for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
-            rows, columns = ((size - kernel) // stride + 1 for size in (rows, columns))
-            if min(rows, columns) < 1:
-                return 0, 0
-        return rows, columns
+        layers = zip(self.conv_kernels, self.conv_strides, strict=True)
+        return grid_after(self.image_shape[:2], layers)
 
     @property
     def num_primary(self) -> int:
         """I, the number of primary capsules."""
-        places = 1
+        rows, columns = 1, 1
         if self.primary_kernel is not None:
-            for size in self.grid:
-                places *= (size - self.primary_kernel) // self.primary_strides + 1
-        return places * self.conv_features[-1] // self.primary_features
+            rows, columns = grid_after(self.grid, [(self.primary_kernel, self.primary_strides)])
+        return rows * columns * self.conv_features[-1] // self.primary_features
 
 
 class EfficientCapsNet(nnx.Module):

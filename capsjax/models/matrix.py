@@ -12,6 +12,7 @@ from capsjax.models.network import (
     check_images,
     check_positive,
     check_routing,
+    grid_after,
     make_decoder,
     predict,
     routing_options,
@@ -85,14 +86,9 @@ class MatrixCapsNetConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the last grid of capsules."""
-        rows, columns = self.image_shape[:2]
-        steps = [(self.conv_kernel, self.conv_strides)]
-        steps += [(self.capsule_kernel, stride) for stride in self.capsule_strides]
-        for kernel, stride in steps:
-            rows, columns = ((size - kernel) // stride + 1 for size in (rows, columns))
-            if min(rows, columns) < 1:
-                return 0, 0
-        return rows, columns
+        layers = [(self.conv_kernel, self.conv_strides)]
+        layers += [(self.capsule_kernel, stride) for stride in self.capsule_strides]
+        return grid_after(self.image_shape[:2], layers)
 
 
 class MatrixCapsNet(nnx.Module):

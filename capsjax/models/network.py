@@ -1,5 +1,6 @@
 """What every network returns and how its sizes are checked (floor 4)."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -64,6 +65,16 @@ def check_positive(config: Any, *names: str) -> None:
         )
     if config.dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {config.dtype!r}")
+
+
+def grid_after(grid: tuple[int, int], layers: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Rows and columns that convolutions (kernel, stride) without padding leave; 0, 0 for none."""
+    rows, columns = grid
+    for kernel, stride in layers:
+        rows, columns = ((size - kernel) // stride + 1 for size in (rows, columns))
+        if min(rows, columns) < 1:
+            return 0, 0
+    return rows, columns
 
 
 def routing_options(config: Any) -> dict[str, Any]:
