@@ -1,4 +1,4 @@
-"""The command line (floor 6): parse, call, print. Errors are one line, with exit code 2."""
+"""The command line: parse, call, print. Errors are one line, with exit code 2."""
 
 import contextlib
 import importlib
@@ -156,9 +156,11 @@ def bench_main(prog: str = "benchmark_xla.py", argv: Sequence[str] | None = None
             with Display(len(cells) * plan.repetitions, rows) as display:
                 done = itertools.count(plan.repetitions, plan.repetitions)
                 run_cells(
-                    cells, plan, on_start=display.start,
+                    cells,
+                    plan,
+                    on_start=display.start,
                     on_row=lambda row: display.row(row, next(done)),
-                )  # fmt: skip
+                )
         except KeyboardInterrupt:
             print(f"stopped; go on with the same options and: --resume --output {plan.output}")
             raise

@@ -43,8 +43,10 @@ def main() -> None:
                 connection.request("POST", f"/api/{name}", json.dumps(body))
                 connection.getresponse().read()
                 times.append(1000 * (time.perf_counter() - start))
-            print(f"{name}: median {statistics.median(times):.1f} ms, worst {max(times):.1f} ms"
-                  f" of {ROUNDS}")  # fmt: skip
+            print(
+                f"{name}: median {statistics.median(times):.1f} ms, worst {max(times):.1f} ms"
+                f" of {ROUNDS}"
+            )
         connection.close()
         server.should_exit = True
         thread.join()

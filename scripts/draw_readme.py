@@ -30,9 +30,12 @@ def main() -> None:
     anatomy = dissect(loaded.network, images[IMAGE])
     for theme in ("light", "dark"):
         figure = diagram_of(
-            loaded.network, anatomy, class_names=loaded.dataset.class_names, num_children=6,
+            loaded.network,
+            anatomy,
+            class_names=loaded.dataset.class_names,
+            num_children=6,
             theme=theme,
-        )  # fmt: skip
+        )
         save(figure, DOCS / f"diagram-{theme}.svg")
         save(figure, DOCS / f"diagram-{theme}.png", dpi=100)
     animate(loaded.network, images, np.asarray(loaded.test.labels[:400]))
@@ -46,10 +49,15 @@ def animate(network, images, labels) -> None:
     said = np.argmax(prediction.scores, axis=-1)
     # Of each class the image whose capsule is longest.
     chosen = [
-        int(np.argmax(np.where((labels == digit) & (said == digit),
-                               np.max(prediction.scores, axis=-1), -1)))
+        int(
+            np.argmax(
+                np.where(
+                    (labels == digit) & (said == digit), np.max(prediction.scores, axis=-1), -1
+                )
+            )
+        )
         for digit in range(COLUMNS)
-    ]  # fmt: skip
+    ]
     poses = prediction.poses[jnp.array(chosen)]
     parents = jnp.arange(COLUMNS)
     swing = 0.25 * np.sin(2 * np.pi * np.arange(FRAMES) / FRAMES)
@@ -63,8 +71,16 @@ def animate(network, images, labels) -> None:
                 labelled(strip, f"dimension {d + 1}: {by:+.2f}".replace("-", "\N{MINUS SIGN}"))
             )
     out = io.BytesIO()
-    frames[0].save(out, "WEBP", save_all=True, append_images=frames[1:], duration=60, loop=0,
-                   quality=60, method=6)  # fmt: skip
+    frames[0].save(
+        out,
+        "WEBP",
+        save_all=True,
+        append_images=frames[1:],
+        duration=60,
+        loop=0,
+        quality=60,
+        method=6,
+    )
     (DOCS / "dimensions.webp").write_bytes(out.getvalue())
 
 

@@ -43,10 +43,15 @@ def main(run: Path, name: str) -> None:
         ["capsjax train", *(f"--{k.replace('_', '-')} {v}" for k, v in options.items())]
     )
     about = About(
-        preset=config.train.preset, overrides=overrides, dataset=config.data.name,
-        classes=config.data.class_names, test_error=wrong / len(labels), test_count=len(labels),
-        command=command, date=datetime.date.today().isoformat(),
-    )  # fmt: skip
+        preset=config.train.preset,
+        overrides=overrides,
+        dataset=config.data.name,
+        classes=config.data.class_names,
+        test_error=wrong / len(labels),
+        test_count=len(labels),
+        command=command,
+        date=datetime.date.today().isoformat(),
+    )
     path = FOLDER / f"{name}.npz"
     save_pretrained(network, about, path)
     print(

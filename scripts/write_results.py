@@ -24,10 +24,15 @@ ELSEWHERE = {
     ("mnist", "paper-3-reconstruction"): "0.34",
 }
 NAMES = {
-    "mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "multi_mnist": "MultiMNIST",
-    "expanded_mnist": "expanded MNIST", "affine_mnist": "affine MNIST", "cifar10": "CIFAR-10",
-    "svhn_cropped": "SVHN", "smallnorb": "smallNORB",
-}  # fmt: skip
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "multi_mnist": "MultiMNIST",
+    "expanded_mnist": "expanded MNIST",
+    "affine_mnist": "affine MNIST",
+    "cifar10": "CIFAR-10",
+    "svhn_cropped": "SVHN",
+    "smallnorb": "smallNORB",
+}
 # Table and rows of one picture of learning curves, and what rows are called in it, by its name.
 CURVES = {
     "mnist": (

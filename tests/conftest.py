@@ -33,17 +33,23 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Examples are the same in every run, and few: each new shape is a compilation. One that fails is
 # not made smaller, which would take minutes.
 hypothesis.settings.register_profile(
-    "capsjax", deadline=None, derandomize=True, max_examples=12, database=None,
+    "capsjax",
+    deadline=None,
+    derandomize=True,
+    max_examples=12,
+    database=None,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
-)  # fmt: skip
+)
 hypothesis.settings.load_profile("capsjax")
 
 
 @pytest.fixture(autouse=True)
 def loggers():
     """Undoes what a command that a test calls does to loggers and hooks."""
-    kept = [(logger, logger.level, logger.propagate, logger.handlers[:])
-            for logger in map(logging.getLogger, ("capsjax", "absl"))]  # fmt: skip
+    kept = [
+        (logger, logger.level, logger.propagate, logger.handlers[:])
+        for logger in map(logging.getLogger, ("capsjax", "absl"))
+    ]
     hook = sys.unraisablehook
     yield
     sys.unraisablehook = hook

@@ -163,8 +163,9 @@ def variational_routing(votes, activations, beta_a, beta_u, num_iterations):
             precision = np.linalg.inv(np.eye(features) + np.diag(scatter))
             log_det[j] = (
                 sum(digamma((nu[j] - d) / 2) for d in range(features))
-                + features * np.log(2) + np.linalg.slogdet(precision)[1]
-            )  # fmt: skip
+                + features * np.log(2)
+                + np.linalg.slogdet(precision)[1]
+            )
             for i in range(children):
                 d = votes[i, j] - m[j]
                 quadratic = features / kappa[j] + nu[j] * d @ precision @ d

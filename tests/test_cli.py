@@ -87,8 +87,11 @@ def test_a_run_that_was_stopped_resumes_to_the_same_bits(uninterrupted, tmp_path
     # One step in a call of the devices, so that the signal finds the run in its middle.
     process = subprocess.Popen(
         [sys.executable, str(SCRIPTS / "train.py"), *arguments, "--steps-per-dispatch", "1"],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:

@@ -179,9 +179,13 @@ def test_gradients_of_all_that_a_layer_learns(name):
             return routed.poses, routed.activations
 
         check_grads(
-            jax.jit(function), (weights, poses, activations), order=1, eps=1e-6, atol=1e-6,
+            jax.jit(function),
+            (weights, poses, activations),
+            order=1,
+            eps=1e-6,
+            atol=1e-6,
             rtol=1e-5,
-        )  # fmt: skip
+        )
 
 
 @every_algorithm
@@ -265,9 +269,11 @@ def test_shard_map_over_the_batch(name):
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     whole, split = PartitionSpec(), PartitionSpec("batch")
     sharded = jax.shard_map(
-        functools.partial(layer, name), mesh=mesh, in_specs=(whole, split, split, whole),
+        functools.partial(layer, name),
+        mesh=mesh,
+        in_specs=(whole, split, split, whole),
         out_specs=split,
-    )  # fmt: skip
+    )
 
     def scalar_of(*args):
         routed = sharded(*args)
@@ -475,9 +481,12 @@ class BridgedNetwork(linen.Module):
         options = {
             "routing": self.routing,
             "kernel_init": initial,
-            **{"dynamic": {"use_bias": True}, "em": {"inverse_temperature": 1.0},
-               "heinsen": {"num_iterations": 3}}[self.routing],
-        }  # fmt: skip
+            **{
+                "dynamic": {"use_bias": True},
+                "em": {"inverse_temperature": 1.0},
+                "heinsen": {"num_iterations": 3},
+            }[self.routing],
+        }
         first = bridge.to_linen(DenseCapsules, *WIDTHS["first"], **options, name="first")
         second = bridge.to_linen(DenseCapsules, *WIDTHS["second"], **options, name="second")
         hidden = first(inputs)

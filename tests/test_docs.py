@@ -17,9 +17,15 @@ import capsjax.viz
 
 ROOT = Path(__file__).parents[1]
 MODULES = (
-    capsjax, capsjax.nn, capsjax.routing, capsjax.models, capsjax.data, capsjax.training,
-    capsjax.bench, capsjax.viz,
-)  # fmt: skip
+    capsjax,
+    capsjax.nn,
+    capsjax.routing,
+    capsjax.models,
+    capsjax.data,
+    capsjax.training,
+    capsjax.bench,
+    capsjax.viz,
+)
 # Names that stand for a type, a module or a version, and need no page.
 WITHOUT_PAGES = {"__version__", "nn", "routing", "ModelConfig", "Network", "Direction"}
 

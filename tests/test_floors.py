@@ -1,4 +1,4 @@
-"""The order of the house: a file imports only from the floors below it."""
+"""The order of the rooms: a file imports only from rooms below its own."""
 
 import ast
 import subprocess

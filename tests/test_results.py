@@ -50,10 +50,15 @@ def test_pictures_of_the_page_are_there(results):
 def test_means_and_deviations_are_of_trials_of_full_length(results):
     recipe = TABLES["mnist"][0]
     trial = {
-        "table": "mnist", "recipe": recipe.name, "asked_steps": None, "seconds": 60.0, "seed": 0,
+        "table": "mnist",
+        "recipe": recipe.name,
+        "asked_steps": None,
+        "seconds": 60.0,
+        "seed": 0,
         "dtype": "float32",
-        "steps": 9000, "errors": {"mnist": 0.004},
-    }  # fmt: skip
+        "steps": 9000,
+        "errors": {"mnist": 0.004},
+    }
     short = {**trial, "asked_steps": 5, "errors": {"mnist": 0.5}}
     half = {**trial, "dtype": "bfloat16", "errors": {"mnist": 0.5}}
     assert results.measured(recipe, [half]) == "not run"

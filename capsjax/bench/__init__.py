@@ -1,4 +1,4 @@
-"""Benchmarks (floor 5): one way to time, to read compiled programs, and to keep what was found."""
+"""Benchmarks: one way to time, to read compiled programs, and to keep what was found."""
 
 from capsjax.bench.cells import Cell, suite_cells
 from capsjax.bench.compare import Comparison, Ratio, compare_rows

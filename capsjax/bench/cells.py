@@ -1,4 +1,4 @@
-"""Cells of a benchmark and the suites that name them (floor 5)."""
+"""Cells of a benchmark and the suites that name them."""
 
 import dataclasses
 import itertools
@@ -125,15 +125,28 @@ def _routing() -> list[_Entry]:
     return [
         *sweep("squash", {"direction": _DIRECTIONS}),
         *sweep("routing", forms),
-        *sweep("routing", {"implementation": ["blocked"], "iterations": [1, 3, 5, 10],
-                           "direction": _DIRECTIONS}),
-        *sweep("routing", {"batch": [32, 512], "implementation": ["reference", "blocked"],
-                           "direction": ["gradient"]}),
+        *sweep(
+            "routing",
+            {"implementation": ["blocked"], "iterations": [1, 3, 5, 10], "direction": _DIRECTIONS},
+        ),
+        *sweep(
+            "routing",
+            {
+                "batch": [32, 512],
+                "implementation": ["reference", "blocked"],
+                "direction": ["gradient"],
+            },
+        ),
         *sweep("routing", others),
-        *sweep("routing", {"algorithm": ["self", "heinsen", "efficient", "uniform", "random"],
-                           "direction": _DIRECTIONS}),
+        *sweep(
+            "routing",
+            {
+                "algorithm": ["self", "heinsen", "efficient", "uniform", "random"],
+                "direction": _DIRECTIONS,
+            },
+        ),
         *sweep("stack", {"layers": [1, 2, 4, 8], "loop": ["fori_loop", "unrolled"]}),
-    ]  # fmt: skip
+    ]
 
 
 def _hotos() -> list[_Entry]:
@@ -160,6 +173,10 @@ def _pod() -> list[_Entry]:
 
 
 _SUITES = {
-    "quick": _quick, "routing": _routing, "hotos": _hotos, "train": _train, "pod": _pod,
-}  # fmt: skip
+    "quick": _quick,
+    "routing": _routing,
+    "hotos": _hotos,
+    "train": _train,
+    "pod": _pod,
+}
 SUITES: tuple[Suite, ...] = get_args(Suite)

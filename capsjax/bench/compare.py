@@ -1,4 +1,4 @@
-"""Two files of rows beside each other (floor 5): ratios, and how sure they are."""
+"""Two files of rows beside each other: ratios, and how sure they are."""
 
 import math
 import statistics

@@ -1,4 +1,4 @@
-"""Options of ``capsjax bench`` (floor 5), and what it does with them."""
+"""Options of ``capsjax bench``, and what it does with them."""
 
 import dataclasses
 import time

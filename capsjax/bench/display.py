@@ -1,4 +1,4 @@
-"""Rows on a terminal (floor 5): a table that grows, a bar below it."""
+"""Rows on a terminal: a table that grows, a bar below it."""
 
 import math
 import statistics
@@ -35,9 +35,12 @@ class Display:
         self._console = console()
         self._rows = list(rows)
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), console=self._console,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+        )
         self._task = self._progress.add_task("", total=total)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._started = -1
@@ -95,11 +98,13 @@ def rows_table(rows: Sequence[Row]) -> Table:
         cycles = hlo.get("cycles")
         temporaries = memory.get("temporaries")
         table.add_row(
-            row["cell"], *stages, "" if run is None else f"{1e3 * run:.2f}",
+            row["cell"],
+            *stages,
+            "" if run is None else f"{1e3 * run:.2f}",
             f"{hlo['instructions']:,}" if "instructions" in hlo else "",
             "" if temporaries is None else f"{temporaries / 1e6:.1f}",
             _cycles(cycles),
-        )  # fmt: skip
+        )
     return table
 
 
@@ -114,9 +119,14 @@ def comparison_table(ratios: Sequence[Ratio], threshold: float) -> Table:
         if each.low == each.high and each.low is not None:
             interval = "exact"
         table.add_row(
-            each.cell, each.measure, _value(each, each.old), _value(each, each.new),
-            f"{each.ratio:.3f}", interval, "worse" if each.is_worse(threshold) else "",
-        )  # fmt: skip
+            each.cell,
+            each.measure,
+            _value(each, each.old),
+            _value(each, each.new),
+            f"{each.ratio:.3f}",
+            interval,
+            "worse" if each.is_worse(threshold) else "",
+        )
     return table
 
 

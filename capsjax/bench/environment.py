@@ -1,4 +1,4 @@
-"""What a figure depends on beside the program (floor 5): versions, flags, machine."""
+"""What a figure depends on beside the program: versions, flags, machine."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""The HotOS primitive as plain C loops, compiled by gcc (floor 5): what XLA is measured against."""
+"""The HotOS primitive as plain C loops, compiled by gcc: what XLA is measured against."""
 
 import ctypes
 import dataclasses

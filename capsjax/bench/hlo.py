@@ -1,4 +1,4 @@
-"""Reads the text of compiled programs (floor 5): computations, instructions, loops, sources.
+"""Reads the text of compiled programs: computations, instructions, loops, sources.
 
 The text of ``jax.stages.Compiled.as_text()`` is all that is read, so that a text kept in a file is
 judged like one that was just compiled.

@@ -1,4 +1,4 @@
-"""The convolutional-capsule primitive of Barham and Isard in four formulations (floor 5).
+"""The convolutional-capsule primitive of Barham and Isard in four formulations.
 
 *Machine Learning Systems are Stuck in a Rut*, HotOS 2019. Poses are
 ``P[n, c, x, y, i, k]``, weights ``W[c, o, u, v, k, j]``, and
@@ -52,9 +52,13 @@ def by_convolution(poses: jax.Array, weights: jax.Array) -> jax.Array:
     images = poses.transpose(0, 4, 2, 3, 1, 5).reshape(n * i, height, width, c * k)
     kernel = weights.transpose(2, 3, 0, 4, 1, 5).reshape(KERNEL, KERNEL, c * k, out * j)
     result = lax.conv_general_dilated(
-        images, kernel, (STRIDE, STRIDE), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        images,
+        kernel,
+        (STRIDE, STRIDE),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=_HIGHEST,
-    )  # fmt: skip
+    )
     return result.reshape(n, i, *result.shape[1:3], out, j).transpose(0, 4, 2, 3, 1, 5)
 
 
@@ -63,14 +67,16 @@ def by_shifts(poses: jax.Array, weights: jax.Array) -> jax.Array:
     return sum(
         (
             jnp.einsum(
-                "ncxyik,cokj->noxyij", _shifted(poses, u, v), weights[:, :, u, v],
+                "ncxyik,cokj->noxyij",
+                _shifted(poses, u, v),
+                weights[:, :, u, v],
                 precision=_HIGHEST,
             )
             for u in range(KERNEL)
             for v in range(KERNEL)
         ),
         start=jnp.zeros((), poses.dtype),
-    )  # fmt: skip
+    )
 
 
 FORMULATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {

@@ -1,4 +1,4 @@
-"""What is measured of one program (floor 5): time, memory, operations, and a table of several."""
+"""What is measured of one program: time, memory, operations, and a table of several."""
 
 import sys
 import time
@@ -115,8 +115,19 @@ def ratio(one: Measurement, other: Measurement) -> float | None:
 def show(measurements: Sequence[Measurement], base: str) -> None:
     """Prints a table for people; ratios are to the program `base` of the same kind."""
     table = Table()
-    columns = ("", "", "median ms", "range ms", "Mcycles", "ratio", "MB", "ratio", "GFLOP",
-               "GB moved", "compile s")  # fmt: skip
+    columns = (
+        "",
+        "",
+        "median ms",
+        "range ms",
+        "Mcycles",
+        "ratio",
+        "MB",
+        "ratio",
+        "GFLOP",
+        "GB moved",
+        "compile s",
+    )
     for n, column in enumerate(columns):
         table.add_column(column, justify="right" if n > 1 else "left", no_wrap=True)
     bases = {each.kind: each for each in measurements if each.name == base}

@@ -1,4 +1,4 @@
-"""Measures one cell in the process it is called in (floor 5): stages, program, run."""
+"""Measures one cell in the process it is called in: stages, program, run."""
 
 import contextlib
 import dataclasses
@@ -177,8 +177,13 @@ def _analyse(lowered: Any, compiled: Any, texts: Path | None) -> dict[str, Any]:
 def _memory(compiled: Any) -> dict[str, int] | None:
     """Bytes on each device, by the compiler."""
     found = compiled.memory_analysis()
-    names = {"arguments": "argument", "outputs": "output", "aliased": "alias",
-             "temporaries": "temp", "code": "generated_code"}  # fmt: skip
+    names = {
+        "arguments": "argument",
+        "outputs": "output",
+        "aliased": "alias",
+        "temporaries": "temp",
+        "code": "generated_code",
+    }
     if found is None:
         return None
     return {name: int(getattr(found, f"{key}_size_in_bytes")) for name, key in names.items()}

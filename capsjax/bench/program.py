@@ -1,4 +1,4 @@
-"""What a compiled program consists of and costs (floor 5), with its loops counted in full.
+"""What a compiled program consists of and costs, with its loops counted in full.
 
 XLA counts the body of a loop once. Here every count is multiplied by how often the loop runs; where
 that is not known the body counts once, and the result says so.
@@ -17,15 +17,36 @@ import jax
 from capsjax.bench.hlo import Computation, Instruction, Module, shape_bytes
 
 _COLLECTIVES = {
-    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
-    "collective-permute", "collective-broadcast",
-}  # fmt: skip
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+}
 # Custom calls that compute nothing.
 _FREE_CALLS = {"AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
 # What computes something, and has no estimate of the compiler's where it stands alone.
-_WORK = {"fusion", "custom-call", "convolution", "dot", "sort", "scatter", "gather", "reduce",
-         "reduce-window", "select-and-scatter", "rng-bit-generator", "copy", "transpose", "fft",
-         "triangular-solve", "cholesky", "conditional"}  # fmt: skip
+_WORK = {
+    "fusion",
+    "custom-call",
+    "convolution",
+    "dot",
+    "sort",
+    "scatter",
+    "gather",
+    "reduce",
+    "reduce-window",
+    "select-and-scatter",
+    "rng-bit-generator",
+    "copy",
+    "transpose",
+    "fft",
+    "triangular-solve",
+    "cholesky",
+    "conditional",
+}
 
 
 class Loop(NamedTuple):
@@ -236,9 +257,10 @@ def _cost(module: Module) -> Cost | None:
             text = re.sub(r"^HloModule .*", "HloModule part", text, count=1)
             found = analyse(client, parse(text))
             known[name] = Cost(
-                found.get("flops", 0), found.get("transcendentals", 0),
+                found.get("flops", 0),
+                found.get("transcendentals", 0),
                 found.get("bytes accessed", 0),
-            )  # fmt: skip
+            )
         return known[name]
 
     def full(part: Computation) -> Cost:

@@ -1,4 +1,4 @@
-"""Rows as one HTML page that needs nothing else (floor 5)."""
+"""Rows as one HTML page that needs nothing else."""
 
 import dataclasses
 import statistics
@@ -38,19 +38,29 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
     for number, (heading, note, traces, axes) in enumerate(_figures(rows)):
         figure = go.Figure([_trace(go, trace) for trace in traces])
         figure.update_layout(
-            template="plotly_white", height=420, margin={"l": 70, "r": 20, "t": 20, "b": 60},
-            legend={"orientation": "h", "y": -0.25}, xaxis={"title": axes[0], **axes[2]},
-            yaxis={"title": axes[1], **axes[3]}, font={"size": 14},
-        )  # fmt: skip
+            template="plotly_white",
+            height=420,
+            margin={"l": 70, "r": 20, "t": 20, "b": 60},
+            legend={"orientation": "h", "y": -0.25},
+            xaxis={"title": axes[0], **axes[2]},
+            yaxis={"title": axes[1], **axes[3]},
+            font={"size": 14},
+        )
         markup = plotly.io.to_html(
-            figure, full_html=False, include_plotlyjs=False, div_id=f"figure-{number}",
+            figure,
+            full_html=False,
+            include_plotlyjs=False,
+            div_id=f"figure-{number}",
             config={"responsive": True, "displaylogo": False},
-        )  # fmt: skip
+        )
         figures.append({"heading": heading, "note": note, "markup": markup})
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     template = environment.get_template("report.html.jinja")
     text = template.render(
         title=title,
@@ -66,8 +76,13 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
 def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any]], Any]]:
     """Heading, note, traces and axes of each plot that there are rows for."""
     log, linear = {"type": "log"}, {"rangemode": "tozero"}
-    compiled = _series(rows, "routing", "iterations", lambda r: _median(r, "compile"),
-                       ("algorithm", "loop", "implementation", "direction"))  # fmt: skip
+    compiled = _series(
+        rows,
+        "routing",
+        "iterations",
+        lambda r: _median(r, "compile"),
+        ("algorithm", "loop", "implementation", "direction"),
+    )
     if compiled:
         yield (
             "Compile time against iterations and loop form",
@@ -75,16 +90,20 @@ def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any
             compiled,
             ("iterations", "compile, seconds", linear, linear),
         )
-    stacked = _series(rows, "stack", "layers", lambda r: _median(r, "compile"),
-                      ("loop", "direction"))  # fmt: skip
+    stacked = _series(
+        rows, "stack", "layers", lambda r: _median(r, "compile"), ("loop", "direction")
+    )
     if stacked:
         yield (
-            "Compile time against stacked layers", "Median of cold compilations.", stacked,
+            "Compile time against stacked layers",
+            "Median of cold compilations.",
+            stacked,
             ("layers", "compile, seconds", linear, linear),
-        )  # fmt: skip
+        )
     fixed = {"iterations": 3, "algorithm": "dynamic", "loop": "fori_loop"}
-    memory = _series(rows, "routing", "batch", _temporaries, ("implementation", "direction"),
-                     fixed=fixed)  # fmt: skip
+    memory = _series(
+        rows, "routing", "batch", _temporaries, ("implementation", "direction"), fixed=fixed
+    )
     if memory:
         yield (
             "Memory against batch",
@@ -103,22 +122,33 @@ def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any
             " on the line a program would be as fast. Above it, by how much it is slower. What"
             " stays in a cache may lie below.",
             [
-                {"x": ideal, "y": found, "name": "cells", "mode": "markers",
-                 "text": [row["cell"] for row in run]},
+                {
+                    "x": ideal,
+                    "y": found,
+                    "name": "cells",
+                    "mode": "markers",
+                    "text": [row["cell"] for row in run],
+                },
                 {"x": ends, "y": ends, "name": "roofline", "mode": "lines"},
             ],
             ("least time, ms", "run, ms", log, log),
-        )  # fmt: skip
+        )
     cycles = [row for row in rows if _cycles(row)]
     if cycles:
         yield (
             "Cycles on TPUs that are not here",
             "The compiler's estimate for one device, loops counted in full; custom calls and"
             " collectives have no estimate and are not in it.",
-            [{"x": [row["cell"] for row in cycles], "y": [_cycles(row) for row in cycles],
-              "name": "estimated cycles", "bar": True}],
+            [
+                {
+                    "x": [row["cell"] for row in cycles],
+                    "y": [_cycles(row) for row in cycles],
+                    "name": "estimated cycles",
+                    "bar": True,
+                }
+            ],
             ("", "cycles", {}, linear),
-        )  # fmt: skip
+        )
 
 
 def _series(
@@ -150,12 +180,16 @@ def _series(
         named = dict(zip(others, key, strict=False))
         labels = [named[name] for name in by] + list(key[len(others) :])
         x = sorted(points)
-        traces.append({
-            "x": x, "y": [points[i][0] for i in x], "name": ", ".join(labels),
-            "mode": "lines+markers",
-            "more": [points[i][2] - points[i][0] for i in x],
-            "less": [points[i][0] - points[i][1] for i in x],
-        })  # fmt: skip
+        traces.append(
+            {
+                "x": x,
+                "y": [points[i][0] for i in x],
+                "name": ", ".join(labels),
+                "mode": "lines+markers",
+                "more": [points[i][2] - points[i][0] for i in x],
+                "less": [points[i][0] - points[i][1] for i in x],
+            }
+        )
     return traces
 
 
@@ -166,9 +200,13 @@ def _trace(go: Any, trace: dict[str, Any]) -> Any:
     if "more" in trace:
         errors = {"type": "data", "array": trace["more"], "arrayminus": trace["less"]}
     return go.Scatter(
-        x=trace["x"], y=trace["y"], name=trace["name"], mode=trace["mode"],
-        text=trace.get("text"), error_y=errors,
-    )  # fmt: skip
+        x=trace["x"],
+        y=trace["y"],
+        name=trace["name"],
+        mode=trace["mode"],
+        text=trace.get("text"),
+        error_y=errors,
+    )
 
 
 def _median(row: Row, stage: str) -> tuple[float, float, float] | None:
@@ -239,12 +277,13 @@ def _contributors(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if cycles:
             lines = list(cycles["by_source"].items())[:10]
             total = cycles["total"]
-            found.append({
-                "cell": row["cell"],
-                "lines": [(s or "no line", f"{c:,.0f}", f"{c / total:.1%}")
-                          for s, c in lines],
-                "missing": ", ".join(
-                    f"{k} ({v:g} times)" for k, v in cycles["without_estimate"].items()
-                ),
-            })  # fmt: skip
+            found.append(
+                {
+                    "cell": row["cell"],
+                    "lines": [(s or "no line", f"{c:,.0f}", f"{c / total:.1%}") for s, c in lines],
+                    "missing": ", ".join(
+                        f"{k} ({v:g} times)" for k, v in cycles["without_estimate"].items()
+                    ),
+                }
+            )
     return found

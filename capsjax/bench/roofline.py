@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured (floor 5)."""
+"""What the machine can do at best, measured."""
 
 import time
 from collections.abc import Callable, Sequence

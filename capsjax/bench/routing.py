@@ -1,4 +1,4 @@
-"""Votes and dynamic routing, one implementation beside the other (floor 5)."""
+"""Votes and dynamic routing, one implementation beside the other."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Rows of measurements in a file (floor 5): JSON lines with a versioned schema."""
+"""Rows of measurements in a file: JSON lines with a versioned schema."""
 
 import json
 import os

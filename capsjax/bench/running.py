@@ -1,4 +1,4 @@
-"""Runs cells in fresh processes (floor 5): one for each repetition, a row for each cell."""
+"""Runs cells in fresh processes: one for each repetition, a row for each cell."""
 
 import contextlib
 import dataclasses
@@ -20,8 +20,18 @@ from capsjax.bench.roofline import Roofline
 from capsjax.bench.rows import Row, RowError, append_row, read_rows
 from capsjax.bench.targets import TargetError, parse_target
 
-_VERSIONS = ("capsjax", "jax", "jaxlib", "libtpu", "flax", "optax", "python", "cpu", "xla_flags",
-             "libtpu_init_args")  # fmt: skip
+_VERSIONS = (
+    "capsjax",
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "flax",
+    "optax",
+    "python",
+    "cpu",
+    "xla_flags",
+    "libtpu_init_args",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,9 +131,13 @@ def check_targets(cells: Sequence[Cell], *, timeout: float = 300) -> None:
             "except TargetError as error: print(error)"
         )
         done = subprocess.run(
-            [sys.executable, "-c", code, name], env=_environment(Cell("", (), name)), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=timeout,
-        )  # fmt: skip
+            [sys.executable, "-c", code, name],
+            env=_environment(Cell("", (), name)),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=timeout,
+        )
         if said := done.stdout.strip():
             raise TargetError(said.splitlines()[-1])
 
@@ -144,8 +158,9 @@ def _environment(cell: Cell) -> dict[str, str]:
     for_libtpu = [flag for flag in cell.xla_flags if flag.startswith("--xla_tpu")]
     others = [flag for flag in cell.xla_flags if flag not in for_libtpu]
     for name, flags in (
-        ("XLA_FLAGS", [*target.xla_flags, *others]), ("LIBTPU_INIT_ARGS", for_libtpu)
-    ):  # fmt: skip
+        ("XLA_FLAGS", [*target.xla_flags, *others]),
+        ("LIBTPU_INIT_ARGS", for_libtpu),
+    ):
         # The cell's own come last, and win.
         if flags:
             environment[name] = " ".join([*os.environ.get(name, "").split(), *flags])
@@ -160,17 +175,26 @@ def _run_process(
         request, result, said = (Path(folder, name) for name in ("request", "result", "said"))
         begun = time.time()
         asked = {
-            "workload": cell.workload, "parameters": dict(cell.parameters), "target": cell.target,
-            "begun": begun, "cache": str(Path(folder, "cache")), "analyse": analyse,
-            "run_seconds": plan.run_seconds, "texts": str(texts.resolve()) if texts else None,
-        }  # fmt: skip
+            "workload": cell.workload,
+            "parameters": dict(cell.parameters),
+            "target": cell.target,
+            "begun": begun,
+            "cache": str(Path(folder, "cache")),
+            "analyse": analyse,
+            "run_seconds": plan.run_seconds,
+            "texts": str(texts.resolve()) if texts else None,
+        }
         request.write_text(json.dumps(asked), encoding="utf-8")
         command = [sys.executable, "-m", "capsjax.bench.worker", str(request), str(result)]
         with said.open("wb") as stderr:
             process = subprocess.Popen(
-                command, env=_environment(cell), stdout=stderr, stderr=stderr,
-                stdin=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
+                command,
+                env=_environment(cell),
+                stdout=stderr,
+                stderr=stderr,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
             timed_out = False
             try:
                 process.wait(timeout)

@@ -1,4 +1,4 @@
-"""The whole train step of a capsule network, beside one in PyTorch (floor 5)."""
+"""The whole train step of a capsule network, beside one in PyTorch."""
 
 import dataclasses
 import functools

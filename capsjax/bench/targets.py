@@ -1,4 +1,4 @@
-"""What programs are compiled for (floor 5): devices of this machine, or TPUs that are elsewhere.
+"""What programs are compiled for: devices of this machine, or TPUs that are elsewhere.
 
 The TPU compiler is in ``libtpu`` and needs no TPU. One process at a time may use it; those of
 capsjax wait for each other.
@@ -48,8 +48,20 @@ _GENERATIONS = {
 }
 _ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
 _MOST_CHIPS = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
-EXAMPLES = ("cpu", "cpu:8", "gpu", "tpu", "v4-32", "v5e-1", "v5e-8", "v5e-256", "v5p-128",
-            "v6e-8", "v6e-256", "tpu7x-8")  # fmt: skip
+EXAMPLES = (
+    "cpu",
+    "cpu:8",
+    "gpu",
+    "tpu",
+    "v4-32",
+    "v5e-1",
+    "v5e-8",
+    "v5e-256",
+    "v5p-128",
+    "v6e-8",
+    "v6e-256",
+    "tpu7x-8",
+)
 
 
 @dataclasses.dataclass(frozen=True)

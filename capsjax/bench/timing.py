@@ -1,4 +1,4 @@
-"""How capsjax measures time (floor 5): programs in alternation, medians and ratios of pairs.
+"""How capsjax measures time: programs in alternation, medians and ratios of pairs.
 
 A machine's speed drifts by more than programs differ: what is compared runs in turn, and the ratio
 is taken within each round.

@@ -1,4 +1,4 @@
-"""A train step of the paper's network as it is usually written in PyTorch (floor 5).
+"""A train step of the paper's network as it is usually written in PyTorch.
 
 What :mod:`capsjax.bench.step` compares with. Votes are stored, logits are updated in a Python loop,
 and all gradients are PyTorch's own. Images are not shifted, which is in its favour.

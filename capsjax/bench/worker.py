@@ -1,4 +1,4 @@
-"""The process of one repetition (floor 5): ``python -m capsjax.bench.worker REQUEST RESULT``.
+"""The process of one repetition: ``python -m capsjax.bench.worker REQUEST RESULT``.
 
 It reads what to measure from one file and writes what it found, or why not, to the other.
 """
@@ -40,8 +40,10 @@ def main(request: Path, result: Path) -> None:
     except Exception as error:
         text = str(error).strip() or type(error).__name__
         found["error"] = {
-            "stage": stages.current, "type": type(error).__name__, "message": text.splitlines()[0],
-        }  # fmt: skip
+            "stage": stages.current,
+            "type": type(error).__name__,
+            "message": text.splitlines()[0],
+        }
     found["environment"] = read_environment()
     stages.end("finish", then="exit")
     found["stages"] = stages.seconds

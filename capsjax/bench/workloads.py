@@ -1,4 +1,4 @@
-"""What is compiled (floor 5): named workloads with parameters, and functions of the user's own.
+"""What is compiled: named workloads with parameters, and functions of the user's own.
 
 A workload is a dataclass: its fields are the parameters, its ``build`` makes the function and the
 shapes of its arguments. Nothing is computed until a program is run.
@@ -25,8 +25,18 @@ from capsjax.routing.trace import PASSES
 
 Direction = Literal["forward", "gradient"]
 LoopForm = Literal["fori_loop", "scan", "unrolled"]
-Algorithm = Literal["dynamic", "em", "self", "attention", "variational", "heinsen", "efficient",
-                    "kmeans", "uniform", "random"]  # fmt: skip
+Algorithm = Literal[
+    "dynamic",
+    "em",
+    "self",
+    "attention",
+    "variational",
+    "heinsen",
+    "efficient",
+    "kmeans",
+    "uniform",
+    "random",
+]
 Dtype = Literal["float32", "bfloat16"]
 
 _DTYPES = {"f": "float", "bf": "bfloat", "i": "int", "u": "uint"}

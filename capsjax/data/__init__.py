@@ -1,4 +1,4 @@
-"""Data (floor 4): sets by name on the host, and what happens to images on the device."""
+"""Data: sets by name on the host, and what happens to images on the device."""
 
 from capsjax.data.affine import AffineRanges, random_affine
 from capsjax.data.dataset import DataError, Dataset, Split

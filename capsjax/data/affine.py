@@ -1,4 +1,4 @@
-"""Affine transformations of images, drawn on the device (floor 4)."""
+"""Affine transformations of images, drawn on the device."""
 
 from typing import NamedTuple
 

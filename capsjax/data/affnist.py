@@ -1,4 +1,4 @@
-"""affNIST from its published MATLAB files (floor 4)."""
+"""affNIST from its published MATLAB files."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What every data source returns, and the one error it raises (floor 4)."""
+"""What every data source returns, and the one error it raises."""
 
 import dataclasses
 from typing import NamedTuple

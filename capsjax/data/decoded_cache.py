@@ -1,4 +1,4 @@
-"""Decoded data sets on disk: a second process loads them without decoding again (floor 4).
+"""Decoded data sets on disk: a second process loads them without decoding again.
 
 The cache is a convenience: whatever is wrong with it, the answer is to decode again.
 """

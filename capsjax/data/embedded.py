@@ -1,4 +1,4 @@
-"""The data set that comes with the package: real digits, no download, no TFDS (floor 4)."""
+"""The data set that comes with the package: real digits, no download, no TFDS."""
 
 import importlib.resources
 

@@ -1,4 +1,4 @@
-"""A data set from folders of images, one folder per class (floor 4)."""
+"""A data set from folders of images, one folder per class."""
 
 import os
 from pathlib import Path

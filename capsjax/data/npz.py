@@ -1,4 +1,4 @@
-"""Data sets as one NumPy file, for machines without TFDS (floor 4)."""
+"""Data sets as one NumPy file, for machines without TFDS."""
 
 import os
 import zipfile

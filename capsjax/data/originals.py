@@ -1,4 +1,4 @@
-"""The original files of TFDS sets, read without TensorFlow (floor 4).
+"""The original files of TFDS sets, read without TensorFlow.
 
 What a set's stock builder reads by TensorFlow is read here in Python: the same records in the same
 order, with images as PNG, which TFDS stores without decoding them.
@@ -134,9 +134,7 @@ class SvhnFiles:
         if labels.size and not 1 <= labels.min() <= labels.max() <= 10:
             raise ValueError(f"labels must lie in 1..10, got {labels.min()}..{labels.max()}")
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-            yield {
-                "id": f"{split}_{number:06d}", "image": _png(image), "label": int(label) % 10
-            }  # fmt: skip
+            yield {"id": f"{split}_{number:06d}", "image": _png(image), "label": int(label) % 10}
 
     def example(self, record: Any) -> tuple[np.ndarray, Any]:
         """The image as it is."""
@@ -171,11 +169,15 @@ class NorbFiles:
         for (left, right), category, info in zip(pairs, categories, infos, strict=True):
             instance, elevation, azimuth, lighting = map(int, info)
             yield {
-                "image": _png(left), "image2": _png(right), "label_category": int(category),
-                "instance": instance, "label_elevation": elevation,
+                "image": _png(left),
+                "image2": _png(right),
+                "label_category": int(category),
+                "instance": instance,
+                "label_elevation": elevation,
                 # Stored in steps of ten degrees, of which every second is taken.
-                "label_azimuth": azimuth // 2, "label_lighting": lighting,
-            }  # fmt: skip
+                "label_azimuth": azimuth // 2,
+                "label_lighting": lighting,
+            }
 
     def example(self, record: Any) -> tuple[np.ndarray, Any]:
         """Both images as channels, 48 x 48: each pixel the mean of four."""

@@ -1,4 +1,4 @@
-"""Data sets by name: the one way in (floor 4)."""
+"""Data sets by name: the one way in."""
 
 import difflib
 import os

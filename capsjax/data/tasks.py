@@ -1,4 +1,4 @@
-"""What a network is shown of a data set, and what it shall say (floor 4).
+"""What a network is shown of a data set, and what it shall say.
 
 A data set holds images; a task makes what is trained and measured on out of them, on the device:
 shifted, placed on a larger canvas, distorted, cropped, or two in one. Nothing that is made is

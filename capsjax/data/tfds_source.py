@@ -1,4 +1,4 @@
-"""Data sets through TFDS, without TensorFlow (floor 4).
+"""Data sets through TFDS, without TensorFlow.
 
 Reading a prepared set needs no TensorFlow. Preparing one with the stock builders does, for reading
 the original files and for encoding PNG; the builder made here does both in Python and leaves the
@@ -26,8 +26,10 @@ NAMES = tuple(ORIGINALS)
 
 # What the paper makes of these; of the others it shifts the images.
 _TASKS: dict[str, Task] = {
-    "cifar10": Cropped(24), "svhn_cropped": Shifted(0), "smallnorb": Cropped(32)
-}  # fmt: skip
+    "cifar10": Cropped(24),
+    "svhn_cropped": Shifted(0),
+    "smallnorb": Cropped(32),
+}
 _FORMAT = "array_record"
 _CHUNK = 1000
 _PROBE_SECONDS = 10.0
@@ -113,8 +115,12 @@ def _decode_split(builder: Any, split: str) -> Split:
     number = builder.info.splits[split].num_examples
     if len(source) != number:
         raise ValueError(f"{split} holds {len(source)} records, expected {number}")
-    _log.info("decoding %s %s, %s images; the next run finds them decoded", builder.name, split,
-              f"{number:,}")  # fmt: skip
+    _log.info(
+        "decoding %s %s, %s images; the next run finds them decoded",
+        builder.name,
+        split,
+        f"{number:,}",
+    )
     images: list[np.ndarray] = []
     labels: list[Any] = []
     for first in range(0, number, _CHUNK):

@@ -1,4 +1,4 @@
-"""What happens to images on the device (floor 4): order, shift, scale."""
+"""What happens to images on the device: order, shift, scale."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Whole networks (floor 4): a configuration, a module, and named presets."""
+"""Whole networks: a configuration, a module, and named presets."""
 
 from capsjax.models.baseline import BaselineCNN, BaselineConfig
 from capsjax.models.capsnet import CapsNet, CapsNetConfig

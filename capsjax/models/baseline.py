@@ -1,4 +1,4 @@
-"""The convolutional network that the paper compares with (floor 4)."""
+"""The convolutional network that the paper compares with."""
 
 import dataclasses
 import itertools
@@ -38,9 +38,14 @@ class BaselineConfig:
     def __post_init__(self) -> None:
         """Checks the fields, so that a wrong one is named before anything is built."""
         check_positive(
-            self, "image_shape", "num_classes", "conv_features", "conv_kernel", "pooling",
+            self,
+            "image_shape",
+            "num_classes",
+            "conv_features",
+            "conv_kernel",
+            "pooling",
             "dense_features",
-        )  # fmt: skip
+        )
         for name in ("conv_features", "dense_features"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one layer, got {getattr(self, name)}")

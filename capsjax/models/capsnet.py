@@ -1,4 +1,4 @@
-"""The capsule network of the paper (floor 4): Conv1, PrimaryCaps, DigitCaps, decoder."""
+"""The capsule network of the paper: Conv1, PrimaryCaps, DigitCaps, decoder."""
 
 import dataclasses
 from typing import Any, Literal, get_args
@@ -87,10 +87,20 @@ class CapsNetConfig:
     def __post_init__(self) -> None:
         """Checks the fields, so that a wrong one is named before anything is built."""
         check_positive(
-            self, "image_shape", "num_classes", "conv_features", "conv_kernel", "conv_strides",
-            "primary_types", "primary_features", "primary_kernel", "primary_strides",
-            "class_features", "num_iterations", "decoder_features",
-        )  # fmt: skip
+            self,
+            "image_shape",
+            "num_classes",
+            "conv_features",
+            "conv_kernel",
+            "conv_strides",
+            "primary_types",
+            "primary_features",
+            "primary_kernel",
+            "primary_strides",
+            "class_features",
+            "num_iterations",
+            "decoder_features",
+        )
         if self.initialisation not in get_args(Initialisation):
             raise ValueError(
                 f"initialisation must be one of {get_args(Initialisation)}, got"
@@ -113,10 +123,13 @@ class CapsNetConfig:
             return -(-(size - (kernel - 1 if self.padding == "VALID" else 0)) // stride)
 
         rows, columns = (
-            out(out(size, self.conv_kernel, self.conv_strides), self.primary_kernel,
-                self.primary_strides)
+            out(
+                out(size, self.conv_kernel, self.conv_strides),
+                self.primary_kernel,
+                self.primary_strides,
+            )
             for size in self.image_shape[:2]
-        )  # fmt: skip
+        )
         return rows, columns
 
     @property
@@ -198,9 +211,13 @@ class CapsNet(nnx.Module):
             **options,
         )
         self.decoder = make_decoder(
-            config, config.class_features, dtype=dtype, rngs=rngs, kernel_init=wide_init,
+            config,
+            config.class_features,
+            dtype=dtype,
+            rngs=rngs,
+            kernel_init=wide_init,
             bias_init=bias_init,
-        )  # fmt: skip
+        )
 
     def route(self, images: jax.Array) -> Routed:
         """Class capsules of images ``[..., H, W, C]`` in [0, 1], with their coupling."""

@@ -1,4 +1,4 @@
-"""Efficient-CapsNet (floor 4): Mazzia, Salvetti, Chiaberge, Scientific Reports 2021."""
+"""Efficient-CapsNet: Mazzia, Salvetti, Chiaberge, Scientific Reports 2021."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -67,10 +67,18 @@ class EfficientCapsNetConfig:
     def __post_init__(self) -> None:
         """Checks the fields, so that a wrong one is named before anything is built."""
         check_positive(
-            self, "image_shape", "num_classes", "conv_features", "conv_kernels", "conv_strides",
-            "primary_features", "primary_strides", "class_features", "num_iterations",
+            self,
+            "image_shape",
+            "num_classes",
+            "conv_features",
+            "conv_kernels",
+            "conv_strides",
+            "primary_features",
+            "primary_strides",
+            "class_features",
+            "num_iterations",
             "decoder_features",
-        )  # fmt: skip
+        )
         if self.primary_kernel is not None:
             check_positive(self, "primary_kernel")
         if not self.conv_features:
@@ -146,10 +154,17 @@ class EfficientCapsNet(nnx.Module):
             inputs: int, outputs: int, size: Sequence[int], strides: int = 1, groups: int = 1
         ) -> nnx.Conv:
             return nnx.Conv(
-                inputs, outputs, size, strides, padding="VALID", feature_group_count=groups,
-                dtype=dtype, kernel_init=_he_normal, conv_general_dilated=conv_general_dilated,
+                inputs,
+                outputs,
+                size,
+                strides,
+                padding="VALID",
+                feature_group_count=groups,
+                dtype=dtype,
+                kernel_init=_he_normal,
+                conv_general_dilated=conv_general_dilated,
                 rngs=rngs,
-            )  # fmt: skip
+            )
 
         channels = (config.image_shape[-1], *config.conv_features)
         self.convs = nnx.List(

@@ -1,4 +1,4 @@
-"""Matrix capsules with EM routing (floor 4): Hinton, Sabour, Frosst, ICLR 2018."""
+"""Matrix capsules with EM routing: Hinton, Sabour, Frosst, ICLR 2018."""
 
 import dataclasses
 import math
@@ -63,10 +63,20 @@ class MatrixCapsNetConfig:
     def __post_init__(self) -> None:
         """Checks the fields, so that a wrong one is named before anything is built."""
         check_positive(
-            self, "image_shape", "num_classes", "conv_features", "conv_kernel", "conv_strides",
-            "primary_types", "capsule_types", "capsule_kernel", "capsule_strides",
-            "pose_features", "num_iterations", "decoder_features",
-        )  # fmt: skip
+            self,
+            "image_shape",
+            "num_classes",
+            "conv_features",
+            "conv_kernel",
+            "conv_strides",
+            "primary_types",
+            "capsule_types",
+            "capsule_kernel",
+            "capsule_strides",
+            "pose_features",
+            "num_iterations",
+            "decoder_features",
+        )
         if math.isqrt(self.pose_features) ** 2 != self.pose_features:
             raise ValueError(f"pose_features must be a square, got {self.pose_features}")
         if len(self.capsule_strides) != len(self.capsule_types):

@@ -1,4 +1,4 @@
-"""What every network returns and how its sizes are checked (floor 4)."""
+"""What every network returns and how its sizes are checked."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple

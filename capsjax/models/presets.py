@@ -1,4 +1,4 @@
-"""Named networks (floor 4)."""
+"""Named networks."""
 
 import dataclasses
 from typing import Any
@@ -19,9 +19,13 @@ _OFFICIAL = dataclasses.replace(
     _PAPER, primary_coupling=1 / 32, routing_bias=True, initialisation="official"
 )
 _CIFAR10 = dataclasses.replace(
-    _OFFICIAL, image_shape=(24, 24, 3), primary_types=64, padding="SAME", leaky=True,
+    _OFFICIAL,
+    image_shape=(24, 24, 3),
+    primary_types=64,
+    padding="SAME",
+    leaky=True,
     decoder_features=(),
-)  # fmt: skip
+)
 
 _PRESETS: dict[str, ModelConfig] = {
     # The formulas as printed: 8,215,568 parameters on MNIST.

@@ -1,4 +1,4 @@
-"""Trained networks that come with the package (floor 4)."""
+"""Trained networks that come with the package."""
 
 import dataclasses
 import importlib.resources

@@ -1,4 +1,4 @@
-"""Flax NNX layers (floor 3)."""
+"""Flax NNX layers."""
 
 from capsjax.nn.conv import ConvCapsules
 from capsjax.nn.decoder import Decoder

@@ -1,4 +1,4 @@
-"""Convolutional capsules (floor 3)."""
+"""Convolutional capsules."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -195,9 +195,13 @@ class ConvCapsules(nnx.Module):
             return self.router(make_votes(), children)
         places = children.poses.shape[-2] // self.sizes.in_capsules
         return dense_capsules(
-            children.poses, jnp.tile(kernel, (places, 1, 1, 1)), where=children.where,
-            precision=self.precision, implementation=implementation, **self.router.arguments(),
-        )  # fmt: skip
+            children.poses,
+            jnp.tile(kernel, (places, 1, 1, 1)),
+            where=children.where,
+            precision=self.precision,
+            implementation=implementation,
+            **self.router.arguments(),
+        )
 
     @property
     def _stores_votes(self) -> bool:

@@ -1,4 +1,4 @@
-"""The reconstruction network (floor 3): from class capsules back to an image."""
+"""The reconstruction network: from class capsules back to an image."""
 
 import itertools
 import math

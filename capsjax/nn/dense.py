@@ -1,4 +1,4 @@
-"""Fully connected capsules (floor 3)."""
+"""Fully connected capsules."""
 
 from typing import Any
 
@@ -138,9 +138,13 @@ class DenseCapsules(nnx.Module):
             poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
             if self.router.name == "dynamic" and logits is None:
                 return dense_capsules(
-                    poses, kernel, where=where, precision=self.precision,
-                    implementation=implementation, **self.router.arguments(),
-                )  # fmt: skip
+                    poses,
+                    kernel,
+                    where=where,
+                    precision=self.precision,
+                    implementation=implementation,
+                    **self.router.arguments(),
+                )
             if implementation not in (None, "reference"):
                 raise ValueError(
                     f"implementation {implementation!r} stores no logits and takes no prior ones"

@@ -1,4 +1,4 @@
-"""Primary capsules (floor 3): from feature maps to the first capsule layer."""
+"""Primary capsules: from feature maps to the first capsule layer."""
 
 from collections.abc import Sequence
 

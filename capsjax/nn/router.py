@@ -1,4 +1,4 @@
-"""A routing algorithm with its options and the parameters that it learns (floor 3)."""
+"""A routing algorithm with its options and the parameters that it learns."""
 
 import inspect
 import math
@@ -184,10 +184,15 @@ def _learned(name: str, sizes: Sizes) -> dict[str, tuple[tuple[int, ...], Initia
     if name == "heinsen":
         shapes = HeinsenParameters.shapes(*sizes)
         deviations = {
-            "activation_kernel": 2 * in_features**-0.5, "vote_gates": 1.0,
-            "vote_kernel": 2 * in_features**-0.5, "prediction_kernel": features**-0.5,
-            "prediction_gates": 1.0, "score_scale": in_features**-0.5, "use": 1.0, "ignore": 1.0,
-        }  # fmt: skip
+            "activation_kernel": 2 * in_features**-0.5,
+            "vote_gates": 1.0,
+            "vote_kernel": 2 * in_features**-0.5,
+            "prediction_kernel": features**-0.5,
+            "prediction_gates": 1.0,
+            "score_scale": in_features**-0.5,
+            "use": 1.0,
+            "ignore": 1.0,
+        }
         return {
             parameter: (shape, nnx.initializers.normal(deviations.get(parameter, 0.0)))
             for parameter, shape in shapes.items()

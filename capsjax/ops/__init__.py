@@ -1,4 +1,4 @@
-"""Pure functions of capsule networks (floor 1); they import nothing but jax."""
+"""Pure functions of capsule networks; they import nothing but jax."""
 
 from capsjax.ops.capsule import exponential_squash, length, squash
 from capsjax.ops.conv import conv_general_dilated

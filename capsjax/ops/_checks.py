@@ -1,4 +1,4 @@
-"""What the pure functions share (floor 1): argument checks that name the argument, numerics."""
+"""What the pure functions share: argument checks that name the argument, numerics."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Squashes and length (floor 1): a capsule's vector as direction and probability."""
+"""Squashes and length: a capsule's vector as direction and probability."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Convolution that every platform can differentiate at speed (floor 1).
+"""Convolution that every platform can differentiate at speed.
 
 XLA's CPU backend computes the gradients of a strided 9 × 9 convolution many times more slowly than
 the matrix products that they amount to, and its TPU backend multiplies by zeros in the gradient of

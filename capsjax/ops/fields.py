@@ -1,4 +1,4 @@
-"""Receptive fields on a grid (floor 1): what a kernel sees at each of its positions."""
+"""Receptive fields on a grid: what a kernel sees at each of its positions."""
 
 import dataclasses
 import functools
@@ -107,7 +107,10 @@ class ReceptiveFields:
                     (
                         offset - self.pads[n][0],
                         # From the last field's place to the end of the grid.
-                        self.grid[n] - 1 + self.pads[n][0] - offset
+                        self.grid[n]
+                        - 1
+                        + self.pads[n][0]
+                        - offset
                         - self.strides[n] * (self.shape[n] - 1),
                         self.strides[n] - 1,
                     )
@@ -115,7 +118,7 @@ class ReceptiveFields:
                 ],
             )
             for place, offsets in enumerate(self._offsets())
-        ]  # fmt: skip
+        ]
         return functools.reduce(combine, spread)
 
     def _offsets(self) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Convolution by the convolution theorem (floor 1): fewer products where kernels are large."""
+"""Convolution by the convolution theorem: fewer products where kernels are large."""
 
 import dataclasses
 import math

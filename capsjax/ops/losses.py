@@ -1,4 +1,4 @@
-"""Losses of capsule networks (floor 1): one value per example, the caller takes the mean."""
+"""Losses of capsule networks: one value per example, the caller takes the mean."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""Strided convolution whose input gradient is made phase by phase (floor 1)."""
+"""Strided convolution whose input gradient is made phase by phase."""
 
 import functools
 import itertools
@@ -43,9 +43,14 @@ def conv_by_phases(
       ``[B, P, Q, O]``.
     """
     return lax.conv_general_dilated(
-        images, kernel, fields.strides, fields.pads, dimension_numbers=_NHWC, precision=precision,
+        images,
+        kernel,
+        fields.strides,
+        fields.pads,
+        dimension_numbers=_NHWC,
+        precision=precision,
         preferred_element_type=preferred_element_type,
-    )  # fmt: skip
+    )
 
 
 @functools.partial(conv_by_phases.defjvp, symbolic_zeros=True)
@@ -84,9 +89,14 @@ def _sum_of_phases(
         bottom = h + sh * (rows + taps.shape[0] - 2) + 1
         right = w + sw * (columns + taps.shape[1] - 2) + 1
         return lax.conv_general_dilated(
-            images[:, h:bottom:sh, w:right:sw], taps, (1, 1), "VALID", dimension_numbers=_NHWC,
-            precision=precision, preferred_element_type=preferred_element_type,
-        )  # fmt: skip
+            images[:, h:bottom:sh, w:right:sw],
+            taps,
+            (1, 1),
+            "VALID",
+            dimension_numbers=_NHWC,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+        )
 
     # Where the stride is larger than the kernel, some phases are never seen.
     seen = (range(min(s, k)) for s, k in zip(fields.strides, fields.kernel, strict=True))

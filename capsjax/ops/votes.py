@@ -1,4 +1,4 @@
-"""Votes: every child's prediction of every parent (floor 1)."""
+"""Votes: every child's prediction of every parent."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Routing algorithms (floor 2): pure functions from votes to parent capsules, one file each."""
+"""Routing algorithms: pure functions from votes to parent capsules, one file each."""
 
 from capsjax.routing.attention import attention_routing
 from capsjax.routing.dynamic import dynamic_routing

@@ -1,4 +1,4 @@
-"""What the routing functions share (floor 2): their arguments, and a pass to the parents."""
+"""What the routing functions share: their arguments, and a pass to the parents."""
 
 import operator
 from collections.abc import Callable

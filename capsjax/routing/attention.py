@@ -1,4 +1,4 @@
-"""Inverted dot-product attention routing (floor 2)."""
+"""Inverted dot-product attention routing."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Routing by agreement (floor 2): Sabour, Frosst, Hinton, NIPS 2017."""
+"""Routing by agreement: Sabour, Frosst, Hinton, NIPS 2017."""
 
 import jax
 import jax.numpy as jnp

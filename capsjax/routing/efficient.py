@@ -1,4 +1,4 @@
-"""Self-attention routing of Efficient-CapsNet (floor 2)."""
+"""Self-attention routing of Efficient-CapsNet."""
 
 import math
 

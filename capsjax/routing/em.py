@@ -1,4 +1,4 @@
-"""EM routing (floor 2): parents are Gaussian clusters of votes."""
+"""EM routing: parents are Gaussian clusters of votes."""
 
 from collections.abc import Callable
 
@@ -88,9 +88,15 @@ def em_routing(
       variance's :math:`\epsilon` and the logarithms are not in the paper.
     """
     passes = em_passes(
-        votes, activations, beta_a=beta_a, beta_u=beta_u, inverse_temperature=inverse_temperature,
-        epsilon=epsilon, where=where, normalize=normalize,
-    )  # fmt: skip
+        votes,
+        activations,
+        beta_a=beta_a,
+        beta_u=beta_u,
+        inverse_temperature=inverse_temperature,
+        epsilon=epsilon,
+        where=where,
+        normalize=normalize,
+    )
     return passes.run(num_iterations)
 
 

@@ -1,4 +1,4 @@
-"""Heinsen's routing of 2022 (floor 2), which never stores votes."""
+"""Heinsen's routing of 2022, which never stores votes."""
 
 from typing import NamedTuple
 
@@ -52,11 +52,13 @@ class HeinsenParameters(NamedTuple):
     ) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter for I, K, J and D."""
         i, k, j, d = children, in_features, parents, features
-        return dict(zip(
-            cls._fields,
-            [(i, k), (i,), (j, k), (k, d), (j, d), (d, k), (j, k), (j, k), *[(i, j)] * 4],
-            strict=True,
-        ))  # fmt: skip
+        return dict(
+            zip(
+                cls._fields,
+                [(i, k), (i,), (j, k), (k, d), (j, d), (d, k), (j, k), (j, k), *[(i, j)] * 4],
+                strict=True,
+            )
+        )
 
 
 # As for Routed: so that an exported function that takes them can be stored.
@@ -176,9 +178,10 @@ def heinsen_routing(
         coupling = jnp.where(mask, coupling, 0)
     dtype = poses.dtype
     return Routed(
-        layer_norm(y, epsilon).astype(dtype), length(squash(y)).astype(dtype),
+        layer_norm(y, epsilon).astype(dtype),
+        length(squash(y)).astype(dtype),
         coupling.astype(dtype),
-    )  # fmt: skip
+    )
 
 
 def _checked(
@@ -186,9 +189,11 @@ def _checked(
 ) -> HeinsenParameters:
     """The parameters in the dtype of the sums, their shapes checked against one another."""
     arrays = HeinsenParameters(
-        *(as_floating(name, value).astype(wide)
-          for name, value in zip(HeinsenParameters._fields, parameters, strict=True))
-    )  # fmt: skip
+        *(
+            as_floating(name, value).astype(wide)
+            for name, value in zip(HeinsenParameters._fields, parameters, strict=True)
+        )
+    )
     children, in_features = poses_shape
     if arrays.vote_bias.ndim != 2:
         raise ValueError(f"vote_bias must have shape [J, D], got {arrays.vote_bias.shape}")

@@ -1,4 +1,4 @@
-"""Routing as soft k-means (floor 2): parents are centres, compared by direction."""
+"""Routing as soft k-means: parents are centres, compared by direction."""
 
 import jax
 from jax.typing import ArrayLike

@@ -1,4 +1,4 @@
-"""Routing by couplings drawn at random (floor 2)."""
+"""Routing by couplings drawn at random."""
 
 import jax
 from jax.typing import ArrayLike

@@ -1,4 +1,4 @@
-"""Routing algorithms by name (floor 2)."""
+"""Routing algorithms by name."""
 
 import inspect
 from collections.abc import Callable

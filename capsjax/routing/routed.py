@@ -1,4 +1,4 @@
-"""What every routing function returns (floor 2)."""
+"""What every routing function returns."""
 
 from typing import NamedTuple
 

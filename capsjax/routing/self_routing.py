@@ -1,4 +1,4 @@
-"""Self-routing (floor 2): every child decides for itself, without looking at the others."""
+"""Self-routing: every child decides for itself, without looking at the others."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What iterative routing does, pass by pass (floor 2)."""
+"""What iterative routing does, pass by pass."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

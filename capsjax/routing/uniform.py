@@ -1,4 +1,4 @@
-"""No routing (floor 2): every child gives every parent the same share."""
+"""No routing: every child gives every parent the same share."""
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike

@@ -1,4 +1,4 @@
-"""Variational Bayes routing (floor 2): EM routing with priors on every cluster."""
+"""Variational Bayes routing: EM routing with priors on every cluster."""
 
 import math
 
@@ -95,9 +95,17 @@ def variational_routing(
       is then not 1; here it is in both, as in the paper.
     """
     passes = variational_passes(
-        votes, activations, beta_a=beta_a, beta_u=beta_u, alpha=alpha, kappa=kappa, nu=nu, psi=psi,
-        where=where, normalize=normalize,
-    )  # fmt: skip
+        votes,
+        activations,
+        beta_a=beta_a,
+        beta_u=beta_u,
+        alpha=alpha,
+        kappa=kappa,
+        nu=nu,
+        psi=psi,
+        where=where,
+        normalize=normalize,
+    )
     return passes.run(num_iterations)
 
 
@@ -120,8 +128,11 @@ def variational_passes(
     parents, features = given.votes.shape[-2:]
     nu = features + 1.0 if nu is None else nu
     for name, value, least in (
-        ("alpha", alpha, 0), ("kappa", kappa, 0), ("nu", nu, features - 1), ("psi", psi, 0),
-    ):  # fmt: skip
+        ("alpha", alpha, 0),
+        ("kappa", kappa, 0),
+        ("nu", nu, features - 1),
+        ("psi", psi, 0),
+    ):
         if not value > least:
             raise ValueError(f"{name} must be above {least}, got {value}")
     use = as_parameter("beta_a", beta_a, "[J]", (parents,), given)

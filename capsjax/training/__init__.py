@@ -1,4 +1,4 @@
-"""Training (floor 5): one pure step, drivers that run it anywhere, a loop that loses nothing."""
+"""Training: one pure step, drivers that run it anywhere, a loop that loses nothing."""
 
 from capsjax.data import Batch
 from capsjax.training.checkpoints import CheckpointError, Checkpoints

@@ -1,4 +1,4 @@
-"""Checkpoints (floor 5): asynchronous, the latest few and the best, through Orbax."""
+"""Checkpoints: asynchronous, the latest few and the best, through Orbax."""
 
 import contextlib
 import math

@@ -1,4 +1,4 @@
-"""Options of a training run (floor 5); the command line is made from this dataclass."""
+"""Options of a training run; the command line is made from this dataclass."""
 
 import dataclasses
 import math
@@ -9,9 +9,19 @@ from capsjax.training.drivers import DriverName
 from capsjax.training.objectives import LossName
 
 DatasetName = Literal[
-    "mnist_5k", "mnist", "fashion_mnist", "kmnist", "cifar10", "svhn_cropped", "smallnorb",
-    "multi_mnist", "expanded_mnist", "affine_mnist", "affnist", "image_folder",
-]  # fmt: skip
+    "mnist_5k",
+    "mnist",
+    "fashion_mnist",
+    "kmnist",
+    "cifar10",
+    "svhn_cropped",
+    "smallnorb",
+    "multi_mnist",
+    "expanded_mnist",
+    "affine_mnist",
+    "affnist",
+    "image_folder",
+]
 
 
 class ConfigError(ValueError):
@@ -27,10 +37,19 @@ class TrainConfig:
     """
 
     preset: Literal[
-        "small", "paper", "official", "cifar10", "smallnorb", "svhn", "baseline",
-        "baseline_small", "baseline_pairs", "matrix_capsnet", "matrix_capsnet_small",
+        "small",
+        "paper",
+        "official",
+        "cifar10",
+        "smallnorb",
+        "svhn",
+        "baseline",
+        "baseline_small",
+        "baseline_pairs",
+        "matrix_capsnet",
+        "matrix_capsnet_small",
         "efficient_capsnet",
-    ] = "small"  # fmt: skip
+    ] = "small"
     """Network, also given as --model: small (minutes on two cores), paper (dynamic routing,
     formulas as printed), official (the authors' code; cifar10, smallnorb and svhn for these sets),
     baseline (the paper's convolutional network; baseline_small of the size of small,
@@ -40,11 +59,19 @@ class TrainConfig:
 
     routing: (
         Literal[
-            "dynamic", "em", "self", "attention", "variational", "heinsen", "efficient", "kmeans",
-            "uniform", "random",
+            "dynamic",
+            "em",
+            "self",
+            "attention",
+            "variational",
+            "heinsen",
+            "efficient",
+            "kmeans",
+            "uniform",
+            "random",
         ]
         | None
-    ) = None  # fmt: skip
+    ) = None
     """Routing algorithm of the capsule layers; the network's own if not given."""
 
     reconstruction: bool = True
@@ -139,8 +166,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Checks every option that can be checked without data and devices."""
-        for name in ("epochs", "batch_size", "decay_steps", "steps_per_dispatch", "log_every",
-                     "keep"):  # fmt: skip
+        for name in (
+            "epochs",
+            "batch_size",
+            "decay_steps",
+            "steps_per_dispatch",
+            "log_every",
+            "keep",
+        ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("steps", "devices", "checkpoint_every", "num_iterations", "test_size"):
             value = getattr(self, name)
@@ -152,9 +185,10 @@ class TrainConfig:
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value > 0, "positive")
         self._require(
-            "min_learning_rate", self.min_learning_rate <= self.learning_rate,
+            "min_learning_rate",
+            self.min_learning_rate <= self.learning_rate,
             f"at most the learning rate, {self.learning_rate}",
-        )  # fmt: skip
+        )
         self._require("decay_rate", 0 < self.decay_rate <= 1, "above 0 and at most 1")
         if self.resume and self.run_dir is None:
             raise ConfigError("--resume needs --run-dir, the directory of the run to go on with")
@@ -201,9 +235,19 @@ class TrainConfig:
 
 _OF_THE_CALL = ("run_dir", "resume")
 _MAY_CHANGE = (
-    *_OF_THE_CALL, "data_dir", "epochs", "steps", "driver", "devices", "steps_per_dispatch",
-    "log_every", "checkpoint_every", "keep", "tensorboard", "test_size",
-)  # fmt: skip
+    *_OF_THE_CALL,
+    "data_dir",
+    "epochs",
+    "steps",
+    "driver",
+    "devices",
+    "steps_per_dispatch",
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "tensorboard",
+    "test_size",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Where a program runs (floor 5): pmap over devices, jit on one, or jit over a sharded mesh.
+"""Where a program runs: pmap over devices, jit on one, or jit over a sharded mesh.
 
 A driver hides two differences: how a function over replicated arguments is compiled, and which
 part of a batch one run of that function works on. Everything else is the same code.

@@ -1,4 +1,4 @@
-"""Evaluating a finished or running run from its directory (floor 5)."""
+"""Evaluating a finished or running run from its directory."""
 
 import dataclasses
 from pathlib import Path
@@ -97,9 +97,11 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
     step, state = restore(RunDirectory(config.run_dir), config.checkpoint, like)
     several = task.classes_per_image > 1
     loss = choose_loss(
-        started.loss if name == started.dataset else None, started.preset, model,
+        started.loss if name == started.dataset else None,
+        started.preset,
+        model,
         several_classes=several,
-    )  # fmt: skip
+    )
     evaluator = Evaluator(apply, loss, driver, batch_size, model, task)
     test = evaluator(state, dataset.test, number=config.test_size)
     assert test is not None  # only a request to stop ends it early, and there is none

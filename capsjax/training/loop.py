@@ -1,4 +1,4 @@
-"""The training loop (floor 5): from options to a finished run directory."""
+"""The training loop: from options to a finished run directory."""
 
 import collections
 import dataclasses
@@ -203,9 +203,11 @@ class _Loop:
                 return self._stopped(started)
             with self.report.evaluating("testing"):
                 test = self.session.evaluator(
-                    self.state, self.session.test, lambda: self.stop.signal is not None,
+                    self.state,
+                    self.session.test,
+                    lambda: self.stop.signal is not None,
                     number=self.config.test_size,
-                )  # fmt: skip
+                )
             if test is None:
                 return self._stopped(started)
             return self._finished(test, started)

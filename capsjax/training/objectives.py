@@ -1,4 +1,4 @@
-"""What training minimises (floor 5): one value per example from a prediction."""
+"""What training minimises: one value per example from a prediction."""
 
 from collections.abc import Callable
 from typing import Literal

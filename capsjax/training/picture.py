@@ -1,4 +1,4 @@
-"""A picture of images over their reconstructions (floor 5)."""
+"""A picture of images over their reconstructions."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The two programs that run on the devices (floor 5): many train steps, and an evaluation.
+"""The two programs that run on the devices: many train steps, and an evaluation.
 
 The data lie on the devices; a call costs the host a few scalars. The number of steps per call is
 an argument, not a constant of the program: one compilation serves every call, whether it ends at a

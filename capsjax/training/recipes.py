@@ -1,4 +1,4 @@
-"""Rows of published tables as recipes (floor 5): what to train, for how long, what was reported."""
+"""Rows of published tables as recipes: what to train, for how long, what was reported."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -85,15 +85,17 @@ class Recipe:
 def _mnist(preset: str) -> tuple[Recipe, ...]:
     """Table 1 for one variant of the network."""
     published = {
-        (1, False): (0.34, 0.032), (1, True): (0.29, 0.011),
-        (3, False): (0.35, 0.036), (3, True): (0.25, 0.005),
-    }  # fmt: skip
+        (1, False): (0.34, 0.032),
+        (1, True): (0.29, 0.011),
+        (3, False): (0.35, 0.036),
+        (3, True): (0.25, 0.005),
+    }
     measured = {
-        "official-3-reconstruction":
-            "0.47 ± 0.061 (3 seeds, 16,000 of 300,000 steps, 4 min) on one H200, by --together 3",
-        "paper-3-reconstruction":
-            "0.47 ± 0.085 (3 seeds, 16,000 of 300,000 steps, 4 min) on one H200, by --together 3",
-    }  # fmt: skip
+        "official-3-reconstruction": "0.47 ± 0.061 (3 seeds, 16,000 of 300,000 steps, 4 min) on one H200,"
+        " by --together 3",
+        "paper-3-reconstruction": "0.47 ± 0.085 (3 seeds, 16,000 of 300,000 steps, 4 min) on one H200,"
+        " by --together 3",
+    }
     recipes = []
     for (iterations, reconstruction), (error, spread) in published.items():
         how = "reconstruction" if reconstruction else "no reconstruction"
@@ -119,8 +121,10 @@ _BASELINE = Recipe(name="baseline", title="baseline CNN", published=0.39, preset
 _PAIRS: dict[str, Any] = {"dataset": "multi_mnist", "decay_steps": 20_000}
 _AFFINE: dict[str, Any] = {
     # Stopped early, at the accuracy on expanded MNIST that the paper compares at.
-    "dataset": "expanded_mnist", "also_tested_on": "affine_mnist", "until_error": 0.0077,
-}  # fmt: skip
+    "dataset": "expanded_mnist",
+    "also_tested_on": "affine_mnist",
+    "until_error": 0.0077,
+}
 # Short: the learning rate falls to a twelfth by the end.
 _SMALL: dict[str, Any] = {"preset": "small", "steps": 6000, "decay_steps": 100}
 # Of what was tried briefly, small batches helped both networks; twice the rate and drawings that
@@ -135,78 +139,155 @@ _SMALL_PAIRS: dict[str, Any] = {
 _TABLES: dict[str, tuple[Recipe, ...]] = {
     "mnist": (_BASELINE, *_mnist("paper"), *_mnist("official")),
     "multi_mnist": (
-        Recipe(name="baseline", title="baseline CNN", published=8.1, preset="baseline_pairs",
-               **_PAIRS),
+        Recipe(
+            name="baseline", title="baseline CNN", published=8.1, preset="baseline_pairs", **_PAIRS
+        ),
         *(
-            Recipe(name=f"{preset}-{n}-reconstruction",
-                   title=f"CapsNet ({preset}), {n} routing, reconstruction", published=error,
-                   preset=preset, model={"num_iterations": n}, **_PAIRS)
-            for preset in ("paper", "official") for n, error in ((1, 7.5), (3, 5.2))
+            Recipe(
+                name=f"{preset}-{n}-reconstruction",
+                title=f"CapsNet ({preset}), {n} routing, reconstruction",
+                published=error,
+                preset=preset,
+                model={"num_iterations": n},
+                **_PAIRS,
+            )
+            for preset in ("paper", "official")
+            for n, error in ((1, 7.5), (3, 5.2))
         ),
     ),
     "affine": (
-        Recipe(name="baseline", title="CNN with pooling", published=34.0, preset="baseline_pairs",
-               **_AFFINE),
+        Recipe(
+            name="baseline",
+            title="CNN with pooling",
+            published=34.0,
+            preset="baseline_pairs",
+            **_AFFINE,
+        ),
         Recipe(name="paper", title="CapsNet (paper)", published=21.0, **_AFFINE),
     ),
     "cifar10": (
-        Recipe(name="cifar10", title="CapsNet", published=10.6, dataset="cifar10",
-               preset="cifar10", steps=600_000, ensemble=True),
+        Recipe(
+            name="cifar10",
+            title="CapsNet",
+            published=10.6,
+            dataset="cifar10",
+            preset="cifar10",
+            steps=600_000,
+            ensemble=True,
+        ),
     ),
     "svhn": (
-        Recipe(name="svhn", title="small CapsNet", published=4.3, dataset="svhn_cropped",
-               preset="svhn"),
+        Recipe(
+            name="svhn", title="small CapsNet", published=4.3, dataset="svhn_cropped", preset="svhn"
+        ),
     ),
     "smallnorb": (
-        Recipe(name="smallnorb", title="CapsNet", published=2.7, dataset="smallnorb",
-               preset="smallnorb"),
+        Recipe(
+            name="smallnorb",
+            title="CapsNet",
+            published=2.7,
+            dataset="smallnorb",
+            preset="smallnorb",
+        ),
     ),
     "ablation": (
         Recipe(name="paper", title="formulas as printed", published=0.25),
         Recipe(name="loss", title="with the loss scale of the authors' code", loss="official"),
         Recipe(name="coupling", title="with coupling 1/32", model={"primary_coupling": 1 / 32}),
         Recipe(name="biases", title="with biases inside routing", model={"routing_bias": True}),
-        Recipe(name="initialisers", title="with the initialisers of the authors' code",
-               model={"initialisation": "official"}),
+        Recipe(
+            name="initialisers",
+            title="with the initialisers of the authors' code",
+            model={"initialisation": "official"},
+        ),
         Recipe(name="official", title="all four: the authors' code", preset="official"),
     ),
     "small": (
-        Recipe(name="mnist", title="small CapsNet, MNIST", **_SMALL,
-               measured="0.73 (1 seed, 6,000 steps, 23 min) on 2 CPU cores"),
-        Recipe(name="fashion_mnist", title="small CapsNet, Fashion-MNIST", dataset="fashion_mnist",
-               preset="small", steps=8000, learning_rate=3e-3, decay_steps=130, max_shift=1,
-               measured="8.73 (1 seed, 8,000 steps, 51 min) on 2 CPU cores"),
-        Recipe(name="multi_mnist", title="small CapsNet, MultiMNIST", preset="small",
-               loss="official", learning_rate=2e-3, **_SMALL_PAIRS,
-               measured="21.75 (1 seed, 12,000 steps, 45 min) on 2 CPU cores"),
+        Recipe(
+            name="mnist",
+            title="small CapsNet, MNIST",
+            **_SMALL,
+            measured="0.73 (1 seed, 6,000 steps, 23 min) on 2 CPU cores",
+        ),
+        Recipe(
+            name="fashion_mnist",
+            title="small CapsNet, Fashion-MNIST",
+            dataset="fashion_mnist",
+            preset="small",
+            steps=8000,
+            learning_rate=3e-3,
+            decay_steps=130,
+            max_shift=1,
+            measured="8.73 (1 seed, 8,000 steps, 51 min) on 2 CPU cores",
+        ),
+        Recipe(
+            name="multi_mnist",
+            title="small CapsNet, MultiMNIST",
+            preset="small",
+            loss="official",
+            learning_rate=2e-3,
+            **_SMALL_PAIRS,
+            measured="21.75 (1 seed, 12,000 steps, 45 min) on 2 CPU cores",
+        ),
         # The paper's first layer and kernels, and a smaller decoder: of about the CNN's size.
-        Recipe(name="multi_mnist-wide", title="CapsNet of the CNN's size, MultiMNIST",
-               preset="small",
-               model={"conv_features": 256, "conv_strides": 1, "primary_kernel": 9,
-                      "primary_strides": 2, "primary_features": 8, "decoder_features": (256, 256)},
-               loss="official", learning_rate=2e-3, **_SMALL_PAIRS,
-               measured="17.97 (1 seed, 12,000 steps, 34 min) on 2 CPU cores"),
+        Recipe(
+            name="multi_mnist-wide",
+            title="CapsNet of the CNN's size, MultiMNIST",
+            preset="small",
+            model={
+                "conv_features": 256,
+                "conv_strides": 1,
+                "primary_kernel": 9,
+                "primary_strides": 2,
+                "primary_features": 8,
+                "decoder_features": (256, 256),
+            },
+            loss="official",
+            learning_rate=2e-3,
+            **_SMALL_PAIRS,
+            measured="17.97 (1 seed, 12,000 steps, 34 min) on 2 CPU cores",
+        ),
         # Efficient-CapsNet with a grid of 256 capsules: also of the CNN's size.
-        Recipe(name="multi_mnist-efficient", title="Efficient-CapsNet of that size, MultiMNIST",
-               preset="efficient_capsnet",
-               model={"conv_features": (64, 64, 128), "conv_kernels": (5, 3, 3),
-                      "conv_strides": (2, 1, 1), "primary_kernel": 5, "primary_strides": 2,
-                      "decoder_features": (256, 512)},
-               loss="official", learning_rate=2e-3, **_SMALL_PAIRS,
-               measured="11.43 (1 seed, 12,000 steps, 15 min) on 2 CPU cores"),
-        Recipe(name="multi_mnist-cnn", title="CNN of about that size, MultiMNIST",
-               preset="baseline_small", **_SMALL_PAIRS,
-               measured="21.24 (1 seed, 12,000 steps, 26 min) on 2 CPU cores"),
-        Recipe(name="affine", title="small CapsNet, affine MNIST",
-               **{**_AFFINE, **_SMALL, "until_error": 0.015},
-               measured="1.37 on expanded MNIST, 22.59 on affine MNIST"
-               " (1 seed, 3,432 steps, 47 min) on 2 CPU cores"),
-        Recipe(name="affine-cnn", title="CNN of about that size, affine MNIST",
-               **{**_AFFINE, **_SMALL, "until_error": 0.015, "preset": "baseline_small"},
-               measured="1.23 on expanded MNIST, 21.56 on affine MNIST"
-               " (1 seed, 2,145 steps, 19 min) on 2 CPU cores"),
+        Recipe(
+            name="multi_mnist-efficient",
+            title="Efficient-CapsNet of that size, MultiMNIST",
+            preset="efficient_capsnet",
+            model={
+                "conv_features": (64, 64, 128),
+                "conv_kernels": (5, 3, 3),
+                "conv_strides": (2, 1, 1),
+                "primary_kernel": 5,
+                "primary_strides": 2,
+                "decoder_features": (256, 512),
+            },
+            loss="official",
+            learning_rate=2e-3,
+            **_SMALL_PAIRS,
+            measured="11.43 (1 seed, 12,000 steps, 15 min) on 2 CPU cores",
+        ),
+        Recipe(
+            name="multi_mnist-cnn",
+            title="CNN of about that size, MultiMNIST",
+            preset="baseline_small",
+            **_SMALL_PAIRS,
+            measured="21.24 (1 seed, 12,000 steps, 26 min) on 2 CPU cores",
+        ),
+        Recipe(
+            name="affine",
+            title="small CapsNet, affine MNIST",
+            **{**_AFFINE, **_SMALL, "until_error": 0.015},
+            measured="1.37 on expanded MNIST, 22.59 on affine MNIST"
+            " (1 seed, 3,432 steps, 47 min) on 2 CPU cores",
+        ),
+        Recipe(
+            name="affine-cnn",
+            title="CNN of about that size, affine MNIST",
+            **{**_AFFINE, **_SMALL, "until_error": 0.015, "preset": "baseline_small"},
+            measured="1.23 on expanded MNIST, 21.56 on affine MNIST"
+            " (1 seed, 2,145 steps, 19 min) on 2 CPU cores",
+        ),
     ),
-}  # fmt: skip
+}
 
 #: Recipes by table.
 TABLES = {

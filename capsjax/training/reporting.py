@@ -1,4 +1,4 @@
-"""What a run tells while it trains (floor 5): a progress bar, lines, JSON lines, TensorBoard."""
+"""What a run tells while it trains: a progress bar, lines, JSON lines, TensorBoard."""
 
 import contextlib
 import time

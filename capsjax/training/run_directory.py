@@ -1,4 +1,4 @@
-"""What a run leaves on disk (floor 5): configuration, metrics, result; checkpoints beside them."""
+"""What a run leaves on disk: configuration, metrics, result; checkpoints beside them."""
 
 import dataclasses
 import json

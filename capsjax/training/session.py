@@ -1,4 +1,4 @@
-"""A network, its data and its compiled programs, ready to train or to evaluate (floor 5)."""
+"""A network, its data and its compiled programs, ready to train or to evaluate."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""The train step (floor 5): one pure function of state, batch and key."""
+"""The train step: one pure function of state, batch and key."""
 
 import inspect
 from collections.abc import Callable
@@ -227,9 +227,13 @@ def make_train_step(
 
         def loss_fn(params: chex.ArrayTree) -> tuple[jax.Array, tuple[jax.Array, chex.ArrayTree]]:
             prediction, batch_stats = apply(
-                Variables(params, state.batch_stats), sample.images, train=True,
-                axis_name=axis_name, target=sample.masks, keys=network_keys,
-            )  # fmt: skip
+                Variables(params, state.batch_stats),
+                sample.images,
+                train=True,
+                axis_name=axis_name,
+                target=sample.masks,
+                keys=network_keys,
+            )
             losses = objective(prediction, sample.target, sample.drawings, **timed(state.step))
             loss = jnp.mean(losses)
             wrong = ~is_right(prediction.scores, batch.labels)

@@ -1,4 +1,4 @@
-"""Stopping a run from outside (floor 5): the first signal asks, a second one insists."""
+"""Stopping a run from outside: the first signal asks, a second one insists."""
 
 import os
 import signal

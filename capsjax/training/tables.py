@@ -1,4 +1,4 @@
-"""Tables of papers, row by row and seed by seed (floor 5)."""
+"""Tables of papers, row by row and seed by seed."""
 
 import dataclasses
 import datetime
@@ -185,9 +185,14 @@ def _train(
     dataset = get(recipe.dataset)
     others = [get(recipe.also_tested_on)] if recipe.also_tested_on else []
     trials = Trials(
-        recipe, dataset, seeds, _folder(config), steps=config.steps, dtype=config.dtype,
+        recipe,
+        dataset,
+        seeds,
+        _folder(config),
+        steps=config.steps,
+        dtype=config.dtype,
         others=others,
-    )  # fmt: skip
+    )
     done = trials.run(seconds=seconds, say=say)
     if done is not None and recipe.ensemble:
         scores, labels = trials.scores(dataset)
@@ -338,7 +343,9 @@ def _options(config: ReproduceConfig) -> dict[str, Any]:
 def _conditions() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
-        "device": device.device_kind, "platform": device.platform, "jax": jax.__version__,
+        "device": device.device_kind,
+        "platform": device.platform,
+        "jax": jax.__version__,
         "capsjax": __version__,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    }

@@ -1,4 +1,4 @@
-"""Several trainings of one recipe at once, in a few long device programs (floor 5).
+"""Several trainings of one recipe at once, in a few long device programs.
 
 Unlike :func:`capsjax.training.train` nothing is said on the way but a line for each call of the
 device: for a machine that is lent for minutes. Seeds are mapped over by ``vmap``; each trial is the
@@ -173,18 +173,26 @@ class Trials:
                 return None
             first = self.done // self.steps_per_epoch
             self.states, sums = self._run(
-                self.states, self._examples, self._keys, np.int32(first), np.int32(epochs),
+                self.states,
+                self._examples,
+                self._keys,
+                np.int32(first),
+                np.int32(epochs),
                 np.int32(self.total_steps),
-            )  # fmt: skip
+            )
             loss, error, steps = map(np.asarray, jax.device_get(sums))
             self.done += int(steps)
             took = time.monotonic() - begun
             self.seconds += took
             point = {
-                "recipe": self.recipe.name, "seeds": self.seeds, "step": self.done,
-                "loss": (loss / steps).tolist(), "error": (error / steps).tolist(),
-                "seconds": round(took, 2), "validation": self._validate(),
-            }  # fmt: skip
+                "recipe": self.recipe.name,
+                "seeds": self.seeds,
+                "step": self.done,
+                "loss": (loss / steps).tolist(),
+                "error": (error / steps).tolist(),
+                "seconds": round(took, 2),
+                "validation": self._validate(),
+            }
             if not np.isfinite(loss).all():
                 raise DivergedError(
                     f"recipe {self.recipe.name}: the loss is not finite at step {self.done:,}; what"
@@ -254,9 +262,12 @@ class Trials:
         """Whole epochs, the last one up to the total number of steps."""
         size, count = self.recipe.batch_size, examples.labels.shape[0]
         train_step = make_train_step(
-            self.apply, self.optimizer, self.objective, num_classes=self.model.num_classes,
+            self.apply,
+            self.optimizer,
+            self.objective,
+            num_classes=self.model.num_classes,
             task=self.task,
-        )  # fmt: skip
+        )
 
         def one_step(
             state: TrainState, order: jax.Array, key: jax.Array, step: jax.Array, start: jax.Array
@@ -302,9 +313,13 @@ class Trials:
         """Of each trial, on all images of a split."""
         driver = make_driver("jit", batch_size=500)
         evaluate = make_evaluate(
-            self.apply, self.objective, driver, batch_size=500, num_classes=self.model.num_classes,
+            self.apply,
+            self.objective,
+            driver,
+            batch_size=500,
+            num_classes=self.model.num_classes,
             task=task,
-        )  # fmt: skip
+        )
         examples, batches = _as_arrays(split), -(-len(split.labels) // 500)
         errors = []
         for trial in range(len(self.seeds)):
@@ -318,11 +333,17 @@ class Trials:
         counts = {d.name: len(d.test.labels) for d in self.tested}
         return [
             Trial(
-                self.recipe.name, seed, self.done, {name: e[n] for name, e in errors.items()},
-                counts, round(self.seconds, 1), len(self.seeds), self.of,
+                self.recipe.name,
+                seed,
+                self.done,
+                {name: e[n] for name, e in errors.items()},
+                counts,
+                round(self.seconds, 1),
+                len(self.seeds),
+                self.of,
             )
             for n, seed in enumerate(self.seeds)
-        ]  # fmt: skip
+        ]
 
     @property
     def _stem(self) -> str:

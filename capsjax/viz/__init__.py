@@ -1,4 +1,4 @@
-"""What capsules compute, drawn (floor 5). Needs ``pip install "capsjax[viz]"``."""
+"""What capsules compute, drawn. Needs ``pip install "capsjax[viz]"``."""
 
 try:
     import matplotlib as _matplotlib  # noqa: F401

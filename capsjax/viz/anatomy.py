@@ -1,4 +1,4 @@
-"""What a capsule network computes for one image, kept (floor 5)."""
+"""What a capsule network computes for one image, kept."""
 
 from typing import NamedTuple
 

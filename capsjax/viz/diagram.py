@@ -1,4 +1,4 @@
-"""The connection diagram: children, votes, couplings, sums, parents (floor 5)."""
+"""The connection diagram: children, votes, couplings, sums, parents."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -257,8 +257,12 @@ class _Drawing:
         self.ax.plot([x, x + width], [y, y], color=self.theme.faint, lw=0.6, zorder=1)
         bars = LineCollection(
             [[(a, y), (a, tip)] for a, tip in zip(at, tips, strict=True)],
-            colors=colour, linewidths=0.68 * pitch * 72, capstyle="butt", gid=gid, zorder=2,
-        )  # fmt: skip
+            colors=colour,
+            linewidths=0.68 * pitch * 72,
+            capstyle="butt",
+            gid=gid,
+            zorder=2,
+        )
         self.ax.add_collection(bars, autolim=False)
 
     def _image(self, x: float, image: Array) -> float:
@@ -284,8 +288,16 @@ class _Drawing:
             self._text(x + label - 0.08, y, name, 7.5, ha="right", color=self.theme.soft)
         if len(self.chosen.rest):
             many = f"{len(self.chosen.rest):,}\nothers"
-            self._text(x + label - 0.08, self.rows[-1], many, 7.5, ha="right", style="italic",
-                       color=self.theme.soft, linespacing=1.1)  # fmt: skip
+            self._text(
+                x + label - 0.08,
+                self.rows[-1],
+                many,
+                7.5,
+                ha="right",
+                style="italic",
+                color=self.theme.soft,
+                linespacing=1.1,
+            )
         x += label
         if children is None:
             return x + 0.15
@@ -303,15 +315,34 @@ class _Drawing:
         largest = np.abs(votes[self.chosen.children][:, classes]).max()
         for n, parent in enumerate(classes):
             for y, child in zip(self.rows, self.chosen.children, strict=False):
-                self._vector(x + n * step, y, votes[child, parent], largest,
-                             self.theme.accents[n], f"vote-{child}-{parent}")  # fmt: skip
+                self._vector(
+                    x + n * step,
+                    y,
+                    votes[child, parent],
+                    largest,
+                    self.theme.accents[n],
+                    f"vote-{child}-{parent}",
+                )
             if len(self.chosen.rest):
                 summed = np.abs(rest[classes]).max()
-                self._vector(x + n * step, self.rows[-1], rest[parent], summed,
-                             self.theme.accents[n], f"rest-{parent}")  # fmt: skip
+                self._vector(
+                    x + n * step,
+                    self.rows[-1],
+                    rest[parent],
+                    summed,
+                    self.theme.accents[n],
+                    f"rest-{parent}",
+                )
             name = f"for {self.class_names[parent]}"
-            self._text(x + n * step + _STRIP[0] / 2, self.height - 1.16, name, 7.5,
-                       ha="center", color=self.theme.accents[n], weight="bold")  # fmt: skip
+            self._text(
+                x + n * step + _STRIP[0] / 2,
+                self.height - 1.16,
+                name,
+                7.5,
+                ha="center",
+                color=self.theme.accents[n],
+                weight="bold",
+            )
         width = len(classes) * step - 0.18
         i, j, d = votes.shape
         shape = _shape("û", votes.shape)
@@ -320,9 +351,14 @@ class _Drawing:
         equation = r"$\hat{u}_{j|i} = W_{ij}\,u_i$" if children is not None else r"$\hat{u}_{j|i}$"
         self._head(x + width / 2, "votes", equation, shape)
         if len(self.chosen.rest):
-            self._text(x + width / 2, self.rows[-1] - 0.33,
-                       r"sum of $c_{ij}\,\hat{u}_{j|i}$, own scale", 7,
-                       ha="center", color=self.theme.soft)  # fmt: skip
+            self._text(
+                x + width / 2,
+                self.rows[-1] - 0.33,
+                r"sum of $c_{ij}\,\hat{u}_{j|i}$, own scale",
+                7,
+                ha="center",
+                color=self.theme.soft,
+            )
         return x + width + 0.2
 
     def _iteration(self, x: float, column: int, routing: str) -> float:
@@ -335,29 +371,55 @@ class _Drawing:
                 values.append(("rest", coupling[self.chosen.rest, parent].mean()))
             for y, (child, value) in zip(self.rows, values, strict=True):
                 style = (0, (2, 1.2)) if child == "rest" else "solid"
-                self.ax.plot([start, end], [y + shift, self.ends[n]], color=colour,
-                             lw=9 * value, alpha=0.75, ls=style, solid_capstyle="round", zorder=2,
-                             gid=f"coupling-{column + 1}-{child}-{parent}")  # fmt: skip
+                self.ax.plot(
+                    [start, end],
+                    [y + shift, self.ends[n]],
+                    color=colour,
+                    lw=9 * value,
+                    alpha=0.75,
+                    ls=style,
+                    solid_capstyle="round",
+                    zorder=2,
+                    gid=f"coupling-{column + 1}-{child}-{parent}",
+                )
                 mean = "ø " if child == "rest" else ""
-                self._text(start - 0.05, y + shift, f"{mean}{value:.2f}", 7, ha="right",
-                           color=colour)  # fmt: skip
+                self._text(
+                    start - 0.05, y + shift, f"{mean}{value:.2f}", 7, ha="right", color=colour
+                )
             present = self.activations[column, parent]
             self.ax.scatter([end], [self.ends[n]], s=230, color=self.theme.paper, zorder=3)
             self.ax.scatter([end], [self.ends[n]], s=230, color=colour, alpha=0.15, zorder=3)
-            self.ax.scatter([end], [self.ends[n]], s=230, facecolor="none", edgecolor=colour,
-                            lw=1.3, zorder=4)  # fmt: skip
-            self._text(end, self.ends[n], _short(self.class_names[parent]), 8, ha="center",
-                       weight="bold", color=colour, zorder=5)  # fmt: skip
-            self._text(end - 0.08, self.ends[n] + (-0.25 if n else 0.25), f"{present:.2f}", 7.5,
-                       color=colour, zorder=5)  # fmt: skip
+            self.ax.scatter(
+                [end], [self.ends[n]], s=230, facecolor="none", edgecolor=colour, lw=1.3, zorder=4
+            )
+            self._text(
+                end,
+                self.ends[n],
+                _short(self.class_names[parent]),
+                8,
+                ha="center",
+                weight="bold",
+                color=colour,
+                zorder=5,
+            )
+            self._text(
+                end - 0.08,
+                self.ends[n] + (-0.25 if n else 0.25),
+                f"{present:.2f}",
+                7.5,
+                color=colour,
+                zorder=5,
+            )
         equation = r"$c_{ij} = \mathrm{softmax}_j\, b_{ij}$" if self.dynamic else "$c_{ij}$"
         middle = (start + end) / 2
         self._head(middle, f"iteration {column + 1}", equation, _shape("c", coupling.shape))
         if self.dynamic:
             update = (
-                r"$b_{ij} = 0$" if not column else r"$b_{ij} \leftarrow b_{ij} + \hat{u}_{j|i}"
+                r"$b_{ij} = 0$"
+                if not column
+                else r"$b_{ij} \leftarrow b_{ij} + \hat{u}_{j|i}"
                 r"\cdot v_j$"
-            )  # fmt: skip
+            )
             self._text(middle, _BOTTOM - 0.16, update, 9, ha="center", color=self.theme.soft)
         return x + _PANEL
 
@@ -381,12 +443,19 @@ class _Drawing:
             largest = np.abs(vectors[classes]).max()
             for n, parent in enumerate(classes):
                 colour = self.theme.accents[n]
-                self._vector(x, self.ends[n], vectors[parent], largest, colour,
-                             f"{letter}-{parent}")  # fmt: skip
+                self._vector(
+                    x, self.ends[n], vectors[parent], largest, colour, f"{letter}-{parent}"
+                )
                 norm = np.linalg.norm(vectors[parent])
                 if letter == "s":
-                    self._text(x + _STRIP[0] / 2, self.ends[n] - 0.33, rf"$\|s_j\|$ = {norm:.2f}",
-                               7.5, ha="center", color=self.theme.soft)  # fmt: skip
+                    self._text(
+                        x + _STRIP[0] / 2,
+                        self.ends[n] - 0.33,
+                        rf"$\|s_j\|$ = {norm:.2f}",
+                        7.5,
+                        ha="center",
+                        color=self.theme.soft,
+                    )
             self._head(x + _STRIP[0] / 2, title, equations[letter], _shape(letter, vectors.shape))
             x += _STRIP[0] + 0.3
         x -= 0.1
@@ -395,8 +464,16 @@ class _Drawing:
             colour, y = self.theme.accents[n], self.ends[n]
             value = self.activations[last, parent]
             for end, alpha in ((1.0, 0.16), (value, 1.0)):
-                self.ax.barh(y, width * end, 0.16, left=x, color=colour, alpha=alpha, zorder=2,
-                             gid=f"length-{parent}" if alpha == 1 else None)  # fmt: skip
+                self.ax.barh(
+                    y,
+                    width * end,
+                    0.16,
+                    left=x,
+                    color=colour,
+                    alpha=alpha,
+                    zorder=2,
+                    gid=f"length-{parent}" if alpha == 1 else None,
+                )
             self._text(x, y + 0.22, self.class_names[parent], 8.5, weight="bold", color=colour)
             self._text(x + width, y + 0.22, f"{value:.3f}", 8.5, ha="right", color=colour)
         name = r"$\|v_j\|$" if self.dynamic else "$a_j$"
@@ -411,8 +488,9 @@ class _Drawing:
             lines += " ø, dashed: mean over the others."
         y = self.height - 0.98
         self.ax.plot([_MARGIN, self.width - _MARGIN], [y, y], color=self.theme.faint, lw=0.8)
-        self._text(self.width - _MARGIN, 0.16, f"{bars} {lines}", 7, ha="right",
-                   color=self.theme.soft)  # fmt: skip
+        self._text(
+            self.width - _MARGIN, 0.16, f"{bars} {lines}", 7, ha="right", color=self.theme.soft
+        )
 
 
 def _shape(name: str, shape: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Figures from a run's directory (floor 5): ``capsjax draw``."""
+"""Figures from a run's directory: ``capsjax draw``."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -23,9 +23,16 @@ from capsjax.viz.perturb import OFFSETS, reconstruct, vary_dimensions
 from capsjax.viz.theme import ThemeName
 
 FigureName = Literal[
-    "diagram", "couplings", "agreement", "lengths", "reconstructions", "dimensions", "overlaps",
-    "confusion", "curves",
-]  # fmt: skip
+    "diagram",
+    "couplings",
+    "agreement",
+    "lengths",
+    "reconstructions",
+    "dimensions",
+    "overlaps",
+    "confusion",
+    "curves",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,13 +129,19 @@ def make_figure(config: DrawConfig) -> Figure:
     loaded = load_network(config.runs[0], config.checkpoint)
     count = len(loaded.test.labels)
     if config.index >= count:
-        raise ConfigError(f"--index must be below {count}, the number of test images, got"
-                          f" {config.index}")  # fmt: skip
+        raise ConfigError(
+            f"--index must be below {count}, the number of test images, got {config.index}"
+        )
     makers: dict[str, Callable[[Loaded, DrawConfig], Figure]] = {
-        "diagram": _diagram, "couplings": _couplings, "agreement": _agreement, "lengths": _lengths,
-        "reconstructions": _reconstructions, "dimensions": _dimensions, "overlaps": _overlaps,
+        "diagram": _diagram,
+        "couplings": _couplings,
+        "agreement": _agreement,
+        "lengths": _lengths,
+        "reconstructions": _reconstructions,
+        "dimensions": _dimensions,
+        "overlaps": _overlaps,
         "confusion": _confusion,
-    }  # fmt: skip
+    }
     return makers[config.name](loaded, config)
 
 
@@ -166,11 +179,20 @@ def diagram_of(
 ) -> Figure:
     """The routing diagram of what a network computed."""
     return routing_diagram(
-        anatomy.trace, votes=anatomy.votes, children=anatomy.children, image=anatomy.image,
-        bias=anatomy.bias, routing=network.config.routing, classes=classes,
-        among=children_of(network.config, types), num_children=num_children, iterations=iterations,
-        class_names=class_names, child_names=child_names(network.config), theme=theme,
-    )  # fmt: skip
+        anatomy.trace,
+        votes=anatomy.votes,
+        children=anatomy.children,
+        image=anatomy.image,
+        bias=anatomy.bias,
+        routing=network.config.routing,
+        classes=classes,
+        among=children_of(network.config, types),
+        num_children=num_children,
+        iterations=iterations,
+        class_names=class_names,
+        child_names=child_names(network.config),
+        theme=theme,
+    )
 
 
 def _anatomy(loaded: Loaded, index: int) -> tuple[models.CapsNet, Anatomy]:
@@ -181,28 +203,39 @@ def _anatomy(loaded: Loaded, index: int) -> tuple[models.CapsNet, Anatomy]:
 def _diagram(loaded: Loaded, config: DrawConfig) -> Figure:
     network, anatomy = _anatomy(loaded, config.index)
     return diagram_of(
-        network, anatomy, class_names=loaded.dataset.class_names, classes=config.classes,
-        types=config.types, iterations=config.iterations, num_children=config.num_children,
+        network,
+        anatomy,
+        class_names=loaded.dataset.class_names,
+        classes=config.classes,
+        types=config.types,
+        iterations=config.iterations,
+        num_children=config.num_children,
         theme=config.theme,
-    )  # fmt: skip
+    )
 
 
 def _couplings(loaded: Loaded, config: DrawConfig) -> Figure:
     network, anatomy = _anatomy(loaded, config.index)
     children_of(network.config, config.types)  # names a type that is not there
     return figures.coupling_maps(
-        anatomy.trace, network.config.grid, classes=config.classes, iterations=config.iterations,
+        anatomy.trace,
+        network.config.grid,
+        classes=config.classes,
+        iterations=config.iterations,
         types=None if config.types is None else [kind - 1 for kind in config.types],
-        class_names=loaded.dataset.class_names, theme=config.theme,
-    )  # fmt: skip
+        class_names=loaded.dataset.class_names,
+        theme=config.theme,
+    )
 
 
 def _agreement(loaded: Loaded, config: DrawConfig) -> Figure:
     _, anatomy = _anatomy(loaded, config.index)
     return figures.agreement(
-        anatomy.trace, classes=config.classes, class_names=loaded.dataset.class_names,
+        anatomy.trace,
+        classes=config.classes,
+        class_names=loaded.dataset.class_names,
         theme=config.theme,
-    )  # fmt: skip
+    )
 
 
 def predict_all(loaded: Loaded, images: np.ndarray, batch: int = 250) -> list[models.Prediction]:
@@ -228,9 +261,11 @@ def _lengths(loaded: Loaded, config: DrawConfig) -> Figure:
     n, test = config.index, loaded.test
     scores, _ = _capsules(loaded, test.images[n : n + 1])
     return figures.lengths(
-        scores[0], class_names=loaded.dataset.class_names, label=int(test.labels[n]),
+        scores[0],
+        class_names=loaded.dataset.class_names,
+        label=int(test.labels[n]),
         theme=config.theme,
-    )  # fmt: skip
+    )
 
 
 def _reconstructions(loaded: Loaded, config: DrawConfig) -> Figure:
@@ -289,6 +324,9 @@ def _confusion(loaded: Loaded, config: DrawConfig) -> Figure:
     test = loaded.test
     scores = np.concatenate([p.scores for p in predict_all(loaded, test.images)])
     return figures.confusion(
-        test.labels, scores, images=test.images / 255, class_names=loaded.dataset.class_names,
+        test.labels,
+        scores,
+        images=test.images / 255,
+        class_names=loaded.dataset.class_names,
         theme=config.theme,
-    )  # fmt: skip
+    )

@@ -1,4 +1,4 @@
-"""The explorer (floor 5): a page on the loopback address that shows a live network."""
+"""The explorer: a page on the loopback address that shows a live network."""
 
 import dataclasses
 import html
@@ -153,8 +153,12 @@ def make_app(live: Live) -> Starlette:
         return Response(svg, media_type="image/svg+xml")
 
     routes = [Route("/", page)]
-    for name, work in (("look", look), ("upload", upload), ("decode", decode),
-                       ("diagram", diagram)):  # fmt: skip
+    for name, work in (
+        ("look", look),
+        ("upload", upload),
+        ("decode", decode),
+        ("diagram", diagram),
+    ):
         routes.append(Route(f"/api/{name}", answering(work), methods=["POST"]))
     # Pages of other sites could otherwise reach it under a name of their own.
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[_HOST, "localhost"])

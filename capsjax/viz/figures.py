@@ -1,4 +1,4 @@
-"""Figures of capsule papers (floor 5): numbers in, a matplotlib figure out."""
+"""Figures of capsule papers: numbers in, a matplotlib figure out."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -110,8 +110,10 @@ def coupling_maps(
     kinds = list(range(maps.shape[3]) if types is None else types)
     passes = [t - 1 for t in (range(1, r + 1) if iterations is None else iterations)]
     for name, values, limit in (
-        ("classes", classes, j), ("types", kinds, maps.shape[3]), ("iterations", passes, r),
-    ):  # fmt: skip
+        ("classes", classes, j),
+        ("types", kinds, maps.shape[3]),
+        ("iterations", passes, r),
+    ):
         if not values or not all(0 <= value < limit for value in values):
             raise ValueError(f"{name} must be among the {limit} of the trace")
     names = _names(class_names, j)
@@ -133,9 +135,12 @@ def coupling_maps(
             for ax, kind in zip(axes[row], kinds[line * wide : (line + 1) * wide], strict=False):
                 ax.set_axis_on()
                 drawn = ax.imshow(
-                    maps[t, :, :, kind, parent], cmap=colours.sequential, vmin=0, vmax=largest,
+                    maps[t, :, :, kind, parent],
+                    cmap=colours.sequential,
+                    vmin=0,
+                    vmax=largest,
                     gid=f"coupling-{t + 1}-{kind}-{parent}",
-                )  # fmt: skip
+                )
                 ax.set_xticks([])
                 ax.set_yticks([])
                 for spine in ax.spines.values():
@@ -144,9 +149,12 @@ def coupling_maps(
                     ax.set_title(f"type {kind + 1}", fontsize=7.5, weight="normal", pad=2)
             if not line:
                 axes[row][0].set_ylabel(
-                    f"class {names[parent]}\niteration {t + 1}", fontsize=7.5, rotation=0,
-                    ha="right", va="center",
-                )  # fmt: skip
+                    f"class {names[parent]}\niteration {t + 1}",
+                    fontsize=7.5,
+                    rotation=0,
+                    ha="right",
+                    va="center",
+                )
         assert drawn is not None
         bar = figure.colorbar(drawn, ax=axes, fraction=0.025, pad=0.02)
         bar.set_label("coupling $c_{ij}$")
@@ -194,15 +202,30 @@ def agreement(
                 left.plot(at, means[:, n], color=colours.faint, lw=1.2, zorder=1)
         for n, parent in enumerate(classes):
             colour = colours.accents[n % len(colours.accents)]
-            left.plot(at, means[:, parent], color=colour, marker="o", ms=4, lw=2,
-                      label=f"class {names[parent]}", gid=f"agreement-{parent}")  # fmt: skip
+            left.plot(
+                at,
+                means[:, parent],
+                color=colour,
+                marker="o",
+                ms=4,
+                lw=2,
+                label=f"class {names[parent]}",
+                gid=f"agreement-{parent}",
+            )
         left.set_title("agreement $\\hat{u}_{j|i}\\cdot v_j$, weighted by coupling", loc="left")
         left.legend()
         right.plot(at, entropy, color=colours.accents[0], marker="o", ms=4, lw=2, gid="entropy")
         right.axhline(np.log2(j), color=colours.soft, lw=1, ls=(0, (4, 3)))
-        right.annotate(f"equal couplings: {np.log2(j):.2f} bits", (r, np.log2(j)), (0, -4),
-                       textcoords="offset points", ha="right", va="top", fontsize=8,
-                       color=colours.soft)  # fmt: skip
+        right.annotate(
+            f"equal couplings: {np.log2(j):.2f} bits",
+            (r, np.log2(j)),
+            (0, -4),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=colours.soft,
+        )
         right.set_title("entropy of a child's coupling, bits", loc="left")
         right.margins(y=0.15)
         for ax in (left, right):
@@ -250,8 +273,15 @@ def lengths(
         bars = ax.bar(range(len(values)), values, 0.72, color=colours.accents[0], alpha=0.45)
         bars[int(np.argmax(values))].set_alpha(1)
         for at, value in enumerate(values):
-            ax.annotate(f"{value:.2f}", (at, value), (0, 2), textcoords="offset points",
-                        ha="center", fontsize=7.5, color=colours.soft)  # fmt: skip
+            ax.annotate(
+                f"{value:.2f}",
+                (at, value),
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7.5,
+                color=colours.soft,
+            )
         ax.set_xticks(range(len(values)), names)
         if label is not None:
             ax.get_xticklabels()[label].set(weight="bold", color=colours.ink)
@@ -420,22 +450,36 @@ def confusion(
         ax = left.add_subplot()
         wrong = counts * (1 - np.eye(number, dtype=int))
         colour_map = "Oranges" if theme == "light" else "inferno"
-        ax.imshow(np.ma.masked_equal(wrong, 0), cmap=colour_map, vmin=0,
-                  vmax=max(1, wrong.max()) * 1.25, gid="confusion")  # fmt: skip
+        ax.imshow(
+            np.ma.masked_equal(wrong, 0),
+            cmap=colour_map,
+            vmin=0,
+            vmax=max(1, wrong.max()) * 1.25,
+            gid="confusion",
+        )
         for t in range(number):
             for p in range(number):
                 if counts[t, p]:
                     dark = wrong[t, p] > 0.75 * wrong.max() or theme == "dark"
                     colour = colours.accents[0] if t == p else ("#ffffff" if dark else "#17202a")
-                    ax.text(p, t, f"{counts[t, p]:,}", ha="center", va="center", fontsize=7.5,
-                            color=colour, weight="bold" if t == p else "normal")  # fmt: skip
+                    ax.text(
+                        p,
+                        t,
+                        f"{counts[t, p]:,}",
+                        ha="center",
+                        va="center",
+                        fontsize=7.5,
+                        color=colour,
+                        weight="bold" if t == p else "normal",
+                    )
         ax.set_xticks(range(number), names)
         ax.set_yticks(range(number), names)
         ax.set_xlabel("predicted")
         ax.set_ylabel("true")
         total = int(wrong.sum())
-        ax.set_title(f"{total:,} of {len(truth):,} wrong ({total / max(1, len(truth)):.2%})",
-                     loc="left")  # fmt: skip
+        ax.set_title(
+            f"{total:,} of {len(truth):,} wrong ({total / max(1, len(truth)):.2%})", loc="left"
+        )
         if shown is not None:
             right.suptitle("worst errors: true → predicted, lengths", fontsize=10, weight="bold")
             axes = right.subplots(-(-max(1, len(worst)) // 4), 4, squeeze=False).ravel()
@@ -445,8 +489,12 @@ def confusion(
                 t, p = truth[n], int(np.argmax(values[n]))
                 panel.set_axis_on()
                 _show(panel, shown[n])
-                panel.set_title(f"{names[t]} → {names[p]}\n{values[n, t]:.2f}  {values[n, p]:.2f}",
-                                fontsize=8, weight="normal", pad=3)  # fmt: skip
+                panel.set_title(
+                    f"{names[t]} → {names[p]}\n{values[n, t]:.2f}  {values[n, p]:.2f}",
+                    fontsize=8,
+                    weight="normal",
+                    pad=3,
+                )
         return figure
 
 
@@ -489,15 +537,24 @@ def training_curves(
             for n, (name, records) in enumerate(runs.items()):
                 colour = colours.accents[n % len(colours.accents)]
                 for split, style in (
-                    ("train", {"lw": 1.6}), ("validation", {"marker": "o", "ms": 3.5, "lw": 0}),
+                    ("train", {"lw": 1.6}),
+                    ("validation", {"marker": "o", "ms": 3.5, "lw": 0}),
                     ("test", {"marker": "*", "ms": 10, "lw": 0}),
-                ):  # fmt: skip
-                    points = [(x["step"], x[key]) for x in records
-                              if x["split"] == split and x.get(key) is not None]  # fmt: skip
+                ):
+                    points = [
+                        (x["step"], x[key])
+                        for x in records
+                        if x["split"] == split and x.get(key) is not None
+                    ]
                     if points:
                         label = f"{name}, {split}" if len(runs) > 1 else split
-                        ax.plot(*zip(*points, strict=True), color=colour, label=label,
-                                gid=f"{name}-{split}-{key}", **style)  # fmt: skip
+                        ax.plot(
+                            *zip(*points, strict=True),
+                            color=colour,
+                            label=label,
+                            gid=f"{name}-{split}-{key}",
+                            **style,
+                        )
             ax.set_yscale("log")
             ax.set_title(key, loc="left")
             ax.set_xlabel("step")

@@ -1,4 +1,4 @@
-"""A network that answers the explorer's page (floor 5): JSON values out of arrays."""
+"""A network that answers the explorer's page: JSON values out of arrays."""
 
 import base64
 import io
@@ -76,9 +76,10 @@ class Live:
             anatomy = self._anatomy(image)
             number = anatomy.poses.shape[0]
             each = self._reconstruct(
-                self.network, jnp.broadcast_to(anatomy.poses, (number, *anatomy.poses.shape)),
+                self.network,
+                jnp.broadcast_to(anatomy.poses, (number, *anatomy.poses.shape)),
                 jnp.arange(number),
-            )  # fmt: skip
+            )
         return {
             "pixels": image.ravel().tolist(),
             "lengths": _values(anatomy.lengths),
@@ -108,9 +109,13 @@ class Live:
         with self._lock:
             anatomy = self._anatomy(image)
             figure = diagram_of(
-                self.network, anatomy, class_names=self.dataset.class_names, classes=classes,
-                num_children=6, theme=theme,
-            )  # fmt: skip
+                self.network,
+                anatomy,
+                class_names=self.dataset.class_names,
+                classes=classes,
+                num_children=6,
+                theme=theme,
+            )
             buffer = io.StringIO()
             save(figure, buffer)
         return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Reconstructions from class capsules that are moved or chosen (floor 5)."""
+"""Reconstructions from class capsules that are moved or chosen."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Colours and type of every figure, light and dark (floor 5)."""
+"""Colours and type of every figure, light and dark."""
 
 import contextlib
 import dataclasses
@@ -38,14 +38,24 @@ class Theme:
 # Accents in the order of Okabe and Ito's palette, which colour-blind readers can tell apart.
 THEMES = {
     "light": Theme(
-        "#ffffff", "#17202a", "#5d6975", "#d5dbe1",
-        ("#0069b4", "#c94f00", "#00805e", "#a8447f", "#7a6a00", "#3f88a8"), "Blues", "RdBu_r",
+        "#ffffff",
+        "#17202a",
+        "#5d6975",
+        "#d5dbe1",
+        ("#0069b4", "#c94f00", "#00805e", "#a8447f", "#7a6a00", "#3f88a8"),
+        "Blues",
+        "RdBu_r",
     ),
     "dark": Theme(
-        "#0d1117", "#e8edf2", "#9aa6b2", "#333c47",
-        ("#62b6f7", "#ff9d4d", "#3ecf9f", "#e794c4", "#e0cf4f", "#9fd3e8"), "cividis", "RdBu_r",
+        "#0d1117",
+        "#e8edf2",
+        "#9aa6b2",
+        "#333c47",
+        ("#62b6f7", "#ff9d4d", "#3ecf9f", "#e794c4", "#e0cf4f", "#9fd3e8"),
+        "cividis",
+        "RdBu_r",
     ),
-}  # fmt: skip
+}
 
 
 def theme_of(name: ThemeName) -> Theme:
@@ -60,15 +70,29 @@ def themed(name: ThemeName) -> Iterator[Theme]:
     """Matplotlib's settings in this theme, for as long as the context lasts."""
     theme = theme_of(name)
     settings: Any = {
-        "figure.facecolor": theme.paper, "savefig.facecolor": theme.paper,
-        "axes.facecolor": theme.paper, "axes.edgecolor": theme.faint, "axes.grid": False,
-        "axes.labelcolor": theme.soft, "axes.titlecolor": theme.ink, "text.color": theme.ink,
-        "xtick.color": theme.soft, "ytick.color": theme.soft, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold",
-        "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
-        "legend.frameon": False, "font.family": "DejaVu Sans", "mathtext.fontset": "cm",
+        "figure.facecolor": theme.paper,
+        "savefig.facecolor": theme.paper,
+        "axes.facecolor": theme.paper,
+        "axes.edgecolor": theme.faint,
+        "axes.grid": False,
+        "axes.labelcolor": theme.soft,
+        "axes.titlecolor": theme.ink,
+        "text.color": theme.ink,
+        "xtick.color": theme.soft,
+        "ytick.color": theme.soft,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.labelsize": 9,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "font.family": "DejaVu Sans",
+        "mathtext.fontset": "cm",
         "axes.prop_cycle": cycler(color=theme.accents),
-    }  # fmt: skip
+    }
     with mpl.rc_context(settings):
         yield theme
 

@@ -13,12 +13,18 @@ from capsjax.cli import main
 
 def row(cell="squash @ cpu", compiled=(1.0, 1.1, 0.9), flops=100, flags=(), status="ok"):
     return {
-        "cell": cell + "".join(f" {flag}" for flag in flags), "workload": "squash",
-        "parameters": {}, "target": "cpu", "xla_flags": list(flags), "status": status,
+        "cell": cell + "".join(f" {flag}" for flag in flags),
+        "workload": "squash",
+        "parameters": {},
+        "target": "cpu",
+        "xla_flags": list(flags),
+        "status": status,
         "error": None if status == "ok" else {"stage": "compile", "type": "E", "message": "no"},
-        "stages": {"compile": list(compiled)}, "hlo": {"cost": {"flops": flops}},
-        "repetitions": len(compiled), "base_environment": {},
-    }  # fmt: skip
+        "stages": {"compile": list(compiled)},
+        "hlo": {"cost": {"flops": flops}},
+        "repetitions": len(compiled),
+        "base_environment": {},
+    }
 
 
 def ratios(old, new):

@@ -31,8 +31,13 @@ def measured(tmp_path_factory):
     sys.path.insert(0, str(folder))
     try:
         cells += make_cells([("broken_for_bench:f", {"shapes": "f32[3]"})], ["cpu"], ())
-        plan = Plan(output=folder / "rows.jsonl", repetitions=2, run_seconds=0.05, timeout=120,
-                    hlo=folder / "hlo")  # fmt: skip
+        plan = Plan(
+            output=folder / "rows.jsonl",
+            repetitions=2,
+            run_seconds=0.05,
+            timeout=120,
+            hlo=folder / "hlo",
+        )
         run_cells(cells, plan)
     finally:
         sys.path.remove(str(folder))
@@ -58,9 +63,7 @@ def test_stages_add_up_and_cold_is_cold(measured):
 def test_what_fails_is_a_row_with_its_reason(measured):
     *_, row = measured[2]
     assert row["status"] == "failed"
-    assert row["error"] == {
-        "stage": "trace", "type": "ValueError", "message": "no such luck"
-    }  # fmt: skip
+    assert row["error"] == {"stage": "trace", "type": "ValueError", "message": "no such luck"}
 
 
 def test_what_does_not_fit_into_memory_is_a_row_and_the_others_go_on(tmp_path):
@@ -97,12 +100,30 @@ def test_a_cut_off_run_goes_on_with_what_it_has(measured, tmp_path):
 def test_killed_half_way_nothing_is_left_running(tmp_path):
     output = tmp_path / "rows.jsonl"
     code = "from capsjax.cli import main; main()"
-    command = [sys.executable, "-c", code, "bench", "--workload", "squash", "--set", "batch=2,3",
-               "--repetitions", "1", "--run-seconds", "0", "--output", str(output)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "bench",
+        "--workload",
+        "squash",
+        "--set",
+        "batch=2,3",
+        "--repetitions",
+        "1",
+        "--run-seconds",
+        "0",
+        "--output",
+        str(output),
+    ]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
         start_new_session=True,
-    ) as process:  # fmt: skip
+    ) as process:
         limit = time.monotonic() + 120
         while not output.exists() and time.monotonic() < limit:
             time.sleep(0.1)
@@ -175,8 +196,11 @@ def test_the_page_shows_the_numbers_without_a_network(measured, tmp_path):
     swept = []
     for number, iterations in enumerate((1, 3, 5), 1):
         row = json.loads(json.dumps(rows[0]))
-        row |= {"workload": "routing", "parameters": {"iterations": iterations},
-                "cell": f"routing iterations={iterations} @ cpu"}  # fmt: skip
+        row |= {
+            "workload": "routing",
+            "parameters": {"iterations": iterations},
+            "cell": f"routing iterations={iterations} @ cpu",
+        }
         row["stages"]["compile"] = [0.25 * number]
         swept.append(row)
     page = tmp_path / "page.html"

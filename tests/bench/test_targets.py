@@ -82,9 +82,12 @@ with libtpu_lock():
 def test_the_second_waits_for_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD], env={**os.environ, "TMPDIR": str(tmp_path)}, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    ) as other:  # fmt: skip
+        [sys.executable, "-c", HOLD],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
         try:
             assert other.stdout.readline() == "entered\n"
             message = "has been using libtpu"

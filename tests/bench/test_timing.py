@@ -39,8 +39,18 @@ def test_no_rounds_are_named():
 
 def test_the_script_prints_a_table_and_writes_the_rows(tmp_path):
     script = Path(__file__).parents[2] / "scripts" / "benchmark_routing.py"
-    command = [sys.executable, str(script), "--batch", "2", "--children", "32", "--rounds", "1",
-               "--json", str(tmp_path / "rows.jsonl")]  # fmt: skip
+    command = [
+        sys.executable,
+        str(script),
+        "--batch",
+        "2",
+        "--children",
+        "32",
+        "--rounds",
+        "1",
+        "--json",
+        str(tmp_path / "rows.jsonl"),
+    ]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=180, check=True
@@ -56,9 +66,12 @@ def test_the_script_prints_a_table_and_writes_the_rows(tmp_path):
             assert f"{1e3 * record['times']['seconds'][0]:.1f}" in done.stdout
             assert record["ratio"] > 0
     lost = subprocess.run(
-        [*command[:-1], str(tmp_path / "none" / "rows.jsonl")], env=environment,
-        capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
+        [*command[:-1], str(tmp_path / "none" / "rows.jsonl")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     assert lost.returncode == 1
     assert lost.stderr.splitlines() == [
         f"benchmark_routing.py: error: --json: no directory {tmp_path / 'none'}"

@@ -28,9 +28,13 @@ def by_scipy(image, matrix, place, size):
     centre = (np.array(image.shape) - 1) / 2
     offset = centre - inverse @ place[::-1]
     return ndimage.affine_transform(
-        image.astype(np.float64), inverse, offset, output_shape=(size, size), order=1,
+        image.astype(np.float64),
+        inverse,
+        offset,
+        output_shape=(size, size),
+        order=1,
         mode="constant",
-    )  # fmt: skip
+    )
 
 
 def test_is_the_affine_map_of_scipy():
@@ -54,8 +58,11 @@ def test_matrices_have_the_ranges_that_they_are_drawn_from():
     cos, sin = np.cos(np.deg2rad(angles)), np.sin(np.deg2rad(angles))
     shear = (cos * matrices[:, 0, 1] + sin * matrices[:, 1, 1]) / down
     for values, low, high in (
-        (angles, -20, 20), (across, 0.8, 1.2), (down, 0.8, 1.2), (shear, -0.2, 0.2)
-    ):  # fmt: skip
+        (angles, -20, 20),
+        (across, 0.8, 1.2),
+        (down, 0.8, 1.2),
+        (shear, -0.2, 0.2),
+    ):
         width = high - low
         assert low - 1e-3 * width <= values.min() < low + 0.01 * width
         assert high - 0.01 * width < values.max() <= high + 1e-3 * width

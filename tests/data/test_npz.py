@@ -29,8 +29,12 @@ def test_stands_for_the_prepared_set_and_for_what_is_made_of_it(tmp_path, monkey
 def test_one_file_stands_for_one_set_only(tmp_path):
     path = tmp_path / "digits.npz"
     save_npz(load("mnist_5k"), path)
-    for name, held in (("fashion_mnist", "fashion_mnist"), ("affnist", "affnist"),
-                       ("image_folder", "image_folder"), ("multi_mnist", "mnist")):  # fmt: skip
+    for name, held in (
+        ("fashion_mnist", "fashion_mnist"),
+        ("affnist", "affnist"),
+        ("image_folder", "image_folder"),
+        ("multi_mnist", "mnist"),
+    ):
         with pytest.raises(DataError, match=f"it holds mnist_5k, expected {held}"):
             load(name, data_dir=path)
     save_npz(dataclasses.replace(load("mnist_5k"), name="affnist"), path)

@@ -76,7 +76,7 @@ def norb_files():
             ("dat", small.repeat(2, 2).repeat(2, 3)),
             ("cat", category),
             ("info", info.astype("<i4")),
-        ):  # fmt: skip
+        ):
             files[f"/{stem}-{kind}.mat.gz"] = binary_matrix(array)
         splits[split] = (small.transpose(0, 2, 3, 1), category)
     names = ["four-legged animals", "human figures", "airplanes", "trucks", "cars"]

@@ -11,9 +11,19 @@ from . import conftest
 
 def test_names():
     assert names() == (
-        "mnist_5k", "mnist", "fashion_mnist", "kmnist", "cifar10", "svhn_cropped", "smallnorb",
-        "multi_mnist", "expanded_mnist", "affine_mnist", "affnist", "image_folder",
-    )  # fmt: skip
+        "mnist_5k",
+        "mnist",
+        "fashion_mnist",
+        "kmnist",
+        "cifar10",
+        "svhn_cropped",
+        "smallnorb",
+        "multi_mnist",
+        "expanded_mnist",
+        "affine_mnist",
+        "affnist",
+        "image_folder",
+    )
 
 
 @pytest.mark.parametrize(

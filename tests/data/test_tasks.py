@@ -118,8 +118,9 @@ def test_a_test_sample_depends_on_its_number_alone(task):
     parts, part_labels = mapped(jnp.arange(32).reshape(8, 4))
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(a, np.reshape(b, np.shape(a))),
-        (sample, labels), (parts, part_labels),
-    )  # fmt: skip
+        (sample, labels),
+        (parts, part_labels),
+    )
     assert sample.images.shape == (32, *task.image_shape((8, 8, 1)))
     assert np.asarray(sample.target).sum(1).tolist() == [labels[0].size] * 32
     if not isinstance(task, Shifted):

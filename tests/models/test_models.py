@@ -87,8 +87,9 @@ def images(batch=2, shape=TINY.image_shape):
 
 def test_is_the_paper_s_network():
     """Against the formulas, chained by hand in float64."""
-    config = dataclasses.replace(TINY, routing_bias=True, primary_coupling=0.5,
-                                 initialisation="official")  # fmt: skip
+    config = dataclasses.replace(
+        TINY, routing_bias=True, primary_coupling=0.5, initialisation="official"
+    )
     network = models.build(config, rngs=nnx.Rngs(0))
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(nnx.state(network)))
     no_pads = ((0, 0), (0, 0))
@@ -206,8 +207,12 @@ SMALLEST = {
     "matrix_capsnet_small": {"conv_features": 4, "primary_types": 2, "capsule_types": (3, 2)},
     "efficient_capsnet": {"conv_features": (4, 4, 4, 16), "decoder_features": (7,)},
 }
-ROUTED = [(p, r) for p in SMALLEST for r in routing.algorithms()
-          if (p, r) != ("matrix_capsnet_small", "heinsen")]  # fmt: skip
+ROUTED = [
+    (p, r)
+    for p in SMALLEST
+    for r in routing.algorithms()
+    if (p, r) != ("matrix_capsnet_small", "heinsen")
+]
 
 
 @pytest.mark.parametrize(("preset", "name"), ROUTED)

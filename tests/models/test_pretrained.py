@@ -46,9 +46,15 @@ def test_tells_digits(name):
 def test_what_is_saved_is_what_is_loaded(tmp_path, monkeypatch):
     network = models.create("small", rngs=nnx.Rngs(0), conv_features=8, decoder_features=(4,))
     about = models.About(
-        "small", {"conv_features": 8, "decoder_features": (4,)}, "mnist", tuple("0123456789"),
-        0.5, 10, "capsjax train", "2026-01-01",
-    )  # fmt: skip
+        "small",
+        {"conv_features": 8, "decoder_features": (4,)},
+        "mnist",
+        tuple("0123456789"),
+        0.5,
+        10,
+        "capsjax train",
+        "2026-01-01",
+    )
     save_pretrained(network, about, tmp_path / "mine.npz")
     monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path)
     assert models.pretrained() == ("mine",)

@@ -71,9 +71,18 @@ def test_same_fields_are_those_of_a_same_convolution():
 
 def conv(routing="dynamic", matrix=False, features=(4, 4), padding="VALID", **options):
     return ConvCapsules(
-        2, features[0], 3, features[1], kernel_size=(3, 2), strides=(2, 1), padding=padding,
-        routing=routing, matrix=matrix, rngs=nnx.Rngs(0), **options,
-    )  # fmt: skip
+        2,
+        features[0],
+        3,
+        features[1],
+        kernel_size=(3, 2),
+        strides=(2, 1),
+        padding=padding,
+        routing=routing,
+        matrix=matrix,
+        rngs=nnx.Rngs(0),
+        **options,
+    )
 
 
 @pytest.mark.parametrize("padding", ["VALID", ((1, 1), (1, 0))])
@@ -89,10 +98,12 @@ def test_conv_capsules_route_each_field_by_itself(padding, matrix):
         children = np.concatenate([np.asarray(poses[1][places[k]], np.float64) for k in present])
         weights = np.concatenate([kernel[2 * k : 2 * k + 2] for k in present])
         if matrix:
-            votes = np.stack([
-                [(c.reshape(2, 2) @ w[:, j]).reshape(4) for j in range(3)]
-                for c, w in zip(children, weights, strict=True)
-            ])  # fmt: skip
+            votes = np.stack(
+                [
+                    [(c.reshape(2, 2) @ w[:, j]).reshape(4) for j in range(3)]
+                    for c, w in zip(children, weights, strict=True)
+                ]
+            )
         else:
             votes = references.dense_votes(children, weights)
         v, lengths, _ = references.dynamic_routing(votes, 3)
@@ -105,9 +116,16 @@ def test_conv_capsules_route_each_field_by_itself(padding, matrix):
 @pytest.mark.parametrize("kernel_size", [(3, 2), None])
 def test_votes_of_dynamic_routing_need_not_be_stored(kernel_size):
     layer = ConvCapsules(
-        2, 4, 3, 5, kernel_size=kernel_size, padding="SAME", use_bias=True,
-        bias_init=nnx.initializers.normal(), rngs=nnx.Rngs(0),
-    )  # fmt: skip
+        2,
+        4,
+        3,
+        5,
+        kernel_size=kernel_size,
+        padding="SAME",
+        use_bias=True,
+        bias_init=nnx.initializers.normal(),
+        rngs=nnx.Rngs(0),
+    )
     poses, where = normal(2, 5, 4, 2, 4), jnp.ones((5, 4, 2), bool).at[2, 1, 0].set(False)
 
     @nnx.jit(static_argnames="name")
@@ -193,16 +211,28 @@ def test_a_child_shares_its_responsibility_among_the_parents_of_all_its_fields(n
 def test_em_over_fields_is_em_over_all_parents_at_once():
     """Two fields that share one row of children, against one EM with all parents of both."""
     layer = ConvCapsules(
-        1, 4, 2, 4, kernel_size=(2, 1), routing="em", num_iterations=3, epsilon=0.1,
-        inverse_temperature=1.0, rngs=nnx.Rngs(0),
-    )  # fmt: skip
+        1,
+        4,
+        2,
+        4,
+        kernel_size=(2, 1),
+        routing="em",
+        num_iterations=3,
+        epsilon=0.1,
+        inverse_temperature=1.0,
+        rngs=nnx.Rngs(0),
+    )
     poses, a = normal(3, 1, 1, 4, seed=3), np.array([0.9, 0.5, 0.7])
     routed = layer(poses, activations=jnp.float32(a).reshape(3, 1, 1))
     kernel = np.asarray(layer.kernel[...], np.float64)
     exact = np.asarray(poses, np.float64)[:, 0]
     log_p = {}  # of (child, field, parent)
-    responsible = {(c, f, j): 1 / (2 * len(fs)) for c, fs in enumerate(([0], [0, 1], [1]))
-                   for f in fs for j in range(2)}  # fmt: skip
+    responsible = {
+        (c, f, j): 1 / (2 * len(fs))
+        for c, fs in enumerate(([0], [0, 1], [1]))
+        for f in fs
+        for j in range(2)
+    }
     for t in range(3):
         for f, j in itertools.product(range(2), range(2)):
             votes = np.stack([exact[f + k, 0] @ kernel[k, :, j] for k in range(2)])
@@ -251,9 +281,16 @@ def test_masked_children_have_no_influence(name):
 
 def test_the_class_layer_shares_matrices_between_places_and_adds_their_coordinates():
     layer = ConvCapsules(
-        2, 4, 3, 4, kernel_size=None, routing="uniform", matrix=True, coordinates=True,
+        2,
+        4,
+        3,
+        4,
+        kernel_size=None,
+        routing="uniform",
+        matrix=True,
+        coordinates=True,
         rngs=nnx.Rngs(0),
-    )  # fmt: skip
+    )
     assert layer.kernel.shape == (2, 2, 3, 2)
     poses = normal(2, 3, 5, 2, 4)
     routed = layer(poses)
@@ -300,8 +337,8 @@ def test_three_stacked_capsule_layers_train_without_nan(name):
                 3, 4, 4, 4, kernel_size=2, padding="SAME", routing=name, matrix=True, rngs=rngs
             )
             self.classes = ConvCapsules(
-                4, 4, 2, 4, kernel_size=None, routing=name, matrix=True, coordinates=True,
-                rngs=rngs)  # fmt: skip
+                4, 4, 2, 4, kernel_size=None, routing=name, matrix=True, coordinates=True, rngs=rngs
+            )
 
         def __call__(self, images):
             poses, activations = self.primary(images)
@@ -352,14 +389,17 @@ def test_matrix_primary_capsules():
 
 # What each routing owns in a layer of 6 children with 4 dimensions and 3 parents with 5.
 OWNED = {
-    "dynamic": {}, "kmeans": {}, "uniform": {}, "random": {},
+    "dynamic": {},
+    "kmeans": {},
+    "uniform": {},
+    "random": {},
     "em": {"beta_a": (3,), "beta_u": (3,)},
     "variational": {"beta_a": (3,), "beta_u": (3,)},
     "self": {"logit_kernel": (6, 4, 3), "logit_bias": (6, 3)},
     "attention": {"scale": (5,), "offset": (5,)},
     "efficient": {"prior": (6, 3)},
     "heinsen": capsjax.HeinsenParameters.shapes(6, 4, 3, 5),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", routing.algorithms())
@@ -384,14 +424,25 @@ def test_dense_capsules_hand_activations_to_their_routing():
 
 def test_options_of_routing_reach_it():
     layer = DenseCapsules(
-        6, 4, 3, 5, routing="em", num_iterations=2, inverse_temperature=2.0,
-        beta_u_init=nnx.initializers.constant(0.5), rngs=nnx.Rngs(0),
-    )  # fmt: skip
+        6,
+        4,
+        3,
+        5,
+        routing="em",
+        num_iterations=2,
+        inverse_temperature=2.0,
+        beta_u_init=nnx.initializers.constant(0.5),
+        rngs=nnx.Rngs(0),
+    )
     poses = normal(6, 4)
     expected = capsjax.em_routing(
-        capsjax.dense_votes(poses, layer.kernel[...]), capsjax.length(poses), num_iterations=2,
-        inverse_temperature=2.0, beta_a=jnp.zeros(3), beta_u=jnp.full(3, 0.5),
-    )  # fmt: skip
+        capsjax.dense_votes(poses, layer.kernel[...]),
+        capsjax.length(poses),
+        num_iterations=2,
+        inverse_temperature=2.0,
+        beta_a=jnp.zeros(3),
+        beta_u=jnp.full(3, 0.5),
+    )
     assert_close(layer(poses).activations, expected.activations)
     seeds = [DenseCapsules(6, 4, 3, 5, routing="random", seed=s, rngs=nnx.Rngs(0)) for s in (0, 1)]
     assert (seeds[0](poses).coupling != seeds[1](poses).coupling).any()
@@ -427,7 +478,7 @@ def test_logits_are_for_dynamic_routing():
         (lambda: conv()(normal(5, 4, 3, 4)), r"poses must have shape .*, 2, 4\], got .*\(5, 4, 3"),
         (lambda: conv()(normal(2, 4, 2, 4)), r"at least as large as the kernel .* got 2 rows"),
     ],
-)  # fmt: skip
+)
 def test_bad_sizes_are_named(make, match):
     with pytest.raises(ValueError, match=match):
         make()

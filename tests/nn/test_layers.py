@@ -70,14 +70,25 @@ def test_primary_capsules_change_at_one_position_only_with_its_window():
 
 def test_dense_capsules_are_votes_and_routing():
     layer = DenseCapsules(
-        6, 4, 3, 5, num_iterations=2, use_bias=True, leaky=True, bias_init=bias_init,
+        6,
+        4,
+        3,
+        5,
+        num_iterations=2,
+        use_bias=True,
+        leaky=True,
+        bias_init=bias_init,
         rngs=nnx.Rngs(0),
-    )  # fmt: skip
+    )
     poses, logits, where = normal(2, 6, 4), normal(6, 3, seed=1), jnp.arange(6) != 1
     expected = dynamic_routing(
-        dense_votes(poses, layer.kernel[...]), num_iterations=2, bias=layer.router.bias[...],
-        leaky=True, logits=logits, where=where,
-    )  # fmt: skip
+        dense_votes(poses, layer.kernel[...]),
+        num_iterations=2,
+        bias=layer.router.bias[...],
+        leaky=True,
+        logits=logits,
+        where=where,
+    )
     routed = layer(poses, logits=logits, where=where)
     jax.tree.map(np.testing.assert_array_equal, routed, expected)
     assert count(layer) == 6 * 4 * 3 * 5 + 3 * 5

@@ -27,9 +27,14 @@ def arrays(batch, height, width, channels, kh, kw, features, dtype="float32"):
 
 def conv(images, kernel, strides=(1, 1), padding="VALID", implementation=None, **options):
     return conv_general_dilated(
-        images, kernel, strides, padding,
-        dimension_numbers=NHWC, implementation=implementation, **options,
-    )  # fmt: skip
+        images,
+        kernel,
+        strides,
+        padding,
+        dimension_numbers=NHWC,
+        implementation=implementation,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("implementation", [*OWN, "xla", None])
@@ -170,9 +175,11 @@ def test_goes_into_flax_convolutions(strides):
     )
     variables = linen_plain.init(jax.random.key(0), images)
     np.testing.assert_allclose(
-        linen_own.apply(variables, images), linen_plain.apply(variables, images), rtol=1e-5,
+        linen_own.apply(variables, images),
+        linen_plain.apply(variables, images),
+        rtol=1e-5,
         atol=1e-6,
-    )  # fmt: skip
+    )
 
 
 CANNOT = [
@@ -249,9 +256,13 @@ ODD = {
 def test_answers_odd_arguments_as_lax_does(name):
     images, kernel = arrays(2, 8, 8, 3, 3, 3, 4)
     arguments = {
-        "lhs": images, "rhs": kernel, "window_strides": (1, 1), "padding": "VALID",
-        "dimension_numbers": NHWC, **ODD[name],
-    }  # fmt: skip
+        "lhs": images,
+        "rhs": kernel,
+        "window_strides": (1, 1),
+        "padding": "VALID",
+        "dimension_numbers": NHWC,
+        **ODD[name],
+    }
 
     def outcome(function):
         try:

@@ -57,9 +57,14 @@ class Clusters:
         first = votes[..., 0, 0].astype(jnp.promote_types(votes.dtype, jnp.float32))
         activations = 0.5 + 0.4 * jnp.tanh(first)
         return self.function(
-            votes, activations, beta_a=beta_a, beta_u=beta_u, num_iterations=num_iterations,
-            where=where, **options,
-        )  # fmt: skip
+            votes,
+            activations,
+            beta_a=beta_a,
+            beta_u=beta_u,
+            num_iterations=num_iterations,
+            where=where,
+            **options,
+        )
 
     def reference(self, votes, num_iterations=3):
         activations = 0.5 + 0.4 * np.tanh(votes[:, 0, 0])
@@ -88,9 +93,11 @@ class Heinsen:
 
     def __call__(self, votes, num_iterations=2, where=None):
         parameters = capsjax.HeinsenParameters(
-            **{name: jnp.asarray(x, jnp.promote_types(votes.dtype, jnp.float32))
-               for name, x in self.parameters(votes).items()}
-        )  # fmt: skip
+            **{
+                name: jnp.asarray(x, jnp.promote_types(votes.dtype, jnp.float32))
+                for name, x in self.parameters(votes).items()
+            }
+        )
         poses = votes.reshape(*votes.shape[:-2], -1)
         return capsjax.heinsen_routing(
             poses, parameters, num_iterations=num_iterations, where=where
@@ -321,8 +328,9 @@ def test_under_shard_map_and_exported(name):
     for run in (sharded, exported.call):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-            run(votes), function(votes),
-        )  # fmt: skip
+            run(votes),
+            function(votes),
+        )
 
 
 def test_kmeans_ignores_the_length_of_its_centres():
@@ -354,8 +362,9 @@ def test_biases_and_priors():
     scale, offset = bias[0], bias[1]
     assert_routed(
         capsjax.attention_routing(votes, scale=scale, offset=offset),
-        references.attention_routing(exact, 2, scale, offset), 100,
-    )  # fmt: skip
+        references.attention_routing(exact, 2, scale, offset),
+        100,
+    )
 
 
 def test_random_couplings_follow_the_key_and_are_shared_by_examples():
@@ -501,10 +510,12 @@ def test_variational_priors_pull_towards_zero():
 
 @pytest.mark.parametrize(
     ("option", "expected"),
-    [({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
-     ({"nu": 4.0}, r"nu must be above 4, got 4.0"),
-     ({"beta_a": jnp.ones(3)}, r"beta_a must have shape \[J\] = \(4,\), got \(3,\)")],
-)  # fmt: skip
+    [
+        ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
+        ({"nu": 4.0}, r"nu must be above 4, got 4.0"),
+        ({"beta_a": jnp.ones(3)}, r"beta_a must have shape \[J\] = \(4,\), got \(3,\)"),
+    ],
+)
 def test_bad_priors_are_named(option, expected):
     with pytest.raises(ValueError, match=expected):
         capsjax.variational_routing(votes_of(), jnp.ones(CHILDREN), **{**EM_OPTIONS, **option})

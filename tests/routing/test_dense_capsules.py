@@ -76,9 +76,13 @@ def test_is_what_the_equations_say(implementation, num_iterations):
     poses, weights = arguments(2)
     bias, where = bias_of(), np.arange(CHILDREN) % 5 > 0
     routed = dense(
-        poses, weights, bias=bias, where=where, num_iterations=num_iterations,
+        poses,
+        weights,
+        bias=bias,
+        where=where,
+        num_iterations=num_iterations,
         implementation=implementation,
-    )  # fmt: skip
+    )
     for n, u in enumerate(np.asarray(poses, np.float64)):
         votes = references.dense_votes(u, np.asarray(weights, np.float64))
         expected, lengths, coupling = references.dynamic_routing(
@@ -95,7 +99,9 @@ def test_is_what_the_equations_say(implementation, num_iterations):
 @given(
     leading=st.lists(st.integers(1, 3), max_size=2),
     sizes=st.tuples(
-        st.sampled_from([1, 3, 16, 33, 70]), st.integers(1, 9), st.sampled_from([1, 2, 5, 40]),
+        st.sampled_from([1, 3, 16, 33, 70]),
+        st.integers(1, 9),
+        st.sampled_from([1, 2, 5, 40]),
         st.integers(1, 6),
     ),
     num_iterations=st.integers(1, 4),
@@ -104,7 +110,7 @@ def test_is_what_the_equations_say(implementation, num_iterations):
     stop_gradient=st.booleans(),
     biased=st.booleans(),
     masked=st.booleans(),
-)  # fmt: skip
+)
 def test_values_and_gradients_are_those_of_the_reference(
     implementation, leading, sizes, num_iterations, dtype, leaky, stop_gradient, biased, masked
 ):
@@ -179,8 +185,9 @@ def test_masked_children_have_no_influence_and_no_gradient(implementation, maske
     got = with_gradients(implementation, poses.at[:, 7].set(masked), weights, where=where)
     jax.tree.map(
         np.testing.assert_array_equal,
-        got, with_gradients(implementation, poses, weights, where=where),
-    )  # fmt: skip
+        got,
+        with_gradients(implementation, poses, weights, where=where),
+    )
     np.testing.assert_array_equal(got[1][0][:, 7], 0)
     np.testing.assert_array_equal(got[1][1][7], 0)
 
@@ -211,9 +218,10 @@ def stores_votes(implementation, batch, sizes, platform="cpu"):
     text = export.export(jax.jit(gradient), platforms=[platform])(*shapes).mlir_module()
     children, _, parents, features = sizes
     votes = (
-        f"{batch}x{children}x{parents}x{features}", f"{children}x{batch}x{parents}x{features}",
+        f"{batch}x{children}x{parents}x{features}",
+        f"{children}x{batch}x{parents}x{features}",
         f"{children}x{batch}x{parents * features}",
-    )  # fmt: skip
+    )
     computed = [line for line in text.splitlines() if re.search(r"dot_general|multiply", line)]
     return any(f"tensor<{shape}xf32>" in line for line in computed for shape in votes)
 
@@ -370,8 +378,9 @@ def test_pmapped_gradients_are_those_of_the_whole_batch(implementation):
     np.testing.assert_allclose(
         mapped(weights, poses.reshape(8, 2, *poses.shape[1:])),
         jax.jit(jax.grad(mean))(weights, poses),
-        rtol=1e-4, atol=1e-6,
-    )  # fmt: skip
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_exported_for_every_platform_with_a_batch_of_any_size():
@@ -419,8 +428,9 @@ def test_second_derivatives(implementation):
 def test_options_that_are_true_without_being_booleans(implementation):
     poses, weights = arguments(2)
     options = {"leaky": 2, "stop_gradient": 1}
-    got, expected = (with_gradients(name, poses, weights, **options)
-                     for name in (implementation, "reference"))  # fmt: skip
+    got, expected = (
+        with_gradients(name, poses, weights, **options) for name in (implementation, "reference")
+    )
     assert_same(got, expected, "float32", CHILDREN)
 
 
@@ -456,9 +466,12 @@ BAD = [
     ({"where": jnp.ones(5, bool)}, ValueError, r"where must broadcast to \(2, 35\), got shape"),
     ({"num_iterations": 0}, ValueError, "num_iterations must be at least 1, got 0"),
     ({"num_iterations": 2.5}, TypeError, "num_iterations must be a Python integer, got 2.5"),
-    ({"implementation": "cudnn"}, ValueError,
-     "None or one of reference, blocked, pallas_tpu, pallas_gpu, got 'cudnn'"),
-]  # fmt: skip
+    (
+        {"implementation": "cudnn"},
+        ValueError,
+        "None or one of reference, blocked, pallas_tpu, pallas_gpu, got 'cudnn'",
+    ),
+]
 
 
 @pytest.mark.parametrize(("options", "error", "match"), BAD, ids=[m for *_, m in BAD])

@@ -172,9 +172,10 @@ def test_stop_gradient_changes_gradients_from_the_second_iteration_on():
         else:
             assert float(jnp.abs(through - stopped).max()) > 1e-3
     jax.tree.map(
-        np.testing.assert_array_equal, dynamic_routing(votes),
+        np.testing.assert_array_equal,
+        dynamic_routing(votes),
         dynamic_routing(votes, stop_gradient=True),
-    )  # fmt: skip
+    )
 
 
 def test_stop_gradient_is_the_gradient_with_the_coupling_held():
@@ -314,8 +315,10 @@ def test_gradients_under_shard_map():
     votes = votes_of(16)
     np.testing.assert_allclose(
         jax.jit(jax.grad(lambda v: sharded(v).sum()))(votes),
-        jax.grad(lambda v: loss(v).sum())(votes), rtol=1e-4, atol=1e-6,
-    )  # fmt: skip
+        jax.grad(lambda v: loss(v).sum())(votes),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_exported_for_every_platform():
@@ -331,9 +334,11 @@ def test_exported_with_a_symbolic_batch():
     exported = export.export(jax.jit(lambda v: dynamic_routing(v).poses))(shape)
     for size in (1, 3):
         np.testing.assert_allclose(
-            exported.call(votes_of(size)), dynamic_routing(votes_of(size)).poses, rtol=1e-5,
+            exported.call(votes_of(size)),
+            dynamic_routing(votes_of(size)).poses,
+            rtol=1e-5,
             atol=1e-7,
-        )  # fmt: skip
+        )
 
 
 def test_two_stacked_layers_have_finite_gradients():
@@ -363,9 +368,11 @@ def test_pmapped_gradients_are_those_of_the_whole_batch():
 
     mapped = jax.pmap(step, axis_name="batch", in_axes=(None, 0), out_axes=None)
     np.testing.assert_allclose(
-        mapped(weights, tokens.reshape(8, 2, 6, 4)), jax.grad(loss)(weights, tokens), rtol=1e-5,
+        mapped(weights, tokens.reshape(8, 2, 6, 4)),
+        jax.grad(loss)(weights, tokens),
+        rtol=1e-5,
         atol=1e-7,
-    )  # fmt: skip
+    )
 
 
 BAD = [

@@ -192,9 +192,12 @@ def test_a_gpu_that_is_too_old_is_named(monkeypatch):
 @pytest.mark.parametrize("children", [1, 263, 265, 1152, 36_864])
 def test_programs_have_equal_shares(children):
     kernels = GpuKernels.of(
-        jnp.zeros((1, children, 8)), jnp.zeros((children, 8, 10, 1)),
-        leaky=False, stop_gradient=False, precision=None,
-    )  # fmt: skip
+        jnp.zeros((1, children, 8)),
+        jnp.zeros((children, 8, 10, 1)),
+        leaky=False,
+        stop_gradient=False,
+        precision=None,
+    )
     places = kernels.programs * kernels.blocks * kernels.block
     assert kernels.programs <= 264
     assert children <= places < 1.1 * children + 8
@@ -261,8 +264,11 @@ def test_the_tpu_s_compiler_takes_them():
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],
         env={**os.environ, "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": ""},
-        capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("compiled")]
     assert len(lines) == 3, done.stderr[-2000:]
     assert all(line.endswith("True") for line in lines)
@@ -309,9 +315,13 @@ for batch, *sizes, dtype, options in (
 def test_a_gpu_computes_what_the_reference_does():
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     done = subprocess.run(
-        [sys.executable, "-c", RUN_ON_GPU], env=environment,
-        capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", RUN_ON_GPU],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
     print(done.stdout)
     lines = [line.split()[6:] for line in done.stdout.splitlines() if line.startswith("ran")]
     assert len(lines) == 5, done.stderr[-2000:]

@@ -62,9 +62,13 @@ def finished(tmp_path_factory, digits, tiny):
 def test_a_finished_run_leaves_everything_behind(finished):
     run, result = finished
     assert sorted(p.name for p in run.iterdir()) == [
-        "checkpoints", "config.json", "metrics.jsonl", "reconstructions.png", "result.json",
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "reconstructions.png",
+        "result.json",
         "tensorboard",
-    ]  # fmt: skip
+    ]
     written = json.loads((run / "result.json").read_text())
     assert result.step == written["step"] == 23
     assert result.test.count == written["test_count"] == 101
@@ -79,9 +83,7 @@ def test_metrics_cover_every_step_once(finished):
         split: [r["step"] for r in records if r["split"] == split]
         for split in ("train", "validation", "test")
     }
-    assert steps == {
-        "train": [4, 8, 12, 16, 20, 23], "validation": [7, 14, 21, 23], "test": [23]
-    }  # fmt: skip
+    assert steps == {"train": [4, 8, 12, 16, 20, 23], "validation": [7, 14, 21, 23], "test": [23]}
     assert all(r["count"] == 20 for r in records if r["split"] == "validation")
     assert all(0 <= r["error"] <= 1 and r["loss"] > 0 for r in records)
 

@@ -20,9 +20,14 @@ from .test_loop import parameters
 from .test_tasks import made
 
 MODEL = {
-    "conv_features": 8, "conv_strides": 3, "primary_types": 2, "primary_features": 4,
-    "primary_kernel": 3, "class_features": 4, "decoder_features": (16,),
-}  # fmt: skip
+    "conv_features": 8,
+    "conv_strides": 3,
+    "primary_types": 2,
+    "primary_features": 4,
+    "primary_kernel": 3,
+    "class_features": 4,
+    "decoder_features": (16,),
+}
 RECIPE = Recipe(name="tiny", title="tiny", preset="paper", model=MODEL, steps=25, batch_size=16)
 
 
@@ -43,9 +48,15 @@ def test_trials_are_what_train_makes_with_their_seeds(digits, tiny, tmp_path):
     found = both.run(say=quiet)
     for n, seed in enumerate((0, 1)):
         config = TrainConfig(
-            run_dir=tmp_path / f"run{seed}", steps=25, batch_size=16, validation=0, seed=seed,
-            preset="paper", driver="jit", tensorboard=False,
-        )  # fmt: skip
+            run_dir=tmp_path / f"run{seed}",
+            steps=25,
+            batch_size=16,
+            validation=0,
+            seed=seed,
+            preset="paper",
+            driver="jit",
+            tensorboard=False,
+        )
         result = train(config, model=tiny, dataset=digits)
         _, state = parameters(tmp_path / f"run{seed}")
         # A checkpoint has names where the tree has numbers.
@@ -147,8 +158,9 @@ def test_a_table_is_filled_row_by_row_and_seed_by_seed(table, tmp_path):
     said = []
     rows = reproduce(config, say=said.append)
     assert [(row.recipe.name, len(row.errors), row.steps) for row in rows] == [
-        ("one", 2, 12), ("two", 2, 12)
-    ]  # fmt: skip
+        ("one", 2, 12),
+        ("two", 2, 12),
+    ]
     text = (tmp_path / "small-12-float32.md").read_text()
     assert "| the first | mnist_5k | 12 |  |" in text
     assert "(n = 2)" in text
@@ -263,8 +275,11 @@ def test_a_bare_machine_will_do(digits, tmp_path):
     save_npz(dataclasses.replace(digits, name="mnist"), tmp_path / "digits.npz")
     run = subprocess.run(
         [sys.executable, "-c", _BARE, tmp_path / "digits.npz", tmp_path / "out"],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     said = run.stdout.splitlines()
     assert said[-1].endswith("(n = 2)")
@@ -274,9 +289,12 @@ def test_a_bare_machine_will_do(digits, tmp_path):
 @pytest.mark.parametrize("recipe", [r for t in TABLES.values() for r in t], ids=lambda r: r.name)
 def test_every_recipe_makes_a_network(recipe):
     shapes = {
-        "multi_mnist": (36, 36, 1), "expanded_mnist": (40, 40, 1), "cifar10": (24, 24, 3),
-        "svhn_cropped": (32, 32, 3), "smallnorb": (32, 32, 2),
-    }  # fmt: skip
+        "multi_mnist": (36, 36, 1),
+        "expanded_mnist": (40, 40, 1),
+        "cifar10": (24, 24, 3),
+        "svhn_cropped": (32, 32, 3),
+        "smallnorb": (32, 32, 2),
+    }
     model = recipe.configure(image_shape=shapes.get(recipe.dataset, (28, 28, 1)))
     assert isinstance(model, models.ModelConfig)
 
@@ -300,9 +318,13 @@ def test_every_row_runs_in_miniature(recipe, tmp_path):
     noise = Dataset(source_of(recipe.dataset), *splits, tuple("0123456789"[:classes]))
     save_npz(noise, tmp_path / "noise.npz")
     config = ReproduceConfig(
-        table=recipe.table, rows=(recipe.name,), seeds=2 if recipe.ensemble else 1, steps=1,
-        data_dir=tmp_path / "noise.npz", output=tmp_path / "out",
-    )  # fmt: skip
+        table=recipe.table,
+        rows=(recipe.name,),
+        seeds=2 if recipe.ensemble else 1,
+        steps=1,
+        data_dir=tmp_path / "noise.npz",
+        output=tmp_path / "out",
+    )
     rows = reproduce(config, say=quiet)
     assert len(rows) == 1 + recipe.ensemble + (recipe.also_tested_on is not None)
     assert all(row.steps == 1 and row.recipe == recipe for row in rows)

@@ -24,9 +24,13 @@ def made(digits, task):
 
 def options(tmp_path, **others):
     return TrainConfig(
-        run_dir=tmp_path / "run", batch_size=16, steps=4, validation=20, tensorboard=False,
+        run_dir=tmp_path / "run",
+        batch_size=16,
+        steps=4,
+        validation=20,
+        tensorboard=False,
         **others,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,14 @@ from capsjax.viz.explorer import make_app
 from capsjax.viz.live import Live
 
 TINY = models.CapsNetConfig(
-    conv_features=8, conv_strides=3, primary_types=3, primary_features=4, primary_kernel=3,
-    class_features=5, decoder_features=(16,),
-)  # fmt: skip
+    conv_features=8,
+    conv_strides=3,
+    primary_types=3,
+    primary_features=4,
+    primary_kernel=3,
+    class_features=5,
+    decoder_features=(16,),
+)
 
 
 @pytest.fixture(scope="session")

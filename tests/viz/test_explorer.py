@@ -67,8 +67,9 @@ def test_decoding_equals_a_direct_call(address, loaded):
     _, body = ask(f"{address}/api/decode", {"pose": pose, "class": 4})
     poses = jnp.zeros((10, 5)).at[4].set(jnp.array(pose))
     made = loaded.network.decoder(poses, jnp.arange(10) == 4)
-    np.testing.assert_allclose(np.array(json.loads(body)["pixels"]) / 255, made.ravel(),
-                               atol=0.51 / 255)  # fmt: skip
+    np.testing.assert_allclose(
+        np.array(json.loads(body)["pixels"]) / 255, made.ravel(), atol=0.51 / 255
+    )
 
 
 def test_the_diagram_is_svg(address):
@@ -135,8 +136,10 @@ def test_the_exported_page_needs_no_server(live, loaded, image):
     start = page.index("const about = ") + len("const about = ")
     about, _ = json.JSONDecoder().raw_decode(page[start:])
     assert [example["name"] for example in about["examples"]] == [
-        "test image 3", "test image 5", "test image 3 and 5",
-    ]  # fmt: skip
+        "test image 3",
+        "test image 5",
+        "test image 3 and 5",
+    ]
     np.testing.assert_allclose(
         about["examples"][0]["lengths"], loaded.network(image).scores, atol=1e-5
     )

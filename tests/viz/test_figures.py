@@ -45,8 +45,9 @@ def test_agreement_and_entropy(anatomy):
     np.testing.assert_allclose(entropy[0], np.log2(10), rtol=1e-6)
     expected = np.mean([-sum(c * np.log2(c)) for c in coupling[2].astype(float)])
     np.testing.assert_allclose(entropy[2], expected, rtol=1e-5)
-    lines = {line.get_gid(): line for ax in viz.agreement(trace, classes=[4]).axes
-             for line in ax.lines}  # fmt: skip
+    lines = {
+        line.get_gid(): line for ax in viz.agreement(trace, classes=[4]).axes for line in ax.lines
+    }
     np.testing.assert_array_equal(lines["agreement-4"].get_ydata(), means[:, 4])
     np.testing.assert_array_equal(lines["entropy"].get_ydata(), entropy)
 
@@ -146,8 +147,9 @@ def test_the_same_figure_gives_the_same_file(run, tmp_path):
 
 
 def test_draw_passes_its_options_on(run):
-    config = DrawConfig(name="diagram", runs=(run,), classes=(8, 1), types=(2,), iterations=(1, 3),
-                        num_children=3)  # fmt: skip
+    config = DrawConfig(
+        name="diagram", runs=(run,), classes=(8, 1), types=(2,), iterations=(1, 3), num_children=3
+    )
     ids = {a.get_gid() for a in make_figure(config).axes[0].get_children() if a.get_gid()}
     lines = [gid.split("-") for gid in ids if gid.startswith("coupling")]
     assert {(t, j) for _, t, _, j in lines} == {("1", "8"), ("1", "1"), ("3", "8"), ("3", "1")}

@@ -9,9 +9,15 @@ from capsjax.viz.explorer import export
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 if not CHROMIUM.exists():
     pytest.skip(f"needs a browser, {CHROMIUM}", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api")

@@ -1,4 +1,4 @@
-"""Votes and dynamic routing as one function (floor 2)."""
+"""Votes and dynamic routing as one function."""
 
 import functools
 import math
@@ -122,18 +122,24 @@ def dense_capsules(
 
     def stored(poses: jax.Array, weights: jax.Array) -> Routed:
         return dynamic_routing(
-            dense_votes(poses, weights, precision=precision), num_iterations=iterations, bias=bias,
-            where=where, leaky=leaky, stop_gradient=stop_gradient,
-        )  # fmt: skip
+            dense_votes(poses, weights, precision=precision),
+            num_iterations=iterations,
+            bias=bias,
+            where=where,
+            leaky=leaky,
+            stop_gradient=stop_gradient,
+        )
 
     def swept(kind: Any, poses: jax.Array, weights: jax.Array) -> Routed:
         flat = poses.astype(dtype).reshape(-1, *poses.shape[-2:])
         added = jnp.zeros(parents) if bias is None else bias
         arguments = _alike(flat, weights.astype(dtype), added.astype(accumulator(dtype)))
         sweeps = kind.of(
-            *arguments[:2], leaky=bool(leaky), stop_gradient=bool(stop_gradient),
+            *arguments[:2],
+            leaky=bool(leaky),
+            stop_gradient=bool(stop_gradient),
             precision=precision,
-        )  # fmt: skip
+        )
         v = jnp.moveaxis(route(sweeps, iterations, *arguments), 0, -2)
         v = v.reshape(*poses.shape[:-2], *parents)
         return Routed(v.astype(dtype), length(v).astype(dtype), None)

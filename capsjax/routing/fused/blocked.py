@@ -1,4 +1,4 @@
-"""Sweeps in plain XLA, some children at a time (floor 2)."""
+"""Sweeps in plain XLA, some children at a time."""
 
 import dataclasses
 import functools

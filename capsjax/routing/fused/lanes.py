@@ -1,4 +1,4 @@
-"""Sweeps for accelerators in plain XLA: batch along the last axis, sums as products (floor 2)."""
+"""Sweeps for accelerators in plain XLA: batch along the last axis, sums as products."""
 
 import dataclasses
 import math

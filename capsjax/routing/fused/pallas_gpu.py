@@ -1,4 +1,4 @@
-"""Sweeps as kernels for Hopper GPUs and newer (floor 2): a thread for each example."""
+"""Sweeps as kernels for Hopper GPUs and newer: a thread for each example."""
 
 import dataclasses
 import inspect
@@ -176,18 +176,23 @@ class GpuKernels:
         def call(*arguments: jax.Array) -> tuple[jax.Array, ...]:
             results = plgpu.kernel(
                 lambda *refs: kernel(self, lax.axis_index("program"), *refs),
-                grid=(self.programs,), grid_names=("program",), kernel_name=name,
+                grid=(self.programs,),
+                grid_names=("program",),
+                kernel_name=name,
                 **_memory(results_like(*arguments), memory),
-            )(*arguments)  # fmt: skip
+            )(*arguments)
             # A kernel of this kind does not say itself on which axes of a mesh its numbers differ.
             return tuple(x + zeros((), x.dtype, *arguments) for x in results)
 
         def interpreted(*arguments: jax.Array) -> tuple[jax.Array, ...]:
             results = pl.pallas_call(
                 lambda *refs: kernel(self, pl.program_id(0), *refs),
-                out_shape=results_like(*arguments), scratch_shapes=memory,
-                grid=(self.programs,), name=name, interpret=True,
-            )(*arguments)  # fmt: skip
+                out_shape=results_like(*arguments),
+                scratch_shapes=memory,
+                grid=(self.programs,),
+                name=name,
+                interpret=True,
+            )(*arguments)
             return tuple(results)
 
         run = interpreted if self.interpret else only_on("cuda", "pallas_gpu", call)
@@ -243,9 +248,18 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    sweeps: GpuKernels, program: jax.Array, u: Any, weights: Any, query: Any, d_sums: Any,
-    d_u: Any, d_weights: Any, d_query: Any, coupling: Any, d_logits: Any,
-) -> None:  # fmt: skip
+    sweeps: GpuKernels,
+    program: jax.Array,
+    u: Any,
+    weights: Any,
+    query: Any,
+    d_sums: Any,
+    d_u: Any,
+    d_weights: Any,
+    d_query: Any,
+    coupling: Any,
+    d_logits: Any,
+) -> None:
     _clear(sweeps, d_query.at[program])
 
     @_for_each_block(sweeps, program)
@@ -347,9 +361,14 @@ def _dot(
 
 
 def _contract(
-    sweeps: GpuKernels, u: Any, weights: Any, vector: tuple[jax.Array, ...], first: jax.Array,
-    j: jax.Array, out: Any,
-) -> None:  # fmt: skip
+    sweeps: GpuKernels,
+    u: Any,
+    weights: Any,
+    vector: tuple[jax.Array, ...],
+    first: jax.Array,
+    j: jax.Array,
+    out: Any,
+) -> None:
     """Scalar products of a block's votes with a vector, to ``out[j]``."""
 
     @_for_each(sweeps.block)
@@ -361,9 +380,13 @@ def _contract(
 
 
 def _weigh(
-    u: Any, weights: Any, child: jax.Array, j: jax.Array, factor: jax.Array,
+    u: Any,
+    weights: Any,
+    child: jax.Array,
+    j: jax.Array,
+    factor: jax.Array,
     total: tuple[jax.Array, ...],
-) -> tuple[jax.Array, ...]:  # fmt: skip
+) -> tuple[jax.Array, ...]:
     """Adds a child's vote times a factor."""
 
     def feature(k: jax.Array, total: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

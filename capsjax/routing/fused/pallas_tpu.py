@@ -1,4 +1,4 @@
-"""Sweeps as kernels for TPUs (floor 2): one pass over poses and weights, the batch in lanes."""
+"""Sweeps as kernels for TPUs: one pass over poses and weights, the batch in lanes."""
 
 import dataclasses
 import functools
@@ -124,9 +124,13 @@ class TpuKernels:
         queries = to_lanes(query)
         one = queries[0]
         call = self._call(
-            _backward_kernel, [poses[0], weights], [one, one],
-            out=[grads[0][0], grads[1]], summed=[one], scratch=2,
-        )  # fmt: skip
+            _backward_kernel,
+            [poses[0], weights],
+            [one, one],
+            out=[grads[0][0], grads[1]],
+            summed=[one],
+            scratch=2,
+        )
         return backward_tiles(call, packed, queries, to_lanes(d_sums), grads, self.batch)
 
     def _call(
@@ -194,9 +198,17 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    sweeps: TpuKernels, u: Any, weights: Any, query: Any, d_sums: Any, d_u: Any, d_weights: Any,
-    d_query: Any, coupling: Any, d_logits: Any,
-) -> None:  # fmt: skip
+    sweeps: TpuKernels,
+    u: Any,
+    weights: Any,
+    query: Any,
+    d_sums: Any,
+    d_u: Any,
+    d_weights: Any,
+    d_query: Any,
+    coupling: Any,
+    d_logits: Any,
+) -> None:
     @pl.when(pl.program_id(0) == 0)
     def _() -> None:
         d_query[...] = jnp.zeros_like(d_query)
@@ -244,9 +256,11 @@ def _softmax(sweeps: TpuKernels, x: Any) -> None:
     """Replaces ``[J, block, lanes]`` by its softmax over the parents."""
     lowest = 0.0 if sweeps.leaky else -jnp.inf
     highest = lax.fori_loop(
-        0, sweeps.parents, lambda j, most: jnp.maximum(most, x[j]),
+        0,
+        sweeps.parents,
+        lambda j, most: jnp.maximum(most, x[j]),
         jnp.full(x.shape[1:], lowest, x.dtype),
-    )  # fmt: skip
+    )
 
     def exponential(j: jax.Array, total: jax.Array) -> jax.Array:
         x[j] = jnp.exp(x[j] - highest)

@@ -1,4 +1,4 @@
-"""Kernels that are for one kind of accelerator only (floor 2)."""
+"""Kernels that are for one kind of accelerator only."""
 
 from collections.abc import Callable
 from typing import Any

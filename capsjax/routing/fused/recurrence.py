@@ -1,4 +1,4 @@
-"""Dynamic routing as sweeps over children whose votes nobody stores (floor 2).
+"""Dynamic routing as sweeps over children whose votes nobody stores.
 
 The logits after some iterations are scalar products of the votes with the sum V of the parents'
 poses so far, so that neither votes nor logits have to be kept: an iteration takes V [J, B, D] and

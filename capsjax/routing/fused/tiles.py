@@ -1,4 +1,4 @@
-"""Batches in tiles of 128 examples, one in each lane of a kernel (floor 2)."""
+"""Batches in tiles of 128 examples, one in each lane of a kernel."""
 
 from collections.abc import Callable
 
