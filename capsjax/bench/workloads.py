@@ -17,11 +17,11 @@ from jax import lax
 from jax.sharding import SingleDeviceSharding
 
 from capsjax import routing
-from capsjax.ops import dense_votes, length, squash
-from capsjax.routing import HeinsenParameters, Routed, dense_capsules
+from capsjax.ops import dense_votes, squash
+from capsjax.routing import Routed
 from capsjax.routing._passes import Passes
 from capsjax.routing.fused import Implementation
-from capsjax.routing.trace import PASSES
+from capsjax.routing.trace import traced
 
 Direction = Literal["forward", "gradient"]
 LoopForm = Literal["fori_loop", "scan", "unrolled"]
@@ -116,13 +116,13 @@ class Routing:
                 f"implementation of {self.algorithm!r} must be {_either(names)}, got"
                 f" {self.implementation!r}"
             )
-        iterates = self.algorithm in PASSES and self.implementation == "reference"
+        iterates = self.algorithm in traced() and self.implementation == "reference"
         if self.loop != "fori_loop" and not iterates:
             raise WorkloadError(
                 f"loop must be 'fori_loop' for algorithm {self.algorithm!r} with implementation"
                 f" {self.implementation!r}, got {self.loop!r}"
             )
-        if self.iterations != 3 and not routing.iterates(self.algorithm):
+        if self.iterations != 3 and not routing.algorithm(self.algorithm).iterates:
             raise WorkloadError(f"algorithm {self.algorithm!r} has no iterations to choose")
 
     def build(self, devices: Sequence[jax.Device]) -> Built:
@@ -131,42 +131,28 @@ class Routing:
             "poses": (self.batch, self.children, self.in_features)
         }
         sizes = (self.children, self.in_features, self.parents, self.features)
-        if self.algorithm == "heinsen":
-            shapes |= HeinsenParameters.shapes(*sizes)
-        else:
+        record = routing.algorithm(self.algorithm)
+        if not record.makes_votes:
             shapes["weights"] = sizes
-        if self.algorithm in ("em", "variational"):
-            shapes |= {"beta_a": (self.parents,), "beta_u": (self.parents,)}
-        if self.algorithm == "self":
-            shapes["logits"] = (self.batch, self.children, self.parents)
+        shapes |= {n: p.shape for n, p in record.parameters(routing.Sizes(*sizes)).items()}
         function = _directed(functools.partial(self._route, tuple(shapes)), self.direction)
         return _one_device(function, devices, tuple(shapes.values()), self.dtype)
 
     def _route(self, names: tuple[str, ...], *arrays: jax.Array) -> jax.Array:
-        given = dict(zip(names, arrays, strict=True))
-        poses = given.pop("poses")
-        options: dict[str, Any] = {}
-        if routing.iterates(self.algorithm):
-            options["num_iterations"] = self.iterations
-        if self.implementation != "reference":
-            implementation: Any = self.implementation
-            return dense_capsules(
-                poses, given["weights"], implementation=implementation, **options
-            ).poses
-        if self.algorithm == "heinsen":
-            return routing.heinsen_routing(poses, HeinsenParameters(**given), **options).poses
-        votes = dense_votes(poses, given.pop("weights"))
-        arguments: tuple[Any, ...] = ()
-        if self.algorithm in ("em", "variational", "self"):
-            arguments = (length(poses),)
-        if self.algorithm == "self":
-            arguments = (*arguments, given.pop("logits"))
-        options |= given
-        if self.algorithm == "random":
-            options["key"] = jax.random.key(0)
+        given: dict[str, Any] = dict(zip(names, arrays, strict=True))
+        poses, weights = given.pop("poses"), given.pop("weights", None)
+        record = routing.algorithm(self.algorithm)
+        if record.iterates:
+            given["num_iterations"] = self.iterations
+        if record.fused is not None and self.implementation != "reference":
+            return record.fused(poses, weights, implementation=self.implementation, **given).poses
+        votes = None if weights is None else dense_votes(poses, weights)
+        children = routing.Children(poses)
         if self.loop == "fori_loop":
-            return routing.algorithm(self.algorithm)(votes, *arguments, **options).poses
-        return self._looped(PASSES[self.algorithm](votes, *arguments, **given)).poses
+            return record.route(votes, children, given).poses
+        assert record.passes is not None  # checked above
+        del given["num_iterations"]
+        return self._looped(record.passes(votes, **record.keyword_arguments(children, given))).poses
 
     def _looped(self, passes: Passes) -> Routed:
         """The same passes as the algorithm makes, in another form of the loop."""

@@ -1,7 +1,7 @@
 """The capsule network of the paper: Conv1, PrimaryCaps, DigitCaps, decoder."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,10 @@ from capsjax.models.network import (
 )
 from capsjax.nn import DenseCapsules, PrimaryCapsules
 from capsjax.ops import conv_general_dilated
-from capsjax.routing import Routed
+from capsjax.routing import Routed, algorithm
 from capsjax.routing.fused import Implementation
 
 Initialisation = Literal["lecun", "official"]
-
-# EM routing of a hundred children and more by votes of a few hundredths: activations begin at about
-# one half, where they can learn, and reach both ends.
-_STARTS: dict[str, dict[str, Any]] = {
-    "em": {"inverse_temperature": 0.5, "beta_u_init": nnx.initializers.constant(3.5)}
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,13 +157,11 @@ class CapsNet(nnx.Module):
         self.config = config
         dtype = jnp.dtype(config.dtype)
         official = config.initialisation == "official"
-        options = {**routing_options(config), **_STARTS.get(config.routing, {})}
         conv_init = _truncated(0.05) if official else nnx.initializers.lecun_normal()
         wide_init = _truncated(0.1) if official else nnx.initializers.lecun_normal()
         capsule_init = _truncated(0.1) if official else nnx.initializers.normal(0.1)
-        if config.routing == "variational":
-            # Its priors are for votes of about one.
-            capsule_init = nnx.initializers.normal(1.0)
+        options = {"kernel_init": capsule_init, **routing_options(config)}
+        options |= algorithm(config.routing).class_capsules
         bias_init = nnx.initializers.constant(0.1 if official else 0.0)
         self.conv = nnx.Conv(
             config.image_shape[-1],
@@ -205,7 +197,6 @@ class CapsNet(nnx.Module):
             use_bias=config.routing_bias,
             implementation=config.implementation,
             dtype=dtype,
-            kernel_init=capsule_init,
             bias_init=bias_init,
             rngs=rngs,
             **options,

@@ -19,7 +19,7 @@ from capsjax.models.network import (
 )
 from capsjax.nn import ConvCapsules, MatrixPrimaryCapsules
 from capsjax.ops import conv_general_dilated
-from capsjax.routing import Routed
+from capsjax.routing import Routed, algorithm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,10 @@ class MatrixCapsNetConfig:
                 f" capsule_types, got {self.capsule_strides}"
             )
         check_routing(self)
-        if self.routing == "heinsen":
-            raise ValueError("routing 'heinsen' makes votes of its own, which fields cannot use")
+        if algorithm(self.routing).makes_votes:
+            raise ValueError(
+                f"routing {self.routing!r} makes votes of its own, which fields cannot use"
+            )
         if min(self.grid) < 1:
             raise ValueError(
                 f"image_shape {self.image_shape} is too small for {len(self.capsule_types)} layers"

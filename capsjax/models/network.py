@@ -9,11 +9,9 @@ import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
-from capsjax import routing
 from capsjax.nn import Decoder
-from capsjax.nn.router import check_options
 from capsjax.ops import length
-from capsjax.routing import Routed
+from capsjax.routing import Routed, algorithm
 from capsjax.routing.fused import check_implementation
 
 _DTYPES = ("float32", "bfloat16")
@@ -80,7 +78,7 @@ def grid_after(grid: tuple[int, int], layers: Iterable[tuple[int, int]]) -> tupl
 def routing_options(config: Any) -> dict[str, Any]:
     """The options of the routing function that a configuration's fields give."""
     options = {}
-    if routing.iterates(config.routing):
+    if algorithm(config.routing).iterates:
         options["num_iterations"] = config.num_iterations
     # Only where they are on: algorithms that do not know them are content without.
     options.update(
@@ -92,7 +90,7 @@ def routing_options(config: Any) -> dict[str, Any]:
 def check_routing(config: Any) -> None:
     """Raises a ValueError unless there is such a routing algorithm, with these options."""
     use_bias = getattr(config, "routing_bias", False)
-    check_options(config.routing, routing_options(config), use_bias=use_bias)
+    algorithm(config.routing).check_options(routing_options(config), use_bias=use_bias)
     check_implementation(getattr(config, "implementation", None), config.routing)
 
 
@@ -118,7 +116,7 @@ def predict(
     config: Any, routed: Routed, decoder: Decoder | None, target: jax.Array | None
 ) -> Prediction:
     """What class capsules say: activations as scores, and the target's reconstruction."""
-    if routing.squashes(config.routing):
+    if algorithm(config.routing).squash is not None:
         # Again in float32: what has been rounded to bfloat16 leaves ties.
         scores = length(routed.poses.astype(jnp.float32))
     else:

@@ -11,10 +11,10 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.typing import ArrayLike
 
-from capsjax.nn.router import Children, Router, Sizes, makes_votes
+from capsjax.nn.router import Router
 from capsjax.ops import ReceptiveFields, dense_votes, matrix_votes
 from capsjax.ops.fields import Padding
-from capsjax.routing import Routed
+from capsjax.routing import Children, Routed, Sizes, algorithm
 from capsjax.routing.fused import Implementation, check_implementation, dense_capsules
 
 # Votes of the size of the poses, whatever the number of children.
@@ -131,7 +131,7 @@ class ConvCapsules(nnx.Module):
                 "matrix needs in_features and out_features to be the same square number, got"
                 f" {in_features} and {out_features}"
             )
-        if makes_votes(routing):
+        if algorithm(routing).makes_votes:
             raise ValueError(f"routing {routing!r} makes votes of its own, which fields cannot use")
         if coordinates and out_features < 2:
             raise ValueError(f"coordinates need two out_features, got {out_features}")
@@ -192,7 +192,7 @@ class ConvCapsules(nnx.Module):
         gather = self._gather_grid if self.kernel_size is None else self._gather_fields
         children, make_votes = gather(poses, kernel, activations, where)
         if self._stores_votes or (self.kernel_size is None and implementation in _STORED):
-            return self.router(make_votes(), children)
+            return self.router(children, make_votes)
         places = children.poses.shape[-2] // self.sizes.in_capsules
         return dense_capsules(
             children.poses,

@@ -9,10 +9,10 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.typing import ArrayLike
 
-from capsjax.nn.router import Children, Router, Sizes, makes_votes
+from capsjax.nn.router import Router
 from capsjax.ops import dense_votes
-from capsjax.routing import Routed
-from capsjax.routing.fused import Implementation, check_implementation, dense_capsules
+from capsjax.routing import Children, Routed, Sizes, algorithm
+from capsjax.routing.fused import Implementation, check_implementation
 
 
 class DenseCapsules(nnx.Module):
@@ -81,7 +81,7 @@ class DenseCapsules(nnx.Module):
     ):
         sizes = Sizes(in_capsules, in_features, out_capsules, out_features)
         self.kernel: nnx.Param[jax.Array] | None
-        if makes_votes(routing):
+        if algorithm(routing).makes_votes:
             self.kernel = nnx.data(None)
         else:
             self.kernel = nnx.Param(kernel_init(rngs.params(), sizes, param_dtype))
@@ -130,24 +130,14 @@ class DenseCapsules(nnx.Module):
         """
         if implementation is None:
             implementation = self.implementation
-        check_implementation(implementation, self.router.name)
-        votes = None
-        if self.kernel is None:
-            poses, _ = promote_dtype((poses, None), dtype=self.dtype)
-        else:
-            poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
-            if self.router.name == "dynamic" and logits is None:
-                return dense_capsules(
-                    poses,
-                    kernel,
-                    where=where,
-                    precision=self.precision,
-                    implementation=implementation,
-                    **self.router.arguments(),
-                )
-            if implementation not in (None, "reference"):
-                raise ValueError(
-                    f"implementation {implementation!r} stores no logits and takes no prior ones"
-                )
-            votes = dense_votes(poses, kernel, precision=self.precision)
-        return self.router(votes, Children(poses, activations, logits, where))
+        kernel = None if self.kernel is None else self.kernel[...]
+        poses, kernel = promote_dtype((poses, kernel), dtype=self.dtype)
+        return self.router(
+            Children(poses, activations, logits, where),
+            lambda: (
+                None if kernel is None else dense_votes(poses, kernel, precision=self.precision)
+            ),
+            weights=kernel,
+            precision=self.precision,
+            implementation=implementation,
+        )

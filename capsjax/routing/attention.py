@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
 from capsjax.routing._passes import Passes, as_parameter, inputs, layer_norm
+from capsjax.routing.algorithm import Algorithm, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
 
 
@@ -101,3 +102,23 @@ def attention_passes(
         return given.routed(normalise(s), length(squash(s)), coupling), logits
 
     return Passes(given.votes, given.zeros(), update, finish)
+
+
+def _parameters(sizes: Sizes) -> dict[str, Parameter]:
+    """Scale and offset of the layer normalisation."""
+    return {
+        "scale": Parameter((sizes.out_features,), jax.nn.initializers.ones),
+        "offset": Parameter((sizes.out_features,), jax.nn.initializers.zeros),
+    }
+
+
+ATTENTION = register(
+    Algorithm(
+        name="attention",
+        function=attention_routing,
+        paper="Tsai, Srivastava, Goh, Salakhutdinov, ICLR 2020",
+        passes=attention_passes,
+        parameters=_parameters,
+        options=("num_iterations", "epsilon"),
+    )
+)

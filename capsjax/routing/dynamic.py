@@ -1,5 +1,7 @@
 """Routing by agreement: Sabour, Frosst, Hinton, NIPS 2017."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,6 +9,7 @@ from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
 from capsjax.routing._passes import Inputs, Passes, as_logits, inputs
+from capsjax.routing.algorithm import Algorithm, register
 from capsjax.routing.routed import Routed
 
 
@@ -111,3 +114,24 @@ def _leaky_softmax(logits: jax.Array) -> jax.Array:
     highest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=0))
     exponentials = jnp.exp(logits - highest)
     return exponentials / (jnp.exp(-highest) + jnp.sum(exponentials, axis=-1, keepdims=True))
+
+
+def _fused(poses: jax.Array, weights: jax.Array, **options: Any) -> Routed:
+    from capsjax.routing.fused import dense_capsules  # it imports this file
+
+    return dense_capsules(poses, weights, **options)
+
+
+DYNAMIC = register(
+    Algorithm(
+        name="dynamic",
+        function=dynamic_routing,
+        paper="Sabour, Frosst, Hinton, NIPS 2017",
+        passes=dynamic_passes,
+        options=("num_iterations", "leaky", "stop_gradient"),
+        has_bias=True,
+        takes_logits=True,
+        squash=squash,
+        fused=_fused,
+    )
+)

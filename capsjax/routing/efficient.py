@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from capsjax.ops import length
 from capsjax.ops.capsule import exponential_squash
 from capsjax.routing._passes import as_logits, inputs
+from capsjax.routing.algorithm import Algorithm, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
 
 
@@ -60,3 +61,20 @@ def efficient_routing(
     coupling = given.coupled(coupling)
     poses = exponential_squash(given.gather(coupling))
     return given.routed(poses, length(poses), coupling)
+
+
+def _parameters(sizes: Sizes) -> dict[str, Parameter]:
+    """The prior of the couplings."""
+    shape = (sizes.in_capsules, sizes.out_capsules)
+    return {"prior": Parameter(shape, jax.nn.initializers.zeros, per_child=True)}
+
+
+EFFICIENT = register(
+    Algorithm(
+        name="efficient",
+        function=efficient_routing,
+        paper="Mazzia, Salvetti, Chiaberge, Scientific Reports 2021",
+        parameters=_parameters,
+        squash=exponential_squash,
+    )
+)

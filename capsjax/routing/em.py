@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from capsjax.routing._passes import Passes, as_activations, as_parameter, inputs, per_mass
+from capsjax.routing.algorithm import Algorithm, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
 
 Normalize = Callable[[jax.Array], jax.Array]
@@ -155,3 +156,29 @@ def em_passes(
 def _log_sigma(variance: jax.Array) -> jax.Array:
     """Sum of the logarithms of the standard deviations over the dimensions."""
     return jnp.sum(jnp.log(variance), axis=-1) / 2
+
+
+def beta_parameters(sizes: Sizes) -> dict[str, Parameter]:
+    """What activating a parent costs, and what not activating it."""
+    beta = Parameter((sizes.out_capsules,), jax.nn.initializers.zeros)
+    return {"beta_a": beta, "beta_u": beta}
+
+
+EM = register(
+    Algorithm(
+        name="em",
+        function=em_routing,
+        paper="Hinton, Sabour, Frosst, ICLR 2018",
+        passes=em_passes,
+        parameters=beta_parameters,
+        options=("num_iterations", "inverse_temperature", "epsilon"),
+        takes_activations=True,
+        takes_normalize=True,
+        # With a hundred children and more, and votes of a few hundredths, activations then begin at
+        # about one half, where they can learn, and reach both ends.
+        class_capsules={
+            "inverse_temperature": 0.5,
+            "beta_u_init": jax.nn.initializers.constant(3.5),
+        },
+    )
+)

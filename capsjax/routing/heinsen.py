@@ -1,6 +1,6 @@
 """Heinsen's routing of 2022, which never stores votes."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from capsjax.ops import length, squash
 from capsjax.ops._checks import accumulator, as_floating, as_mask, zeros
 from capsjax.routing._passes import as_iterations, layer_norm
+from capsjax.routing.algorithm import Algorithm, Children, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
 
 
@@ -204,3 +205,42 @@ def _checked(
         if got != shape and not (per_child and got == (1, *shape[1:])):
             raise ValueError(f"{name} must have shape {shape}, got {got}")
     return arrays
+
+
+def _parameters(sizes: Sizes) -> dict[str, Parameter]:
+    """The fields of :class:`HeinsenParameters`, normal, scaled as in the author's code."""
+    _, in_features, _, features = sizes
+    deviations = {
+        "activation_kernel": 2 * in_features**-0.5,
+        "vote_gates": 1.0,
+        "vote_kernel": 2 * in_features**-0.5,
+        "prediction_kernel": features**-0.5,
+        "prediction_gates": 1.0,
+        "score_scale": in_features**-0.5,
+        "use": 1.0,
+        "ignore": 1.0,
+    }
+    return {
+        name: Parameter(shape, jax.nn.initializers.normal(deviations.get(name, 0.0)))
+        for name, shape in HeinsenParameters.shapes(*sizes).items()
+    }
+
+
+def _arguments(children: Children, given: dict[str, Any]) -> dict[str, Any]:
+    """Parameters as one argument."""
+    del children
+    parameters = HeinsenParameters(*(given.pop(name) for name in HeinsenParameters._fields))
+    return {**given, "parameters": parameters}
+
+
+HEINSEN = register(
+    Algorithm(
+        name="heinsen",
+        function=heinsen_routing,
+        paper="Heinsen, 2022",
+        parameters=_parameters,
+        options=("num_iterations", "epsilon"),
+        arguments=_arguments,
+        makes_votes=True,
+    )
+)

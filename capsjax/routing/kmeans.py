@@ -6,6 +6,7 @@ from jax.typing import ArrayLike
 from capsjax.ops import length, squash
 from capsjax.ops.capsule import unit
 from capsjax.routing._passes import Passes, inputs
+from capsjax.routing.algorithm import Algorithm, register
 from capsjax.routing.routed import Routed
 
 
@@ -80,3 +81,16 @@ def kmeans_passes(
         return given.routed(poses, length(poses), coupling), logits
 
     return Passes(given.votes, given.zeros(), update, finish)
+
+
+KMEANS = register(
+    Algorithm(
+        name="kmeans",
+        function=kmeans_routing,
+        paper="Ren, Lu, 2018",
+        passes=kmeans_passes,
+        options=("num_iterations",),
+        has_bias=True,
+        squash=squash,
+    )
+)

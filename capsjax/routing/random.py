@@ -1,10 +1,13 @@
 """Routing by couplings drawn at random."""
 
+from typing import Any
+
 import jax
 from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
 from capsjax.routing._passes import as_logits, inputs
+from capsjax.routing.algorithm import Algorithm, Children, register
 from capsjax.routing.routed import Routed
 
 
@@ -52,3 +55,23 @@ def random_routing(
     coupling = given.coupled(jax.nn.softmax(as_logits("logits", logits, given)))
     poses = squash(given.gather(coupling))
     return given.routed(poses, length(poses), coupling)
+
+
+def _arguments(children: Children, given: dict[str, Any]) -> dict[str, Any]:
+    """The key of the couplings from the option ``seed``."""
+    del children
+    seed = given.pop("seed", 0)
+    return {**given, "key": jax.random.key(seed)}
+
+
+RANDOM = register(
+    Algorithm(
+        name="random",
+        function=random_routing,
+        paper="baseline: fixed random couplings (Paik, Kwak, Kim, ACML 2019)",
+        options=("seed",),
+        arguments=_arguments,
+        has_bias=True,
+        squash=squash,
+    )
+)

@@ -1,10 +1,15 @@
 """Self-routing: every child decides for itself, without looking at the others."""
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from capsjax.ops.capsule import unit
 from capsjax.routing._passes import as_activations, as_logits, inputs, per_mass
+from capsjax.routing.algorithm import Algorithm, Children, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
 
 
@@ -62,3 +67,38 @@ def self_routing(
     present = per_mass(mass, jnp.sum(weights, axis=-1)[..., None])
     poses = per_mass(given.gather(shares), mass[..., None])
     return given.routed(poses, present, coupling)
+
+
+def _parameters(sizes: Sizes) -> dict[str, Parameter]:
+    """A linear classifier for each child."""
+    children, in_features, parents, _ = sizes
+    zeros = jax.nn.initializers.zeros
+    return {
+        "logit_kernel": Parameter((children, in_features, parents), zeros, per_child=True),
+        "logit_bias": Parameter((children, parents), zeros, per_child=True),
+    }
+
+
+def _arguments(children: Children, given: dict[str, Any]) -> dict[str, Any]:
+    """Logits ``[..., I, J]`` by each child's classifier, in float32 or wider.
+
+    It sees which way a pose points, with components of about one; how long it is, is the child's
+    activation.
+    """
+    kernel, bias, poses = given.pop("logit_kernel"), given.pop("logit_bias"), children.poses
+    wide = jnp.promote_types(poses.dtype, bias.dtype)
+    direction = unit(poses.astype(wide)) * math.sqrt(poses.shape[-1])
+    logits = jnp.einsum("...ik,ikj->...ij", direction, kernel.astype(wide))
+    return {**given, "logits": logits + jnp.broadcast_to(bias, logits.shape).astype(wide)}
+
+
+SELF = register(
+    Algorithm(
+        name="self",
+        function=self_routing,
+        paper="Hahn, Pyeon, Kim, NeurIPS 2019",
+        parameters=_parameters,
+        arguments=_arguments,
+        takes_activations=True,
+    )
+)

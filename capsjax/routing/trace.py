@@ -1,6 +1,5 @@
 """What iterative routing does, pass by pass."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,21 +7,8 @@ import jax.numpy as jnp
 from jax import export, lax
 from jax.typing import ArrayLike
 
-from capsjax.routing._passes import Passes, as_iterations
-from capsjax.routing.attention import attention_passes
-from capsjax.routing.dynamic import dynamic_passes
-from capsjax.routing.em import em_passes
-from capsjax.routing.kmeans import kmeans_passes
-from capsjax.routing.variational import variational_passes
-
-# By name; also for those who write the loop over the passes in another form.
-PASSES: dict[str, Callable[..., Passes]] = {
-    "dynamic": dynamic_passes,
-    "kmeans": kmeans_passes,
-    "attention": attention_passes,
-    "em": em_passes,
-    "variational": variational_passes,
-}
+from capsjax.routing._passes import as_iterations
+from capsjax.routing.algorithm import algorithm, algorithms
 
 
 class RoutingTrace(NamedTuple):
@@ -49,6 +35,17 @@ class RoutingTrace(NamedTuple):
 export.register_namedtuple_serialization(RoutingTrace, serialized_name="capsjax.RoutingTrace")
 
 
+def traced() -> tuple[str, ...]:
+    """Names of the algorithms that can be traced.
+
+    Example:
+      >>> from capsjax.routing.trace import traced
+      >>> "em" in traced(), "uniform" in traced()
+      (True, False)
+    """
+    return tuple(name for name in algorithms() if algorithm(name).passes)
+
+
 def routing_trace(
     votes: ArrayLike,
     *args: Any,
@@ -69,8 +66,8 @@ def routing_trace(
     Args:
       votes: :math:`\hat u`, ``[..., I, J, D]``, any floating dtype.
       *args: further positional arguments of the algorithm, such as the children's activations.
-      routing: ``"dynamic"``, ``"kmeans"``, ``"attention"``, ``"em"`` or ``"variational"``;
-        the other algorithms make one pass, or have no votes.
+      routing: ``"dynamic"``, ``"kmeans"``, ``"attention"``, ``"em"``, ``"variational"``, or
+        another algorithm whose record has passes; the others make one pass, or have no votes.
       num_iterations: r, a Python integer of at least 1.
       **options: keyword arguments of the algorithm.
 
@@ -91,9 +88,10 @@ def routing_trace(
     Reference:
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, procedure 1.
     """
-    if routing not in PASSES:
-        raise ValueError(f"routing must be one of {', '.join(PASSES)}, got {routing!r}")
-    passes = PASSES[routing](votes, *args, **options)
+    make_passes = algorithm(routing).passes if routing in algorithms() else None
+    if make_passes is None:
+        raise ValueError(f"routing must be one of {', '.join(traced())}, got {routing!r}")
+    passes = make_passes(votes, *args, **options)
 
     def one_pass(carry: jax.Array, number: jax.Array) -> tuple[jax.Array, Any]:
         routed, logits = passes.finish(number, carry)

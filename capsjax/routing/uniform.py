@@ -5,6 +5,7 @@ from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
 from capsjax.routing._passes import inputs
+from capsjax.routing.algorithm import Algorithm, register
 from capsjax.routing.routed import Routed
 
 
@@ -45,3 +46,14 @@ def uniform_routing(
     coupling = given.coupled(jnp.full_like(given.zeros(), 1 / max(1, given.votes.shape[-2])))
     poses = squash(given.gather(coupling))
     return given.routed(poses, length(poses), coupling)
+
+
+UNIFORM = register(
+    Algorithm(
+        name="uniform",
+        function=uniform_routing,
+        paper="baseline: equal couplings",
+        has_bias=True,
+        squash=squash,
+    )
+)

@@ -8,7 +8,8 @@ from jax.scipy.special import digamma
 from jax.typing import ArrayLike
 
 from capsjax.routing._passes import Passes, as_activations, as_parameter, inputs
-from capsjax.routing.em import Normalize
+from capsjax.routing.algorithm import Algorithm, register
+from capsjax.routing.em import Normalize, beta_parameters
 from capsjax.routing.routed import Routed
 
 
@@ -177,3 +178,19 @@ def variational_passes(
 
     first = given.zeros() + jnp.zeros_like(present)[..., None]
     return Passes(given.votes, first, update, finish)
+
+
+VARIATIONAL = register(
+    Algorithm(
+        name="variational",
+        function=variational_routing,
+        paper="Ribeiro, Leontidis, Kollias, AAAI 2020",
+        passes=variational_passes,
+        parameters=beta_parameters,
+        options=("num_iterations", "alpha", "kappa", "nu", "psi"),
+        takes_activations=True,
+        takes_normalize=True,
+        # The priors are for votes of about one.
+        class_capsules={"kernel_init": jax.nn.initializers.normal(1.0)},
+    )
+)

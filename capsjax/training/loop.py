@@ -15,7 +15,7 @@ import numpy as np
 
 from capsjax import models
 from capsjax.data import Batch, Dataset, Split, evaluation_samples, load
-from capsjax.routing import iterates
+from capsjax.routing import algorithm
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import ConfigError, TrainConfig
 from capsjax.training.picture import write_picture
@@ -374,7 +374,7 @@ def _configure(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
     except ValueError as error:
         raise option_error(error) from None
     routing = getattr(preset, "routing", "")
-    if config.num_iterations is not None and not iterates(routing):
+    if config.num_iterations is not None and not algorithm(routing).iterates:
         raise ConfigError(f"--num-iterations is not for routing {routing!r}, which makes one pass")
     try:
         return models.configure(

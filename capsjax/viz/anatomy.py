@@ -8,11 +8,9 @@ from flax import nnx
 
 from capsjax.models import CapsNet
 from capsjax.models.network import check_images
-from capsjax.nn.router import Children
 from capsjax.ops import dense_votes
-from capsjax.routing import RoutingTrace, routing_trace
-
-TRACED = ("dynamic", "kmeans", "attention", "em", "variational")
+from capsjax.routing import Children, RoutingTrace, algorithm, routing_trace
+from capsjax.routing.trace import traced
 
 
 class Anatomy(NamedTuple):
@@ -50,9 +48,9 @@ def check_traced(network: nnx.Module) -> CapsNet:
             f"network must be a CapsNet, which routes between two layers of capsules, got"
             f" {type(network).__name__}"
         )
-    if network.config.routing not in TRACED:
+    if network.config.routing not in traced():
         raise ValueError(
-            f"routing must iterate over votes to be traced, one of {', '.join(TRACED)}; the"
+            f"routing must iterate over votes to be traced, one of {', '.join(traced())}; the"
             f" network's is {network.config.routing!r}"
         )
     return network
@@ -62,8 +60,7 @@ def dissect(network: CapsNet, image: jax.Array, *, num_iterations: int | None = 
     """Computes what the network does for one image, and keeps children, votes and routing.
 
     Args:
-      network: a capsule network with traceable routing: dynamic, k-means, attention, EM or
-        variational.
+      network: a capsule network whose routing can be traced; see :func:`capsjax.routing_trace`.
       image: pixels in [0, 1], ``[H, W, C]``, floating point.
       num_iterations: of routing; the network's own when None.
 
@@ -93,9 +90,8 @@ def dissect(network: CapsNet, image: jax.Array, *, num_iterations: int | None = 
     assert layer.kernel is not None  # only an algorithm that is not traced makes its own votes
     dtype = jnp.dtype(config.dtype)
     votes = dense_votes(children.astype(dtype), layer.kernel[...].astype(dtype))
-    learned = layer.router.arguments()
-    learned["num_iterations"] = num_iterations or config.num_iterations
-    weighed = config.routing in ("em", "variational")
-    present = [Children(children).present()] if weighed else []
-    trace = routing_trace(votes, *present, routing=config.routing, **learned)
-    return Anatomy(image, children, votes, trace, learned.get("bias"))
+    given = layer.router.arguments()
+    arguments = algorithm(config.routing).keyword_arguments(Children(children), given)
+    arguments["num_iterations"] = num_iterations or config.num_iterations
+    trace = routing_trace(votes, routing=config.routing, **arguments)
+    return Anatomy(image, children, votes, trace, given.get("bias"))
