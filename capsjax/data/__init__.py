@@ -1,7 +1,7 @@
 """Data: sets by name on the host, and what happens to images on the device."""
 
 from capsjax.data.affine import AffineRanges, random_affine
-from capsjax.data.dataset import DataError, Dataset, Split
+from capsjax.data.dataset import Dataset, Split
 from capsjax.data.npz import save_npz
 from capsjax.data.sources import load, names, source_of
 from capsjax.data.tasks import (
@@ -23,6 +23,7 @@ from capsjax.data.transforms import (
     random_shift,
     scale_pixels,
 )
+from capsjax.errors import DataError
 
 __all__ = [
     "AffineRanges",

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from capsjax.data.dataset import DataError, Dataset, Split
+from capsjax.data.dataset import Dataset, Split
+from capsjax.errors import DataError
 
 _SIDE = 40
 _FOLDERS = {"train": "training_and_validation_batches", "test": "test_batches"}

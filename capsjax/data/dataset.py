@@ -1,4 +1,4 @@
-"""What every data source returns, and the one error it raises."""
+"""What every data source returns."""
 
 import dataclasses
 from typing import NamedTuple
@@ -7,14 +7,6 @@ import numpy as np
 import numpy.typing as npt
 
 from capsjax.data.tasks import Shifted, Task
-
-
-class DataError(Exception):
-    """Data cannot be had as asked; its text is one line: what came and what was expected."""
-
-    def __init__(self, message: str):
-        # Messages quote other libraries' errors, which run over several lines.
-        super().__init__(" ".join(message.split()))
 
 
 class Split(NamedTuple):

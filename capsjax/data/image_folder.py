@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from capsjax.data.dataset import DataError, Dataset, Split
+from capsjax.data.dataset import Dataset, Split
+from capsjax.errors import DataError
 
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png")
 

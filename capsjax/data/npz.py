@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from capsjax.data.dataset import DataError, Dataset, Split
+from capsjax.data.dataset import Dataset, Split
 from capsjax.data.tasks import Task
+from capsjax.errors import DataError
 
 
 def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from capsjax.data.affnist import load_affnist
-from capsjax.data.dataset import DataError, Dataset, Split
+from capsjax.data.dataset import Dataset, Split
 from capsjax.data.embedded import load_mnist_5k
 from capsjax.data.image_folder import load_image_folder
 from capsjax.data.npz import load_npz
 from capsjax.data.tasks import Distorted, Pairs, Placed, Task
 from capsjax.data.tfds_source import NAMES as TFDS_NAMES
 from capsjax.data.tfds_source import load_tfds, task_of
+from capsjax.errors import DataError
 
 # Made of MNIST's digits on the device, never stored.
 _MADE: dict[str, Task] = {

@@ -17,10 +17,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from capsjax.data.dataset import DataError, Dataset, Split
+from capsjax.data.dataset import Dataset, Split
 from capsjax.data.decoded_cache import cached
 from capsjax.data.originals import ORIGINALS
 from capsjax.data.tasks import Cropped, Shifted, Task
+from capsjax.errors import DataError
 
 NAMES = tuple(ORIGINALS)
 

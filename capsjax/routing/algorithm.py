@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -109,7 +108,7 @@ class Algorithm:
     makes_votes: bool = False
     squash: Callable[..., jax.Array] | None = None
     fused: Callable[..., Routed] | None = None
-    class_capsules: Mapping[str, Any] = MappingProxyType({})
+    class_capsules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def iterates(self) -> bool:

@@ -1,11 +1,12 @@
 """Training: one pure step, drivers that run it anywhere, a loop that loses nothing."""
 
 from capsjax.data import Batch
-from capsjax.training.checkpoints import CheckpointError, Checkpoints
-from capsjax.training.config import ConfigError, EvaluateConfig, TrainConfig
+from capsjax.errors import CheckpointError, ConfigError, DivergedError
+from capsjax.training.checkpoints import Checkpoints
+from capsjax.training.config import EvaluateConfig, TrainConfig
 from capsjax.training.drivers import Driver, make_driver
 from capsjax.training.evaluation import Evaluated, Loaded, evaluate, load_network
-from capsjax.training.loop import DivergedError, Result, train
+from capsjax.training.loop import Result, train
 from capsjax.training.objectives import (
     binary_cross_entropy_loss,
     cross_entropy_loss,

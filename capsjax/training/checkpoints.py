@@ -9,13 +9,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from capsjax.errors import CheckpointError
 from capsjax.training.step import TrainState
 
 _METRIC = "validation_error"
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be written or read; the message is one line."""
 
 
 class Checkpoints:

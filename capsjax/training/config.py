@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+from capsjax.errors import ConfigError
 from capsjax.training.drivers import DriverName
 from capsjax.training.objectives import LossName
 
@@ -22,10 +23,6 @@ DatasetName = Literal[
     "affnist",
     "image_folder",
 ]
-
-
-class ConfigError(ValueError):
-    """An option that cannot be; the message names it, what came and what was expected."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,9 @@ from capsjax.data import (
     load,
     source_of,
 )
+from capsjax.errors import ConfigError
 from capsjax.training.checkpoints import Checkpoints
-from capsjax.training.config import ConfigError, EvaluateConfig
+from capsjax.training.config import EvaluateConfig
 from capsjax.training.drivers import make_driver
 from capsjax.training.objectives import choose_loss
 from capsjax.training.run_directory import DataDescription, RunDirectory

@@ -15,9 +15,10 @@ import numpy as np
 
 from capsjax import models
 from capsjax.data import Batch, Dataset, Split, evaluation_samples, load
+from capsjax.errors import ConfigError, DivergedError
 from capsjax.routing import algorithm
 from capsjax.training.checkpoints import Checkpoints
-from capsjax.training.config import ConfigError, TrainConfig
+from capsjax.training.config import TrainConfig
 from capsjax.training.picture import write_picture
 from capsjax.training.programs import NEVER, StepSums
 from capsjax.training.reporting import Report
@@ -27,10 +28,6 @@ from capsjax.training.step import TrainState
 from capsjax.training.stopping import StopRequest
 
 _PICTURED = 16
-
-
-class DivergedError(Exception):
-    """The loss or the parameters are no longer finite; the message names the step."""
 
 
 @dataclasses.dataclass(frozen=True)

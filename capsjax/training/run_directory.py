@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from capsjax.data import Dataset
+from capsjax.errors import ConfigError
 from capsjax.models import (
     BaselineConfig,
     CapsNetConfig,
@@ -17,7 +18,7 @@ from capsjax.models import (
     MatrixCapsNetConfig,
     ModelConfig,
 )
-from capsjax.training.config import ConfigError, TrainConfig
+from capsjax.training.config import TrainConfig
 
 _MODELS: dict[str, type[ModelConfig]] = {
     "capsnet": CapsNetConfig,

@@ -13,7 +13,8 @@ from flax import nnx
 
 from capsjax import models
 from capsjax.data import Batch, Dataset, Pairs, Shifted, Split, Task, epoch_order
-from capsjax.training.config import ConfigError, TrainConfig
+from capsjax.errors import ConfigError
+from capsjax.training.config import TrainConfig
 from capsjax.training.drivers import Driver, make_driver
 from capsjax.training.objectives import LOSSES, choose_loss
 from capsjax.training.programs import Evaluate, RunSteps, StepSums, make_evaluate, make_run_steps

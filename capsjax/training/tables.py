@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from capsjax.data import Dataset, is_right, load
-from capsjax.training.config import ConfigError
+from capsjax.errors import ConfigError
 from capsjax.training.recipes import TABLES, Recipe
 from capsjax.training.trials import Trial, Trials, check_alike, describe
 from capsjax.version import __version__

@@ -21,9 +21,8 @@ from flax import nnx
 
 from capsjax import models
 from capsjax.data import Batch, Dataset, Split, Task, epoch_order
-from capsjax.training.config import ConfigError
+from capsjax.errors import ConfigError, DivergedError
 from capsjax.training.drivers import make_driver
-from capsjax.training.loop import DivergedError
 from capsjax.training.objectives import LOSSES, choose_loss
 from capsjax.training.programs import gather_batch, make_evaluate
 from capsjax.training.recipes import Recipe

@@ -1,0 +1,35 @@
+"""The errors that commands report in one line; all other exceptions are bugs or wrong arguments."""
+
+from typing import ClassVar
+
+
+class CapsjaxError(Exception):
+    """Base of the errors that a command reports in one line.
+
+    Attributes:
+      exit_code: exit status of the command.
+    """
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(self, message: str):
+        # Messages quote other libraries' errors, which run over several lines.
+        super().__init__(" ".join(message.split()))
+
+
+class ConfigError(CapsjaxError, ValueError):
+    """Raised when an option is invalid, or does not go with another one or with this machine."""
+
+
+class DataError(CapsjaxError):
+    """Raised when data are missing, damaged or out of reach."""
+
+
+class CheckpointError(CapsjaxError):
+    """Raised when a checkpoint cannot be written or read."""
+
+
+class DivergedError(CapsjaxError):
+    """Raised when the loss or the parameters are no longer finite; the message names the step."""
+
+    exit_code = 1
