@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from capsjax.models.network import Prediction, check_images, check_positive
-from capsjax.ops import conv_general_dilated
+from capsjax.models.network import NetworkConfig, Prediction, check_images, make_conv
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BaselineConfig:
+class BaselineConfig(NetworkConfig):
     """Sizes and options of a :class:`BaselineCNN`.
 
     Attributes:
@@ -26,26 +25,15 @@ class BaselineConfig:
       dtype: dtype of the computation, ``"float32"`` or ``"bfloat16"``; parameters are float32.
     """
 
-    image_shape: tuple[int, int, int] = (28, 28, 1)
-    num_classes: int = 10
     conv_features: tuple[int, ...] = (256, 256, 128)
     conv_kernel: int = 5
     pooling: int = 1
     dense_features: tuple[int, ...] = (328, 192)
     dropout_rate: float = 0.5
-    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         """Checks the fields, so that a wrong one is named before anything is built."""
-        check_positive(
-            self,
-            "image_shape",
-            "num_classes",
-            "conv_features",
-            "conv_kernel",
-            "pooling",
-            "dense_features",
-        )
+        super().__post_init__()
         for name in ("conv_features", "dense_features"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one layer, got {getattr(self, name)}")
@@ -90,12 +78,9 @@ class BaselineCNN(nnx.Module):
         self.config = config
         dtype = jnp.dtype(config.dtype)
         (rows, columns), channels = config.grid, config.image_shape[2]
-        kernel = (config.conv_kernel, config.conv_kernel)
         self.convs = nnx.List(
             [
-                nnx.Conv(
-                    a, b, kernel, dtype=dtype, conv_general_dilated=conv_general_dilated, rngs=rngs
-                )
+                make_conv(a, b, config.conv_kernel, padding="SAME", dtype=dtype, rngs=rngs)
                 for a, b in itertools.pairwise((channels, *config.conv_features))
             ]
         )

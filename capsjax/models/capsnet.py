@@ -8,16 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from capsjax.models.network import (
-    Prediction,
-    check_images,
-    check_positive,
-    check_routing,
+    CapsuleNetwork,
+    CapsuleNetworkConfig,
+    make_conv,
     make_decoder,
-    predict,
-    routing_options,
 )
 from capsjax.nn import DenseCapsules, PrimaryCapsules
-from capsjax.ops import conv_general_dilated
 from capsjax.routing import Routed, algorithm
 from capsjax.routing.fused import Implementation
 
@@ -25,7 +21,7 @@ Initialisation = Literal["lecun", "official"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CapsNetConfig:
+class CapsNetConfig(CapsuleNetworkConfig):
     """Sizes and options of a :class:`CapsNet`.
 
     Attributes:
@@ -56,8 +52,6 @@ class CapsNetConfig:
         routing sums are float32 in both.
     """
 
-    image_shape: tuple[int, int, int] = (28, 28, 1)
-    num_classes: int = 10
     conv_features: int = 256
     conv_kernel: int = 9
     conv_strides: int = 1
@@ -68,33 +62,16 @@ class CapsNetConfig:
     primary_coupling: float = 1.0
     padding: str = "VALID"
     class_features: int = 16
-    routing: str = "dynamic"
-    num_iterations: int = 3
     routing_bias: bool = False
     leaky: bool = False
     stop_gradient: bool = False
     implementation: Implementation | None = None
     decoder_features: tuple[int, ...] = (512, 1024)
     initialisation: Initialisation = "lecun"
-    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         """Checks the fields, so that a wrong one is named before anything is built."""
-        check_positive(
-            self,
-            "image_shape",
-            "num_classes",
-            "conv_features",
-            "conv_kernel",
-            "conv_strides",
-            "primary_types",
-            "primary_features",
-            "primary_kernel",
-            "primary_strides",
-            "class_features",
-            "num_iterations",
-            "decoder_features",
-        )
+        super().__post_init__()
         if self.initialisation not in get_args(Initialisation):
             raise ValueError(
                 f"initialisation must be one of {get_args(Initialisation)}, got"
@@ -102,7 +79,6 @@ class CapsNetConfig:
             )
         if self.padding not in ("VALID", "SAME"):
             raise ValueError(f"padding must be 'VALID' or 'SAME', got {self.padding!r}")
-        check_routing(self)
         if min(self.grid) < 1:
             raise ValueError(
                 f"image_shape {self.image_shape} is too small for kernels {self.conv_kernel} and"
@@ -133,7 +109,7 @@ class CapsNetConfig:
         return rows * columns * self.primary_types
 
 
-class CapsNet(nnx.Module):
+class CapsNet(CapsuleNetwork):
     """Convolution, primary capsules, class capsules by dynamic routing, reconstruction.
 
     Args:
@@ -153,6 +129,8 @@ class CapsNet(nnx.Module):
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 4.
     """
 
+    config: CapsNetConfig
+
     def __init__(self, config: CapsNetConfig, *, rngs: nnx.Rngs):
         self.config = config
         dtype = jnp.dtype(config.dtype)
@@ -160,19 +138,18 @@ class CapsNet(nnx.Module):
         conv_init = _truncated(0.05) if official else nnx.initializers.lecun_normal()
         wide_init = _truncated(0.1) if official else nnx.initializers.lecun_normal()
         capsule_init = _truncated(0.1) if official else nnx.initializers.normal(0.1)
-        options = {"kernel_init": capsule_init, **routing_options(config)}
+        options = {"kernel_init": capsule_init, **config.routing_options}
         options |= algorithm(config.routing).class_capsules
         bias_init = nnx.initializers.constant(0.1 if official else 0.0)
-        self.conv = nnx.Conv(
+        self.conv = make_conv(
             config.image_shape[-1],
             config.conv_features,
-            (config.conv_kernel, config.conv_kernel),
+            config.conv_kernel,
             config.conv_strides,
             padding=config.padding,
             dtype=dtype,
             kernel_init=conv_init,
             bias_init=bias_init,
-            conv_general_dilated=conv_general_dilated,
             rngs=rngs,
         )
         self.primary = PrimaryCapsules(
@@ -210,37 +187,18 @@ class CapsNet(nnx.Module):
             bias_init=bias_init,
         )
 
-    def route(self, images: jax.Array) -> Routed:
-        """Class capsules of images ``[..., H, W, C]`` in [0, 1], with their coupling."""
-        # By the implementation that stores the votes, as only that one has the coupling.
-        routed: Routed = self.classes(self._primary(images), implementation="reference")
-        return routed
-
-    def _primary(self, images: jax.Array) -> jax.Array:
-        check_images(images, self.config.image_shape)
+    def primary_capsules(self, images: jax.Array) -> jax.Array:
+        """Primary capsules of images ``[..., H, W, C]``: poses ``[..., I, K]``."""
         capsules: jax.Array = self.primary(jax.nn.relu(self.conv(images)))
         return capsules
 
-    def __call__(
-        self, images: jax.Array, *, target: jax.Array | None = None, keys: jax.Array | None = None
-    ) -> Prediction:
-        """Predicts the classes of images and reconstructs them.
-
-        Args:
-          images: pixels in [0, 1], ``[..., H, W, C]``.
-          target: the classes that the decoder sees, one-hot or multi-hot ``[..., J]``: the true
-            ones in training. None: the class of the longest capsule.
-          keys: unused; nothing is drawn at random.
-
-        Returns:
-          :class:`capsjax.models.Prediction`; the scores are the lengths of the class capsules.
-
-        Raises:
-          ValueError: the images or the target have the wrong shape.
-        """
-        del keys
-        routed = self.classes(self._primary(images))
-        return predict(self.config, routed, self.decoder, target)
+    def class_capsules(
+        self, images: jax.Array, *, implementation: Implementation | None = None
+    ) -> Routed:
+        """Class capsules of images whose shape has been checked."""
+        primary = self.primary_capsules(images)
+        routed: Routed = self.classes(primary, implementation=implementation)
+        return routed
 
 
 def _truncated(stddev: float) -> nnx.Initializer:

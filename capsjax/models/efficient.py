@@ -1,31 +1,29 @@
 """Efficient-CapsNet: Mazzia, Salvetti, Chiaberge, Scientific Reports 2021."""
 
 import dataclasses
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from capsjax.models.network import (
-    Prediction,
-    check_images,
-    check_positive,
-    check_routing,
+    CapsuleNetwork,
+    CapsuleNetworkConfig,
     grid_after,
+    make_conv,
     make_decoder,
-    predict,
-    routing_options,
 )
 from capsjax.nn import DenseCapsules
-from capsjax.ops import conv_general_dilated, exponential_squash
+from capsjax.ops import exponential_squash
 from capsjax.routing import Routed
+from capsjax.routing.fused import Implementation
 
 _he_normal = nnx.initializers.he_normal()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EfficientCapsNetConfig:
+class EfficientCapsNetConfig(CapsuleNetworkConfig):
     """Sizes and options of an :class:`EfficientCapsNet`.
 
     Attributes:
@@ -50,8 +48,6 @@ class EfficientCapsNetConfig:
         routing sums are float32 in both.
     """
 
-    image_shape: tuple[int, int, int] = (28, 28, 1)
-    num_classes: int = 10
     conv_features: tuple[int, ...] = (32, 64, 64, 128)
     conv_kernels: tuple[int, ...] = (5, 3, 3, 3)
     conv_strides: tuple[int, ...] = (1, 1, 1, 2)
@@ -60,27 +56,10 @@ class EfficientCapsNetConfig:
     primary_strides: int = 1
     class_features: int = 16
     routing: str = "efficient"
-    num_iterations: int = 3
-    decoder_features: tuple[int, ...] = ()
-    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         """Checks the fields, so that a wrong one is named before anything is built."""
-        check_positive(
-            self,
-            "image_shape",
-            "num_classes",
-            "conv_features",
-            "conv_kernels",
-            "conv_strides",
-            "primary_features",
-            "primary_strides",
-            "class_features",
-            "num_iterations",
-            "decoder_features",
-        )
-        if self.primary_kernel is not None:
-            check_positive(self, "primary_kernel")
+        super().__post_init__()
         if not self.conv_features:
             raise ValueError("conv_features must name at least one layer, got ()")
         for name in ("conv_kernels", "conv_strides"):
@@ -94,7 +73,6 @@ class EfficientCapsNetConfig:
                 f"primary_features must divide the last of conv_features {self.conv_features}, got"
                 f" {self.primary_features}"
             )
-        check_routing(self)
         if min(self.grid) < 1:
             raise ValueError(
                 f"image_shape {self.image_shape} is too small for kernels {self.conv_kernels}"
@@ -125,7 +103,7 @@ class EfficientCapsNetConfig:
         return rows * columns * self.conv_features[-1] // self.primary_features
 
 
-class EfficientCapsNet(nnx.Module):
+class EfficientCapsNet(CapsuleNetwork):
     """Normalised convolutions, a depthwise one to few capsules, self-attention: 161,824 parameters.
 
     Args:
@@ -146,30 +124,19 @@ class EfficientCapsNet(nnx.Module):
       Scientific Reports 2021; sizes and initialisers of the authors' code.
     """
 
+    config: EfficientCapsNetConfig
+
     def __init__(self, config: EfficientCapsNetConfig, *, rngs: nnx.Rngs):
         self.config = config
         dtype = jnp.dtype(config.dtype)
 
-        def conv(
-            inputs: int, outputs: int, size: Sequence[int], strides: int = 1, groups: int = 1
-        ) -> nnx.Conv:
-            return nnx.Conv(
-                inputs,
-                outputs,
-                size,
-                strides,
-                padding="VALID",
-                feature_group_count=groups,
-                dtype=dtype,
-                kernel_init=_he_normal,
-                conv_general_dilated=conv_general_dilated,
-                rngs=rngs,
-            )
+        def conv(*args: Any, **options: Any) -> nnx.Conv:
+            return make_conv(*args, dtype=dtype, kernel_init=_he_normal, rngs=rngs, **options)
 
         channels = (config.image_shape[-1], *config.conv_features)
         self.convs = nnx.List(
             [
-                conv(channels[n], channels[n + 1], (kernel, kernel), config.conv_strides[n])
+                conv(channels[n], channels[n + 1], kernel, config.conv_strides[n])
                 for n, kernel in enumerate(config.conv_kernels)
             ]
         )
@@ -182,10 +149,9 @@ class EfficientCapsNet(nnx.Module):
         last = channels[-1]
         if config.primary_kernel is None:
             # One kernel as large as the maps for each channel: a grid of one place.
-            self.primary = conv(last, last, config.grid, groups=last)
+            self.primary = conv(last, last, config.grid, feature_group_count=last)
         else:
-            kernel = (config.primary_kernel, config.primary_kernel)
-            self.primary = conv(last, last, kernel, config.primary_strides)
+            self.primary = conv(last, last, config.primary_kernel, config.primary_strides)
         self.classes = DenseCapsules(
             config.num_primary,
             config.primary_features,
@@ -196,36 +162,18 @@ class EfficientCapsNet(nnx.Module):
             dtype=dtype,
             kernel_init=nnx.initializers.he_normal(in_axis=-3, out_axis=-1),
             rngs=rngs,
-            **routing_options(config),
+            **config.routing_options,
         )
         self.decoder = make_decoder(config, config.class_features, dtype=dtype, rngs=rngs)
 
-    def route(self, images: jax.Array) -> Routed:
-        """Class capsules of images ``[..., H, W, C]`` in [0, 1], with their coupling."""
-        check_images(images, self.config.image_shape)
+    def class_capsules(
+        self, images: jax.Array, *, implementation: Implementation | None = None
+    ) -> Routed:
+        """Class capsules of images whose shape has been checked."""
         x = images
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = norm(jax.nn.relu(conv(x)))
         x = self.primary(x)
-        capsules = x.reshape(*x.shape[:-3], -1, self.config.primary_features)
-        routed: Routed = self.classes(exponential_squash(capsules))
+        primary = exponential_squash(x.reshape(*x.shape[:-3], -1, self.config.primary_features))
+        routed: Routed = self.classes(primary, implementation=implementation)
         return routed
-
-    def __call__(
-        self, images: jax.Array, *, target: jax.Array | None = None, keys: jax.Array | None = None
-    ) -> Prediction:
-        """Predicts the classes of images, and reconstructs them if there is a decoder.
-
-        Args:
-          images: pixels in [0, 1], ``[..., H, W, C]``.
-          target: the classes that the decoder sees, as in :class:`capsjax.models.CapsNet`.
-          keys: unused; nothing is drawn at random.
-
-        Returns:
-          :class:`capsjax.models.Prediction`; the scores are the class capsules' activations.
-
-        Raises:
-          ValueError: the images or the target have the wrong shape.
-        """
-        del keys
-        return predict(self.config, self.route(images), self.decoder, target)

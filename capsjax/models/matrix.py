@@ -8,22 +8,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from capsjax.models.network import (
-    Prediction,
-    check_images,
-    check_positive,
-    check_routing,
+    CapsuleNetwork,
+    CapsuleNetworkConfig,
     grid_after,
+    make_conv,
     make_decoder,
-    predict,
-    routing_options,
 )
-from capsjax.nn import ConvCapsules, MatrixPrimaryCapsules
-from capsjax.ops import conv_general_dilated
-from capsjax.routing import Routed, algorithm
+from capsjax.nn import MatrixConvCapsules, MatrixGridCapsules, MatrixPrimaryCapsules
+from capsjax.nn.conv import check_shares_weights
+from capsjax.routing import Routed
+from capsjax.routing.fused import Implementation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MatrixCapsNetConfig:
+class MatrixCapsNetConfig(CapsuleNetworkConfig):
     """Sizes and options of a :class:`MatrixCapsNet`.
 
     Attributes:
@@ -45,8 +43,6 @@ class MatrixCapsNetConfig:
         routing sums are float32 in both.
     """
 
-    image_shape: tuple[int, int, int] = (28, 28, 1)
-    num_classes: int = 10
     conv_features: int = 32
     conv_kernel: int = 5
     conv_strides: int = 2
@@ -56,27 +52,10 @@ class MatrixCapsNetConfig:
     capsule_strides: tuple[int, ...] = (2, 1)
     pose_features: int = 16
     routing: str = "em"
-    num_iterations: int = 3
-    decoder_features: tuple[int, ...] = ()
-    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         """Checks the fields, so that a wrong one is named before anything is built."""
-        check_positive(
-            self,
-            "image_shape",
-            "num_classes",
-            "conv_features",
-            "conv_kernel",
-            "conv_strides",
-            "primary_types",
-            "capsule_types",
-            "capsule_kernel",
-            "capsule_strides",
-            "pose_features",
-            "num_iterations",
-            "decoder_features",
-        )
+        super().__post_init__()
         if math.isqrt(self.pose_features) ** 2 != self.pose_features:
             raise ValueError(f"pose_features must be a square, got {self.pose_features}")
         if len(self.capsule_strides) != len(self.capsule_types):
@@ -84,11 +63,7 @@ class MatrixCapsNetConfig:
                 f"capsule_strides must have one entry for each of the {len(self.capsule_types)}"
                 f" capsule_types, got {self.capsule_strides}"
             )
-        check_routing(self)
-        if algorithm(self.routing).makes_votes:
-            raise ValueError(
-                f"routing {self.routing!r} makes votes of its own, which fields cannot use"
-            )
+        check_shares_weights(self.routing)
         if min(self.grid) < 1:
             raise ValueError(
                 f"image_shape {self.image_shape} is too small for {len(self.capsule_types)} layers"
@@ -103,7 +78,7 @@ class MatrixCapsNetConfig:
         return grid_after(self.image_shape[:2], layers)
 
 
-class MatrixCapsNet(nnx.Module):
+class MatrixCapsNet(CapsuleNetwork):
     """Convolution, primary capsules, convolutional capsules, class capsules: 4 × 4 poses.
 
     The matrices of the class capsules are shared by all places of the grid, whose coordinates are
@@ -126,18 +101,18 @@ class MatrixCapsNet(nnx.Module):
       Hinton, Sabour, Frosst, *Matrix Capsules with EM Routing*, ICLR 2018, section 4.
     """
 
+    config: MatrixCapsNetConfig
+
     def __init__(self, config: MatrixCapsNetConfig, *, rngs: nnx.Rngs):
         self.config = config
         dtype = jnp.dtype(config.dtype)
-        options = routing_options(config)
-        self.conv = nnx.Conv(
+        options = config.routing_options
+        self.conv = make_conv(
             config.image_shape[-1],
             config.conv_features,
-            (config.conv_kernel, config.conv_kernel),
+            config.conv_kernel,
             config.conv_strides,
-            padding="VALID",
             dtype=dtype,
-            conv_general_dilated=conv_general_dilated,
             rngs=rngs,
         )
         self.primary = MatrixPrimaryCapsules(
@@ -146,15 +121,13 @@ class MatrixCapsNet(nnx.Module):
         types = (config.primary_types, *config.capsule_types)
         self.capsules = nnx.List(
             [
-                ConvCapsules(
+                MatrixConvCapsules(
                     types[n],
-                    config.pose_features,
                     types[n + 1],
                     config.pose_features,
                     kernel_size=config.capsule_kernel,
                     strides=stride,
                     routing=config.routing,
-                    matrix=True,
                     dtype=dtype,
                     rngs=rngs,
                     **options,
@@ -162,45 +135,24 @@ class MatrixCapsNet(nnx.Module):
                 for n, stride in enumerate(config.capsule_strides)
             ]
         )
-        self.classes = ConvCapsules(
+        self.classes = MatrixGridCapsules(
             types[-1],
-            config.pose_features,
             config.num_classes,
             config.pose_features,
-            kernel_size=None,
             routing=config.routing,
-            matrix=True,
-            coordinates=True,
             dtype=dtype,
             rngs=rngs,
             **options,
         )
         self.decoder = make_decoder(config, config.pose_features, dtype=dtype, rngs=rngs)
 
-    def route(self, images: jax.Array) -> Routed:
-        """Class capsules of images ``[..., H, W, C]`` in [0, 1], with their coupling."""
-        check_images(images, self.config.image_shape)
+    def class_capsules(
+        self, images: jax.Array, *, implementation: Implementation | None = None
+    ) -> Routed:
+        """Class capsules of images whose shape has been checked; their votes are always stored."""
+        del implementation
         poses, activations = self.primary(jax.nn.relu(self.conv(images)))
         for layer in self.capsules:
             poses, activations, _ = layer(poses, activations=activations)
         routed: Routed = self.classes(poses, activations=activations)
         return routed
-
-    def __call__(
-        self, images: jax.Array, *, target: jax.Array | None = None, keys: jax.Array | None = None
-    ) -> Prediction:
-        """Predicts the classes of images, and reconstructs them if there is a decoder.
-
-        Args:
-          images: pixels in [0, 1], ``[..., H, W, C]``.
-          target: the classes that the decoder sees, as in :class:`capsjax.models.CapsNet`.
-          keys: unused; nothing is drawn at random.
-
-        Returns:
-          :class:`capsjax.models.Prediction`; the scores are the class capsules' activations.
-
-        Raises:
-          ValueError: the images or the target have the wrong shape.
-        """
-        del keys
-        return predict(self.config, self.route(images), self.decoder, target)

@@ -1,5 +1,6 @@
-"""What every network returns and how its sizes are checked."""
+"""What all networks share: configurations that check themselves, capsules to predictions."""
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from flax import nnx
 from flax.typing import Dtype
 
 from capsjax.nn import Decoder
-from capsjax.ops import length
+from capsjax.ops import conv_general_dilated, length
 from capsjax.routing import Routed, algorithm
 from capsjax.routing.fused import check_implementation
 
@@ -33,6 +34,126 @@ class Prediction(NamedTuple):
     reconstruction: jax.Array | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Fields of every network's configuration; see :class:`capsjax.models.CapsNetConfig`."""
+
+    image_shape: tuple[int, int, int] = (28, 28, 1)
+    num_classes: int = 10
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Checks the fields, so that a wrong one is named before anything is built.
+
+        All integers are sizes, and positive.
+        """
+        for field in dataclasses.fields(self):
+            _check_sizes(field, getattr(self, field.name))
+        if len(self.image_shape) != 3:
+            raise ValueError(
+                f"image_shape must be (rows, columns, channels), got {self.image_shape!r}"
+            )
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+
+
+def _check_sizes(field: "dataclasses.Field[Any]", value: Any) -> None:
+    """Raises a ValueError unless a field of integers holds positive ones."""
+    kinds = {int: False, int | None: False}
+    is_tuple = getattr(field.type, "__origin__", None) is tuple
+    if not is_tuple and (field.type not in kinds or (value is None and field.default is None)):
+        return
+    items = value if isinstance(value, tuple) else (value,)
+    if isinstance(value, list) or any(
+        isinstance(v, bool) or not isinstance(v, int | np.integer) or v < 1 for v in items
+    ):
+        kind = "a tuple of positive integers" if isinstance(value, list) else "positive"
+        raise ValueError(f"{field.name} must be {kind}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CapsuleNetworkConfig(NetworkConfig):
+    """Fields of every capsule network's configuration."""
+
+    routing: str = "dynamic"
+    num_iterations: int = 3
+    decoder_features: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the fields, also that the routing algorithm takes the options."""
+        super().__post_init__()
+        use_bias = getattr(self, "routing_bias", False)
+        algorithm(self.routing).check_options(self.routing_options, use_bias=use_bias)
+        check_implementation(getattr(self, "implementation", None), self.routing)
+
+    @property
+    def routing_options(self) -> dict[str, Any]:
+        """The options of the routing function that the fields give."""
+        iterates = algorithm(self.routing).iterates
+        options: dict[str, Any] = {"num_iterations": self.num_iterations} if iterates else {}
+        # Only where they are on: an algorithm that does not know them can do without.
+        switches = ("leaky", "stop_gradient")
+        return options | {name: True for name in switches if getattr(self, name, False)}
+
+
+class CapsuleNetwork(nnx.Module):
+    """A network that ends in class capsules and may have a decoder.
+
+    Attributes:
+      config: sizes and options.
+      decoder: reconstructs the images, or None.
+    """
+
+    config: CapsuleNetworkConfig
+    decoder: Decoder | None
+
+    def class_capsules(self, images: jax.Array, *, implementation: Any = None) -> Routed:
+        """Class capsules of images whose shape has been checked."""
+        raise NotImplementedError
+
+    def route(self, images: jax.Array) -> Routed:
+        """Class capsules of images ``[..., H, W, C]`` in [0, 1], with their coupling."""
+        check_images(images, self.config.image_shape)
+        # By the implementation that stores the votes: no other one returns the coupling.
+        return self.class_capsules(images, implementation="reference")
+
+    def __call__(
+        self, images: jax.Array, *, target: jax.Array | None = None, keys: jax.Array | None = None
+    ) -> Prediction:
+        """Predicts the classes of images, and reconstructs them if there is a decoder.
+
+        Args:
+          images: pixels in [0, 1], ``[..., H, W, C]``.
+          target: the classes that the decoder sees, one-hot or multi-hot ``[..., J]``, in training
+            the true ones; ``[..., S, J]`` for S reconstructions of each image. None: the class
+            with the largest score.
+          keys: unused; nothing is drawn at random.
+
+        Returns:
+          :class:`capsjax.models.Prediction`; the scores are the class capsules' activations.
+
+        Raises:
+          ValueError: the images or the target have the wrong shape.
+        """
+        del keys
+        check_images(images, self.config.image_shape)
+        routed = self.class_capsules(images)
+        if algorithm(self.config.routing).squash is not None:
+            # Again in float32: what has been rounded to bfloat16 leaves ties.
+            scores = length(routed.poses.astype(jnp.float32))
+        else:
+            scores = routed.activations.astype(jnp.float32)
+        if self.decoder is None:
+            return Prediction(scores, routed.poses)
+        if target is None:
+            target = jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1])
+        poses = routed.poses
+        if target.ndim > scores.ndim:
+            poses = jnp.broadcast_to(poses[..., None, :, :], (*target.shape, poses.shape[-1]))
+        reconstruction = self.decoder(poses, target).astype(jnp.float32)
+        return Prediction(scores, routed.poses, reconstruction)
+
+
 def check_images(images: jax.Array, image_shape: tuple[int, int, int]) -> None:
     """Raises a ValueError unless `images` are ``[..., *image_shape]``."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
@@ -47,24 +168,6 @@ def check_images(images: jax.Array, image_shape: tuple[int, int, int]) -> None:
         )
 
 
-def check_positive(config: Any, *names: str) -> None:
-    """Raises a ValueError unless these fields hold positive integers (or tuples of them)."""
-    for name in names:
-        value = getattr(config, name)
-        items = value if isinstance(value, tuple) else (value,)
-        if isinstance(value, list) or any(
-            isinstance(v, bool) or not isinstance(v, int | np.integer) or v < 1 for v in items
-        ):
-            kind = "a tuple of positive integers" if isinstance(value, list) else "positive"
-            raise ValueError(f"{name} must be {kind}, got {value!r}")
-    if not isinstance(config.image_shape, tuple) or len(config.image_shape) != 3:
-        raise ValueError(
-            f"image_shape must be (rows, columns, channels), got {config.image_shape!r}"
-        )
-    if config.dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {config.dtype!r}")
-
-
 def grid_after(grid: tuple[int, int], layers: Iterable[tuple[int, int]]) -> tuple[int, int]:
     """Rows and columns that convolutions (kernel, stride) without padding leave; 0, 0 for none."""
     rows, columns = grid
@@ -75,29 +178,40 @@ def grid_after(grid: tuple[int, int], layers: Iterable[tuple[int, int]]) -> tupl
     return rows, columns
 
 
-def routing_options(config: Any) -> dict[str, Any]:
-    """The options of the routing function that a configuration's fields give."""
-    options = {}
-    if algorithm(config.routing).iterates:
-        options["num_iterations"] = config.num_iterations
-    # Only where they are on: algorithms that do not know them are content without.
-    options.update(
-        {name: True for name in ("leaky", "stop_gradient") if getattr(config, name, False)}
+def make_conv(
+    in_features: int,
+    out_features: int,
+    kernel: int | tuple[int, int],
+    strides: int = 1,
+    *,
+    dtype: Dtype,
+    rngs: nnx.Rngs,
+    padding: str = "VALID",
+    **options: Any,
+) -> nnx.Conv:
+    """A convolution of images that every platform can differentiate at speed."""
+    return nnx.Conv(
+        in_features,
+        out_features,
+        (kernel, kernel) if isinstance(kernel, int) else kernel,
+        strides,
+        padding=padding,
+        dtype=dtype,
+        conv_general_dilated=conv_general_dilated,
+        rngs=rngs,
+        **options,
     )
-    return options
-
-
-def check_routing(config: Any) -> None:
-    """Raises a ValueError unless there is such a routing algorithm, with these options."""
-    use_bias = getattr(config, "routing_bias", False)
-    algorithm(config.routing).check_options(routing_options(config), use_bias=use_bias)
-    check_implementation(getattr(config, "implementation", None), config.routing)
 
 
 def make_decoder(
-    config: Any, features: int, *, dtype: Dtype, rngs: nnx.Rngs, **initialisers: Any
+    config: CapsuleNetworkConfig,
+    features: int,
+    *,
+    dtype: Dtype,
+    rngs: nnx.Rngs,
+    **initialisers: Any,
 ) -> Decoder | None:
-    """The decoder of class capsules with so many dimensions, if the configuration has one."""
+    """The decoder of class capsules of so many dimensions, if the configuration has one."""
     if not config.decoder_features:
         none: None = nnx.data(None)
         return none
@@ -110,22 +224,3 @@ def make_decoder(
         rngs=rngs,
         **initialisers,
     )
-
-
-def predict(
-    config: Any, routed: Routed, decoder: Decoder | None, target: jax.Array | None
-) -> Prediction:
-    """What class capsules say: activations as scores, and the target's reconstruction."""
-    if algorithm(config.routing).squash is not None:
-        # Again in float32: what has been rounded to bfloat16 leaves ties.
-        scores = length(routed.poses.astype(jnp.float32))
-    else:
-        scores = routed.activations.astype(jnp.float32)
-    if decoder is None:
-        return Prediction(scores, routed.poses)
-    if target is None:
-        target = jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1])
-    poses = routed.poses
-    if target.ndim > scores.ndim:  # several drawings of each image
-        poses = jnp.broadcast_to(poses[..., None, :, :], (*target.shape, poses.shape[-1]))
-    return Prediction(scores, routed.poses, decoder(poses, target).astype(jnp.float32))

@@ -1,7 +1,7 @@
-"""Convolutional capsules."""
+"""Convolutional capsules: children of a receptive field vote for the parents at its place."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,19 +12,15 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.typing import ArrayLike
 
 from capsjax.nn.router import Router
-from capsjax.ops import ReceptiveFields, dense_votes, matrix_votes
+from capsjax.ops import ReceptiveFields, dense_votes
 from capsjax.ops.fields import Padding
 from capsjax.routing import Children, Routed, Sizes, algorithm
-from capsjax.routing.fused import Implementation, check_implementation, dense_capsules
+from capsjax.routing.fused import Implementation, check_implementation
 
 # Votes of the size of the poses, whatever the number of children.
-_kernel_init = nnx.initializers.variance_scaling(
+kernel_init_per_child = nnx.initializers.variance_scaling(
     1.0, "fan_in", "normal", in_axis=-3, out_axis=(-2, -1), batch_axis=(-4,)
 )
-
-
-# Names of an implementation that the layer's own votes can stand for.
-_STORED = (None, "reference")
 
 
 class ConvCapsules(nnx.Module):
@@ -34,58 +30,46 @@ class ConvCapsules(nnx.Module):
       \hat u_{(q,j)|(p,i)} = W_{p - sq,\, i,\, j}\, u_{p,i}, \qquad
       v_q = \mathrm{routing}\bigl(\hat u_{q|\cdot}\bigr)
 
-    for a child of type i at the place p, and a parent of type j at the place q. The weights are
-    shared by all receptive fields. A child lies in several of them: in EM and variational routing
-    its responsibilities sum to 1 over all the parents at all the places that it votes for, as the
-    paper of matrix capsules has it; in the other algorithms over the parents of each place by
-    itself.
+    for a child of type i at place p, and a parent of type j at place q. All receptive fields share
+    the weights. A child lies in several of them: in EM and variational routing its
+    responsibilities sum to 1 over all the parents at all the places that it votes for, as in the
+    paper; in the other algorithms they sum to 1 over the parents of each place.
 
     Args:
       in_types: types I of child capsules at every place.
       in_features: dimension K of a child's pose.
       out_types: types J of parent capsules at every place.
       out_features: dimension D of a parent's pose.
-      kernel_size: rows and columns of a receptive field. None: the whole grid is the one receptive
-        field, and the weights are shared by its places, as in the last layer of matrix capsules;
-        the result has no grid.
+      kernel_size: rows and columns of a receptive field.
       strides: of the receptive fields.
       padding: ``"VALID"``, ``"SAME"``, or (low, high) per axis; what lies outside of the grid takes
         no part.
       routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`; the layer owns
-        what that learns, see :class:`capsjax.nn.Router`.
-      matrix: poses are matrices, row by row (4 × 4 for 16 dimensions), and votes their products
-        with matrices of that size: :func:`capsjax.matrix_votes`.
-      coordinates: add a child's place, (row + ½) / rows and (column + ½) / columns, to two
-        components of its votes: the first two of the right-hand column of a matrix, or of a vector.
-      use_bias: as in :class:`capsjax.nn.DenseCapsules`.
+        what it learns.
+      use_bias: whether the parents' sums have a bias ``[J, D]``, in algorithms that take one.
       dtype: dtype of the computation; the promotion of inputs and parameters when None. Routing
         sums are float32.
       param_dtype: dtype of the parameters.
       precision: of the votes' matrix product; see :func:`capsjax.dense_capsules` for dynamic
         routing.
-      kernel_init: initialiser of the weights ``[KH * KW * I, K, J, D]``, or with ``matrix``
-        ``[KH * KW * I, n, J, n]``; with no kernel size, ``[I, …]``.
+      kernel_init: initialiser of the weights ``[KH * KW * I, K, J, D]``.
       bias_init: initialiser of the bias.
-      implementation: of votes and dynamic routing, as in :func:`capsjax.dense_capsules`, also for
-        its derivatives. With ``matrix`` or ``coordinates`` votes are made otherwise, and always
-        stored. With no kernel size they are stored unless an implementation is named: others need
-        a copy of the weights for every place.
+      implementation: of votes and dynamic routing, as in :func:`capsjax.dense_capsules`.
       rngs: random streams; uses ``params``.
       **options: of the routing function, such as ``num_iterations``.
 
     Raises:
-      ValueError: the algorithm, an option of it or the implementation is unknown, or the sizes do
-        not go together.
+      ValueError: the algorithm, an option of it or the implementation is unknown, or the algorithm
+        makes its own votes.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from capsjax.nn import ConvCapsules
-      >>> layer = ConvCapsules(
-      ...     8, 16, 4, 16, kernel_size=3, strides=2, routing="em", matrix=True, rngs=nnx.Rngs(0))
-      >>> routed = layer(jnp.ones((2, 7, 7, 8, 16)), activations=jnp.ones((2, 7, 7, 8)))
-      >>> routed.poses.shape, routed.activations.shape, routed.coupling.shape
-      ((2, 3, 3, 4, 16), (2, 3, 3, 4), (2, 3, 3, 72, 4))
+      >>> layer = ConvCapsules(8, 16, 4, 16, kernel_size=3, strides=2, rngs=nnx.Rngs(0))
+      >>> routed = layer(jnp.ones((2, 7, 7, 8, 16)))
+      >>> routed.poses.shape, routed.activations.shape
+      ((2, 3, 3, 4, 16), (2, 3, 3, 4))
 
     Reference:
       Hinton, Sabour, Frosst, *Matrix Capsules with EM Routing*, ICLR 2018, sections 2 to 4.
@@ -98,56 +82,42 @@ class ConvCapsules(nnx.Module):
         out_types: int,
         out_features: int,
         *,
-        kernel_size: int | Sequence[int] | None,
+        kernel_size: int | Sequence[int],
         strides: int | Sequence[int] = 1,
         padding: Padding = "VALID",
         routing: str = "dynamic",
-        matrix: bool = False,
-        coordinates: bool = False,
         use_bias: bool = False,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         precision: PrecisionLike = None,
-        kernel_init: Initializer = _kernel_init,
+        kernel_init: Initializer = kernel_init_per_child,
         bias_init: Initializer = nnx.initializers.zeros_init(),
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        self.kernel_size = None if kernel_size is None else _pair(kernel_size)
+        check_shares_weights(routing)
+        check_implementation(implementation, routing)
+        self.kernel_size = _pair(kernel_size)
         self.strides = _pair(strides)
         self.padding = padding
-        self.matrix = matrix
-        self.coordinates = coordinates
+        self.in_types = in_types
         self.dtype = dtype
         self.precision = precision
-        self.sizes = Sizes(
-            math.prod(self.kernel_size or (1,)) * in_types, in_features, out_types, out_features
-        )
-        self.in_types = in_types
-        side = math.isqrt(in_features)
-        if matrix and (side * side != in_features or out_features != in_features):
-            raise ValueError(
-                "matrix needs in_features and out_features to be the same square number, got"
-                f" {in_features} and {out_features}"
-            )
-        if algorithm(routing).makes_votes:
-            raise ValueError(f"routing {routing!r} makes votes of its own, which fields cannot use")
-        if coordinates and out_features < 2:
-            raise ValueError(f"coordinates need two out_features, got {out_features}")
-        shape = self.sizes._replace(in_features=side, out_features=side) if matrix else self.sizes
-        self.kernel = nnx.Param(kernel_init(rngs.params(), tuple(shape), param_dtype))
+        self.implementation = implementation
+        sizes = Sizes(math.prod(self.kernel_size) * in_types, in_features, out_types, out_features)
+        self.sizes = sizes
+        shape = self._kernel_shape(sizes)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
         self.router = Router(
             routing,
-            self.sizes,
+            sizes,
             options=options,
             use_bias=use_bias,
             bias_init=bias_init,
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self._check_implementation(implementation)
-        self.implementation = implementation
 
     def __call__(
         self,
@@ -167,89 +137,16 @@ class ConvCapsules(nnx.Module):
           implementation: instead of the layer's own; ``"reference"`` for the coupling.
 
         Returns:
-          :class:`capsjax.Routed`: poses ``[..., P, Q, J, D]``, activations ``[..., P, Q, J]``,
-          coupling ``[..., P, Q, KH * KW * I, J]`` on the grid of receptive fields; without P and Q,
-          and with H · W · I children, if the layer has no kernel size. Dynamic routing over
-          receptive fields returns the coupling only if the implementation is ``"reference"``, or
-          votes are always stored, else None.
+          :class:`capsjax.Routed`: poses ``[..., P, Q, J, D]``, activations ``[..., P, Q, J]`` and
+          coupling ``[..., P, Q, KH * KW * I, J]`` on the grid of receptive fields; the coupling of
+          dynamic routing is None unless the implementation is ``"reference"``.
 
         Raises:
           ValueError: an argument has the wrong shape, the kernel is larger than the grid, or there
             is no such implementation.
         """
-        expected = (self.in_types, self.sizes.in_features)
-        if poses.ndim < 4 or poses.shape[-2:] != expected:
-            raise ValueError(
-                f"poses must have shape [..., H, W, I, K] = [..., H, W, {expected[0]},"
-                f" {expected[1]}], got shape {poses.shape}"
-            )
-        if implementation is None:
-            implementation = self.implementation
-        self._check_implementation(implementation)
-        if where is not None:
-            where = jnp.broadcast_to(where, poses.shape[:-1])
+        check_grid(poses, self.in_types, self.sizes.in_features)
         poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
-        gather = self._gather_grid if self.kernel_size is None else self._gather_fields
-        children, make_votes = gather(poses, kernel, activations, where)
-        if self._stores_votes or (self.kernel_size is None and implementation in _STORED):
-            return self.router(children, make_votes)
-        places = children.poses.shape[-2] // self.sizes.in_capsules
-        return dense_capsules(
-            children.poses,
-            jnp.tile(kernel, (places, 1, 1, 1)),
-            where=children.where,
-            precision=self.precision,
-            implementation=implementation,
-            **self.router.arguments(),
-        )
-
-    @property
-    def _stores_votes(self) -> bool:
-        return self.router.name != "dynamic" or self.matrix or self.coordinates
-
-    def _check_implementation(self, implementation: str | None) -> None:
-        check_implementation(implementation, self.router.name)
-        if self._stores_votes and implementation not in _STORED:
-            raise ValueError(
-                f"implementation {implementation!r} makes no votes of matrices or with coordinates"
-            )
-
-    def _gather_grid(
-        self,
-        poses: jax.Array,
-        kernel: jax.Array,
-        activations: jax.Array | None,
-        where: jax.Array | None,
-    ) -> tuple[Children, Callable[[], jax.Array]]:
-        """All places of the grid are children of one set of parents."""
-
-        def flat(x: jax.Array, trailing: int) -> jax.Array:
-            """Rows, columns and types as one axis of children."""
-            return x.reshape(*x.shape[: x.ndim - trailing - 3], -1, *x.shape[x.ndim - trailing :])
-
-        children = Children(
-            flat(poses, 1),
-            None if activations is None else flat(activations, 0),
-            where=None if where is None else flat(where, 0),
-        )
-
-        def make_votes() -> jax.Array:
-            votes = self._votes(poses, kernel)
-            if self.coordinates:
-                votes = self._add(votes, _places(poses.shape[-4:-2])[:, :, None])
-            return flat(votes, 2)
-
-        return children, make_votes
-
-    def _gather_fields(
-        self,
-        poses: jax.Array,
-        kernel: jax.Array,
-        activations: jax.Array | None,
-        where: jax.Array | None,
-    ) -> tuple[Children, Callable[[], jax.Array]]:
-        """Those in each receptive field are children of the parents at its place."""
-        assert self.kernel_size is not None
         grid = poses.shape[-4:-2]
         fields = ReceptiveFields.of(grid, self.kernel_size, self.strides, self.padding)
         if min(fields.shape) < 1:
@@ -258,15 +155,17 @@ class ConvCapsules(nnx.Module):
                 f" got {grid[0]} rows and {grid[1]} columns"
             )
 
-        def gather(x: jax.Array, *trailing: int) -> jax.Array:
+        def collect(x: jax.Array, *trailing: int) -> jax.Array:
             """Places of a field and types as one axis of children."""
             x = fields.gather(x.reshape(*x.shape[: x.ndim - 1 - len(trailing)], -1))
             return x.reshape(*x.shape[:-2], self.sizes.in_capsules, *trailing)
 
-        field_poses = gather(poses, poses.shape[-1])
+        field_poses = collect(poses, poses.shape[-1])
         inside = jnp.broadcast_to(
-            gather(jnp.ones((*grid, self.in_types), bool)), field_poses.shape[:-1]
+            collect(jnp.ones((*grid, self.in_types), bool)), field_poses.shape[:-1]
         )
+        if where is not None:
+            where = inside & collect(jnp.broadcast_to(where, poses.shape[:-1]))
 
         def normalize(logits: jax.Array) -> jax.Array:
             # What lies outside has no responsibilities, but must not spoil the gradients.
@@ -274,31 +173,42 @@ class ConvCapsules(nnx.Module):
 
         children = Children(
             field_poses,
-            None if activations is None else gather(activations),
-            where=inside if where is None else inside & gather(where),
+            None if activations is None else collect(activations),
+            where=inside if where is None else where,
             normalize=normalize,
         )
+        return self.router(
+            children,
+            lambda: self._make_votes(field_poses, kernel),
+            weights=self._dense_weights(kernel),
+            precision=self.precision,
+            implementation=implementation or self.implementation,
+        )
 
-        def make_votes() -> jax.Array:
-            votes = self._votes(field_poses, kernel)
-            if self.coordinates:
-                places = jnp.broadcast_to(_places(grid)[:, :, None], (*grid, self.in_types, 2))
-                votes = self._add(votes, gather(places, 2))
-            return votes
+    def _kernel_shape(self, sizes: Sizes) -> tuple[int, ...]:
+        return tuple(sizes)
 
-        return children, make_votes
+    def _make_votes(self, poses: jax.Array, kernel: jax.Array) -> jax.Array:
+        return dense_votes(poses, kernel, precision=self.precision)
 
-    def _votes(self, poses: jax.Array, kernel: jax.Array) -> jax.Array:
-        make = matrix_votes if self.matrix else dense_votes
-        return make(poses, kernel, precision=self.precision)
+    def _dense_weights(self, kernel: jax.Array) -> jax.Array | None:
+        """The kernel, if votes are its product with the poses, as of :func:`dense_votes`."""
+        return kernel
 
-    def _add(self, votes: jax.Array, places: jax.Array) -> jax.Array:
-        """Adds places ``[..., I, 2]`` to the votes ``[..., I, J, D]``."""
-        features = self.sizes.out_features
-        side = math.isqrt(features) if self.matrix else 0
-        components = jnp.array([side - 1, 2 * side - 1] if self.matrix else [0, 1])
-        shift = jnp.zeros((*places.shape[:-1], 1, features)).at[..., 0, components].set(places)
-        return votes + jnp.broadcast_to(shift.astype(votes.dtype), votes.shape)
+
+def check_shares_weights(routing: str) -> None:
+    """Raises a ValueError if an algorithm takes no votes, whose weights a layer could share."""
+    if algorithm(routing).makes_votes:
+        raise ValueError(f"routing {routing!r} makes its own votes, which places cannot share")
+
+
+def check_grid(poses: jax.Array, in_types: int, in_features: int) -> None:
+    """Raises a ValueError unless poses are ``[..., H, W, in_types, in_features]``."""
+    if poses.ndim < 4 or poses.shape[-2:] != (in_types, in_features):
+        raise ValueError(
+            f"poses must have shape [..., H, W, I, K] = [..., H, W, {in_types}, {in_features}],"
+            f" got shape {poses.shape}"
+        )
 
 
 def _softmax_over_fields(fields: ReceptiveFields, logits: jax.Array) -> jax.Array:
@@ -316,12 +226,6 @@ def _softmax_over_fields(fields: ReceptiveFields, logits: jax.Array) -> jax.Arra
     total = fields.sum(per_place(jnp.sum(exponentials, axis=-1)))
     totals = fields.gather(total, fill=1).reshape(*leading, children, 1)
     return exponentials / totals
-
-
-def _places(grid: Sequence[int]) -> jax.Array:
-    """Centres of the places of a grid in units of its sides, ``[H, W, 2]``."""
-    rows, columns = ((jnp.arange(n) + 0.5) / n for n in grid)
-    return jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1)
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -47,7 +47,6 @@ class Router(nnx.Module):
         record = algorithm(name)
         record.check_options(options, use_bias=use_bias)
         self.name = name
-        self.in_capsules = sizes.in_capsules
         learned = record.parameters(sizes)
         self.per_child = tuple(key for key, parameter in learned.items() if parameter.per_child)
         if use_bias:
@@ -65,9 +64,8 @@ class Router(nnx.Module):
           places: of a grid that shares the layer's weights, and these.
         """
         learned = {name: getattr(self, name)[...] for name in self.learned}
-        if places > 1:
-            for name in self.per_child:
-                learned[name] = jnp.tile(learned[name], (places, *[1] * (learned[name].ndim - 1)))
+        for name in self.per_child:
+            learned[name] = _repeat(learned[name], places)
         return {**self.options, **learned}
 
     def __call__(
@@ -78,6 +76,7 @@ class Router(nnx.Module):
         weights: jax.Array | None = None,
         precision: PrecisionLike = None,
         implementation: Implementation | None = None,
+        places: int = 1,
     ) -> Routed:
         """Routes the children's votes, by a function that need not store them if there is one.
 
@@ -85,29 +84,38 @@ class Router(nnx.Module):
           children: with their poses ``[..., I, K]``.
           make_votes: returns the votes ``[..., I, J, D]``, or None for an algorithm that makes its
             own.
-          weights: ``[I, K, J, D]``, if the votes are their product with the poses and may be left
-            to :func:`capsjax.dense_capsules`; None if not.
+          weights: ``[I, K, J, D]``, if the votes are their product with the poses, so that
+            :func:`capsjax.dense_capsules` can make them; None if not.
           precision: of that product.
           implementation: of votes and routing; ``"reference"`` stores the votes.
+          places: of a grid, that share weights and parameters; the first axis of the children is
+            places first, and within one of them what the layer has.
 
         Raises:
           ValueError: the algorithm has no such implementation, or these votes are made otherwise.
         """
         record = algorithm(self.name)
         check_implementation(implementation, self.name)
-        if record.fused is not None and weights is not None and children.logits is None:
-            return record.fused(
+        stores = implementation in (None, "reference")
+        fused = None if children.logits is not None else record.fused
+        # Weights that places share would have to be copied, which costs more than to store votes.
+        if fused is not None and weights is not None and not (stores and places != 1):
+            return fused(
                 children.poses,
-                weights,
+                _repeat(weights, places),
                 where=children.where,
                 precision=precision,
                 implementation=implementation,
-                **self.arguments(),
+                **self.arguments(places),
             )
-        if implementation not in (None, "reference"):
+        if not stores:
             raise ValueError(
                 f"implementation {implementation!r} stores no votes, which these need; it must be"
                 " None or 'reference'"
             )
-        places = children.poses.shape[-2] // self.in_capsules
         return record.route(make_votes(), children, self.arguments(places))
+
+
+def _repeat(x: jax.Array, places: int) -> jax.Array:
+    """What a layer has for its children, once for each place that shares it."""
+    return x if places == 1 else jnp.tile(x, (places, *[1] * (x.ndim - 1)))

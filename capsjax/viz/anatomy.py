@@ -86,7 +86,7 @@ def dissect(network: CapsNet, image: jax.Array, *, num_iterations: int | None = 
     if image.ndim != 3:
         raise ValueError(f"image must be one image [H, W, C], got shape {image.shape}")
     config, layer = network.config, network.classes
-    children = network.primary(jax.nn.relu(network.conv(image)))
+    children = network.primary_capsules(image)
     assert layer.kernel is not None  # only an algorithm that is not traced makes its own votes
     dtype = jnp.dtype(config.dtype)
     votes = dense_votes(children.astype(dtype), layer.kernel[...].astype(dtype))

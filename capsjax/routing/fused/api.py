@@ -1,7 +1,9 @@
 """Votes and dynamic routing as one function."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -13,17 +15,18 @@ from capsjax.ops import dense_votes, length
 from capsjax.ops._checks import accumulator, as_floating, as_mask, zeros
 from capsjax.ops.votes import check_dense
 from capsjax.routing._passes import as_iterations
+from capsjax.routing.algorithm import algorithm
 from capsjax.routing.dynamic import dynamic_routing
 from capsjax.routing.fused.blocked import Blocks
 from capsjax.routing.fused.lanes import Lanes
-from capsjax.routing.fused.recurrence import route
+from capsjax.routing.fused.recurrence import Sweeps, route
 from capsjax.routing.routed import Routed
 
-Implementation = Literal["reference", "blocked", "pallas_tpu", "pallas_gpu"]
+Implementation = Literal["reference", "blocked", "lanes"]
 
-# Numbers in the votes of a batch from which on blocks of them are faster than all at once.
+# With fewer numbers in the votes of a batch than this, storing them is faster everywhere.
 _MANY_VOTES = 2**20
-# Up to which storing them was found to be faster on an H200, where nothing larger was measured.
+# Up to this many, storing them was faster on an H200, where nothing larger was measured.
 _MOST_STORED_ON_GPU = 2**25
 
 
@@ -70,13 +73,14 @@ def dense_capsules(
         that float32 factors are not rounded on any platform, except where votes are stored: there
         it is the platform's default, TF32 on NVIDIA's GPUs.
       implementation: ``"reference"`` stores the votes and loops over the logits; it alone returns
-        the coupling, and always has forward-mode derivatives. ``"blocked"``, in plain XLA, stores
-        neither votes nor logits; its blocks are made for the platform that the program is compiled
-        for. ``"pallas_tpu"`` does the same by kernels for TPUs that read every pose and weight
-        once a pass, ``"pallas_gpu"`` by kernels for Hopper GPUs and newer, all in float32. Kernels
-        are of one device: over several, call them under ``shard_map``. None is ``"blocked"`` where
-        there are many votes, and stores them where that was found to be faster: on CPU votes of
-        fewer dimensions than the children's poses, on NVIDIA's GPUs up to 2²⁵ numbers.
+        the coupling and has forward-mode derivatives. ``"blocked"`` and ``"lanes"``, in plain XLA,
+        store neither votes nor logits; they differ in the layout of their blocks of children:
+        ``"blocked"`` has children along the last axis, for CPUs, ``"lanes"`` the batch, for GPUs
+        and TPUs. A name gives exactly that implementation on every platform. None chooses by the
+        platform that the program is compiled for and by the sizes: ``"blocked"`` on CPUs,
+        ``"lanes"`` elsewhere, and stored votes where these were measured to be faster, which is
+        with fewer than 2²⁰ numbers in the votes of the batch, on CPUs where votes have fewer
+        dimensions than the children's poses, and on NVIDIA's GPUs up to 2²⁵ numbers.
 
     Returns:
       :class:`Routed`: poses :math:`v` ``[..., J, D]`` and activations :math:`\|v\|` ``[..., J]`` in
@@ -88,10 +92,7 @@ def dense_capsules(
         ``num_iterations`` is not an integer.
       ValueError: an argument has the wrong shape, ``num_iterations`` is below 1, or the
         implementation's name is unknown.
-      NotImplementedError: the named implementation cannot run: weights are of unknown size; for
-        kernels also a batch of unknown size, children too large for the memory beside the units,
-        on GPUs float64, more than 64 dimensions of a parent or a chip older than Hopper; or, when
-        the program is lowered, another platform. One iteration needs no kernel and always runs.
+      NotImplementedError: ``"blocked"`` or ``"lanes"`` is named, and weights are of unknown size.
 
     Example:
       >>> import jax
@@ -113,69 +114,29 @@ def dense_capsules(
         mask = as_mask("where", where, poses.shape[:-1])
         # Selected before anything else reads them, so that not even a NaN gets through.
         poses = jnp.where(mask[..., None], poses, 0)
-    parents = weights.shape[2:]
     if bias is not None:
         bias = as_floating("bias", bias)
-        if bias.shape != parents:
-            raise ValueError(f"bias must have shape [J, D] = {parents}, got {bias.shape}")
-    dtype = jnp.promote_types(poses.dtype, weights.dtype)
-
-    def stored(poses: jax.Array, weights: jax.Array) -> Routed:
-        return dynamic_routing(
-            dense_votes(poses, weights, precision=precision),
-            num_iterations=iterations,
-            bias=bias,
-            where=where,
-            leaky=leaky,
-            stop_gradient=stop_gradient,
-        )
-
-    def swept(kind: Any, poses: jax.Array, weights: jax.Array) -> Routed:
-        flat = poses.astype(dtype).reshape(-1, *poses.shape[-2:])
-        added = jnp.zeros(parents) if bias is None else bias
-        arguments = _alike(flat, weights.astype(dtype), added.astype(accumulator(dtype)))
-        sweeps = kind.of(
-            *arguments[:2],
-            leaky=bool(leaky),
-            stop_gradient=bool(stop_gradient),
-            precision=precision,
-        )
-        v = jnp.moveaxis(route(sweeps, iterations, *arguments), 0, -2)
-        v = v.reshape(*poses.shape[:-2], *parents)
-        return Routed(v.astype(dtype), length(v).astype(dtype), None)
-
-    def without_coupling(poses: jax.Array, weights: jax.Array) -> Routed:
-        return stored(poses, weights)._replace(coupling=None)
-
-    if implementation == "reference":
-        return stored(poses, weights)
-    if implementation and not _sizes_known(weights):
-        raise NotImplementedError(
-            f"implementation {implementation!r} needs weights of known size, got shape"
-            f" {weights.shape}"
-        )
-    empty = 0 in (*poses.shape, *weights.shape)
-    if empty or not (implementation or _are_many(poses, weights)):
-        return without_coupling(poses, weights)
-    if implementation == "pallas_tpu":
-        # Not before it is wanted: importing Pallas takes longer than all of this package.
-        from capsjax.routing.fused.pallas_tpu import TpuKernels
-
-        return swept(TpuKernels, poses, weights)
-    if implementation == "pallas_gpu":
-        from capsjax.routing.fused.pallas_gpu import GpuKernels
-
-        return swept(GpuKernels, poses, weights)
-    blocks, lanes = functools.partial(swept, Blocks), functools.partial(swept, Lanes)
-    on_cpu = blocks if implementation or _gains_on_cpu(weights) else without_coupling
-    on_gpu = lanes if implementation or _gains_on_gpu(poses, weights) else without_coupling
-    routed: Routed = lax.platform_dependent(poses, weights, cpu=on_cpu, cuda=on_gpu, default=lanes)
+        if bias.shape != weights.shape[2:]:
+            raise ValueError(f"bias must have shape [J, D] = {weights.shape[2:]}, got {bias.shape}")
+    options = _Options(iterations, bias, where, bool(leaky), bool(stop_gradient), precision)
+    if implementation is not None:
+        return _IMPLEMENTATIONS[implementation](options, poses, weights)
+    preferred = {platform: _prefer(platform, poses, weights) for platform in ("cpu", "cuda", "tpu")}
+    if len(set(preferred.values())) == 1:
+        return _first_possible(preferred["tpu"], options, poses, weights)
+    by_platform = {
+        platform: functools.partial(_first_possible, names, options)
+        for platform, names in preferred.items()
+    }
+    routed: Routed = lax.platform_dependent(
+        poses, weights, cpu=by_platform["cpu"], cuda=by_platform["cuda"], default=by_platform["tpu"]
+    )
     return routed
 
 
 def check_implementation(implementation: str | None, routing: str = "dynamic") -> None:
     """Raises a ValueError unless this routing algorithm has an implementation of this name."""
-    names = get_args(Implementation) if routing == "dynamic" else ("reference",)
+    names = ("reference",) if algorithm(routing).fused is None else get_args(Implementation)
     if implementation is not None and implementation not in names:
         where = "" if routing == "dynamic" else f" for routing {routing!r}"
         raise ValueError(
@@ -184,37 +145,98 @@ def check_implementation(implementation: str | None, routing: str = "dynamic") -
         )
 
 
-def _sizes_known(weights: jax.Array) -> bool:
-    return all(isinstance(size, int) for size in weights.shape)
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """Checked arguments of :func:`dense_capsules` besides poses and weights."""
+
+    num_iterations: int
+    bias: jax.Array | None
+    where: ArrayLike | None
+    leaky: bool
+    stop_gradient: bool
+    precision: lax.PrecisionLike
 
 
-def _are_many(poses: jax.Array, weights: jax.Array) -> bool:
-    """Whether there are so many votes that not to store them is faster on some platform."""
-    if not _sizes_known(weights):
-        return False
-    number = _number_of_votes(poses, weights)
-    return number is None or number >= _MANY_VOTES
+def _store(options: _Options, poses: jax.Array, weights: jax.Array) -> Routed:
+    return dynamic_routing(
+        dense_votes(poses, weights, precision=options.precision),
+        num_iterations=options.num_iterations,
+        bias=options.bias,
+        where=options.where,
+        leaky=options.leaky,
+        stop_gradient=options.stop_gradient,
+    )
+
+
+def _sweep(
+    make_sweeps: Callable[..., Sweeps], options: _Options, poses: jax.Array, weights: jax.Array
+) -> Routed:
+    if not _is_known(weights.shape):
+        raise NotImplementedError(
+            f"weights must have known sizes unless votes are stored, got shape {weights.shape}"
+        )
+    if 0 in (*poses.shape, *weights.shape):  # there is nothing to sweep over
+        return _store(options, poses, weights)._replace(coupling=None)
+    parents, dtype = weights.shape[2:], jnp.promote_types(poses.dtype, weights.dtype)
+    flat = poses.astype(dtype).reshape(-1, *poses.shape[-2:])
+    bias = jnp.zeros(parents) if options.bias is None else options.bias
+    arguments = _alike(flat, weights.astype(dtype), bias.astype(accumulator(dtype)))
+    sweeps = make_sweeps(
+        *arguments[:2],
+        leaky=options.leaky,
+        stop_gradient=options.stop_gradient,
+        precision=options.precision,
+    )
+    v = jnp.moveaxis(route(sweeps, options.num_iterations, *arguments), 0, -2)
+    v = v.reshape(*poses.shape[:-2], *parents)
+    return Routed(v.astype(dtype), length(v).astype(dtype), None)
+
+
+_IMPLEMENTATIONS: dict[str, Callable[[_Options, jax.Array, jax.Array], Routed]] = {
+    "reference": _store,
+    "blocked": functools.partial(_sweep, Blocks.of),
+    "lanes": functools.partial(_sweep, Lanes.of),
+}
+
+
+def _prefer(platform: str, poses: jax.Array, weights: jax.Array) -> tuple[str, ...]:
+    """Implementations for a platform, the fastest first; measured in docs/performance.md."""
+    stored, number = ("reference",), _number_of_votes(poses, weights)
+    if number is not None and number < _MANY_VOTES:
+        return stored
+    if platform == "cpu":
+        _, in_features, _, features = weights.shape
+        if _is_known((in_features, features)) and in_features > features:
+            return stored  # blocks would only save memory
+        return ("blocked", *stored)
+    if platform == "cuda" and number is not None and number <= _MOST_STORED_ON_GPU:
+        return stored
+    return ("lanes", *stored)
+
+
+def _first_possible(
+    names: tuple[str, ...], options: _Options, poses: jax.Array, weights: jax.Array
+) -> Routed:
+    """What the first implementation returns that can run, without its coupling."""
+    *others, last = names
+    for name in others:
+        try:
+            return _IMPLEMENTATIONS[name](options, poses, weights)
+        except NotImplementedError:
+            continue
+    return _IMPLEMENTATIONS[last](options, poses, weights)._replace(coupling=None)
 
 
 def _number_of_votes(poses: jax.Array, weights: jax.Array) -> int | None:
-    """None for a batch of unknown size."""
-    batch = poses.shape[:-2]
+    """Numbers in the votes; None where a size is unknown."""
     children, _, parents, features = weights.shape
-    if not all(isinstance(size, int) for size in batch):
-        return None
-    return math.prod(batch) * children * parents * features
+    sizes = (*poses.shape[:-2], children, parents, features)
+    return math.prod(sizes) if _is_known(sizes) else None
 
 
-def _gains_on_cpu(weights: jax.Array) -> bool:
-    """Whether blocks are faster, or as fast and smaller; measured in docs/performance.md."""
-    _, in_features, _, features = weights.shape
-    return in_features <= features
-
-
-def _gains_on_gpu(poses: jax.Array, weights: jax.Array) -> bool:
-    """Whether there are more votes than storing was found to be faster for, in the same place."""
-    number = _number_of_votes(poses, weights)
-    return number is None or number > _MOST_STORED_ON_GPU
+def _is_known(shape: tuple[Any, ...]) -> bool:
+    """Whether all sizes are numbers; those of an exported function may be symbols."""
+    return all(isinstance(size, int) for size in shape)
 
 
 def _alike(*arrays: jax.Array) -> list[jax.Array]:

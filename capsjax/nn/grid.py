@@ -1,0 +1,178 @@
+"""Capsules of a whole grid whose places share their weights."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer, PrecisionLike
+from jax.typing import ArrayLike
+
+from capsjax.nn.conv import check_grid, check_shares_weights, kernel_init_per_child
+from capsjax.nn.router import Router
+from capsjax.ops import dense_votes
+from capsjax.routing import Children, Routed, Sizes
+from capsjax.routing.fused import Implementation, check_implementation
+
+
+class GridCapsules(nnx.Module):
+    r"""Children at all places of a grid vote for one set of parents by weights they share.
+
+    .. math::
+      \hat u_{j|(p,i)} = W_{ij}\, u_{p,i} + x_p, \qquad v = \mathrm{routing}(\hat u)
+
+    for a child of type i at place p, and a parent j. The grid may be of any size. The coordinates
+    :math:`x_p` are left out by default.
+
+    Args:
+      in_types: types I of child capsules at every place.
+      in_features: dimension K of a child's pose.
+      out_capsules: number J of parent capsules.
+      out_features: dimension D of a parent's pose.
+      coordinates: add a child's place, (row + ½) / rows and (column + ½) / columns, to the first
+        two components of its votes.
+      routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`; the layer owns
+        what it learns, which places share as well.
+      use_bias: whether the parents' sums have a bias ``[J, D]``, in algorithms that take one.
+      dtype: dtype of the computation; the promotion of inputs and parameters when None. Routing
+        sums are float32.
+      param_dtype: dtype of the parameters.
+      precision: of the votes' matrix product.
+      kernel_init: initialiser of the weights ``[I, K, J, D]``.
+      bias_init: initialiser of the bias.
+      implementation: of votes and dynamic routing, as in :func:`capsjax.dense_capsules`. None
+        stores the votes: other implementations need a copy of the weights for every place.
+      rngs: random streams; uses ``params``.
+      **options: of the routing function, such as ``num_iterations``.
+
+    Raises:
+      ValueError: the algorithm, an option of it or the implementation is unknown, the algorithm
+        makes its own votes, or there are coordinates and fewer than two ``out_features``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from capsjax.nn import GridCapsules
+      >>> layer = GridCapsules(8, 16, 10, 16, rngs=nnx.Rngs(0))
+      >>> routed = layer(jnp.ones((2, 7, 7, 8, 16)))
+      >>> routed.poses.shape, routed.activations.shape, routed.coupling.shape
+      ((2, 10, 16), (2, 10), (2, 392, 10))
+
+    Reference:
+      Hinton, Sabour, Frosst, *Matrix Capsules with EM Routing*, ICLR 2018, section 4.
+    """
+
+    def __init__(
+        self,
+        in_types: int,
+        in_features: int,
+        out_capsules: int,
+        out_features: int,
+        *,
+        coordinates: bool = False,
+        routing: str = "dynamic",
+        use_bias: bool = False,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = kernel_init_per_child,
+        bias_init: Initializer = nnx.initializers.zeros_init(),
+        implementation: Implementation | None = None,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        check_shares_weights(routing)
+        check_implementation(implementation, routing)
+        if coordinates and out_features < 2:
+            raise ValueError(f"coordinates need two out_features, got {out_features}")
+        self.coordinates = coordinates
+        self.dtype = dtype
+        self.precision = precision
+        self.implementation = implementation
+        self.sizes = Sizes(in_types, in_features, out_capsules, out_features)
+        shape = self._kernel_shape(self.sizes)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        self.router = Router(
+            routing,
+            self.sizes,
+            options=options,
+            use_bias=use_bias,
+            bias_init=bias_init,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        poses: jax.Array,
+        *,
+        activations: jax.Array | None = None,
+        where: ArrayLike | None = None,
+        implementation: Implementation | None = None,
+    ) -> Routed:
+        """Computes the parent capsules.
+
+        Args:
+          poses: child poses, ``[..., H, W, I, K]``.
+          activations: of the children, ``[..., H, W, I]``, for algorithms that weigh by them; the
+            lengths of the poses when None.
+          where: children that take part, bool, broadcastable to ``[..., H, W, I]``.
+          implementation: instead of the layer's own.
+
+        Returns:
+          :class:`capsjax.Routed`: poses ``[..., J, D]``, activations ``[..., J]`` and coupling
+          ``[..., H * W * I, J]``, which is None for an implementation that stores no votes.
+
+        Raises:
+          ValueError: an argument has the wrong shape, or there is no such implementation.
+        """
+        check_grid(poses, *self.sizes[:2])
+        poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
+        if where is not None:
+            where = _flat(jnp.broadcast_to(where, poses.shape[:-1]), 0)
+
+        def make_votes() -> jax.Array:
+            votes = self._make_votes(poses, kernel)
+            if self.coordinates:
+                votes = self._add_coordinates(votes, poses.shape[-4:-2])
+            return _flat(votes, 2)
+
+        return self.router(
+            Children(
+                _flat(poses, 1), None if activations is None else _flat(activations, 0), where=where
+            ),
+            make_votes,
+            weights=None if self.coordinates else self._dense_weights(kernel),
+            precision=self.precision,
+            implementation=implementation or self.implementation,
+            places=math.prod(poses.shape[-4:-2]),
+        )
+
+    def _kernel_shape(self, sizes: Sizes) -> tuple[int, ...]:
+        return tuple(sizes)
+
+    def _make_votes(self, poses: jax.Array, kernel: jax.Array) -> jax.Array:
+        return dense_votes(poses, kernel, precision=self.precision)
+
+    def _dense_weights(self, kernel: jax.Array) -> jax.Array | None:
+        """The kernel, if votes are its product with the poses, as of :func:`dense_votes`."""
+        return kernel
+
+    def _coordinate_components(self) -> tuple[int, int]:
+        return 0, 1
+
+    def _add_coordinates(self, votes: jax.Array, grid: Sequence[int]) -> jax.Array:
+        """Adds the places of a grid to votes ``[..., H, W, I, J, D]``."""
+        rows, columns = ((jnp.arange(n) + 0.5) / n for n in grid)
+        places = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1)[:, :, None, None]
+        components = jnp.array(self._coordinate_components())
+        shift = jnp.zeros((*grid, 1, 1, votes.shape[-1])).at[..., components].set(places)
+        return votes + jnp.broadcast_to(shift.astype(votes.dtype), votes.shape)
+
+
+def _flat(x: jax.Array, trailing: int) -> jax.Array:
+    """Rows, columns and types as one axis of children, before so many others."""
+    return x.reshape(*x.shape[: x.ndim - trailing - 3], -1, *x.shape[x.ndim - trailing :])

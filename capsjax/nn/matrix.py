@@ -1,0 +1,243 @@
+"""Layers of matrix capsules: poses are square matrices, and votes products of matrices."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
+
+from capsjax.nn.conv import ConvCapsules
+from capsjax.nn.grid import GridCapsules
+from capsjax.ops import conv_general_dilated, matrix_votes
+from capsjax.ops.fields import Padding
+from capsjax.routing import Sizes
+
+
+class MatrixPrimaryCapsules(nnx.Module):
+    r"""A convolution to poses and activations, the first capsules of matrix capsules.
+
+    .. math::
+      u_{p,q,t} = (x * k)_{p,q,t} + b_t, \qquad a_{p,q,t} = \sigma\bigl((x * l)_{p,q,t} + c_t\bigr)
+
+    Args:
+      in_features: channels of the input.
+      num_types: capsule types :math:`t`; every grid position holds one capsule of each.
+      features: dimension K of a pose: 16 for matrices of 4 × 4, row by row.
+      kernel_size: rows and columns of the kernel.
+      strides: of the convolution.
+      padding: of the convolution.
+      dtype: dtype of the computation; the promotion of inputs and parameters when None.
+      param_dtype: dtype of the parameters.
+      precision: of the convolution.
+      kernel_init: initialiser of the kernel ``[KH, KW, C, num_types * (features + 1)]``, whose last
+        ``num_types`` channels are the activations.
+      bias_init: initialiser of the bias.
+      rngs: random streams; uses ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from capsjax.nn import MatrixPrimaryCapsules
+      >>> layer = MatrixPrimaryCapsules(64, 8, 16, rngs=nnx.Rngs(0))
+      >>> poses, activations = layer(jnp.ones((2, 12, 12, 64)))
+      >>> poses.shape, activations.shape
+      ((2, 12, 12, 8, 16), (2, 12, 12, 8))
+
+    Reference:
+      Hinton, Sabour, Frosst, *Matrix Capsules with EM Routing*, ICLR 2018, section 4.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_types: int,
+        features: int = 16,
+        *,
+        kernel_size: int | Sequence[int] = 1,
+        strides: int | Sequence[int] = 1,
+        padding: PaddingLike = "VALID",
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),
+        bias_init: Initializer = nnx.initializers.zeros_init(),
+        rngs: nnx.Rngs,
+    ):
+        size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        self.conv = nnx.Conv(
+            in_features,
+            num_types * (features + 1),
+            size,
+            strides,
+            padding=padding,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            conv_general_dilated=conv_general_dilated,
+            rngs=rngs,
+        )
+        self.num_types = num_types
+        self.features = features
+
+    def __call__(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Computes the capsules.
+
+        Args:
+          inputs: feature maps, ``[..., H, W, C]``.
+
+        Returns:
+          Poses ``[..., P, Q, num_types, K]`` and activations ``[..., P, Q, num_types]``.
+        """
+        channels = self.conv(inputs)
+        poses, activations = jnp.split(channels, [self.num_types * self.features], axis=-1)
+        poses = poses.reshape(*poses.shape[:-1], self.num_types, self.features)
+        return poses, jax.nn.sigmoid(activations)
+
+
+class _MatrixVotes(nnx.Module):
+    """Votes of matrix poses, which are always stored."""
+
+    precision: PrecisionLike
+
+    def _kernel_shape(self, sizes: Sizes) -> tuple[int, ...]:
+        children, features, parents, _ = sizes
+        side = math.isqrt(features)
+        if side * side != features:
+            raise ValueError(f"features must be a square number, got {features}")
+        return children, side, parents, side
+
+    def _make_votes(self, poses: jax.Array, kernel: jax.Array) -> jax.Array:
+        return matrix_votes(poses, kernel, precision=self.precision)
+
+    def _dense_weights(self, kernel: jax.Array) -> None:
+        return None
+
+
+class MatrixConvCapsules(_MatrixVotes, ConvCapsules):
+    r"""Convolutional capsules whose poses are matrices and whose votes are products of matrices.
+
+    .. math::
+      V_{(q,j)|(p,i)} = M_{p,i}\, W_{p - sq,\, i,\, j}
+
+    As :class:`ConvCapsules`, with the square root of the weights for the same number of capsules.
+
+    Args:
+      in_types: types I of child capsules at every place.
+      out_types: types J of parent capsules at every place.
+      features: numbers in a pose, a square: 16 for matrices of 4 × 4, row by row.
+      kernel_size: rows and columns of a receptive field.
+      strides: of the receptive fields.
+      padding: ``"VALID"``, ``"SAME"``, or (low, high) per axis.
+      routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`.
+      rngs: random streams; uses ``params``.
+      **options: other keyword arguments of :class:`ConvCapsules`; ``kernel_init`` initialises
+        ``[KH * KW * I, n, J, n]``.
+
+    Raises:
+      ValueError: as :class:`ConvCapsules` does, or ``features`` is no square.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from capsjax.nn import MatrixConvCapsules
+      >>> layer = MatrixConvCapsules(8, 4, 16, kernel_size=3, strides=2, rngs=nnx.Rngs(0))
+      >>> routed = layer(jnp.ones((2, 7, 7, 8, 16)), activations=jnp.ones((2, 7, 7, 8)))
+      >>> routed.poses.shape, routed.activations.shape, routed.coupling.shape
+      ((2, 3, 3, 4, 16), (2, 3, 3, 4), (2, 3, 3, 72, 4))
+
+    Reference:
+      Hinton, Sabour, Frosst, *Matrix Capsules with EM Routing*, ICLR 2018, sections 2 to 4.
+    """
+
+    def __init__(
+        self,
+        in_types: int,
+        out_types: int,
+        features: int = 16,
+        *,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] = 1,
+        padding: Padding = "VALID",
+        routing: str = "em",
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        super().__init__(
+            in_types,
+            features,
+            out_types,
+            features,
+            kernel_size=kernel_size,
+            strides=strides,
+            padding=padding,
+            routing=routing,
+            rngs=rngs,
+            **options,
+        )
+
+
+class MatrixGridCapsules(_MatrixVotes, GridCapsules):
+    r"""The last layer of matrix capsules: all places share the weights, and add where they are.
+
+    .. math::
+      V_{j|(p,i)} = M_{p,i}\, W_{ij} + x_p
+
+    where the coordinates :math:`x_p`, (row + ½) / rows and (column + ½) / columns, go to the first
+    two components of the right-hand column.
+
+    Args:
+      in_types: types I of child capsules at every place.
+      out_capsules: number J of parent capsules.
+      features: numbers in a pose, a square: 16 for matrices of 4 × 4, row by row.
+      coordinates: whether to add the coordinates.
+      routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`.
+      rngs: random streams; uses ``params``.
+      **options: other keyword arguments of :class:`GridCapsules`; ``kernel_init`` initialises
+        ``[I, n, J, n]``.
+
+    Raises:
+      ValueError: as :class:`GridCapsules` does, or ``features`` is no square.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from capsjax.nn import MatrixGridCapsules
+      >>> layer = MatrixGridCapsules(4, 10, 16, rngs=nnx.Rngs(0))
+      >>> routed = layer(jnp.ones((2, 3, 3, 4, 16)), activations=jnp.ones((2, 3, 3, 4)))
+      >>> routed.poses.shape, routed.activations.shape
+      ((2, 10, 16), (2, 10))
+
+    Reference:
+      Hinton, Sabour, Frosst, *Matrix Capsules with EM Routing*, ICLR 2018, section 4.
+    """
+
+    def __init__(
+        self,
+        in_types: int,
+        out_capsules: int,
+        features: int = 16,
+        *,
+        coordinates: bool = True,
+        routing: str = "em",
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        super().__init__(
+            in_types,
+            features,
+            out_capsules,
+            features,
+            coordinates=coordinates,
+            routing=routing,
+            rngs=rngs,
+            **options,
+        )
+
+    def _coordinate_components(self) -> tuple[int, int]:
+        side = math.isqrt(self.sizes.out_features)
+        return side - 1, 2 * side - 1
