@@ -1,81 +1,41 @@
-"""capsjax: capsule networks for JAX.
+"""Capsule networks for JAX.
 
-Importing it gives floors 1 to 3: pure functions, routing algorithms and layers. Whole networks
-(`capsjax.models`), data (`capsjax.data`) and training (`capsjax.training`) are imported by name.
+The pure functions of :mod:`capsjax.ops` and :mod:`capsjax.routing` are names of this module; layers
+are in :mod:`capsjax.nn`, whole networks in :mod:`capsjax.models`, data sets in
+:mod:`capsjax.data`, training in :mod:`capsjax.training`. All of them are imported when first used,
+so that a command that only prints its help does not wait for JAX.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from capsjax import nn, routing
-from capsjax.ops import (
-    conv_general_dilated,
-    dense_votes,
-    exponential_squash,
-    length,
-    margin_loss,
-    matrix_votes,
-    reconstruction_loss,
-    spread_loss,
-    squash,
-)
-from capsjax.routing import (
-    HeinsenParameters,
-    Routed,
-    RoutingTrace,
-    attention_routing,
-    dense_capsules,
-    dynamic_routing,
-    efficient_routing,
-    em_routing,
-    heinsen_routing,
-    kmeans_routing,
-    random_routing,
-    routing_trace,
-    self_routing,
-    uniform_routing,
-    variational_routing,
-)
 from capsjax.version import __version__
 
 if TYPE_CHECKING:
+    from capsjax import bench, data, models, nn, ops, reproduce, routing, training, viz
     from capsjax.models import load_pretrained
+    from capsjax.ops import *
+    from capsjax.routing import *
 
-__all__ = [
-    "HeinsenParameters",
-    "Routed",
-    "RoutingTrace",
-    "__version__",
-    "attention_routing",
-    "conv_general_dilated",
-    "dense_capsules",
-    "dense_votes",
-    "dynamic_routing",
-    "efficient_routing",
-    "em_routing",
-    "exponential_squash",
-    "heinsen_routing",
-    "kmeans_routing",
-    "length",
-    "load_pretrained",
-    "margin_loss",
-    "matrix_votes",
-    "nn",
-    "random_routing",
-    "reconstruction_loss",
-    "routing",
-    "routing_trace",
-    "self_routing",
-    "spread_loss",
-    "squash",
-    "uniform_routing",
-    "variational_routing",
-]
+_ROOMS = ("bench", "data", "models", "nn", "ops", "reproduce", "routing", "training", "viz")
 
 
 def __getattr__(name: str) -> Any:
-    """Whole networks are imported when one is asked for."""
+    """Imports a room, or one of the names that this module takes from them."""
+    if name in _ROOMS:
+        return importlib.import_module(f"capsjax.{name}")
     if name == "load_pretrained":
-        from capsjax.models import load_pretrained
-
-        return load_pretrained
+        return __getattr__("models").load_pretrained
+    ops, routing = __getattr__("ops"), __getattr__("routing")
+    if name == "__all__":
+        own = ("__version__", "load_pretrained", "nn", "routing")
+        return sorted({*own, *ops.__all__, *routing.__all__})
+    for room in (ops, routing):
+        if name in room.__all__:
+            globals()[name] = getattr(room, name)
+            return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS, *__getattr__("__all__")})

@@ -1,13 +1,15 @@
-"""Pure functions of capsule networks; they import nothing but jax."""
+"""Pure functions of capsule networks; they import nothing but jax.
+
+``__all__`` holds what is also a name of :mod:`capsjax`.
+"""
 
 from capsjax.ops.capsule import exponential_squash, length, squash
 from capsjax.ops.conv import conv_general_dilated
-from capsjax.ops.fields import ReceptiveFields
+from capsjax.ops.fields import ReceptiveFields as ReceptiveFields
 from capsjax.ops.losses import margin_loss, reconstruction_loss, spread_loss
 from capsjax.ops.votes import dense_votes, matrix_votes
 
 __all__ = [
-    "ReceptiveFields",
     "conv_general_dilated",
     "dense_votes",
     "exponential_squash",

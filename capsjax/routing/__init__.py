@@ -1,15 +1,9 @@
-"""Routing algorithms: pure functions from votes to parent capsules, one file each."""
+"""Routing algorithms: pure functions from votes to parent capsules, one file each.
 
-from capsjax.routing.algorithm import (
-    Algorithm,
-    Children,
-    Parameter,
-    Sizes,
-    algorithm,
-    algorithms,
-    register,
-    unregister,
-)
+Each file ends with the algorithm's record; ``__all__`` holds what is also a name of
+:mod:`capsjax`.
+"""
+
 from capsjax.routing.attention import attention_routing
 from capsjax.routing.dynamic import dynamic_routing
 from capsjax.routing.efficient import efficient_routing
@@ -18,6 +12,14 @@ from capsjax.routing.fused import dense_capsules
 from capsjax.routing.heinsen import HeinsenParameters, heinsen_routing
 from capsjax.routing.kmeans import kmeans_routing
 from capsjax.routing.random import random_routing
+from capsjax.routing.record import Algorithm as Algorithm
+from capsjax.routing.record import Children as Children
+from capsjax.routing.record import Parameter as Parameter
+from capsjax.routing.record import Sizes as Sizes
+from capsjax.routing.record import algorithm as algorithm
+from capsjax.routing.record import algorithms as algorithms
+from capsjax.routing.record import register as register
+from capsjax.routing.record import unregister as unregister
 from capsjax.routing.routed import Routed
 from capsjax.routing.self_routing import self_routing
 from capsjax.routing.trace import RoutingTrace, routing_trace
@@ -25,15 +27,9 @@ from capsjax.routing.uniform import uniform_routing
 from capsjax.routing.variational import variational_routing
 
 __all__ = [
-    "Algorithm",
-    "Children",
     "HeinsenParameters",
-    "Parameter",
     "Routed",
     "RoutingTrace",
-    "Sizes",
-    "algorithm",
-    "algorithms",
     "attention_routing",
     "dense_capsules",
     "dynamic_routing",
@@ -42,10 +38,8 @@ __all__ = [
     "heinsen_routing",
     "kmeans_routing",
     "random_routing",
-    "register",
     "routing_trace",
     "self_routing",
     "uniform_routing",
-    "unregister",
     "variational_routing",
 ]

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
 from capsjax.routing._passes import Passes, as_parameter, inputs, layer_norm
-from capsjax.routing.algorithm import Algorithm, Parameter, Sizes, register
+from capsjax.routing.record import Algorithm, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
 
 

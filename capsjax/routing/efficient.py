@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from capsjax.ops import length
 from capsjax.ops.capsule import exponential_squash
 from capsjax.routing._passes import as_logits, inputs
-from capsjax.routing.algorithm import Algorithm, Parameter, Sizes, register
+from capsjax.routing.record import Algorithm, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
 
 

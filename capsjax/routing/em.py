@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from capsjax.routing._passes import Passes, as_activations, as_parameter, inputs, per_mass
-from capsjax.routing.algorithm import Algorithm, Parameter, Sizes, register
+from capsjax.routing.record import Algorithm, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
 
 Normalize = Callable[[jax.Array], jax.Array]

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from capsjax.ops import length, squash
 from capsjax.ops._checks import accumulator, as_floating, as_mask, zeros
 from capsjax.routing._passes import as_iterations, layer_norm
-from capsjax.routing.algorithm import Algorithm, Children, Parameter, Sizes, register
+from capsjax.routing.record import Algorithm, Children, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
 
 

@@ -6,7 +6,7 @@ from jax.typing import ArrayLike
 from capsjax.ops import length, squash
 from capsjax.ops.capsule import unit
 from capsjax.routing._passes import Passes, inputs
-from capsjax.routing.algorithm import Algorithm, register
+from capsjax.routing.record import Algorithm, register
 from capsjax.routing.routed import Routed
 
 

@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
 from capsjax.routing._passes import as_logits, inputs
-from capsjax.routing.algorithm import Algorithm, Children, register
+from capsjax.routing.record import Algorithm, Children, register
 from capsjax.routing.routed import Routed
 
 

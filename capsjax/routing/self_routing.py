@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from capsjax.ops.capsule import unit
 from capsjax.routing._passes import as_activations, as_logits, inputs, per_mass
-from capsjax.routing.algorithm import Algorithm, Children, Parameter, Sizes, register
+from capsjax.routing.record import Algorithm, Children, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
 
 

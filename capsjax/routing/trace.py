@@ -8,7 +8,7 @@ from jax import export, lax
 from jax.typing import ArrayLike
 
 from capsjax.routing._passes import as_iterations
-from capsjax.routing.algorithm import algorithm, algorithms
+from capsjax.routing.record import algorithm, algorithms
 
 
 class RoutingTrace(NamedTuple):

@@ -5,7 +5,7 @@ from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
 from capsjax.routing._passes import inputs
-from capsjax.routing.algorithm import Algorithm, register
+from capsjax.routing.record import Algorithm, register
 from capsjax.routing.routed import Routed
 
 

@@ -8,8 +8,8 @@ from jax.scipy.special import digamma
 from jax.typing import ArrayLike
 
 from capsjax.routing._passes import Passes, as_activations, as_parameter, inputs
-from capsjax.routing.algorithm import Algorithm, register
 from capsjax.routing.em import Normalize, beta_parameters
+from capsjax.routing.record import Algorithm, register
 from capsjax.routing.routed import Routed
 
 

@@ -284,12 +284,12 @@ def test_efficient_capsnet_normalises_over_the_batch_in_training_only():
 @pytest.mark.parametrize(
     ("preset", "overrides", "match"),
     [
-        ("small", {"routing": "sinkhorn"}, "routing must be one of dynamic.* got 'sinkhorn'"),
+        ("small", {"routing": "sinkhorn"}, "routing must be one of .*dynamic.* got 'sinkhorn'"),
         ("small", {"routing": "em", "leaky": True}, "routing 'em' has no option 'leaky'"),
         ("small", {"routing": "em", "routing_bias": True}, "routing 'em' has no bias"),
         ("matrix_capsnet", {"pose_features": 15}, "pose_features must be a square, got 15"),
         ("matrix_capsnet", {"capsule_strides": (2,)}, "one entry for each of the 2 capsule_types"),
-        ("matrix_capsnet", {"routing": "heinsen"}, "'heinsen' makes votes of its own"),
+        ("matrix_capsnet", {"routing": "heinsen"}, "'heinsen' makes its own votes"),
         ("matrix_capsnet", {"image_shape": (12, 12, 1)}, "too small for 2 layers of capsules"),
         ("efficient_capsnet", {"primary_features": 7}, "primary_features must divide .* got 7"),
         ("efficient_capsnet", {"conv_kernels": (5,)}, "one entry for each of the 4 conv_features"),

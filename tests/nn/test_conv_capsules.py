@@ -13,7 +13,15 @@ from flax import nnx
 
 import capsjax
 from capsjax import routing
-from capsjax.nn import ConvCapsules, DenseCapsules, MatrixPrimaryCapsules, PrimaryCapsules
+from capsjax.nn import (
+    ConvCapsules,
+    DenseCapsules,
+    GridCapsules,
+    MatrixConvCapsules,
+    MatrixGridCapsules,
+    MatrixPrimaryCapsules,
+    PrimaryCapsules,
+)
 from capsjax.ops import ReceptiveFields
 
 
@@ -69,20 +77,11 @@ def test_same_fields_are_those_of_a_same_convolution():
     assert fields.pads == ((1, 1), (0, 1))
 
 
-def conv(routing="dynamic", matrix=False, features=(4, 4), padding="VALID", **options):
-    return ConvCapsules(
-        2,
-        features[0],
-        3,
-        features[1],
-        kernel_size=(3, 2),
-        strides=(2, 1),
-        padding=padding,
-        routing=routing,
-        matrix=matrix,
-        rngs=nnx.Rngs(0),
-        **options,
-    )
+def conv(routing="dynamic", matrix=False, features=4, padding="VALID", **options):
+    options |= {"kernel_size": (3, 2), "strides": (2, 1), "padding": padding, "routing": routing}
+    if matrix:
+        return MatrixConvCapsules(2, 3, features, rngs=nnx.Rngs(0), **options)
+    return ConvCapsules(2, 4, 3, features, rngs=nnx.Rngs(0), **options)
 
 
 @pytest.mark.parametrize("padding", ["VALID", ((1, 1), (1, 0))])
@@ -113,19 +112,17 @@ def test_conv_capsules_route_each_field_by_itself(padding, matrix):
         np.testing.assert_array_equal(routed.coupling[1, p, q][np.array(outside, int)], 0)
 
 
-@pytest.mark.parametrize("kernel_size", [(3, 2), None])
-def test_votes_of_dynamic_routing_need_not_be_stored(kernel_size):
-    layer = ConvCapsules(
-        2,
-        4,
-        3,
-        5,
-        kernel_size=kernel_size,
-        padding="SAME",
-        use_bias=True,
-        bias_init=nnx.initializers.normal(),
-        rngs=nnx.Rngs(0),
-    )
+def vector_layer(kind, **options):
+    """A layer of 2 child types with 4 dimensions and 3 parents with 5."""
+    if kind == "conv":
+        options |= {"kernel_size": (3, 2), "padding": "SAME"}
+    layers = {"conv": ConvCapsules, "grid": GridCapsules}
+    return layers[kind](2, 4, 3, 5, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize("kind", ["conv", "grid"])
+def test_votes_of_dynamic_routing_need_not_be_stored(kind):
+    layer = vector_layer(kind, use_bias=True, bias_init=nnx.initializers.normal())
     poses, where = normal(2, 5, 4, 2, 4), jnp.ones((5, 4, 2), bool).at[2, 1, 0].set(False)
 
     @nnx.jit(static_argnames="name")
@@ -144,15 +141,9 @@ def test_votes_of_dynamic_routing_need_not_be_stored(kernel_size):
     assert_close(routed.poses, expected.poses, terms=100)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(stored), strict=True):
         assert_close(a, b, terms=1000)
-    if kernel_size:
-        assert layer(poses).coupling is None
-    else:
-        # To share weights between places pays more than not to store votes.
-        assert layer(poses).coupling is not None
-    chosen = ConvCapsules(
-        2, 4, 3, 5, kernel_size=kernel_size, implementation="reference", rngs=nnx.Rngs(0)
-    )
-    assert chosen(poses).coupling is not None
+    # Weights that places share would have to be copied, unless votes are stored.
+    assert (layer(poses).coupling is None) == (kind == "conv")
+    assert vector_layer(kind, implementation="reference")(poses).coupling is not None
 
 
 def test_many_votes_are_not_stored():
@@ -175,8 +166,6 @@ def test_many_votes_are_not_stored():
     [
         ({}, "cudnn", "implementation must be None or one of reference, blocked, .*, got 'cudnn'"),
         ({"routing": "em"}, "blocked", "one of reference for routing 'em', got 'blocked'"),
-        ({"matrix": True}, "blocked", "'blocked' makes no votes of matrices or with coordinates"),
-        ({"coordinates": True}, "pallas_tpu", "'pallas_tpu' makes no votes of matrices or with"),
     ],
 )
 def test_an_implementation_that_does_not_apply_is_named(options, name, message):
@@ -279,18 +268,22 @@ def test_masked_children_have_no_influence(name):
     assert (layer(poses).poses != routed.poses).any()
 
 
-def test_the_class_layer_shares_matrices_between_places_and_adds_their_coordinates():
-    layer = ConvCapsules(
-        2,
-        4,
-        3,
-        4,
-        kernel_size=None,
-        routing="uniform",
-        matrix=True,
-        coordinates=True,
-        rngs=nnx.Rngs(0),
-    )
+@pytest.mark.parametrize(
+    "layer",
+    [
+        GridCapsules(2, 4, 3, 5, coordinates=True, rngs=nnx.Rngs(0)),
+        MatrixConvCapsules(2, 3, 4, kernel_size=3, routing="dynamic", rngs=nnx.Rngs(0)),
+        MatrixGridCapsules(2, 3, 4, routing="dynamic", rngs=nnx.Rngs(0)),
+    ],
+    ids=["coordinates", "matrix fields", "matrix grid"],
+)
+def test_votes_that_are_made_otherwise_are_stored(layer):
+    with pytest.raises(ValueError, match="'blocked' stores no votes, which these need"):
+        layer(normal(2, 5, 4, 2, 4), implementation="blocked")
+
+
+def test_the_grid_layer_shares_matrices_between_places_and_adds_their_coordinates():
+    layer = MatrixGridCapsules(2, 3, 4, routing="uniform", rngs=nnx.Rngs(0))
     assert layer.kernel.shape == (2, 2, 3, 2)
     poses = normal(2, 3, 5, 2, 4)
     routed = layer(poses)
@@ -305,22 +298,24 @@ def test_the_class_layer_shares_matrices_between_places_and_adds_their_coordinat
 
 
 @pytest.mark.parametrize("name", ["self", "efficient", "em", "random"])
-def test_a_class_layer_s_routing_parameters_are_shared_between_places(name):
-    layer = ConvCapsules(2, 4, 3, 4, kernel_size=None, routing=name, rngs=nnx.Rngs(0))
+def test_a_grid_layer_s_routing_parameters_are_shared_between_places(name):
+    layer = GridCapsules(2, 4, 3, 4, routing=name, rngs=nnx.Rngs(0))
     routed = layer(normal(2, 3, 5, 2, 4), activations=jnp.ones((2, 3, 5, 2)))
     assert routed.coupling.shape == (2, 30, 3)
 
 
-def test_coordinates_of_conv_capsules_are_those_of_the_child():
-    layers = [
-        ConvCapsules(1, 2, 1, 2, kernel_size=1, routing="em", coordinates=c, rngs=nnx.Rngs(0))
-        for c in (False, True)
-    ]
+def test_coordinates_are_added_to_the_first_two_components():
+    plain, moved = (
+        GridCapsules(1, 2, 1, 2, routing="em", coordinates=c, rngs=nnx.Rngs(0)) for c in (0, 1)
+    )
     poses = normal(2, 2, 1, 2)
-    plain, moved = (layer(poses).poses for layer in layers)
-    for row, column in itertools.product(range(2), range(2)):
-        shift = ((row + 0.5) / 2, (column + 0.5) / 2)
-        np.testing.assert_allclose(moved[row, column, 0] - plain[row, column, 0], shift, atol=1e-5)
+    # With one place at a time, the parent is its child's vote.
+    shift = moved(poses[:1, :1]).poses - plain(poses[:1, :1]).poses
+    np.testing.assert_allclose(shift, [[0.5, 0.5]], atol=1e-5)
+    one = jnp.zeros((2, 3, 1), bool).at[1, 2].set(True)
+    shift = moved(jnp.ones((2, 3, 1, 2)), where=one).poses
+    shift -= plain(jnp.ones((2, 3, 1, 2)), where=one).poses
+    np.testing.assert_allclose(shift, [[1.5 / 2, 2.5 / 3]], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dynamic", "em", "self", "attention", "variational"])
@@ -330,15 +325,11 @@ def test_three_stacked_capsule_layers_train_without_nan(name):
     class Stack(nnx.Module):
         def __init__(self):
             self.primary = MatrixPrimaryCapsules(1, 2, 4, kernel_size=3, strides=2, rngs=rngs)
-            self.first = ConvCapsules(
-                2, 4, 3, 4, kernel_size=3, routing=name, matrix=True, rngs=rngs
+            self.first = MatrixConvCapsules(2, 3, 4, kernel_size=3, routing=name, rngs=rngs)
+            self.second = MatrixConvCapsules(
+                3, 4, 4, kernel_size=2, padding="SAME", routing=name, rngs=rngs
             )
-            self.second = ConvCapsules(
-                3, 4, 4, 4, kernel_size=2, padding="SAME", routing=name, matrix=True, rngs=rngs
-            )
-            self.classes = ConvCapsules(
-                4, 4, 2, 4, kernel_size=None, routing=name, matrix=True, coordinates=True, rngs=rngs
-            )
+            self.classes = MatrixGridCapsules(4, 2, 4, routing=name, rngs=rngs)
 
         def __call__(self, images):
             poses, activations = self.primary(images)
@@ -451,7 +442,7 @@ def test_options_of_routing_reach_it():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"routing": "sinkhorn"}, "routing must be one of dynamic, .* got 'sinkhorn'"),
+        ({"routing": "sinkhorn"}, "routing must be one of .*dynamic, .* got 'sinkhorn'"),
         ({"routing": "em", "leaky": True}, "routing 'em' has no option 'leaky', only num_iter"),
         ({"routing": "em", "use_bias": True}, "routing 'em' has no bias"),
         ({"routing": "uniform", "num_iterations": 3}, "'uniform' has no option 'num_iterations'"),
@@ -464,17 +455,20 @@ def test_bad_options_are_named(options, match):
 
 def test_logits_are_for_dynamic_routing():
     layer = DenseCapsules(6, 4, 3, 5, routing="kmeans", rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="logits are for routing 'dynamic', not 'kmeans'"):
+    with pytest.raises(ValueError, match="routing 'kmeans' takes no prior logits"):
         layer(normal(6, 4), logits=jnp.zeros((6, 3)))
 
 
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: conv(matrix=True, features=(4, 5)), "same square number, got 4 and 5"),
-        (lambda: conv(matrix=True, features=(5, 5)), "same square number, got 5 and 5"),
-        (lambda: conv("heinsen"), "'heinsen' makes votes of its own"),
-        (lambda: conv(coordinates=True, features=(4, 1)), "coordinates need two out_features"),
+        (lambda: conv(matrix=True, features=5), "features must be a square number, got 5"),
+        (lambda: conv("heinsen"), "'heinsen' makes its own votes"),
+        (lambda: vector_layer("grid", routing="heinsen"), "'heinsen' makes its own votes"),
+        (
+            lambda: GridCapsules(2, 4, 3, 1, coordinates=True, rngs=nnx.Rngs(0)),
+            "coordinates need two out_features",
+        ),
         (lambda: conv()(normal(5, 4, 3, 4)), r"poses must have shape .*, 2, 4\], got .*\(5, 4, 3"),
         (lambda: conv()(normal(2, 4, 2, 4)), r"at least as large as the kernel .* got 2 rows"),
     ],

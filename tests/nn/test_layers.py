@@ -237,7 +237,7 @@ def test_dense_capsules_return_the_coupling_of_the_reference():
     )
     prior = jnp.zeros((6, 4))
     np.testing.assert_allclose(layer(poses, logits=prior).coupling, routed.coupling, rtol=1e-6)
-    with pytest.raises(ValueError, match="'blocked' stores no logits and takes no prior ones"):
+    with pytest.raises(ValueError, match="'blocked' stores no votes, which these need"):
         layer(poses, logits=prior, implementation="blocked")
     with pytest.raises(ValueError, match="implementation must be None or one of reference for"):
         DenseCapsules(6, 3, 4, 5, routing="em", implementation="blocked", rngs=nnx.Rngs(0))

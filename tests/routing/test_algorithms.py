@@ -17,6 +17,7 @@ from jax.test_util import check_grads
 
 import capsjax
 from capsjax import Routed
+from capsjax.routing.trace import traced
 
 KEY = jax.random.key(7)
 
@@ -521,10 +522,7 @@ def test_bad_priors_are_named(option, expected):
         capsjax.variational_routing(votes_of(), jnp.ones(CHILDREN), **{**EM_OPTIONS, **option})
 
 
-TRACED = ("dynamic", "kmeans", "attention", "em", "variational")
-
-
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("name", traced())
 def test_a_trace_holds_what_every_number_of_iterations_gives(name):
     votes, args, options = votes_of(2), (), {}
     if name in ("em", "variational"):
@@ -560,8 +558,10 @@ def test_algorithms_have_names():
     names = capsjax.routing.algorithms()
     assert len(names) == 10
     for name in names:
-        assert capsjax.routing.algorithm(name) is getattr(capsjax, f"{name}_routing")
-    with pytest.raises(ValueError, match=r"routing must be one of dynamic, em.* got 'sinkhorn'"):
+        record = capsjax.routing.algorithm(name)
+        assert record.function is getattr(capsjax, f"{name}_routing")
+        assert (record.name, record.paper != "") == (name, True)
+    with pytest.raises(ValueError, match=r"routing must be one of .*em, .* got 'sinkhorn'"):
         capsjax.routing.algorithm("sinkhorn")
-    with pytest.raises(ValueError, match=r"routing must be one of dynamic.* got 'uniform'"):
+    with pytest.raises(ValueError, match=r"routing must be one of attention, .* got 'uniform'"):
         capsjax.routing_trace(votes_of(), routing="uniform")

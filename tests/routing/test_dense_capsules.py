@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from unittest import mock
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +19,13 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.test_util import check_grads
 
 from capsjax import dense_capsules, dense_votes
-from capsjax.routing.fused import api
+from capsjax.routing.fused import Implementation
 from capsjax.routing.fused.blocked import Blocks
 from capsjax.routing.fused.lanes import Lanes
 
 CHILDREN, IN_FEATURES, PARENTS, FEATURES = 35, 3, 4, 5
-# "blocked" as it is made for CPUs, and as it is made for all else.
-FAST = ("blocked", "lanes")
-
-
-def dense(poses, weights, *, implementation=None, **options):
-    if implementation != "lanes":
-        return dense_capsules(poses, weights, implementation=implementation, **options)
-    with mock.patch.object(api, "Blocks", Lanes):
-        return dense_capsules(poses, weights, implementation="blocked", **options)
+# Those that store no votes.
+FAST = tuple(name for name in get_args(Implementation) if name != "reference")
 
 
 def arguments(*leading, shape=(CHILDREN, IN_FEATURES, PARENTS, FEATURES), dtype="float32", seed=0):
@@ -49,7 +42,7 @@ def bias_of(parents=PARENTS, features=FEATURES):
 
 def loss(poses, weights, bias=None, **options):
     """Fixed directions, so that no gradient is zero by symmetry."""
-    routed = dense(poses, weights, bias=bias, **options)
+    routed = dense_capsules(poses, weights, bias=bias, **options)
     poses, activations = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in routed[:2])
     direction = jnp.cos(jnp.arange(poses.size, dtype=poses.dtype)).reshape(poses.shape)
     return jnp.vdot(poses, direction) + jnp.sum(activations[..., 0])
@@ -75,7 +68,7 @@ def assert_same(actual, expected, dtype, terms):
 def test_is_what_the_equations_say(implementation, num_iterations):
     poses, weights = arguments(2)
     bias, where = bias_of(), np.arange(CHILDREN) % 5 > 0
-    routed = dense(
+    routed = dense_capsules(
         poses,
         weights,
         bias=bias,
@@ -212,10 +205,15 @@ def temporary(implementation, batch, sizes):
     return compiled(implementation, batch, sizes).compile().memory_analysis().temp_size_in_bytes
 
 
-def stores_votes(implementation, batch, sizes, platform="cpu"):
+@functools.cache
+def lowered(implementation, batch, sizes, platform):
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((batch, *sizes[:2]), sizes)]
     gradient = jax.grad(functools.partial(loss, implementation=implementation), (0, 1))
-    text = export.export(jax.jit(gradient), platforms=[platform])(*shapes).mlir_module()
+    return export.export(jax.jit(gradient), platforms=[platform])(*shapes).mlir_module()
+
+
+def stores_votes(implementation, batch, sizes, platform="cpu"):
+    text = lowered(implementation, batch, sizes, platform)
     children, _, parents, features = sizes
     votes = (
         f"{batch}x{children}x{parents}x{features}",
@@ -230,7 +228,12 @@ def stores_votes(implementation, batch, sizes, platform="cpu"):
 def test_what_is_named_is_what_runs(platform):
     sizes = (256, 4, 10, 16)
     assert stores_votes("reference", 2, sizes, platform)
-    assert not stores_votes("blocked", 2, sizes, platform)
+    blocked, lanes = (lowered(name, 2, sizes, platform) for name in FAST)
+    # Of its block of children, one has the children along the last axis and the other the batch.
+    assert "tensor<10x2x1024xf32>" in blocked
+    assert "tensor<10x2x1024xf32>" not in lanes
+    for name in FAST:
+        assert not stores_votes(name, 2, sizes, platform)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +295,7 @@ def test_under_transformations(implementation):
 
     @jax.jit
     def one(poses, weights=weights):
-        return dense(poses, weights, implementation=implementation).poses
+        return dense_capsules(poses, weights, implementation=implementation).poses
 
     def gradient(function):
         return jax.jit(jax.grad(lambda p: jnp.cos(function(p)).sum()))(poses)
@@ -314,7 +317,7 @@ def test_scan_over_stacked_layers(implementation):
     layers = jnp.stack([first, first[::-1], -first])
 
     def layer(poses, weights):
-        return dense(poses, weights, implementation=implementation).poses, None
+        return dense_capsules(poses, weights, implementation=implementation).poses, None
 
     def scanned(layers):
         return jnp.sum(jax.lax.scan(layer, poses, layers)[0][..., 0])
@@ -342,7 +345,7 @@ def test_under_shard_map_whichever_argument_is_sharded(implementation, varying):
     )
 
     def shard(poses, weights):
-        return dense(poses, weights[0], implementation=implementation).poses
+        return dense_capsules(poses, weights[0], implementation=implementation).poses
 
     specs = tuple(batch if sharded else whole for sharded in varying)
     mapped = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=batch)
@@ -368,7 +371,7 @@ def test_pmapped_gradients_are_those_of_the_whole_batch(implementation):
     poses, weights = arguments(16)
 
     def mean(weights, poses):
-        routed = dense(poses, weights, implementation=implementation)
+        routed = dense_capsules(poses, weights, implementation=implementation)
         return routed.activations[:, 0].mean()
 
     def step(weights, poses):
@@ -409,7 +412,9 @@ def test_exported_with_any_number_of_children():
         exported.call(poses, weights), dense_capsules(poses, weights).poses, rtol=1e-5, atol=1e-5
     )
     named = jax.jit(lambda u, w: dense_capsules(u, w, implementation="blocked").poses)
-    with pytest.raises(NotImplementedError, match="'blocked' needs weights of known size"):
+    with pytest.raises(
+        NotImplementedError, match="weights must have known sizes"
+    ):
         export.export(named)(*shapes)
 
 
@@ -440,7 +445,7 @@ def test_bfloat16_is_the_float32_result_rounded():
         poses.astype(jnp.float32), weights.astype(jnp.float32), implementation="reference"
     )
     for implementation in ("reference", *FAST):
-        routed = dense(poses, weights, implementation=implementation)
+        routed = dense_capsules(poses, weights, implementation=implementation)
         assert routed.poses.dtype == jnp.bfloat16
         assert_close(routed.poses, exact.poses, terms=CHILDREN, scale=1.0)
 
@@ -450,7 +455,7 @@ def test_only_the_named_reference_returns_the_coupling():
     named = dense_capsules(poses, weights, implementation="reference")
     np.testing.assert_allclose(named.coupling.sum(-1), 1, rtol=1e-6)
     for implementation in (None, *FAST):
-        routed = dense(poses, weights, implementation=implementation)
+        routed = dense_capsules(poses, weights, implementation=implementation)
         assert routed.coupling is None
         np.testing.assert_allclose(routed.poses, named.poses, rtol=1e-5, atol=1e-6)
 
@@ -469,7 +474,7 @@ BAD = [
     (
         {"implementation": "cudnn"},
         ValueError,
-        "None or one of reference, blocked, pallas_tpu, pallas_gpu, got 'cudnn'",
+        "None or one of reference, blocked, lanes, got 'cudnn'",
     ),
 ]
 

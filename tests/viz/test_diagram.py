@@ -134,4 +134,6 @@ def test_dissecting_gives_what_the_network_computes(loaded, image):
     np.testing.assert_allclose(anatomy.lengths, prediction.scores, atol=1e-5)
     coupling = loaded.network.route(image).coupling
     np.testing.assert_allclose(anatomy.trace.coupling[-1], coupling, atol=1e-5)
-    np.testing.assert_allclose(length(anatomy.children), length(loaded.network.primary_capsules(image)))
+    np.testing.assert_allclose(
+        length(anatomy.children), length(loaded.network.primary_capsules(image))
+    )

@@ -15,11 +15,11 @@ from capsjax.ops import dense_votes, length
 from capsjax.ops._checks import accumulator, as_floating, as_mask, zeros
 from capsjax.ops.votes import check_dense
 from capsjax.routing._passes import as_iterations
-from capsjax.routing.algorithm import algorithm
 from capsjax.routing.dynamic import dynamic_routing
 from capsjax.routing.fused.blocked import Blocks
 from capsjax.routing.fused.lanes import Lanes
 from capsjax.routing.fused.recurrence import Sweeps, route
+from capsjax.routing.record import algorithm
 from capsjax.routing.routed import Routed
 
 Implementation = Literal["reference", "blocked", "lanes"]
