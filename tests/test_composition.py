@@ -25,73 +25,32 @@ from jax.test_util import check_grads
 import capsjax
 from capsjax import HeinsenParameters, Routed, RoutingTrace, dense_votes
 from capsjax.nn import DenseCapsules
+from capsjax.routing import Children, Sizes
 
-# Two hundred programs to compile: minutes.
-pytestmark = pytest.mark.slow
-
-PAIR, PARENTS, BIAS, FEATURES = "IJ", "J", "JD", "D"
-
-
-class Algorithm(NamedTuple):
-    """How a layer calls an algorithm: on its votes, the children's activations, what it learns.
-
-    `learned` holds the axes of each parameter; `call` gets votes, activations, parameters and key.
-    """
-
-    call: Callable[..., Routed]
-    learned: dict[str, str]
-
-
-ALGORITHMS = {
-    "dynamic": Algorithm(
-        lambda v, a, w, key: capsjax.dynamic_routing(v, bias=w["bias"], logits=w["logits"]),
-        {"bias": BIAS, "logits": PAIR},
-    ),
-    "em": Algorithm(
-        # A low temperature, without which these few children hardly move the activations.
-        lambda v, a, w, key: capsjax.em_routing(v, a, inverse_temperature=1.0, **w),
-        {"beta_a": PARENTS, "beta_u": PARENTS},
-    ),
-    "variational": Algorithm(
-        lambda v, a, w, key: capsjax.variational_routing(v, a, **w),
-        {"beta_a": PARENTS, "beta_u": PARENTS},
-    ),
-    "self": Algorithm(
-        lambda v, a, w, key: capsjax.self_routing(v, a, w["logits"]), {"logits": PAIR}
-    ),
-    "attention": Algorithm(
-        lambda v, a, w, key: capsjax.attention_routing(v, num_iterations=3, **w),
-        {"scale": FEATURES, "offset": FEATURES},
-    ),
-    "efficient": Algorithm(lambda v, a, w, key: capsjax.efficient_routing(v, **w), {"prior": PAIR}),
-    "kmeans": Algorithm(lambda v, a, w, key: capsjax.kmeans_routing(v, **w), {"bias": BIAS}),
-    "uniform": Algorithm(lambda v, a, w, key: capsjax.uniform_routing(v, **w), {"bias": BIAS}),
-    "random": Algorithm(
-        lambda v, a, w, key: capsjax.random_routing(v, key=key, **w), {"bias": BIAS}
-    ),
+# Options with which these few children and dimensions show what an algorithm does.
+OPTIONS: dict[str, dict[str, Any]] = {
+    # A low temperature, without which so few children hardly move the activations.
+    "em": {"inverse_temperature": 1.0},
+    "attention": {"num_iterations": 3},
+    "heinsen": {"num_iterations": 3},
 }
-KEY = jax.random.key(7)
 
 
-def shapes(name, children, in_features, parents, features):
-    """The shape of each array that a layer learns."""
-    if name == "heinsen":
-        return HeinsenParameters.shapes(children, in_features, parents, features)
-    sizes = {"I": children, "J": parents, "D": features}
-    learned = ALGORITHMS[name].learned.items()
-    return {
-        "kernel": (children, in_features, parents, features),
-        **{parameter: tuple(sizes[axis] for axis in axes) for parameter, axes in learned},
-    }
+def shapes(name, *sizes):
+    """The shape of each array that a layer of I, K, J and D learns."""
+    record = capsjax.routing.algorithm(name)
+    learned = {n: p.shape for n, p in record.parameters(Sizes(*sizes)).items()}
+    kernel = {} if record.makes_votes else {"kernel": tuple(sizes)}
+    bias = {"bias": tuple(sizes[2:])} if record.has_bias else {}
+    return {**kernel, **learned, **bias}
 
 
-def layer(name, weights, poses, activations, key=KEY):
+def layer(name, weights, poses, activations):
     """Votes and routing as one pure function of all that they depend on."""
-    if name == "heinsen":
-        return capsjax.heinsen_routing(poses, HeinsenParameters(**weights), num_iterations=3)
-    weights = dict(weights)
-    votes = dense_votes(poses, weights.pop("kernel"))
-    return ALGORITHMS[name].call(votes, activations, weights, key)
+    given = {**weights, **OPTIONS.get(name, {})}
+    kernel = given.pop("kernel", None)
+    votes = None if kernel is None else dense_votes(poses, kernel)
+    return capsjax.routing.algorithm(name).route(votes, Children(poses, activations), given)
 
 
 # --- Every algorithm under every transformation -------------------------------------------------
@@ -124,8 +83,8 @@ def scalar(routed):
     )
 
 
-def loss(name, weights, poses=POSES, activations=ACTIVATIONS, key=KEY):
-    return scalar(layer(name, weights, poses, activations, key))
+def loss(name, weights, poses=POSES, activations=ACTIVATIONS):
+    return scalar(layer(name, weights, poses, activations))
 
 
 def assert_same(actual, expected):
@@ -152,23 +111,33 @@ def untransformed(name):
 
 @functools.cache
 def gradients_of(name):
-    return jax.grad(functools.partial(loss, name), (0, 1, 2))(weights_of(name), POSES, ACTIVATIONS)
+    gradient = jax.jit(jax.grad(functools.partial(loss, name), (0, 1, 2)))
+    return gradient(weights_of(name), POSES, ACTIVATIONS)
 
 
+def some_marked_slow(names, always):
+    """All of them; those that are not among `always` run with the slow tests."""
+    marks = ((name, () if name in always else pytest.mark.slow) for name in names)
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=m) for name, m in marks])
+
+
+# Two hundred programs in all, which take minutes to compile: all algorithms go through the two
+# cheapest tests, and one of them through all.
 every_algorithm = pytest.mark.parametrize("name", capsjax.routing.algorithms())
+one_algorithm = some_marked_slow(capsjax.routing.algorithms(), ["dynamic"])
 
 
 @every_algorithm
 def test_jit_with_everything_an_argument(name):
     compiled = jax.jit(functools.partial(layer, name))
-    routed = compiled(weights_of(name), POSES, ACTIVATIONS, KEY)
+    routed = compiled(weights_of(name), POSES, ACTIVATIONS)
     assert_same(routed, untransformed(name))
-    # The next batch, and the next step's weights and key, run the same program.
-    compiled(weights_of(name, seed=2), POSES + 1, ACTIVATIONS, jax.random.key(8))
+    # The next batch, and the next step's weights, run the same program.
+    compiled(weights_of(name, seed=2), POSES + 1, ACTIVATIONS)
     assert compiled._cache_size() == 1
 
 
-@every_algorithm
+@one_algorithm
 def test_gradients_of_all_that_a_layer_learns(name):
     with jax.enable_x64(True):
         exact = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float64))
@@ -191,13 +160,13 @@ def test_gradients_of_all_that_a_layer_learns(name):
 @every_algorithm
 def test_nothing_that_a_layer_learns_is_without_a_gradient(name):
     weights, poses, activations = gradients_of(name)
-    learned = {"heinsen": shapes(name, 1, 1, 1, 1)}.get(name, weights)
-    assert all((np.abs(weights[parameter]) > 0).any() for parameter in learned)
+    assert all((np.abs(gradient) > 0).any() for gradient in weights.values())
     assert (np.abs(poses) > 0).all()
-    assert (np.abs(activations) > 0).any() == (name in ("em", "variational", "self"))
+    takes_activations = capsjax.routing.algorithm(name).takes_activations
+    assert (np.abs(activations) > 0).any() == takes_activations
 
 
-@every_algorithm
+@one_algorithm
 def test_vmap_is_a_leading_axis(name):
     poses = jnp.stack([POSES, -2 * POSES, POSES[::-1]])
     activations = jnp.stack([ACTIVATIONS, ACTIVATIONS**2, ACTIVATIONS[::-1]])
@@ -209,7 +178,7 @@ def test_vmap_is_a_leading_axis(name):
     assert_same(jax.jit(mapped)(weights, poses, activations), expected)
 
 
-@every_algorithm
+@one_algorithm
 def test_vmap_over_the_weights_is_an_ensemble(name):
     function = functools.partial(layer, name)
     ensemble = jax.jit(jax.vmap(function, in_axes=(0, None, None)))
@@ -222,7 +191,7 @@ def test_vmap_over_the_weights_is_an_ensemble(name):
         )
 
 
-@every_algorithm
+@one_algorithm
 def test_scan_over_stacked_layers(name):
     depth = 3
 
@@ -248,7 +217,7 @@ def test_scan_over_stacked_layers(name):
     assert_same(gradients, expected_gradients)
 
 
-@every_algorithm
+@one_algorithm
 def test_checkpoint_recomputes_the_same(name):
     weights = weights_of(name)
     remat = jax.checkpoint(functools.partial(layer, name))
@@ -258,20 +227,20 @@ def test_checkpoint_recomputes_the_same(name):
         return scalar(routed), routed
 
     gradients, routed = jax.jit(jax.grad(scalar_of, (0, 1, 2), has_aux=True))(
-        weights, POSES, ACTIVATIONS, KEY
+        weights, POSES, ACTIVATIONS
     )
     assert_same(routed, untransformed(name))
     assert_same(gradients, gradients_of(name))
 
 
-@every_algorithm
+@one_algorithm
 def test_shard_map_over_the_batch(name):
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     whole, split = PartitionSpec(), PartitionSpec("batch")
     sharded = jax.shard_map(
         functools.partial(layer, name),
         mesh=mesh,
-        in_specs=(whole, split, split, whole),
+        in_specs=(whole, split, split),
         out_specs=split,
     )
 
@@ -280,7 +249,7 @@ def test_shard_map_over_the_batch(name):
         return scalar(routed), routed
 
     gradients, routed = jax.jit(jax.grad(scalar_of, (0, 1, 2), has_aux=True))(
-        weights_of(name), POSES, ACTIVATIONS, KEY
+        weights_of(name), POSES, ACTIVATIONS
     )
     assert len(routed.poses.sharding.device_set) == 8
     assert_same(routed, untransformed(name))
@@ -288,9 +257,9 @@ def test_shard_map_over_the_batch(name):
     assert_same(gradients, gradients_of(name))
 
 
-@every_algorithm
+@one_algorithm
 def test_export_stores_the_function_and_its_gradient(name):
-    arguments = weights_of(name), POSES, ACTIVATIONS, KEY
+    arguments = weights_of(name), POSES, ACTIVATIONS
     exported = export.export(jax.jit(functools.partial(layer, name)))(*arguments)
     stored = export.deserialize(exported.serialize(vjp_order=1))
     routed = stored.call(*arguments)
@@ -300,11 +269,11 @@ def test_export_stores_the_function_and_its_gradient(name):
     assert_same(gradients, gradients_of(name))
 
 
-@every_algorithm
+@one_algorithm
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_lowers_for_chips_that_are_not_here(name, platform):
     function = jax.jit(jax.value_and_grad(functools.partial(loss, name)))
-    traced = function.trace(weights_of(name), POSES, ACTIVATIONS, KEY)
+    traced = function.trace(weights_of(name), POSES, ACTIVATIONS)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert "stablehlo.dot_general" in text
     # What only one kind of chip can run would be called by its name.
@@ -481,11 +450,8 @@ class BridgedNetwork(linen.Module):
         options = {
             "routing": self.routing,
             "kernel_init": initial,
-            **{
-                "dynamic": {"use_bias": True},
-                "em": {"inverse_temperature": 1.0},
-                "heinsen": {"num_iterations": 3},
-            }[self.routing],
+            "use_bias": capsjax.routing.algorithm(self.routing).has_bias,
+            **OPTIONS.get(self.routing, {}),
         }
         first = bridge.to_linen(DenseCapsules, *WIDTHS["first"], **options, name="first")
         second = bridge.to_linen(DenseCapsules, *WIDTHS["second"], **options, name="second")
@@ -498,13 +464,10 @@ def bridged_model(name):
     variables = network.init(jax.random.key(0), INPUTS)
 
     def weights(variables):
-        # The layer of capsjax.nn has no prior logits of its own.
-        logits = {"logits": jnp.zeros((1, 1))} if name == "dynamic" else {}
         return {
             number: {
                 **{k: v for k, v in capsules.items() if k == "kernel"},
                 **capsules["router"],
-                **logits,
             }
             for number, capsules in variables["params"].items()
         }
@@ -608,7 +571,7 @@ LIBRARIES = {
 
 
 # One that needs votes alone, one that needs activations besides, one that makes votes of its own.
-@pytest.mark.parametrize("name", ["dynamic", "em", "heinsen"])
+@some_marked_slow(["dynamic", "em", "heinsen"], ["dynamic"])
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_model_is_the_plain_functions_and_learns(library, name):
     model = LIBRARIES[library](name)
