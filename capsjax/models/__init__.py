@@ -4,7 +4,7 @@ from capsjax.models.baseline import BaselineCNN, BaselineConfig
 from capsjax.models.capsnet import CapsNet, CapsNetConfig
 from capsjax.models.efficient import EfficientCapsNet, EfficientCapsNetConfig
 from capsjax.models.matrix import MatrixCapsNet, MatrixCapsNetConfig
-from capsjax.models.network import Prediction
+from capsjax.models.network import CapsuleNetwork, Prediction
 from capsjax.models.presets import ModelConfig, Network, build, configure, create, presets
 from capsjax.models.trained import About, about_pretrained, load_pretrained, pretrained
 
@@ -14,6 +14,7 @@ __all__ = [
     "BaselineConfig",
     "CapsNet",
     "CapsNetConfig",
+    "CapsuleNetwork",
     "EfficientCapsNet",
     "EfficientCapsNetConfig",
     "MatrixCapsNet",

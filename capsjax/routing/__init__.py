@@ -4,6 +4,7 @@ Each file ends with the algorithm's record; ``__all__`` holds what is also a nam
 :mod:`capsjax`.
 """
 
+from capsjax.routing._passes import Passes as Passes
 from capsjax.routing.attention import attention_routing
 from capsjax.routing.dynamic import dynamic_routing
 from capsjax.routing.efficient import efficient_routing

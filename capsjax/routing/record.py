@@ -75,9 +75,10 @@ class Algorithm:
     Attributes:
       name: as in ``routing="em"``.
       function: from votes ``[..., I, J, D]``, or from poses if it makes its own votes, and keyword
-        arguments to :class:`Routed`.
+        arguments to :class:`capsjax.Routed`.
       paper: authors, venue and year.
-      passes: its iterations as :class:`Passes`, to trace them; None if it makes one pass.
+      passes: its iterations as :class:`capsjax.routing.Passes`, to trace them; None if it makes one
+        pass.
       parameters: what a layer learns for it, by name.
       options: keyword arguments that a layer hands on, besides parameters.
       arguments: turns parameters and options by name into keyword arguments of the function.

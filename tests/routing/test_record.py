@@ -1,0 +1,151 @@
+"""To add an algorithm is to add one file: all else reads its record."""
+
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+import capsjax
+from capsjax import routing
+
+TOY = '''
+import jax
+import jax.numpy as jnp
+
+from capsjax import length, routing, squash
+
+
+def passes(votes, *, pull, where=None):
+    """Children turn to the parents that lie in the direction of their votes' first component."""
+    votes = votes if where is None else jnp.where(where[..., None, None], votes, 0)
+
+    def update(number, logits):
+        return logits + pull * votes[..., 0]
+
+    def finish(number, logits):
+        coupling = jax.nn.softmax(logits)
+        poses = squash(jnp.sum(coupling[..., None] * votes, axis=-3))
+        return routing.Routed(poses, length(poses), coupling), logits
+
+    return routing.Passes(votes, jnp.zeros_like(votes[..., 0]), update, finish)
+
+
+def toy_routing(votes, *, num_iterations=2, **arguments):
+    return passes(votes, **arguments).run(num_iterations)
+
+
+routing.register(
+    routing.Algorithm(
+        name="toy",
+        function=toy_routing,
+        paper="this test",
+        passes=passes,
+        parameters=lambda sizes: {
+            "pull": routing.Parameter((sizes.out_capsules,), jax.nn.initializers.ones)
+        },
+        options=("num_iterations",),
+        squash=squash,
+    )
+)
+'''
+USES = """
+import sys
+from pathlib import Path
+
+import toy
+
+import jax, jax.numpy as jnp
+from flax import nnx
+
+import capsjax
+from capsjax import models, nn
+from capsjax.bench import make_workload
+from capsjax.cli import main
+from capsjax.training import load_network
+from capsjax.viz import dissect, routing_diagram
+
+layer = nn.DenseCapsules(6, 4, 3, 5, routing="toy", num_iterations=3, rngs=nnx.Rngs(0))
+poses = jax.random.normal(jax.random.key(0), (2, 6, 4))
+routed = layer(poses)
+assert layer.router.pull.shape == (3,)
+conv = nn.ConvCapsules(2, 4, 3, 5, kernel_size=2, routing="toy", rngs=nnx.Rngs(0))
+assert conv(jnp.ones((3, 3, 2, 4))).poses.shape == (2, 2, 3, 5)
+
+votes = capsjax.dense_votes(poses, layer.kernel[...])
+trace = capsjax.routing_trace(votes, routing="toy", num_iterations=3, pull=jnp.ones(3))
+assert jnp.allclose(trace.poses[-1], routed.poses)
+assert not jnp.allclose(trace.coupling[0], trace.coupling[1])
+
+sizes = {"batch": 2, "children": 6, "parents": 3}
+for loop in ("fori_loop", "scan"):
+    workload = make_workload("routing", {"algorithm": "toy", "loop": loop, **sizes})
+    built = workload.build(jax.devices()[:1])
+    arguments = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), built.arguments)
+    assert built.function(*arguments).shape == (2, 3, 16)
+
+run = Path(sys.argv[1])
+main(["train", "--routing", "toy", "--num-iterations", "2", "--steps", "1", "--validation", "0",
+      "--batch-size", "8", "--run-dir", str(run)])
+loaded = load_network(run)
+assert loaded.network.config.routing == "toy"
+anatomy = dissect(loaded.network, jnp.ones((28, 28, 1)))
+figure = routing_diagram(anatomy.trace, votes=anatomy.votes, routing="toy")
+figure.savefig(run / "diagram.svg")
+main(["train", "--routing", "toys"])
+"""
+
+
+def test_an_algorithm_in_one_file_is_known_everywhere(tmp_path):
+    (tmp_path / "toy.py").write_text(TOY)
+    (tmp_path / "uses.py").write_text(USES)
+    done = subprocess.run(
+        [sys.executable, "uses.py", "run"],
+        cwd=tmp_path,
+        env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    # Its last line asks for an algorithm that there is not.
+    assert done.returncode == 2, done.stderr
+    assert "--routing must be one of attention, dynamic, " in done.stderr.splitlines()[-1]
+    assert "toy, uniform, variational, got 'toys'" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "run" / "diagram.svg").stat().st_size > 10_000
+
+
+def test_a_name_is_registered_once():
+    record = routing.algorithm("kmeans")
+    with pytest.raises(ValueError, match="'kmeans' is registered already"):
+        routing.register(record)
+    routing.unregister("kmeans")
+    try:
+        assert "kmeans" not in routing.algorithms()
+    finally:
+        routing.register(record)
+
+
+@pytest.mark.parametrize("name", routing.algorithms())
+def test_a_record_says_what_its_function_takes(name):
+    """The function runs with what the record lists, and with nothing else."""
+    record = routing.algorithm(name)
+    sizes = routing.Sizes(6, 4, 3, 5)
+    poses = jnp.linspace(-1, 1, 48).reshape(2, 6, 4)
+    weights = jnp.linspace(-1, 1, 360).reshape(sizes)
+    votes = None if record.makes_votes else capsjax.dense_votes(poses, weights)
+    given = {n: jnp.ones(p.shape) for n, p in record.parameters(sizes).items()}
+    if record.has_bias:
+        given["bias"] = jnp.ones((3, 5))
+    if record.iterates:
+        given["num_iterations"] = 2
+    children = routing.Children(poses, where=jnp.arange(6) > 0)
+    routed = record.route(votes, children, given)
+    assert (routed.poses.shape, routed.activations.shape) == ((2, 3, 5), (2, 3))
+    if record.squash is not None:
+        lengths = capsjax.length(routed.poses)
+        assert jnp.allclose(routed.activations, lengths, atol=1e-6)
+    assert (record.passes is not None) <= record.iterates
+    unknown = {**given, "temperature": 1.0}
+    with pytest.raises(TypeError, match="temperature"):
+        record.route(votes, children, unknown)
