@@ -3,25 +3,16 @@
 import contextlib
 import importlib
 import io
-import itertools
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from capsjax.bench import RowError, TargetError, read_rows
-from capsjax.bench.compare import COUNTS, TIMES, compare_rows
-from capsjax.bench.config import BenchConfig, BenchError, CompareConfig
-from capsjax.bench.display import Display, comparison_table, console, is_telling, summary
-from capsjax.bench.report import ReportError, write_report
-from capsjax.bench.rows import Row
-from capsjax.bench.running import run_cells
-from capsjax.bench.workloads import WorkloadError
+from capsjax.bench import BenchConfig, CompareConfig, run_benchmark, run_comparison
 from capsjax.data import DataError
 from capsjax.training import (
     CheckpointError,
@@ -143,35 +134,11 @@ def bench_main(prog: str = "benchmark_xla.py", argv: Sequence[str] | None = None
     # The suite without its option's name: capsjax bench routing.
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--suite")
-    sys.path.insert(0, os.getcwd())  # where the user's own functions are
     config = _parse(
         prog, lambda: tyro.cli(BenchConfig, prog=prog, args=_flags_as_values(arguments))
     )
 
-    def command() -> None:
-        plan = config.plan()
-        cells = config.left(plan)
-        rows = read_rows(plan.output) if plan.output.exists() else []
-        try:
-            with Display(len(cells) * plan.repetitions, rows) as display:
-                done = itertools.count(plan.repetitions, plan.repetitions)
-                run_cells(
-                    cells,
-                    plan,
-                    on_start=display.start,
-                    on_row=lambda row: display.row(row, next(done)),
-                )
-        except KeyboardInterrupt:
-            print(f"stopped; go on with the same options and: --resume --output {plan.output}")
-            raise
-        print(f"rows: {plan.output}")
-        rows = read_rows(plan.output)
-        if config.report and rows:
-            _write_report(rows, plan.output)
-        if failed := sum(row["status"] != "ok" for row in rows):
-            print(f"{failed} of {len(rows)} cells failed")
-
-    _run(prog, command)
+    _run(prog, lambda: _exit(run_benchmark(config)))
 
 
 def _flags_as_values(arguments: Sequence[str]) -> list[str]:
@@ -184,40 +151,12 @@ def _flags_as_values(arguments: Sequence[str]) -> list[str]:
     return values
 
 
-def _write_report(rows: list[Row], output: Path) -> None:
-    page = output.with_suffix(".html")
-    try:
-        write_report(rows, page, title=f"capsjax bench: {output.stem}")
-    except ReportError as error:
-        print(error)
-    else:
-        print(f"report: {page}")
-
-
 def compare_main(prog: str, argv: Sequence[str]) -> None:
     """Runs ``capsjax bench compare OLD NEW``."""
     positional = (tyro.conf.PositionalRequiredArgs,)
     config = _parse(prog, lambda: tyro.cli(CompareConfig, prog=prog, args=argv, config=positional))
 
-    def command() -> None:
-        measures = config.measure or (*TIMES, *COUNTS)
-        if unknown := set(measures) - {*TIMES, *COUNTS}:
-            raise BenchError(
-                f"--measure must be among {', '.join((*TIMES, *COUNTS))}, got {min(unknown)}"
-            )
-        comparison = compare_rows(read_rows(config.old), read_rows(config.new), measures=measures)
-        if not comparison.ratios and not comparison.broken:
-            raise BenchError(f"{config.old} and {config.new} have no cell in common")
-        shown = [r for r in comparison.ratios if config.all or is_telling(r)]
-        if shown:
-            console().print(comparison_table(shown, config.threshold))
-        for cell in comparison.broken:
-            print(f"fails now: {cell}")
-        print(summary(comparison, config.threshold))
-        if comparison.broken or comparison.worse(config.threshold):
-            sys.exit(1)
-
-    _run(prog, command)
+    _run(prog, lambda: _exit(run_comparison(config)))
 
 
 def draw_main(prog: str, argv: Sequence[str]) -> None:
@@ -293,7 +232,7 @@ def _parse(prog: str, parse: Callable[[], T]) -> T:
         if stop.code in (0, None):
             raise
         _fail(prog, f"{_in_one_line(said.getvalue())} (see {prog} --help)", 2)
-    except (ConfigError, BenchError) as error:
+    except ConfigError as error:
         _fail(prog, str(error), 2)
 
 
@@ -325,7 +264,7 @@ def _run(prog: str, command: Callable[[], None]) -> None:
     _quieten_libraries()
     try:
         command()
-    except (ConfigError, DataError, BenchError, TargetError, WorkloadError, RowError) as error:
+    except (ConfigError, DataError) as error:
         _fail(prog, str(error), 2)
     except CheckpointError as error:
         with contextlib.suppress(SystemExit):
@@ -363,6 +302,11 @@ def _quieten_libraries() -> None:
             told(unraisable)
 
     sys.unraisablehook = hook
+
+
+def _exit(code: int) -> None:
+    if code:
+        sys.exit(code)
 
 
 def _exit_at_once(code: int) -> NoReturn:

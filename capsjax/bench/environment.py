@@ -1,16 +1,17 @@
 """What a figure depends on beside the program: versions, flags, machine."""
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
 from capsjax.version import __version__
 
 
-class Environment(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Environment:
     """Versions, flags and machine of a process; versions are None where not installed.
 
     Attributes:

@@ -18,11 +18,9 @@ from typing import Literal, NamedTuple
 
 import jax
 
+from capsjax.errors import ConfigError
+
 Platform = Literal["cpu", "gpu", "tpu"]
-
-
-class TargetError(ValueError):
-    """A target is unknown, or this machine cannot serve it; the message is one line."""
 
 
 class _Generation(NamedTuple):
@@ -105,7 +103,7 @@ class Target:
         """The devices; of an absent TPU descriptions of them, for the compiler.
 
         Raises:
-          TargetError: this machine cannot serve the target.
+          ConfigError: this machine cannot serve the target.
         """
         if self.topology is not None:
             return _absent_devices(self.name, self.topology)
@@ -113,12 +111,12 @@ class Target:
             found = jax.devices(self.platform)
         except RuntimeError:
             extra = {"gpu": "cuda", "tpu": "tpu"}.get(self.platform, self.platform)
-            raise TargetError(
+            raise ConfigError(
                 f"target {self.name!r} needs a {self.platform.upper()} in this machine; if there is"
                 f' one: pip install "capsjax[{extra}]"'
             ) from None
         if len(found) < (self.count or 1):
-            raise TargetError(
+            raise ConfigError(
                 f"target {self.name!r} needs {self.count} devices, this machine has {len(found)}"
             )
         return tuple(found[: self.count])
@@ -136,7 +134,7 @@ def parse_target(name: str) -> Target:
       A :class:`Target`. No device is looked for yet.
 
     Raises:
-      TargetError: there is no such target.
+      ConfigError: there is no such target.
 
     Example:
       >>> from capsjax.bench import parse_target
@@ -149,16 +147,16 @@ def parse_target(name: str) -> Target:
         return Target(name, platform, number)  # type: ignore[arg-type]
     absent = re.fullmatch(r"([a-z0-9]+)-([1-9]\d*)", name)
     if absent is None:
-        raise TargetError(f"target must be like {', '.join(EXAMPLES)}, got {name!r}")
+        raise ConfigError(f"target must be like {', '.join(EXAMPLES)}, got {name!r}")
     family, number = _ALIASES.get(absent[1], absent[1]), int(absent[2])
     if family not in _GENERATIONS:
         known = ", ".join(_GENERATIONS)
-        raise TargetError(f"target must be of a TPU generation among {known}, got {name!r}")
+        raise ConfigError(f"target must be of a TPU generation among {known}, got {name!r}")
     generation = _GENERATIONS[family]
     chips, rest = divmod(number, generation.cores_per_chip)
     shape = None if rest else _torus(chips, generation.dimensions, _MOST_CHIPS[family])
     if shape is None:
-        raise TargetError(f"target {name!r} is none that a {family} comes in; try {_near(family)}")
+        raise ConfigError(f"target {name!r} is none that a {family} comes in; try {_near(family)}")
     return Target(name, "tpu", topology=f"{family}:{'x'.join(map(str, shape))}")
 
 
@@ -173,7 +171,7 @@ def libtpu_lock(*, timeout: float = 3600) -> Iterator[float]:
       The seconds that were waited.
 
     Raises:
-      TargetError: the time is over.
+      ConfigError: the time is over.
     """
     import fcntl  # not on Windows, where there is no libtpu either
 
@@ -189,7 +187,7 @@ def libtpu_lock(*, timeout: float = 3600) -> Iterator[float]:
                 break
             except BlockingIOError:
                 if time.monotonic() - start > timeout:
-                    raise TargetError(
+                    raise ConfigError(
                         f"another process has been using libtpu for {timeout:.0f} seconds"
                     ) from None
                 time.sleep(0.2)
@@ -232,7 +230,7 @@ def _near(family: str) -> str:
 
 def _absent_devices(name: str, topology: str) -> tuple[jax.Device, ...]:
     if importlib.util.find_spec("libtpu") is None:
-        raise TargetError(
+        raise ConfigError(
             f'target {name!r} needs the TPU compiler, which comes with: pip install "capsjax[tpu]"'
         )
     from jax.experimental import topologies
@@ -250,10 +248,10 @@ def _absent_devices(name: str, topology: str) -> tuple[jax.Device, ...]:
         )
     except jax.errors.JaxRuntimeError as error:
         if "lockfile" in str(error) or "already in use" in str(error):
-            raise TargetError(
+            raise ConfigError(
                 f"target {name!r} needs libtpu, which another process is using"
             ) from None
-        raise TargetError(
+        raise ConfigError(
             f"target {name!r} is none that this libtpu knows: {str(error).splitlines()[0]}"
         ) from None
     return tuple(described.devices)
