@@ -142,12 +142,18 @@ def _routing(blocks: str) -> list[Entry]:
     records = [routing.algorithm(name) for name in routing.algorithms() if name != "dynamic"]
     looped = [record.name for record in records if record.passes]
     others = [record.name for record in records if not record.passes]
-    batches = {"batch": [32, 512], "implementation": ["reference", blocks]}
     return [
         *sweep("squash", both),
         *sweep("routing", {"iterations": iterations, "loop": _LOOPS, **both}),
         *sweep("routing", {"implementation": [blocks], "iterations": iterations, **both}),
-        *sweep("routing", {**batches, "direction": ["gradient"]}),
+        *sweep(
+            "routing",
+            {
+                "batch": [32, 512],
+                "implementation": ["reference", blocks],
+                "direction": ["gradient"],
+            },
+        ),
         *sweep("routing", {"algorithm": looped, "loop": ["fori_loop", "unrolled"], **both}),
         *sweep("routing", {"algorithm": others, **both}),
         *sweep("stack", {"layers": [1, 2, 4, 8], "loop": ["fori_loop", "unrolled"]}),

@@ -1,4 +1,4 @@
-"""A fresh process that calls one function: ``python -m capsjax.bench.processes.worker CALL RESULT``.
+"""Calls one function in a fresh process: ``python -m ...processes.worker CALL RESULT``.
 
 One file holds the pickled function and its argument, the other is written with the pickled result.
 """

@@ -16,8 +16,16 @@ def _stage(name: str) -> Callable[[Row], str]:
     return lambda row: f"{statistics.median(row.stages[name]):.3f}" if name in row.stages else ""
 
 
-def _number(value: float | None, scale: float = 1.0, digits: int = 0, unit: str = "") -> str:
-    return "" if value is None else f"{scale * value:,.{digits}f}{unit}"
+def _number(value: float | None, scale: float, digits: int) -> str:
+    return "" if value is None else f"{scale * value:,.{digits}f}"
+
+
+def _count(name: str, scale: float = 1.0, digits: int = 0) -> Callable[[Row], str]:
+    return lambda row: _number(row.counts[name], scale, digits)
+
+
+def _median(row: Row) -> str:
+    return _number(row.run.median_seconds, 1e3, 3) if row.run else ""
 
 
 def _range(row: Row) -> str:
@@ -56,17 +64,17 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "lower": _stage("lower"),
     "compile": _stage("compile"),
     "load": _stage("load"),
-    "run ms": lambda row: _number(row.run and row.run.median_seconds, 1e3, 3),
+    "run ms": _median,
     "range ms": _range,
-    "ratio": lambda row: _number(row.alternation and row.alternation.ratio, 1, 3),
+    "ratio": lambda row: _number(row.alternation.ratio, 1, 3) if row.alternation else "",
     "of roofline": _fraction,
-    "instr.": lambda row: _number(row.hlo and row.hlo.instructions),
-    "fusions": lambda row: _number(row.hlo and row.hlo.fusion_count),
+    "instr.": _count("instructions"),
+    "fusions": _count("fusions"),
     "loop trips": _loops,
-    "GFLOP": lambda row: _number(row.hlo and row.hlo.cost and row.hlo.cost.flops, 1e-9, 3),
-    "GB": lambda row: _number(row.hlo and row.hlo.cost and row.hlo.cost.bytes, 1e-9, 3),
-    "MB": lambda row: _number(row.memory and row.memory.temporaries, 1e-6, 2),
-    "MB ratio": lambda row: _number(row.alternation and row.alternation.temporaries, 1, 3),
+    "GFLOP": _count("flops", 1e-9, 3),
+    "GB": _count("bytes", 1e-9, 3),
+    "MB": _count("temporaries", 1e-6, 2),
+    "MB ratio": lambda row: _number(row.alternation.temporaries, 1, 3) if row.alternation else "",
     "collectives": _collectives,
     "Mcycles": _cycles,
 }

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from scipy import special
 
-from capsjax.bench.programs.program import Program
 from capsjax.bench.results.rows import Row
 
 # Times, one for each repetition; and counts, which do not vary.
@@ -110,16 +109,8 @@ def values(row: Row, measure: str) -> Sequence[float]:
         return row.run.medians if row.run else ()
     if measure in TIMES:
         return row.stages.get(measure, ())
-    hlo = row.hlo or Program()
-    found = {
-        "instructions": hlo.instructions,
-        "fusions": hlo.fusion_count,
-        "flops": hlo.cost and hlo.cost.flops,
-        "bytes": hlo.cost and hlo.cost.bytes,
-        "temporaries": row.memory and row.memory.temporaries,
-        "cycles": hlo.cycles and hlo.cycles.total,
-    }[measure]
-    return () if found is None else (float(found),)
+    count = row.counts[measure]
+    return () if count is None else (count,)
 
 
 def _ratio(cell: str, measure: str, a: Row, b: Row) -> Ratio | None:

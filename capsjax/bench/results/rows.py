@@ -153,6 +153,19 @@ class Row:
         if (self.status == "failed") != (self.error is not None):
             raise ValueError(f"status is {self.status!r}, error is {self.error}")
 
+    @property
+    def counts(self) -> dict[str, float | None]:
+        """What the compiler alone decides, as numbers."""
+        hlo = self.hlo or Program()
+        return {
+            "instructions": hlo.instructions,
+            "fusions": hlo.fusion_count,
+            "flops": hlo.cost.flops if hlo.cost else None,
+            "bytes": hlo.cost.bytes if hlo.cost else None,
+            "temporaries": self.memory.temporaries if self.memory else None,
+            "cycles": hlo.cycles.total if hlo.cycles else None,
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class _Header:
