@@ -35,8 +35,8 @@ class BenchConfig:
 
     alternate: str | None = None
     """Parameter to compare, such as implementation: cells that differ in nothing else are compiled
-    in one process and run in alternation. Ratios are to its first value in --set; without one, all
-    its values are compared."""
+    in one process and run in alternation. Ratios are to its first value in --set that does not
+    fail; without values, all are compared."""
 
     shape: tuple[str, ...] = ()
     """Arguments of your own function, such as f32[128,784] i32[128]."""

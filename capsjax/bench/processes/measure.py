@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,20 @@ class Measurement:
     times: Times | None = None
 
 
+class _Program(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+      found: its measurement.
+      make_call: puts arguments on the device and returns a call without arguments.
+      pause: seconds to wait before each call of the programs beside it.
+    """
+
+    found: Measurement
+    make_call: Callable[[], Call]
+    pause: float = 0.0
+
+
 class _Clock:
     """Divides the time of a process into stages without gaps."""
 
@@ -132,33 +146,40 @@ def measure_cells(request: Request) -> list[Measurement]:
         with libtpu_lock() if target.platform == "tpu" else contextlib.nullcontext():
             with clock.stage("devices", *found):
                 devices = target.devices()
-            calls: list[tuple[Measurement, Callable[[], Call]]] = []
-            has_peer = False
-            for number, (cell, each) in enumerate(zip(request.cells, found, strict=True)):
+            programs = []
+            for cell, each in zip(request.cells, found, strict=True):
                 clock.skip()
-                each.device_kind = devices[0].device_kind
                 with clock.failures(each):
-                    with clock.stage("build", each):
-                        built = make_workload(cell.workload, dict(cell.parameters)).build(devices)
-                    if isinstance(built, Peer):
-                        has_peer = True
-                        calls.append((each, _compile_peer(built, each, clock)))
-                    else:
-                        folder = request.cache / str(number)
-                        texts = request.texts and request.texts / cell.file_name
-                        compiled = _compile(built, target, folder, each, clock)
-                        if request.analyse:
-                            with clock.stage("analyse", each):
-                                _analyse(*compiled, texts, each)
-                        calls.append((each, _runner(built, compiled[1], target, each)))
+                    each.device_kind = devices[0].device_kind
+                    programs.append(_prepare(cell, request, target, devices, each, clock))
             if request.run_seconds and not target.is_absent:
-                with clock.stage("run", *[each for each, _ in calls]):
-                    _run(calls, request.run_seconds, _PAUSE if has_peer else 0.0, clock)
+                with clock.stage("run", *(each.found for each in programs)):
+                    _run(programs, request.run_seconds, clock)
     with clock.stage("finish", *found):
         environment = dataclasses.asdict(read_environment())
     for each in found:
         each.environment, each.ended = environment, time.time()
     return found
+
+
+def _prepare(
+    cell: Cell,
+    request: Request,
+    target: Target,
+    devices: Sequence[jax.Device],
+    found: Measurement,
+    clock: _Clock,
+) -> _Program:
+    """Builds, compiles and reads the program of a cell."""
+    with clock.stage("build", found):
+        built = make_workload(cell.workload, dict(cell.parameters)).build(devices)
+    if isinstance(built, Peer):
+        return _Program(found, _compile_peer(built, found, clock), pause=_PAUSE)
+    lowered, compiled = _compile(built, target, request.cache / cell.file_name, found, clock)
+    if request.analyse:
+        with clock.stage("analyse", found):
+            _analyse(lowered, compiled, request.texts and request.texts / cell.file_name, found)
+    return _Program(found, _caller(built, compiled, target, found))
 
 
 def _compile(
@@ -232,7 +253,7 @@ def _analyse(lowered: Any, compiled: Any, texts: Path | None, found: Measurement
         )
 
 
-def _runner(built: Built, compiled: Any, target: Target, found: Measurement) -> Callable[[], Call]:
+def _caller(built: Built, compiled: Any, target: Target, found: Measurement) -> Callable[[], Call]:
     """A function that puts the arguments on the device and returns a call of the program."""
 
     def prepare() -> Call:
@@ -284,25 +305,20 @@ def _check_memory(memory: Memory | None, target: Target) -> None:
         )
 
 
-def _run(
-    calls: Sequence[tuple[Measurement, Callable[[], Call]]],
-    seconds: float,
-    pause: float,
-    clock: _Clock,
-) -> None:
+def _run(programs: Sequence[_Program], seconds: float, clock: _Clock) -> None:
     """Times the first call of each program, and then all of them in alternation."""
-    programs: dict[str, Call] = {}
-    for number, (each, prepare) in enumerate(calls):
-        with clock.failures(each):
-            call = prepare()
+    calls: dict[str, Call] = {}
+    for number, (found, make_call, _) in enumerate(programs):
+        with clock.failures(found):
+            call = make_call()
             start = time.perf_counter()
             jax.block_until_ready(call())
-            each.first_seconds = time.perf_counter() - start
-            programs[str(number)] = call
-    limit = seconds * len(programs)
-    times = alternate(programs, rounds=_MOST_ROUNDS, seconds=limit, pause=pause)
-    for number, (each, _) in enumerate(calls):
-        each.times = times.get(str(number))
+            found.first_seconds = time.perf_counter() - start
+            calls[str(number)] = call
+    pause = max((each.pause for each in programs), default=0.0)
+    times = alternate(calls, rounds=_MOST_ROUNDS, seconds=seconds * len(calls), pause=pause)
+    for name, each in times.items():
+        programs[int(name)].found.times = each
 
 
 @contextlib.contextmanager

@@ -48,8 +48,8 @@ class Plan:
       run_seconds: about how long a program is run in each process; 0 for not at all.
       hlo: directory for the texts that were read, or None.
       alternate: name of a parameter. Cells that differ in nothing else form a group, which is
-        compiled in one process and run in alternation; ratios are to the first of them. None for
-        a process for each cell.
+        compiled in one process and run in alternation; ratios are to the first of them that does
+        not fail. None for a process for each cell.
     """
 
     output: Path
@@ -101,7 +101,7 @@ def run_cells(
       KeyboardInterrupt: after the process that is running has been killed.
     """
     rooflines: dict[str, Roofline | None] = {}
-    base = dataclasses.asdict(read_environment())
+    here = dataclasses.asdict(read_environment())
     for group in groups(cells, plan.alternate):
         target = parse_target(group[0].target)
         platform = target.platform
@@ -118,11 +118,12 @@ def run_cells(
                 break
         roofline = rooflines.get(platform)
         rows = [
-            _row(cell, measurements, roofline, base)
+            _row(cell, measurements, roofline, here)
             for cell, measurements in zip(group, zip(*repetitions, strict=True), strict=True)
         ]
         if len(group) > 1:
-            rows = [dataclasses.replace(row, alternation=_beside(row, rows[0])) for row in rows]
+            base = next((row for row in rows if not row.error), rows[0])
+            rows = [dataclasses.replace(row, alternation=_beside(row, base)) for row in rows]
         append_rows(plan.output, rows)
         for row in rows:
             on_row(row)
@@ -240,7 +241,7 @@ def _row(
     cell: Cell,
     measurements: Sequence[Measurement],
     roofline: Roofline | None,
-    base: dict[str, Any],
+    here: dict[str, Any],
 ) -> Row:
     """The row of a cell, of all its processes."""
     first, whole = measurements[0], [each for each in measurements if not each.error]
@@ -268,7 +269,7 @@ def _row(
         memory=first.memory,
         run=_run(whole, first, roofline),
         environment=first.environment,
-        base_environment=base,
+        base_environment=here,
     )
 
 

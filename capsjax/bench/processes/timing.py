@@ -49,7 +49,8 @@ def alternate(
     Args:
       programs: calls by name; their results are waited for.
       rounds: counted calls of each, at least 1.
-      seconds: after this time no further round begins, once there were three.
+      seconds: no further round begins when counted calls have taken this long together and there
+        were three rounds.
       pause: seconds to wait before each call, in which the threads of the last program come to
         rest: those of OpenMP spin for a while and take the next program's cores.
 
@@ -72,9 +73,8 @@ def alternate(
     for program in programs.values():
         jax.block_until_ready(program())
     found: dict[str, list[float]] = {name: [] for name in programs}
-    end = time.perf_counter() + seconds
     for number in range(rounds):
-        if number >= 3 and time.perf_counter() > end:
+        if number >= 3 and sum(map(sum, found.values())) >= seconds:
             break
         for name, program in programs.items():
             time.sleep(pause)
