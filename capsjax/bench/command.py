@@ -37,7 +37,8 @@ def run_benchmark(config: BenchConfig) -> int:
         with Display(len(cells), rows) as display:
             run_cells(cells, plan, on_start=display.start, on_row=display.row)
     except KeyboardInterrupt:
-        print(f"stopped; continue with the same options and: --resume --output {plan.output}")
+        if plan.output.exists():
+            print(f"stopped; continue with the same options and: --resume --output {plan.output}")
         raise
     print(f"rows: {plan.output}")
     rows = read_rows(plan.output)

@@ -8,7 +8,8 @@ import tempfile
 
 import pytest
 
-from capsjax.bench import TargetError, libtpu_lock, parse_target
+from capsjax.bench import libtpu_lock, parse_target
+from capsjax.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_names_that_people_use(name, topology):
     ],
 )
 def test_bad_names_say_what_would_do(name, said):
-    with pytest.raises(TargetError, match=said):
+    with pytest.raises(ConfigError, match=said):
         parse_target(name)
 
 
@@ -53,19 +54,19 @@ def test_devices_of_this_machine():
     assert len(parse_target("cpu:8").devices()) == 8
     assert len(parse_target("cpu").devices()) == 1
     assert parse_target("cpu:8").xla_flags == ("--xla_force_host_platform_device_count=8",)
-    with pytest.raises(TargetError, match="'cpu:9' needs 9 devices, this machine has 8"):
+    with pytest.raises(ConfigError, match="'cpu:9' needs 9 devices, this machine has 8"):
         parse_target("cpu:9").devices()
 
 
 def test_a_gpu_that_is_not_there_is_one_line_with_what_to_install():
-    with pytest.raises(TargetError, match=r'needs a GPU .* pip install "capsjax\[cuda\]"') as error:
+    with pytest.raises(ConfigError, match=r'needs a GPU .* pip install "capsjax\[cuda\]"') as error:
         parse_target("gpu").devices()
     assert "\n" not in str(error.value)
 
 
 def test_a_tpu_without_its_compiler_is_one_line_with_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(TargetError, match=r"'v5e-8' needs the TPU compiler.*capsjax\[tpu\]"):
+    with pytest.raises(ConfigError, match=r"'v5e-8' needs the TPU compiler.*capsjax\[tpu\]"):
         parse_target("v5e-8").devices()
 
 
@@ -91,7 +92,7 @@ def test_the_second_waits_for_the_first(tmp_path, monkeypatch):
         try:
             assert other.stdout.readline() == "entered\n"
             message = "has been using libtpu"
-            with pytest.raises(TargetError, match=message), libtpu_lock(timeout=0.3):
+            with pytest.raises(ConfigError, match=message), libtpu_lock(timeout=0.3):
                 pass
             other.stdin.write("\n")
             other.stdin.flush()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ class Request:
     Attributes:
       cells: of one target and one set of flags.
       begun: when the process was started, by ``time.time()`` of the one that started it.
-      cache: an empty directory for persistent compilation caches.
+      cache: a directory for persistent compilation caches.
       analyse: whether compiled programs are read; once is enough.
       run_seconds: about how long each program is run; 0 for not at all.
       texts: directory for the texts of the programs; None if they are not kept.
@@ -175,7 +176,7 @@ def _prepare(
         built = make_workload(cell.workload, dict(cell.parameters)).build(devices)
     if isinstance(built, Peer):
         return _Program(found, _compile_peer(built, found, clock), pause=_PAUSE)
-    lowered, compiled = _compile(built, target, request.cache / cell.file_name, found, clock)
+    lowered, compiled = _compile(built, target, request.cache, found, clock)
     if request.analyse:
         with clock.stage("analyse", found):
             _analyse(lowered, compiled, request.texts and request.texts / cell.file_name, found)
@@ -183,10 +184,10 @@ def _prepare(
 
 
 def _compile(
-    built: Built, target: Target, cache: Path, found: Measurement, clock: _Clock
+    built: Built, target: Target, caches: Path, found: Measurement, clock: _Clock
 ) -> tuple[Any, Any]:
     """Traces, lowers and compiles with an empty cache, and loads from the cache."""
-    _use_cache(cache)
+    cache = _use_new_cache(caches)
     jax.clear_caches()
     found.devices = built.devices
     if hasattr(built.function, "trace"):
@@ -225,14 +226,15 @@ def _compile_peer(peer: Peer, found: Measurement, clock: _Clock) -> Callable[[],
     return lambda: call
 
 
-def _use_cache(folder: Path) -> None:
+def _use_new_cache(caches: Path) -> str:
     """Turns the persistent cache on in an empty directory: what follows is cold."""
-    folder.mkdir(parents=True)
+    folder = tempfile.mkdtemp(dir=caches)
     compilation_cache.reset_cache()
     jax.config.update("jax_enable_compilation_cache", True)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
 
 
 def _analyse(lowered: Any, compiled: Any, texts: Path | None, found: Measurement) -> None:

@@ -89,9 +89,9 @@ class Display:
 
 def rows_table(rows: Sequence[Row]) -> Table:
     """A table of rows: medians over the repetitions."""
-    names = _COMPARED if any(row.alternation for row in rows) else _STAGED
+    names = list(_COMPARED if any(row.alternation for row in rows) else _STAGED)
     # Nothing runs on absent targets, and only their compilers estimate cycles.
-    names = tuple(name for name in names if any(COLUMNS[name](row) for row in rows))
+    names = [name for name in names if any(COLUMNS[name](row) for row in rows)]
     table = Table()
     table.add_column("seconds unless stated", overflow="fold")
     for name in names:

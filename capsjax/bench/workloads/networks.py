@@ -13,8 +13,6 @@ from flax import nnx
 from capsjax import models
 from capsjax.bench.workloads.capsules import implementations
 from capsjax.bench.workloads.workload import Built, Dtype, Peer, placed
-from capsjax.training import Batch, init_state, make_train_step, paper_optimizer, split_network
-from capsjax.training.objectives import LOSSES, choose_loss
 
 # A plain step in PyTorch, which the train step is compared with.
 _TORCH = ("torch", "torch.compile")
@@ -47,6 +45,8 @@ class Forward(_Network):
 
     def build(self, devices: Sequence[jax.Device]) -> Built:
         """Makes the function."""
+        from capsjax.training import split_network
+
         config = self.configure()
         apply, variables = split_network(_abstract(config))
         images = jax.ShapeDtypeStruct((self.batch, *config.image_shape), jnp.float32)
@@ -124,17 +124,21 @@ def _abstract(config: models.ModelConfig) -> Any:
     return nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
 
 
-def _make_batch(size: int, config: models.ModelConfig) -> Batch:
-    """Random images and labels."""
+def _make_batch(size: int, config: models.ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Random uint8 images and labels."""
     keys = jax.random.split(jax.random.key(0))
     images = jax.random.randint(keys[0], (size, *config.image_shape), 0, 256, jnp.uint8)
-    return Batch(images, jax.random.randint(keys[1], (size,), 0, config.num_classes))
+    return images, jax.random.randint(keys[1], (size,), 0, config.num_classes)
 
 
 def _make_step(
     workload: _Network, axis_name: str | None = None
 ) -> tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]:
     """The train step, images shifted, and a function that makes its state, batch and key."""
+    # Only here: what trains needs packages that other workloads do without.
+    from capsjax.training import Batch, init_state, make_train_step, paper_optimizer, split_network
+    from capsjax.training.objectives import LOSSES, choose_loss
+
     config, optimizer = workload.configure(), paper_optimizer()
     apply, _ = split_network(_abstract(config))
     step = make_train_step(
@@ -149,6 +153,6 @@ def _make_step(
     def make_arguments() -> tuple[Any, ...]:
         _, variables = split_network(models.build(config, rngs=nnx.Rngs(0)))
         state = init_state(variables, optimizer)
-        return state, _make_batch(workload.batch, config), jax.random.key(0)
+        return state, Batch(*_make_batch(workload.batch, config)), jax.random.key(0)
 
     return step, make_arguments
