@@ -32,7 +32,7 @@ from capsjax.bench import (
 from capsjax.bench.cells import make_cells, sweep
 from capsjax.bench.command import select_cells
 from capsjax.bench.config import BenchConfig
-from capsjax.bench.processes import measure, runner
+from capsjax.bench.processes import measure, roofline, runner
 from capsjax.bench.processes.roofline import Roofline
 from capsjax.bench.workloads.workload import Built
 from capsjax.cli import main
@@ -138,7 +138,9 @@ def test_a_process_that_takes_too_long_is_killed():
     assert runner._call(time.sleep, 600, dict(os.environ), 0.1).type == "timeout"
 
 
-def test_the_roofline_is_measured():
+def test_the_roofline_is_measured(monkeypatch):
+    monkeypatch.setattr(roofline, "_SIDE", 64)
+    monkeypatch.setattr(roofline, "_NUMBERS", 2**16)
     assert min(dataclasses.astuple(runner._measure_roofline("cpu"))) > 1e6
 
 

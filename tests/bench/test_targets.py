@@ -1,10 +1,8 @@
 """Names of targets, what this machine cannot serve, and who may use libtpu."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 import tempfile
+import threading
 
 import pytest
 
@@ -70,33 +68,23 @@ def test_a_tpu_without_its_compiler_is_one_line_with_what_to_install(monkeypatch
         parse_target("v5e-8").devices()
 
 
-HOLD = """
-import sys
-from capsjax.bench import libtpu_lock
-
-with libtpu_lock():
-    print("entered", flush=True)
-    sys.stdin.readline()
-"""
-
-
 def test_the_second_waits_for_the_first(tmp_path, monkeypatch):
+    # The lock is of open files, not of processes: a thread stands for another process.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD],
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as other:
-        try:
-            assert other.stdout.readline() == "entered\n"
-            message = "has been using libtpu"
-            with pytest.raises(ConfigError, match=message), libtpu_lock(timeout=0.3):
-                pass
-            other.stdin.write("\n")
-            other.stdin.flush()
-            with libtpu_lock(timeout=30):
-                assert other.wait(30) == 0
-        finally:
-            other.kill()
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with libtpu_lock():
+            entered.set()
+            leave.wait(30)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert entered.wait(30)
+    message = "another process has been using libtpu"
+    with pytest.raises(ConfigError, match=message), libtpu_lock(timeout=0.3):
+        pass
+    leave.set()
+    with libtpu_lock(timeout=30):
+        other.join(30)
+    assert not other.is_alive()

@@ -15,6 +15,7 @@ from capsjax.bench import CAPSULE_SIZES, make_workload, parse_target, read_progr
 from capsjax.bench.config import Suite
 from capsjax.bench.workloads import UserFunction, choices, parse_shape
 from capsjax.errors import ConfigError
+from capsjax.ops import squash
 from capsjax.routing.fused import Implementation
 
 SMALL = {"batch": 2, "children": 6, "in_features": 3, "parents": 4, "features": 5}
@@ -40,12 +41,21 @@ def test_every_form_of_the_loop_computes_the_same(algorithm):
     assert "stablehlo.while" not in text
 
 
-def test_every_implementation_and_direction_computes_the_same():
+def test_every_implementation_computes_the_same():
     outs = [
-        values("routing", implementation=name, direction="gradient", **SMALL)
-        for name in ("reference", "blocked")
+        values("routing", implementation=name, **SMALL)
+        for name in ("reference", "blocked", "default")
     ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *outs)
+    for other in outs[1:]:
+        np.testing.assert_allclose(other, outs[0], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_of_the_sum_of_the_result():
+    sizes = {"batch": 2, "capsules": 3, "features": 4}
+    result, (gradient,) = values("squash", direction="gradient", **sizes)
+    x = np.random.default_rng(0).random((2, 3, 4), np.float32)
+    np.testing.assert_allclose(result, squash(x), rtol=1e-6)
+    np.testing.assert_allclose(gradient, jax.grad(lambda x: squash(x).sum())(x), rtol=1e-5)
 
 
 def hotos_in_numpy(poses, weights):
@@ -81,7 +91,7 @@ def test_the_public_shape_of_the_hotos_primitive():
 
 def test_collectives_of_the_pmapped_step_are_the_parameters():
     devices = parse_target("cpu:8").devices()
-    built = make_workload("pmap_train_step", {"preset": "small", "batch": 2}).build(devices)
+    built = make_workload("pmap_train_step", {"preset": "small", "batch": 1}).build(devices)
     assert built.devices == 8
     text = built.function.lower(*built.arguments).compile().as_text()
     reduced = read_program(text).collectives["all-reduce"]
