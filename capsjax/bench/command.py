@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from capsjax.bench.cells import Cell, make_cells, suite_cells, sweep
+from capsjax.bench.cells import Cell, groups, make_cells, suite_cells, sweep
 from capsjax.bench.config import BenchConfig, CompareConfig
 from capsjax.bench.processes.runner import Plan, check_targets, remaining, run_cells
 from capsjax.bench.results.comparison import COUNTS, TIMES, compare_rows
@@ -83,16 +83,10 @@ def select_cells(config: BenchConfig) -> list[Cell]:
     Raises:
       ConfigError: a name is unknown.
     """
-    if config.workload is None:
-        return suite_cells(config.suite, config.target, config.xla_flag)
-    settings = dict(map(_setting, config.set))
-    if ":" in config.workload:
-        import_function(config.workload)
-        settings["shapes"] = [" ".join(config.shape)]
-    elif config.alternate is not None and config.alternate not in settings:
-        settings[config.alternate] = list(choices(config.workload, config.alternate))
-    entries = sweep(config.workload, settings)
-    return make_cells(entries, config.target or ("cpu",), config.xla_flag)
+    cells = _named_cells(config)
+    if config.alternate and len(groups(cells, config.alternate)) == len(cells):
+        raise ConfigError(f"--alternate: no two cells differ in {config.alternate!r} alone")
+    return cells
 
 
 def make_plan(config: BenchConfig) -> Plan:
@@ -118,6 +112,19 @@ def make_plan(config: BenchConfig) -> Plan:
         hlo=config.hlo,
         alternate=config.alternate,
     )
+
+
+def _named_cells(config: BenchConfig) -> list[Cell]:
+    if config.workload is None:
+        return suite_cells(config.suite, config.target, config.xla_flag)
+    settings = dict(map(_setting, config.set))
+    if ":" in config.workload:
+        import_function(config.workload)
+        settings["shapes"] = [" ".join(config.shape)]
+    elif config.alternate is not None and config.alternate not in settings:
+        settings[config.alternate] = list(choices(config.workload, config.alternate))
+    entries = sweep(config.workload, settings)
+    return make_cells(entries, config.target or ("cpu",), config.xla_flag)
 
 
 def _setting(text: str) -> tuple[str, list[str]]:

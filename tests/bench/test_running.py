@@ -211,6 +211,8 @@ def test_all_values_are_compared_where_none_is_named():
     assert [dict(cell.parameters)["formulation"] for cell in cells] == formulations
     with pytest.raises(ConfigError, match="'hotos' has no parameter 'colour', only formulation"):
         select_cells(BenchConfig(workload="hotos", alternate="colour"))
+    with pytest.raises(ConfigError, match="--alternate: no two cells differ in 'colour' alone"):
+        select_cells(BenchConfig(suite="hotos", alternate="colour"))
 
 
 def estimated(total, without=()):
