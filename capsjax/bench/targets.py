@@ -1,7 +1,7 @@
-"""What programs are compiled for: devices of this machine, or TPUs that are elsewhere.
+"""What programs are compiled for: devices of this machine, or absent TPUs.
 
-The TPU compiler is in ``libtpu`` and needs no TPU. One process at a time may use it; those of
-capsjax wait for each other.
+The TPU compiler is in ``libtpu`` and needs no TPU. Only one process at a time can use it;
+processes of capsjax wait for each other.
 """
 
 import contextlib
@@ -69,8 +69,7 @@ class Target:
     Attributes:
       name: as given.
       platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
-      count: number of local devices; None for all of them. Of CPUs that are not there, as many
-        are made up.
+      count: number of local devices; None for all of them. As many virtual CPUs are created.
       topology: of an absent TPU, in the words of its compiler, such as ``"v5e:16x16"``; None for
         devices of this machine.
     """
@@ -100,7 +99,7 @@ class Target:
         return (f"--xla_force_host_platform_device_count={self.count or 1}",)
 
     def devices(self) -> tuple[jax.Device, ...]:
-        """The devices; of an absent TPU descriptions of them, for the compiler.
+        """Returns the devices, or for an absent TPU their descriptions for the compiler.
 
         Raises:
           ConfigError: this machine cannot serve the target.
@@ -127,8 +126,8 @@ def parse_target(name: str) -> Target:
 
     Args:
       name: ``cpu``, ``gpu`` or ``tpu``, with ``:N`` for N devices of this machine; or what a TPU
-        is rented as: ``v5e-256`` and ``v6e-8`` count chips, ``v4-32``, ``v5p-128`` and ``tpu7x-8``
-        count cores, two of each chip.
+        is rented as: ``v5e-256`` and ``v6e-8`` count chips; ``v4-32``, ``v5p-128`` and ``tpu7x-8``
+        count cores, two for each chip.
 
     Returns:
       A :class:`Target`. No device is looked for yet.
@@ -156,7 +155,7 @@ def parse_target(name: str) -> Target:
     chips, rest = divmod(number, generation.cores_per_chip)
     shape = None if rest else _torus(chips, generation.dimensions, _MOST_CHIPS[family])
     if shape is None:
-        raise ConfigError(f"target {name!r} is none that a {family} comes in; try {_near(family)}")
+        raise ConfigError(f"a {family} does not come as {name!r}; try {_near(family)}")
     return Target(name, "tpu", topology=f"{family}:{'x'.join(map(str, shape))}")
 
 
@@ -171,7 +170,7 @@ def libtpu_lock(*, timeout: float = 3600) -> Iterator[float]:
       The seconds that were waited.
 
     Raises:
-      ConfigError: the time is over.
+      ConfigError: another process has used libtpu for all of this time.
     """
     import fcntl  # not on Windows, where there is no libtpu either
 
@@ -179,7 +178,7 @@ def libtpu_lock(*, timeout: float = 3600) -> Iterator[float]:
     start = time.monotonic()
     with contextlib.suppress(OSError):
         path.touch(mode=0o666)
-    # Any user may lock what is only read.
+    # Open for reading, so that any user can lock it.
     with path.open("rb") as file:
         while True:
             try:
@@ -195,7 +194,7 @@ def libtpu_lock(*, timeout: float = 3600) -> Iterator[float]:
 
 
 def _torus(chips: int, dimensions: int, most: int) -> tuple[int, ...] | None:
-    """The shape that so many chips are rented in; None if there is none."""
+    """The shape of a slice of so many chips; None if there is none."""
     if chips == 1:
         return (1,) * dimensions
     if dimensions == 2:
@@ -205,7 +204,7 @@ def _torus(chips: int, dimensions: int, most: int) -> tuple[int, ...] | None:
         return (2, 2, chips // 4)
     if chips in (16, 32):
         return (2, chips // 8, 4) if chips == 16 else (2, 4, 4)
-    # Whole cubes of 4 x 4 x 4, side by side: as near to a cube as the number allows.
+    # Whole cubes of 4 x 4 x 4 chips, arranged as close to a cube as their number allows.
     cubes, rest = divmod(chips, 64)
     if rest or chips > most:
         return None
@@ -252,6 +251,6 @@ def _absent_devices(name: str, topology: str) -> tuple[jax.Device, ...]:
                 f"target {name!r} needs libtpu, which another process is using"
             ) from None
         raise ConfigError(
-            f"target {name!r} is none that this libtpu knows: {str(error).splitlines()[0]}"
+            f"target {name!r} is unknown to this libtpu: {str(error).splitlines()[0]}"
         ) from None
     return tuple(described.devices)

@@ -38,12 +38,12 @@ def test_names_that_people_use(name, topology):
         ("v9-8", "among v4, v5e, v5p, v6e, tpu7x, got 'v9-8'"),
         ("v5e", "target must be like cpu, .*, got 'v5e'"),
         ("cpu:0", "got 'cpu:0'"),
-        ("v5e-3", "'v5e-3' is none that a v5e comes in; try v5e-1, v5e-4"),
-        ("v4-31", "'v4-31' is none that a v4 comes in; try v4-2, v4-8"),
-        ("v5e-512", "'v5e-512' is none"),
+        ("v5e-3", "a v5e does not come as 'v5e-3'; try v5e-1, v5e-4"),
+        ("v4-31", "a v4 does not come as 'v4-31'; try v4-2, v4-8"),
+        ("v5e-512", "does not come as 'v5e-512'"),
     ],
 )
-def test_bad_names_say_what_would_do(name, said):
+def test_bad_names_suggest_good_ones(name, said):
     with pytest.raises(ConfigError, match=said):
         parse_target(name)
 

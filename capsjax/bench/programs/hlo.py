@@ -33,9 +33,9 @@ class Instruction:
       name: unique in its module.
       opcode: such as ``"fusion"``, ``"while"``, ``"all-reduce"``.
       shape: of the result, as printed.
-      operands: what stands between the parentheses, as printed.
-      attributes: what follows them.
-      is_root: whether the computation's result is this one's.
+      operands: the text between the parentheses.
+      attributes: the text after them.
+      is_root: whether its result is that of the computation.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Instruction:
 
     @property
     def estimated_cycles(self) -> int | None:
-        """The compiler's own estimate, of one execution; None where it gives none."""
+        """The compiler's estimate for one execution; None where it gives none."""
         found = _CYCLES.search(self.attributes)
         return int(found[1]) if found and int(found[1]) >= 0 else None
 
@@ -70,7 +70,7 @@ class Instruction:
 
     @property
     def target(self) -> str:
-        """Of a custom call, what is called; else empty."""
+        """The target of a custom call; else empty."""
         found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
@@ -82,7 +82,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions in the order of the text, which is that of execution where it is scheduled."""
+    """Instructions in the order of the text, which is the order of execution if scheduled."""
 
     name: str
     instructions: Mapping[str, Instruction]
@@ -111,7 +111,7 @@ class Module:
     Attributes:
       text: the same.
       computations: by name.
-      entry: the one that is executed.
+      entry: the computation that is executed.
 
     Raises:
       ValueError: the text is not that of an HLO module.
@@ -153,7 +153,7 @@ class Module:
         )
 
     def source(self, each: Instruction) -> str:
-        """File, line and function that an instruction comes from; empty if not told."""
+        """File, line and function that an instruction comes from; empty if unknown."""
         if found := _SOURCE.search(each.attributes):
             return f"{found[1]}:{found[2]}"
         frame = _FRAME.search(each.attributes)
@@ -218,7 +218,7 @@ def _dtype_bytes(dtype: str) -> float:
 
 
 def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
-    """Takes ``SHAPE OPCODE(OPERANDS), ATTRIBUTES`` apart."""
+    """Parses ``SHAPE OPCODE(OPERANDS), ATTRIBUTES``."""
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, call = rest[:end], rest[end:].lstrip()
     opening = call.index("(")

@@ -1,4 +1,4 @@
-"""Rows as one HTML page that needs nothing else."""
+"""Rows as a self-contained HTML page."""
 
 import dataclasses
 import statistics
@@ -34,7 +34,7 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
         raise ConfigError('the HTML report needs: pip install "capsjax[bench]"') from None
     figures = []
     for number, (heading, note, traces, axes) in enumerate(_figures(rows)):
-        figure = go.Figure([_trace(go, trace) for trace in traces])
+        figure = go.Figure(traces)
         figure.update_layout(
             template="plotly_white",
             height=420,
@@ -74,7 +74,7 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
 
 
 def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any]], Any]]:
-    """Heading, note, traces and axes of each plot that there are rows for."""
+    """Heading, note, traces and axes of each plot that the rows have data for."""
     log, linear = {"type": "log"}, {"rangemode": "tozero"}
     compiled = _series(
         rows,
@@ -144,7 +144,7 @@ def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any
                     "x": [cell for cell, _ in estimated],
                     "y": [total for _, total in estimated],
                     "name": "estimated cycles",
-                    "bar": True,
+                    "type": "bar",
                 }
             ],
             ("", "cycles", {}, linear),
@@ -188,27 +188,14 @@ def _series(
                 "y": [points[i][0] for i in x],
                 "name": ", ".join(labels),
                 "mode": "lines+markers",
-                "more": [points[i][2] - points[i][0] for i in x],
-                "less": [points[i][0] - points[i][1] for i in x],
+                "error_y": {
+                    "type": "data",
+                    "array": [points[i][2] - points[i][0] for i in x],
+                    "arrayminus": [points[i][0] - points[i][1] for i in x],
+                },
             }
         )
     return traces
-
-
-def _trace(go: Any, trace: dict[str, Any]) -> Any:
-    if trace.get("bar"):
-        return go.Bar(x=trace["x"], y=trace["y"], name=trace["name"])
-    errors = None
-    if "more" in trace:
-        errors = {"type": "data", "array": trace["more"], "arrayminus": trace["less"]}
-    return go.Scatter(
-        x=trace["x"],
-        y=trace["y"],
-        name=trace["name"],
-        mode=trace["mode"],
-        text=trace.get("text"),
-        error_y=errors,
-    )
 
 
 def _median(row: Row, stage: str) -> tuple[float, float, float] | None:
