@@ -102,7 +102,7 @@ def test_bad_files_are_one_line(tmp_path, capsys):
     text.write_text("hello\n")
     newer = tmp_path / "newer.jsonl"
     newer.write_text(json.dumps({"schema": "capsjax.bench", "version": 99}) + "\n")
-    for arguments, said in (
+    for arguments, message in (
         ([old, other], "have no cell in common"),
         ([old, str(text)], "text.jsonl"),
         ([old, str(newer)], "99"),
@@ -114,4 +114,4 @@ def test_bad_files_are_one_line(tmp_path, capsys):
         assert done.value.code != 0
         error = capsys.readouterr().err
         assert len(error.strip().splitlines()) == 1
-        assert re.search(said, error), error
+        assert re.search(message, error), error

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -34,7 +35,7 @@ from capsjax.bench.command import select_cells
 from capsjax.bench.config import BenchConfig
 from capsjax.bench.processes import measure, roofline, runner
 from capsjax.bench.processes.roofline import Roofline
-from capsjax.bench.workloads.workload import Built
+from capsjax.bench.workloads.workload import JaxFunction
 from capsjax.cli import main
 from capsjax.errors import ConfigError, DataError
 
@@ -144,6 +145,20 @@ def test_the_roofline_is_measured(monkeypatch):
     assert min(dataclasses.astuple(runner._measure_roofline("cpu"))) > 1e6
 
 
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_programs_of_another_compiler_have_rows_too(in_this_process, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "_PAUSE", 0.0)
+    sizes = {"batch": 1, "channels": 2, "out": 2, "size": 7}
+    plan = Plan(output=tmp_path / "rows.jsonl", repetitions=1, run_seconds=0.01)
+    run_cells(make_cells([("hotos_gcc", sizes)], ["cpu"]), plan)
+    (row,) = read_rows(plan.output)
+    assert row.command.startswith("gcc -O3 -fopenmp")
+    # 2 operations for each of 4^3 products, 3 x 3 positions of kernel and grid, 2 x 2 types.
+    assert row.hlo.cost.flops == 2 * 64 * 9 * 9 * 4
+    assert row.run.roofline.fraction > 0
+    assert set(row.stages) >= {"build", "compile", "run"}
+
+
 def test_what_does_not_fit_into_memory_is_a_row_and_the_others_go_on(in_this_process, tmp_path):
     plan = Plan(output=tmp_path / "rows.jsonl", repetitions=1, run_seconds=0.05)
     run_cells(make_cells(sweep("squash", {"batch": [10**8, 2]}), ["cpu"]), plan)
@@ -232,7 +247,7 @@ def test_a_donated_argument_is_replaced_by_the_result():
     function = jax.jit(lambda state, x: (state + x, state.sum()), donate_argnums=0)
     shape = jax.ShapeDtypeStruct((3,), jnp.float32)
     make = lambda: (jnp.zeros(3), jnp.ones(3))  # noqa: E731
-    built = Built(function, (shape, shape), make, donated=True)
+    built = JaxFunction(function, (shape, shape), make, donated=True)
     target = runner.parse_target("cpu")
     call = measure._caller(built, function, target, measure.Measurement())()
     assert [float(call()[1]) for _ in range(3)] == [0, 3, 6]
@@ -300,13 +315,13 @@ def test_suites_and_options_that_do_not_go_together():
     assert suite_cells("pod", [])[0].key == "pmap_train_step preset=paper @ v5e-256"
     flags = suite_cells("hotos", ["cpu"], ["", "--xla_cpu_enable_fast_math=true"])
     assert len({cell.key for cell in flags}) == len(flags)
-    for options, said in (
+    for options, message in (
         ({"set": ("a=1",)}, "--set goes with --workload"),
         ({"resume": True}, "--resume needs --output"),
         ({"repetitions": 0}, "--repetitions must be at least 1, got 0"),
         ({"workload": "squash", "shape": ("f32[3]",)}, "--shape goes with --workload module"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             BenchConfig(**options)
     with pytest.raises(ConfigError, match="--set must be like iterations=1,3, got 'batch'"):
         select_cells(BenchConfig(workload="squash", set=("batch",)))
@@ -334,7 +349,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     there = tmp_path / "there.jsonl"
     there.write_text("")
-    for arguments, said in (
+    for arguments, message in (
         (["--workload", "rooting"], "workload must be one of"),
         (["--target", "v9-8"], "among v4"),
         (["--output", str(there)], "exists already"),
@@ -347,7 +362,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
         assert done.value.code not in (0, None)
         error = capsys.readouterr().err
         assert len(error.strip().splitlines()) == 1
-        assert said in error
+        assert message in error
     assert list(tmp_path.iterdir()) == [there]
 
 

@@ -33,7 +33,7 @@ def test_names_that_people_use(name, topology):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("v9-8", "among v4, v5e, v5p, v6e, tpu7x, got 'v9-8'"),
         ("v5e", "target must be like cpu, .*, got 'v5e'"),
@@ -43,8 +43,8 @@ def test_names_that_people_use(name, topology):
         ("v5e-512", "does not come as 'v5e-512'"),
     ],
 )
-def test_bad_names_suggest_good_ones(name, said):
-    with pytest.raises(ConfigError, match=said):
+def test_bad_names_suggest_good_ones(name, message):
+    with pytest.raises(ConfigError, match=message):
         parse_target(name)
 
 

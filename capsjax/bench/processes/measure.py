@@ -22,7 +22,7 @@ from capsjax.bench.programs.program import Cost, Program, read_program
 from capsjax.bench.results.rows import Failure, Memory
 from capsjax.bench.targets import Target, libtpu_lock, parse_target
 from capsjax.bench.workloads import make_workload
-from capsjax.bench.workloads.workload import Built, Peer
+from capsjax.bench.workloads.workload import JaxFunction, Peer
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _TRACED = "/jax/core/compile/jaxpr_trace_duration"
@@ -184,7 +184,7 @@ def _prepare(
 
 
 def _compile(
-    built: Built, target: Target, caches: Path, found: Measurement, clock: _Clock
+    built: JaxFunction, target: Target, caches: Path, found: Measurement, clock: _Clock
 ) -> tuple[Any, Any]:
     """Traces, lowers and compiles with an empty cache, and loads from the cache."""
     cache = _use_new_cache(caches)
@@ -255,7 +255,9 @@ def _analyse(lowered: Any, compiled: Any, texts: Path | None, found: Measurement
         )
 
 
-def _caller(built: Built, compiled: Any, target: Target, found: Measurement) -> Callable[[], Call]:
+def _caller(
+    built: JaxFunction, compiled: Any, target: Target, found: Measurement
+) -> Callable[[], Call]:
     """A function that puts the arguments on the device and returns a call of the program."""
 
     def prepare() -> Call:
@@ -273,7 +275,7 @@ def _caller(built: Built, compiled: Any, target: Target, found: Measurement) -> 
     return prepare
 
 
-def _arguments(built: Built) -> tuple[Any, ...]:
+def _arguments(built: JaxFunction) -> tuple[Any, ...]:
     """Arrays on the device: the workload's own, else small positive numbers and zeros."""
     random = np.random.default_rng(0)
 

@@ -14,7 +14,7 @@ from capsjax.bench.workloads.capsules import Routing, Squash, Stack
 from capsjax.bench.workloads.gcc import GccHotOS
 from capsjax.bench.workloads.hotos import HotOS
 from capsjax.bench.workloads.networks import Forward, PmappedTrainingStep, TrainingStep
-from capsjax.bench.workloads.workload import Built, Workload, placed
+from capsjax.bench.workloads.workload import JaxFunction, Workload, placed
 from capsjax.errors import ConfigError
 
 WORKLOADS: Mapping[str, type] = MappingProxyType(
@@ -39,12 +39,12 @@ class UserFunction:
     function: str
     shapes: str = ""
 
-    def build(self, devices: Sequence[jax.Device]) -> Built:
+    def build(self, devices: Sequence[jax.Device]) -> JaxFunction:
         """Imports the function; the working directory may hold its module."""
         function = import_function(self.function)
         arguments = tuple(parse_shape(shape) for shape in self.shapes.split())
         jitted = function if hasattr(function, "lower") else jax.jit(function)
-        return Built(jitted, placed(arguments, devices[0]))
+        return JaxFunction(jitted, placed(arguments, devices[0]))
 
 
 def make_workload(name: str, parameters: Mapping[str, Any]) -> Workload:

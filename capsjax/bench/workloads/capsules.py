@@ -11,7 +11,7 @@ from jax import lax
 
 from capsjax import routing
 from capsjax.bench.sizes import CAPSULE_SIZES, CapsuleSizes
-from capsjax.bench.workloads.workload import Built, Direction, Dtype, directed, on_one_device
+from capsjax.bench.workloads.workload import Direction, Dtype, JaxFunction, directed, on_one_device
 from capsjax.errors import ConfigError
 from capsjax.ops import dense_votes, squash
 from capsjax.routing import Routed
@@ -37,7 +37,7 @@ class Squash:
     direction: Direction = "forward"
     dtype: Dtype = "float32"
 
-    def build(self, devices: Sequence[jax.Device]) -> Built:
+    def build(self, devices: Sequence[jax.Device]) -> JaxFunction:
         """Makes the function."""
         shape = (self.batch, self.capsules, self.features)
         return on_one_device(directed(squash, self.direction), devices, (shape,), self.dtype)
@@ -83,7 +83,7 @@ class Routing:
         if self.iterations != 3 and not record.iterates:
             raise ConfigError(f"algorithm {self.algorithm!r} has no option iterations")
 
-    def build(self, devices: Sequence[jax.Device]) -> Built:
+    def build(self, devices: Sequence[jax.Device]) -> JaxFunction:
         """Makes the function."""
         given = {name: getattr(self, name) for name in CapsuleSizes._fields}
         sizes = CAPSULE_SIZES[self.sizes]._replace(**{n: s for n, s in given.items() if s})
@@ -140,7 +140,7 @@ class Stack:
     capsules: int = 32
     features: int = 16
 
-    def build(self, devices: Sequence[jax.Device]) -> Built:
+    def build(self, devices: Sequence[jax.Device]) -> JaxFunction:
         """Makes the function."""
         layer = Routing(iterations=self.iterations, loop=self.loop)
         shape = (self.capsules, self.features, self.capsules, self.features)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from capsjax.bench.workloads.workload import Built, Direction, directed, on_one_device
+from capsjax.bench.workloads.workload import Direction, JaxFunction, directed, on_one_device
 
 STRIDE, KERNEL, POSE = 2, 3, 4
 _HIGHEST = lax.Precision.HIGHEST
@@ -102,7 +102,7 @@ class HotOS:
     out: int = 32
     size: int = 15
 
-    def build(self, devices: Sequence[jax.Device]) -> Built:
+    def build(self, devices: Sequence[jax.Device]) -> JaxFunction:
         """Makes the function."""
         function = directed(_FORMULATIONS[self.formulation], self.direction)
         sizes = shapes(self.batch, self.channels, self.out, self.size)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from capsjax import models
 from capsjax.bench.workloads.capsules import implementations
-from capsjax.bench.workloads.workload import Built, Dtype, Peer, placed
+from capsjax.bench.workloads.workload import Dtype, JaxFunction, Peer, placed
 
 # A plain step in PyTorch, which the train step is compared with.
 _TORCH = ("torch", "torch.compile")
@@ -43,7 +43,7 @@ class _Network:
 class Forward(_Network):
     """A whole network on a batch of images."""
 
-    def build(self, devices: Sequence[jax.Device]) -> Built:
+    def build(self, devices: Sequence[jax.Device]) -> JaxFunction:
         """Makes the function."""
         from capsjax.training import split_network
 
@@ -54,7 +54,7 @@ class Forward(_Network):
         def forward(variables: Any, images: jax.Array) -> Any:
             return apply(variables, images)[0]
 
-        return Built(jax.jit(forward), placed((variables, images), devices[0]))
+        return JaxFunction(jax.jit(forward), placed((variables, images), devices[0]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,13 +67,13 @@ class TrainingStep(_Network):
 
     implementation: Annotated[str, _step_implementations] = "default"
 
-    def build(self, devices: Sequence[jax.Device]) -> Built | Peer:
+    def build(self, devices: Sequence[jax.Device]) -> JaxFunction | Peer:
         """Makes the function."""
         if self.implementation in _TORCH:
             return self._torch(devices[0])
         step, make_arguments = _make_step(self)
         arguments = placed(jax.eval_shape(make_arguments), devices[0])
-        return Built(jax.jit(step, donate_argnums=0), arguments, make_arguments, donated=True)
+        return JaxFunction(jax.jit(step, donate_argnums=0), arguments, make_arguments, donated=True)
 
     def _torch(self, device: jax.Device) -> Peer:
         config, name = self.configure(), {"cpu": "cpu", "gpu": "cuda"}.get(device.platform)
@@ -98,7 +98,7 @@ class TrainingStep(_Network):
 class PmappedTrainingStep(_Network):
     """The train step mapped over all devices of the target; ``batch`` is that of each device."""
 
-    def build(self, devices: Sequence[jax.Device]) -> Built:
+    def build(self, devices: Sequence[jax.Device]) -> JaxFunction:
         """Makes the function."""
         step, make_one = _make_step(self, axis_name="batch")
         function = jax.pmap(
@@ -116,7 +116,7 @@ class PmappedTrainingStep(_Network):
             return state, parts, key
 
         arguments = jax.eval_shape(make_arguments)
-        return Built(function, arguments, make_arguments, donated=True, devices=len(devices))
+        return JaxFunction(function, arguments, make_arguments, donated=True, devices=len(devices))
 
 
 def _abstract(config: models.ModelConfig) -> Any:

@@ -11,7 +11,7 @@ Direction = Literal["forward", "gradient"]
 Dtype = Literal["float32", "bfloat16"]
 
 
-class Built(NamedTuple):
+class JaxFunction(NamedTuple):
     """A function for XLA to compile.
 
     Attributes:
@@ -51,7 +51,7 @@ class Workload(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    def build(self, devices: Sequence[jax.Device]) -> Built | Peer:
+    def build(self, devices: Sequence[jax.Device]) -> JaxFunction | Peer:
         """Makes the function for these devices; most workloads use the first alone."""
         ...
 
@@ -73,10 +73,10 @@ def on_one_device(
     devices: Sequence[jax.Device],
     shapes: Sequence[tuple[int, ...]],
     dtype: str,
-) -> Built:
+) -> JaxFunction:
     """A jitted function of arrays on the first device."""
     arguments = tuple(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes)
-    return Built(jax.jit(function), placed(arguments, devices[0]))
+    return JaxFunction(jax.jit(function), placed(arguments, devices[0]))
 
 
 def placed(tree: Any, device: jax.Device) -> Any:
