@@ -111,7 +111,7 @@ def run_cells(
             rooflines[platform] = found if isinstance(found, Roofline) else None
         repetitions: list[Sequence[Measurement]] = []
         for repetition in range(plan.repetitions):
-            others = f" and {len(group) - 1} others" if len(group) > 1 else ""
+            others = f" and {len(group) - 1} more" if len(group) > 1 else ""
             on_start(group[0].key + others)
             repetitions.append(_repetition(group, plan, repetition == 0))
             if all(each.error for each in repetitions[-1]):
