@@ -110,9 +110,10 @@ def _reproduce(config: Any, arguments: Sequence[str]) -> None:
 
 def _bench(config: Any, arguments: Sequence[str]) -> None:
     """Benchmark XLA compilation, or compare two benchmarks (compare OLD NEW)."""
-    from capsjax.bench import CompareConfig, compare, run_benchmark
+    from capsjax.bench import CompareConfig, run_benchmark, run_comparison
 
-    sys.exit(compare(config) if isinstance(config, CompareConfig) else run_benchmark(config))
+    compares = isinstance(config, CompareConfig)
+    sys.exit(run_comparison(config) if compares else run_benchmark(config))
 
 
 def _draw(config: Any, arguments: Sequence[str]) -> None:
@@ -179,7 +180,6 @@ def _complete(arguments: list[str]) -> list[str]:
     arguments = [re.sub(r"^--model(?==|$)", "--preset", argument) for argument in arguments]
     if arguments[:1] != ["bench"]:
         return arguments
-    sys.path.insert(0, os.getcwd())  # where the user's own functions are
     named = arguments[1:2] and not arguments[1].startswith("-")
     if named and arguments[1] not in ("run", "compare"):
         arguments.insert(1, "--suite")

@@ -1,6 +1,6 @@
 """Benchmarks XLA compilation: the command ``capsjax bench``."""
 
-from capsjax.cli import bench_main
+from capsjax.cli import main
 
 if __name__ == "__main__":
-    bench_main()
+    main()

@@ -27,7 +27,7 @@ MODULES = (
     capsjax.viz,
 )
 # Names that stand for a type, a module or a version, and need no page.
-WITHOUT_PAGES = {"__version__", "nn", "routing", "ModelConfig", "Network", "Direction"}
+WITHOUT_PAGES = {"__version__", "nn", "routing", "ModelConfig", "Network"}
 
 
 @pytest.fixture(scope="module")

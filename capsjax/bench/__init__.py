@@ -1,44 +1,54 @@
-"""Benchmarks: one way to time, to read compiled programs, and to keep what was found."""
+"""Benchmarks: one way to time programs, to read what was compiled, and to keep the results."""
 
 from capsjax.bench.cells import Cell, suite_cells
-from capsjax.bench.compare import Comparison, Ratio, compare_rows
+from capsjax.bench.command import run_benchmark, run_comparison
+from capsjax.bench.config import BenchConfig, CompareConfig
 from capsjax.bench.environment import Environment, read_environment
-from capsjax.bench.measurement import Measurement, show, write
-from capsjax.bench.program import Collective, Cost, Cycles, Loop, Program, read_program
-from capsjax.bench.report import ReportError, write_report
-from capsjax.bench.routing import Direction, RoutingSizes, benchmark_routing
-from capsjax.bench.rows import RowError, append_row, read_rows
-from capsjax.bench.running import Plan, run_cells
-from capsjax.bench.step import StepSizes, benchmark_step
-from capsjax.bench.targets import Target, TargetError, libtpu_lock, parse_target
-from capsjax.bench.timing import Times, alternate
-from capsjax.bench.workloads import WorkloadError, make_workload, workloads
+from capsjax.bench.processes.runner import Plan, run_cells
+from capsjax.bench.processes.timing import Times, alternate
+from capsjax.bench.programs.program import Collective, Cost, Cycles, Loop, Program, read_program
+from capsjax.bench.results.comparison import Comparison, Ratio, compare_rows
+from capsjax.bench.results.page import write_report
+from capsjax.bench.results.rows import (
+    Alternation,
+    Bound,
+    Failure,
+    Memory,
+    Row,
+    Run,
+    append_rows,
+    read_rows,
+)
+from capsjax.bench.sizes import CAPSULE_SIZES, CapsuleSizes
+from capsjax.bench.targets import Target, libtpu_lock, parse_target
+from capsjax.bench.workloads import WORKLOADS, make_workload
 
 __all__ = [
+    "CAPSULE_SIZES",
+    "WORKLOADS",
+    "Alternation",
+    "BenchConfig",
+    "Bound",
+    "CapsuleSizes",
     "Cell",
     "Collective",
+    "CompareConfig",
     "Comparison",
     "Cost",
     "Cycles",
-    "Direction",
     "Environment",
+    "Failure",
     "Loop",
-    "Measurement",
+    "Memory",
     "Plan",
     "Program",
     "Ratio",
-    "ReportError",
-    "RoutingSizes",
-    "RowError",
-    "StepSizes",
+    "Row",
+    "Run",
     "Target",
-    "TargetError",
     "Times",
-    "WorkloadError",
     "alternate",
-    "append_row",
-    "benchmark_routing",
-    "benchmark_step",
+    "append_rows",
     "compare_rows",
     "libtpu_lock",
     "make_workload",
@@ -46,10 +56,9 @@ __all__ = [
     "read_environment",
     "read_program",
     "read_rows",
+    "run_benchmark",
     "run_cells",
-    "show",
+    "run_comparison",
     "suite_cells",
-    "workloads",
-    "write",
     "write_report",
 ]

@@ -4,13 +4,14 @@ import dataclasses
 import itertools
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
+from capsjax import routing
+from capsjax.bench.config import Suite
 from capsjax.bench.targets import parse_target
 from capsjax.bench.workloads import make_workload
 
-Suite = Literal["quick", "routing", "hotos", "train", "pod"]
-_Entry = tuple[str, Mapping[str, Any]]
+Entry = tuple[str, Mapping[str, Any]]
 _LOOPS = ("fori_loop", "scan", "unrolled")
 _DIRECTIONS = ("forward", "gradient")
 
@@ -33,7 +34,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """What tells cells apart, for people too."""
+        """A readable name, unique among cells."""
         given = "".join(f" {name}={shlex.quote(str(value))}" for name, value in self.parameters)
         flags = "".join(f" {flag}" for flag in self.xla_flags)
         return f"{self.workload}{given} @ {self.target}{flags}"
@@ -49,30 +50,34 @@ def suite_cells(suite: Suite, targets: Sequence[str], flags: Sequence[str] = ())
 
     Args:
       suite: ``quick``, ``routing``, ``hotos``, ``train`` or ``pod``.
-      targets: names; empty for the suite's own, the CPU, or for ``pod`` ``v5e-256``.
-      flags: sets of XLA flags to sweep, each a text; empty for none.
+      targets: names; if empty, the CPU, or ``v5e-256`` for ``pod``.
+      flags: sets of XLA flags to sweep, each a string; empty for none.
 
     Raises:
-      TargetError: a target is unknown.
+      ConfigError: a target is unknown.
 
     Example:
       >>> from capsjax.bench import suite_cells
       >>> suite_cells("pod", [])[0].key
       'pmap_train_step preset=paper @ v5e-256'
     """
-    targets = targets or (["v5e-256"] if suite == "pod" else ["cpu"])
-    return make_cells(_SUITES[suite](), targets, flags)
+    cells = []
+    for target in targets or (["v5e-256"] if suite == "pod" else ["cpu"]):
+        # Which of the two layouts of blocks is meant for the platform.
+        blocks = "blocked" if parse_target(target).platform == "cpu" else "lanes"
+        cells += make_cells(_SUITES[suite](blocks), [target], flags)
+    return cells
 
 
 def make_cells(
-    entries: Iterable[_Entry], targets: Sequence[str], flags: Sequence[str]
+    entries: Iterable[Entry], targets: Sequence[str], flags: Sequence[str] = ()
 ) -> list[Cell]:
     """Every workload for every target under every set of flags.
 
-    What is mapped over devices gets eight made-up ones where the target is one CPU.
+    Workloads that are mapped over devices get eight virtual ones where the target is one CPU.
 
     Raises:
-      TargetError, WorkloadError: a target, a workload or a parameter is unknown.
+      ConfigError: a target, a workload or a parameter is unknown.
     """
     cells = []
     for name, each, flag in itertools.product(targets, list(entries), flags or ("",)):
@@ -86,7 +91,25 @@ def make_cells(
     return cells
 
 
-def sweep(workload: str, settings: Mapping[str, Sequence[Any]]) -> list[_Entry]:
+def groups(cells: Iterable[Cell], alternate: str | None) -> list[list[Cell]]:
+    """Cells that differ in nothing but one parameter; one cell each where there is none.
+
+    Example:
+      >>> from capsjax.bench.cells import groups, make_cells, sweep
+      >>> cells = make_cells(sweep("squash", {"batch": [1, 2], "features": [4, 8]}), ["cpu"])
+      >>> [len(group) for group in groups(cells, "features")]
+      [2, 2]
+    """
+    if alternate is None:
+        return [[cell] for cell in cells]
+    found: dict[Cell, list[Cell]] = {}
+    for cell in cells:
+        others = tuple(each for each in cell.parameters if each[0] != alternate)
+        found.setdefault(dataclasses.replace(cell, parameters=others), []).append(cell)
+    return list(found.values())
+
+
+def sweep(workload: str, settings: Mapping[str, Sequence[Any]]) -> list[Entry]:
     """A workload with every combination of values.
 
     Example:
@@ -94,18 +117,17 @@ def sweep(workload: str, settings: Mapping[str, Sequence[Any]]) -> list[_Entry]:
       >>> sweep("squash", {"batch": [1, 2]})
       [('squash', {'batch': 1}), ('squash', {'batch': 2})]
     """
-    names = list(settings)
     values = itertools.product(*settings.values())
-    return [(workload, dict(zip(names, each, strict=True))) for each in values]
+    return [(workload, dict(zip(settings, each, strict=True))) for each in values]
 
 
-def _quick() -> list[_Entry]:
+def _quick(blocks: str) -> list[Entry]:
     return [
         ("squash", {}),
         ("routing", {"iterations": 1}),
-        *sweep("routing", {"loop": ["fori_loop", "scan", "unrolled"]}),
+        *sweep("routing", {"loop": _LOOPS}),
         ("routing", {"direction": "gradient"}),
-        *sweep("routing", {"implementation": ["blocked"], "direction": _DIRECTIONS}),
+        *sweep("routing", {"implementation": [blocks], "direction": _DIRECTIONS}),
         ("routing", {"algorithm": "em"}),
         *sweep("hotos", {"formulation": ["einsum", "patches", "conv"]}),
         ("hotos_gcc", {}),
@@ -115,41 +137,31 @@ def _quick() -> list[_Entry]:
     ]
 
 
-def _routing() -> list[_Entry]:
-    forms = {"iterations": [1, 3, 5, 10], "loop": _LOOPS, "direction": _DIRECTIONS}
-    others = {
-        "algorithm": ["em", "attention", "variational", "kmeans"],
-        "loop": ["fori_loop", "unrolled"],
-        "direction": _DIRECTIONS,
-    }
+def _routing(blocks: str) -> list[Entry]:
+    iterations, both = [1, 3, 5, 10], {"direction": _DIRECTIONS}
+    records = [routing.algorithm(name) for name in routing.algorithms() if name != "dynamic"]
+    looped = [record.name for record in records if record.passes]
+    others = [record.name for record in records if not record.passes]
     return [
-        *sweep("squash", {"direction": _DIRECTIONS}),
-        *sweep("routing", forms),
-        *sweep(
-            "routing",
-            {"implementation": ["blocked"], "iterations": [1, 3, 5, 10], "direction": _DIRECTIONS},
-        ),
+        *sweep("squash", both),
+        *sweep("routing", {"iterations": iterations, "loop": _LOOPS, **both}),
+        *sweep("routing", {"implementation": [blocks], "iterations": iterations, **both}),
         *sweep(
             "routing",
             {
                 "batch": [32, 512],
-                "implementation": ["reference", "blocked"],
+                "implementation": ["reference", blocks],
                 "direction": ["gradient"],
             },
         ),
-        *sweep("routing", others),
-        *sweep(
-            "routing",
-            {
-                "algorithm": ["self", "heinsen", "efficient", "uniform", "random"],
-                "direction": _DIRECTIONS,
-            },
-        ),
+        *sweep("routing", {"algorithm": looped, "loop": ["fori_loop", "unrolled"], **both}),
+        *sweep("routing", {"algorithm": others, **both}),
         *sweep("stack", {"layers": [1, 2, 4, 8], "loop": ["fori_loop", "unrolled"]}),
     ]
 
 
-def _hotos() -> list[_Entry]:
+def _hotos(blocks: str) -> list[Entry]:
+    del blocks
     formulations = ["einsum", "patches", "conv", "shifts"]
     return [
         *sweep("hotos", {"formulation": formulations, "direction": _DIRECTIONS}),
@@ -157,8 +169,8 @@ def _hotos() -> list[_Entry]:
     ]
 
 
-def _train() -> list[_Entry]:
-    implementations = {"implementation": ["reference", "blocked"]}
+def _train(blocks: str) -> list[Entry]:
+    implementations = {"implementation": ["reference", blocks]}
     return [
         *sweep("forward", {"preset": ["small", "paper", "efficient_capsnet"]}),
         *sweep("train_step", {"preset": ["small"], **implementations}),
@@ -168,15 +180,9 @@ def _train() -> list[_Entry]:
     ]
 
 
-def _pod() -> list[_Entry]:
+def _pod(blocks: str) -> list[Entry]:
+    del blocks
     return [("pmap_train_step", {"preset": "paper"})]
 
 
-_SUITES = {
-    "quick": _quick,
-    "routing": _routing,
-    "hotos": _hotos,
-    "train": _train,
-    "pod": _pod,
-}
-SUITES: tuple[Suite, ...] = get_args(Suite)
+_SUITES = {"quick": _quick, "routing": _routing, "hotos": _hotos, "train": _train, "pod": _pod}

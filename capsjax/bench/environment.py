@@ -1,16 +1,17 @@
-"""What a figure depends on beside the program: versions, flags, machine."""
+"""The environment of a measurement: versions, flags, machine."""
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
 from capsjax.version import __version__
 
 
-class Environment(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Environment:
     """Versions, flags and machine of a process; versions are None where not installed.
 
     Attributes:
@@ -24,9 +25,9 @@ class Environment(NamedTuple):
       xla_flags: the variable ``XLA_FLAGS``.
       libtpu_init_args: the variable ``LIBTPU_INIT_ARGS``.
       cpu: model of the processor.
-      cpu_features: those of its instruction sets that matter to XLA.
+      cpu_features: its instruction sets that matter to XLA.
       cores: that this process may use.
-      memory_bytes: of the machine; None where the system does not tell.
+      memory_bytes: of the machine; None if unknown.
       system: such as ``Linux-6.1-x86_64``.
     """
 
@@ -85,7 +86,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_information() -> dict[str, str]:
-    """The first processor of Linux' list; elsewhere nothing."""
+    """The first processor in Linux' list; empty on other systems."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

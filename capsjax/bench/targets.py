@@ -1,7 +1,7 @@
-"""What programs are compiled for: devices of this machine, or TPUs that are elsewhere.
+"""What programs are compiled for: devices of this machine, or absent TPUs.
 
-The TPU compiler is in ``libtpu`` and needs no TPU. One process at a time may use it; those of
-capsjax wait for each other.
+The TPU compiler is in ``libtpu`` and needs no TPU. Only one process at a time can use it;
+processes of capsjax wait for each other.
 """
 
 import contextlib
@@ -18,11 +18,9 @@ from typing import Literal, NamedTuple
 
 import jax
 
+from capsjax.errors import ConfigError
+
 Platform = Literal["cpu", "gpu", "tpu"]
-
-
-class TargetError(ValueError):
-    """A target is unknown, or this machine cannot serve it; the message is one line."""
 
 
 class _Generation(NamedTuple):
@@ -71,8 +69,7 @@ class Target:
     Attributes:
       name: as given.
       platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
-      count: number of local devices; None for all of them. Of CPUs that are not there, as many
-        are made up.
+      count: number of local devices; None for all of them. As many virtual CPUs are created.
       topology: of an absent TPU, in the words of its compiler, such as ``"v5e:16x16"``; None for
         devices of this machine.
     """
@@ -102,10 +99,10 @@ class Target:
         return (f"--xla_force_host_platform_device_count={self.count or 1}",)
 
     def devices(self) -> tuple[jax.Device, ...]:
-        """The devices; of an absent TPU descriptions of them, for the compiler.
+        """Returns the devices, or for an absent TPU their descriptions for the compiler.
 
         Raises:
-          TargetError: this machine cannot serve the target.
+          ConfigError: this machine cannot serve the target.
         """
         if self.topology is not None:
             return _absent_devices(self.name, self.topology)
@@ -113,12 +110,12 @@ class Target:
             found = jax.devices(self.platform)
         except RuntimeError:
             extra = {"gpu": "cuda", "tpu": "tpu"}.get(self.platform, self.platform)
-            raise TargetError(
+            raise ConfigError(
                 f"target {self.name!r} needs a {self.platform.upper()} in this machine; if there is"
                 f' one: pip install "capsjax[{extra}]"'
             ) from None
         if len(found) < (self.count or 1):
-            raise TargetError(
+            raise ConfigError(
                 f"target {self.name!r} needs {self.count} devices, this machine has {len(found)}"
             )
         return tuple(found[: self.count])
@@ -129,14 +126,14 @@ def parse_target(name: str) -> Target:
 
     Args:
       name: ``cpu``, ``gpu`` or ``tpu``, with ``:N`` for N devices of this machine; or what a TPU
-        is rented as: ``v5e-256`` and ``v6e-8`` count chips, ``v4-32``, ``v5p-128`` and ``tpu7x-8``
-        count cores, two of each chip.
+        is rented as: ``v5e-256`` and ``v6e-8`` count chips; ``v4-32``, ``v5p-128`` and ``tpu7x-8``
+        count cores, two for each chip.
 
     Returns:
       A :class:`Target`. No device is looked for yet.
 
     Raises:
-      TargetError: there is no such target.
+      ConfigError: there is no such target.
 
     Example:
       >>> from capsjax.bench import parse_target
@@ -149,16 +146,16 @@ def parse_target(name: str) -> Target:
         return Target(name, platform, number)  # type: ignore[arg-type]
     absent = re.fullmatch(r"([a-z0-9]+)-([1-9]\d*)", name)
     if absent is None:
-        raise TargetError(f"target must be like {', '.join(EXAMPLES)}, got {name!r}")
+        raise ConfigError(f"target must be like {', '.join(EXAMPLES)}, got {name!r}")
     family, number = _ALIASES.get(absent[1], absent[1]), int(absent[2])
     if family not in _GENERATIONS:
         known = ", ".join(_GENERATIONS)
-        raise TargetError(f"target must be of a TPU generation among {known}, got {name!r}")
+        raise ConfigError(f"target must be of a TPU generation among {known}, got {name!r}")
     generation = _GENERATIONS[family]
     chips, rest = divmod(number, generation.cores_per_chip)
     shape = None if rest else _torus(chips, generation.dimensions, _MOST_CHIPS[family])
     if shape is None:
-        raise TargetError(f"target {name!r} is none that a {family} comes in; try {_near(family)}")
+        raise ConfigError(f"a {family} does not come as {name!r}; try {_near(family)}")
     return Target(name, "tpu", topology=f"{family}:{'x'.join(map(str, shape))}")
 
 
@@ -173,7 +170,7 @@ def libtpu_lock(*, timeout: float = 3600) -> Iterator[float]:
       The seconds that were waited.
 
     Raises:
-      TargetError: the time is over.
+      ConfigError: another process has used libtpu for all of this time.
     """
     import fcntl  # not on Windows, where there is no libtpu either
 
@@ -181,7 +178,7 @@ def libtpu_lock(*, timeout: float = 3600) -> Iterator[float]:
     start = time.monotonic()
     with contextlib.suppress(OSError):
         path.touch(mode=0o666)
-    # Any user may lock what is only read.
+    # Open for reading, so that any user can lock it.
     with path.open("rb") as file:
         while True:
             try:
@@ -189,7 +186,7 @@ def libtpu_lock(*, timeout: float = 3600) -> Iterator[float]:
                 break
             except BlockingIOError:
                 if time.monotonic() - start > timeout:
-                    raise TargetError(
+                    raise ConfigError(
                         f"another process has been using libtpu for {timeout:.0f} seconds"
                     ) from None
                 time.sleep(0.2)
@@ -197,7 +194,7 @@ def libtpu_lock(*, timeout: float = 3600) -> Iterator[float]:
 
 
 def _torus(chips: int, dimensions: int, most: int) -> tuple[int, ...] | None:
-    """The shape that so many chips are rented in; None if there is none."""
+    """The shape of a slice of so many chips; None if there is none."""
     if chips == 1:
         return (1,) * dimensions
     if dimensions == 2:
@@ -207,7 +204,7 @@ def _torus(chips: int, dimensions: int, most: int) -> tuple[int, ...] | None:
         return (2, 2, chips // 4)
     if chips in (16, 32):
         return (2, chips // 8, 4) if chips == 16 else (2, 4, 4)
-    # Whole cubes of 4 x 4 x 4, side by side: as near to a cube as the number allows.
+    # Whole cubes of 4 x 4 x 4 chips, arranged as close to a cube as their number allows.
     cubes, rest = divmod(chips, 64)
     if rest or chips > most:
         return None
@@ -232,7 +229,7 @@ def _near(family: str) -> str:
 
 def _absent_devices(name: str, topology: str) -> tuple[jax.Device, ...]:
     if importlib.util.find_spec("libtpu") is None:
-        raise TargetError(
+        raise ConfigError(
             f'target {name!r} needs the TPU compiler, which comes with: pip install "capsjax[tpu]"'
         )
     from jax.experimental import topologies
@@ -250,10 +247,10 @@ def _absent_devices(name: str, topology: str) -> tuple[jax.Device, ...]:
         )
     except jax.errors.JaxRuntimeError as error:
         if "lockfile" in str(error) or "already in use" in str(error):
-            raise TargetError(
+            raise ConfigError(
                 f"target {name!r} needs libtpu, which another process is using"
             ) from None
-        raise TargetError(
-            f"target {name!r} is none that this libtpu knows: {str(error).splitlines()[0]}"
+        raise ConfigError(
+            f"target {name!r} is unknown to this libtpu: {str(error).splitlines()[0]}"
         ) from None
     return tuple(described.devices)

@@ -9,8 +9,9 @@ import pytest
 from jax._src.lib.mlir import ir
 from jax.sharding import PartitionSpec as P
 
-from capsjax.bench import read_program
-from capsjax.bench.hlo import Module, shape_bytes, stablehlo_opcodes
+from capsjax.bench import Collective, read_program
+from capsjax.bench.programs.hlo import Module, shape_bytes, stablehlo_opcodes
+from capsjax.bench.programs.loops import executions
 
 ADVANCE = ir.WalkResult.ADVANCE
 N, TRIPS, INNER = 24, 5, 3
@@ -79,6 +80,10 @@ def test_a_loop_of_unknown_length_counts_once_and_says_so():
     assert program.cost.flops == pytest.approx(2 * N**3, rel=0.01)
 
 
+def trip_counts(text):
+    return [loop.trip_count for loop in read_program(text).loops]
+
+
 def counting(first, step, compare):
     """Text of a loop whose trip count has to be worked out, and the count."""
     direction, last = compare
@@ -103,8 +108,8 @@ def counting(first, step, compare):
 def test_trip_counts_that_the_compiler_does_not_print(first, step, compare):
     text, trips = counting(first, step, compare)
     # The TPU's compiler prints none.
-    module = Module(re.sub(r"backend_config=\{.*known_trip_count.*\}", "", text))
-    assert [count for _, count in module.loops()] == ([trips] if trips else [])
+    stripped = re.sub(r"backend_config=\{.*known_trip_count.*\}", "", text)
+    assert trip_counts(stripped) == ([trips] if trips else [])
 
 
 def test_backward_loops_without_printed_trip_counts():
@@ -112,11 +117,11 @@ def test_backward_loops_without_printed_trip_counts():
         return jnp.sum(jax.lax.scan(lambda y, _: (jnp.sin(y @ x), None), x, length=TRIPS)[0])
 
     text = compiled(jax.grad(loss), X)
-    known = [count for _, count in Module(text).loops()]
+    known = trip_counts(text)
     assert known == [TRIPS, TRIPS]
     stripped = re.sub(r'"known_trip_count":\{"n":"\d+"\}', '"gone":{}', text)
     assert "known_trip_count" not in stripped
-    assert [count for _, count in Module(stripped).loops()] == known
+    assert trip_counts(stripped) == known
 
 
 def test_collectives_count_what_each_device_hands_in():
@@ -131,8 +136,8 @@ def test_collectives_count_what_each_device_hands_in():
 
     mapped = jax.shard_map(f, mesh=mesh, in_specs=P("d"), out_specs=P("d"), check_vma=False)
     program = read_program(compiled(mapped, jnp.ones((8, 16, 4))))
-    assert program.collectives["all-reduce"] == (3, 3 * 16 * 4 * 4)
-    assert program.collectives["all-gather"] == (1, 16 * 4 * 4)
+    assert program.collectives["all-reduce"] == Collective(3, 3 * 16 * 4 * 4)
+    assert program.collectives["all-gather"] == Collective(1, 16 * 4 * 4)
 
 
 TPU = """HloModule jit_f, is_scheduled=true
@@ -240,6 +245,6 @@ def test_what_is_no_module_is_refused():
 
 def test_sources_are_found_in_a_real_program():
     module = Module(compiled(lambda x: jnp.tanh(x @ x).sum(), X))
-    sources = {module.source(each) for each, *_ in module.executions()}
+    sources = {module.source(each) for each, *_ in executions(module)}
     assert any("test_program.py:" in source for source in sources), sources
     assert np.all([isinstance(source, str) for source in sources])

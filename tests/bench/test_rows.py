@@ -1,58 +1,103 @@
-"""Rows: versioned, appended, read back, also after a kill."""
+"""Rows: versioned, appended, read back with their types, also after a kill."""
 
 import json
-from typing import NamedTuple
 
 import pytest
 
-from capsjax.bench import RowError, append_row, read_environment, read_rows
-
-
-class Point(NamedTuple):
-    x: int
-    y: tuple[float, ...]
-
-
-def test_rows_come_back_with_schema_and_version(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    append_row(path, {"cell": "a", "point": Point(1, (0.5, 2.0)), "none": None})
-    append_row(path, {"cell": "b"})
-    first, second = read_rows(path)
-    assert first["point"] == {"x": 1, "y": [0.5, 2.0]}
-    assert (first["schema"], first["version"], second["cell"]) == ("capsjax.bench", 1, "b")
-
-
-def test_a_line_that_a_kill_cut_off_is_left_out_and_not_continued(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    append_row(path, {"cell": "a"})
-    whole = path.read_text()
-    path.write_text(whole + whole[:25])
-    assert [row["cell"] for row in read_rows(path)] == ["a"]
-    append_row(path, {"cell": "b"})
-    assert [row["cell"] for row in read_rows(path)] == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("hello", ":1 is not JSON"),
-        ("[1]", ":1 is no row of capsjax.bench"),
-        (
-            json.dumps({"schema": "capsjax.bench", "version": 99}),
-            "version 99, this capsjax reads 1",
-        ),
-    ],
+from capsjax.bench import (
+    Alternation,
+    Bound,
+    Collective,
+    Cost,
+    Cycles,
+    Failure,
+    Loop,
+    Memory,
+    Program,
+    Row,
+    Run,
+    append_rows,
+    read_environment,
+    read_rows,
 )
-def test_other_files_are_refused(tmp_path, line, said):
+from capsjax.errors import DataError
+
+
+def row(cell="a", **fields):
+    return Row(cell=cell, workload="squash", parameters={"batch": 2}, target="cpu", **fields)
+
+
+WHOLE = row(
+    xla_flags=("--xla_a=1",),
+    stages={"compile": (1.5, 2.0)},
+    hlo=Program(
+        instructions=3,
+        loops=(Loop("while", None), Loop("while", 3)),
+        collectives={"all-reduce": Collective(2, 8)},
+        cost=Cost(1.0, 2.0, None),
+        cycles=Cycles(5.0, {"a.py:1": 5.0}, {"copy-start": 1.0}),
+    ),
+    memory=Memory(arguments=8, outputs=8),
+    run=Run(
+        median_seconds=0.2,
+        least_seconds=0.1,
+        most_seconds=0.3,
+        first_seconds=(1.0,),
+        medians=(0.2,),
+        calls=((0.1, 0.2, 0.3),),
+        roofline=Bound(flops_per_second=1e9, bytes_per_second=1e9, seconds=0.1, fraction=0.5),
+    ),
+    alternation=Alternation("b", 0.5),
+)
+
+
+def test_rows_come_back_as_they_were(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text(line + "\n")
-    with pytest.raises(RowError, match=said):
+    failed = row("b", status="failed", error=Failure("compile", "E", "no"))
+    append_rows(path, [WHOLE, failed])
+    assert read_rows(path) == [WHOLE, failed]
+    line = json.loads(path.read_text().splitlines()[0])
+    assert (line["schema"], line["version"]) == ("capsjax.bench", 1)
+
+
+@pytest.mark.parametrize("length", [4, 25, 300])
+def test_a_line_that_a_kill_cut_off_is_left_out_and_not_continued(tmp_path, length):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [row("a")])
+    whole = path.read_text()
+    path.write_text(whole + whole[:length])
+    assert [each.cell for each in read_rows(path)] == ["a"]
+    append_rows(path, [row("b")])
+    assert [each.cell for each in read_rows(path)] == ["a", "b"]
+
+
+HEADER = {"schema": "capsjax.bench", "version": 1}
+RUN = {**HEADER, "cell": "a", "workload": "squash", "parameters": {}, "target": "cpu"}
+DAMAGED = [
+    (b"hello", ":2 is not JSON"),
+    (b"\xff\xfe", ":2 is not JSON"),
+    (b"[1]", ":2 is not a row of capsjax.bench"),
+    (b'{"schema": "other"}', ":2 is not a row of capsjax.bench"),
+    (json.dumps({**HEADER, "version": 99}).encode(), ":2 is of version 99, this capsjax reads 1"),
+    (json.dumps(HEADER).encode(), ":2 .*missing required field `cell`"),
+    (json.dumps({**RUN, "stages": {"run": "fast"}}).encode(), ":2 .*Expected `array`"),
+    (json.dumps({**RUN, "status": "failed"}).encode(), ":2 .*status is 'failed'"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), DAMAGED, ids=[message for _, message in DAMAGED])
+def test_damaged_files_are_refused_with_the_number_of_the_line(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [row()])
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(DataError, match=message) as error:
         read_rows(path)
+    assert "\n" not in str(error.value)
 
 
 def test_numbers_that_json_does_not_know_are_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
-        append_row(tmp_path / "rows.jsonl", {"seconds": float("nan")})
+        append_rows(tmp_path / "rows.jsonl", [row(stages={"run": (float("nan"),)})])
 
 
 def test_the_environment_names_versions_and_machine():

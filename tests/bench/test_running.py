@@ -1,136 +1,312 @@
-"""Cells in fresh processes: what is cold and warm, what fails, what is kept, the page."""
+"""Cells in processes: cold and warm stages, failures, alternation, what is kept, the page."""
 
-import json
+import dataclasses
+import importlib
 import os
 import re
+import shutil
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from capsjax.bench import Plan, read_rows, run_cells, suite_cells, write_report
+from capsjax import routing
+from capsjax.bench import (
+    Cost,
+    Cycles,
+    Failure,
+    Plan,
+    Program,
+    Row,
+    append_rows,
+    read_rows,
+    run_benchmark,
+    run_cells,
+    suite_cells,
+    write_report,
+)
 from capsjax.bench.cells import make_cells, sweep
-from capsjax.bench.config import BenchConfig, BenchError
-from capsjax.bench.rows import RowError
-from capsjax.bench.running import remaining
+from capsjax.bench.command import select_cells
+from capsjax.bench.config import BenchConfig
+from capsjax.bench.processes import measure, roofline, runner
+from capsjax.bench.processes.roofline import Roofline
+from capsjax.bench.workloads.workload import JaxFunction
 from capsjax.cli import main
+from capsjax.errors import ConfigError, DataError
 
 CHROMIUM = Path("/usr/bin/chromium")
+ROOFLINE = Roofline(1e10, 1e10)
+CACHE = (
+    "jax_enable_compilation_cache",
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
+
+
+real_call = runner._call
+
+
+def without_roofline(function, *rest):
+    """Saves a process."""
+    return ROOFLINE if function is runner._measure_roofline else real_call(function, *rest)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Measures in the process of the test, which saves starting others."""
+
+    def call(function, argument, environment, timeout):
+        return ROOFLINE if function is runner._measure_roofline else function(argument)
+
+    monkeypatch.setattr(runner, "_call", call)
+    kept = {name: getattr(jax.config, name) for name in CACHE}
+    yield
+    for name, value in kept.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def importable(tmp_path, monkeypatch):
+    """Writes a module that this process and those that it starts can import."""
+
+    def write(name, text):
+        (tmp_path / f"{name}.py").write_text(text)
+        importlib.invalidate_caches()
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    return write
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Rows of a cell that works and of one whose function raises, two processes each."""
+    """Rows of a cell in two processes of its own."""
     folder = tmp_path_factory.mktemp("bench")
-    (folder / "broken_for_bench.py").write_text("def f(x):\n    raise ValueError('no such luck')\n")
-    cells = make_cells(sweep("squash", {"batch": [2]}), ["cpu"], ())
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-    sys.path.insert(0, str(folder))
-    try:
-        cells += make_cells([("broken_for_bench:f", {"shapes": "f32[3]"})], ["cpu"], ())
-        plan = Plan(
-            output=folder / "rows.jsonl",
-            repetitions=2,
-            run_seconds=0.05,
-            timeout=120,
-            hlo=folder / "hlo",
-        )
+    cells = make_cells(sweep("squash", {"batch": [2]}), ["cpu"])
+    plan = Plan(
+        output=folder / "rows.jsonl",
+        repetitions=2,
+        run_seconds=0.05,
+        timeout=120,
+        hlo=folder / "hlo",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_call", without_roofline)
         run_cells(cells, plan)
-    finally:
-        sys.path.remove(str(folder))
     return folder, cells, read_rows(plan.output)
 
 
 def test_stages_add_up_and_cold_is_cold(measured):
-    _, _, (row, _) = measured
-    assert row["status"] == "ok"
-    for number, wall in enumerate(row["wall_seconds"]):
+    (row,) = measured[2]
+    assert row.status == "ok"
+    for number, wall in enumerate(row.wall_seconds):
         # The program is read in the first process only.
-        stages = {name: v[number] for name, v in row["stages"].items() if number < len(v)}
-        assert sum(stages.values()) == pytest.approx(wall, abs=1e-3)
+        stages = {name: v[number] for name, v in row.stages.items() if number < len(v)}
+        assert sum(stages.values()) == pytest.approx(wall, abs=5e-3)
         assert min(stages.values()) >= 0
-    assert {"trace", "lower", "compile", "load", "run"} <= set(row["stages"])
-    assert row["cache"]["hits_cold"] == 0
-    assert row["cache"]["hits_warm"] == 1
-    assert row["cache"]["entries"] >= 1
-    assert len(row["stages"]["compile"]) == len(row["run"]["medians"]) == 2
-    assert row["run"]["roofline"]["fraction"] > 0
+    assert {"trace", "lower", "compile", "load", "run"} <= set(row.stages)
+    assert row.cache["hits_cold"] == 0
+    assert row.cache["hits_warm"] == 1
+    assert row.cache["entries"] >= 1
+    assert len(row.stages["compile"]) == len(row.run.medians) == 2
+    assert row.run.roofline.fraction > 0
 
 
-def test_what_fails_is_a_row_with_its_reason(measured):
-    *_, row = measured[2]
-    assert row["status"] == "failed"
-    assert row["error"] == {"stage": "trace", "type": "ValueError", "message": "no such luck"}
+def test_what_fails_is_a_row_with_its_reason(in_this_process, importable, tmp_path):
+    importable("broken_for_bench", "def f(x):\n    raise ValueError('no such luck')\n")
+    cells = make_cells([("broken_for_bench:f", {"shapes": "f32[3]"})], ["cpu"])
+    run_cells(cells, Plan(output=tmp_path / "rows.jsonl"))
+    (row,) = read_rows(tmp_path / "rows.jsonl")
+    assert (row.status, row.repetitions) == ("failed", 0)
+    assert dataclasses.astuple(row.error) == ("trace", "ValueError", "no such luck")
 
 
-def test_what_does_not_fit_into_memory_is_a_row_and_the_others_go_on(tmp_path):
-    plan = Plan(output=tmp_path / "rows.jsonl", repetitions=1, run_seconds=0.05, timeout=120)
-    run_cells(make_cells(sweep("squash", {"batch": [10**8, 2]}), ["cpu"], ()), plan)
+def test_a_process_that_dies_has_its_reason():
+    found = runner._call(signal.raise_signal, signal.SIGKILL, dict(os.environ), 60)
+    assert (found.stage, found.type) == ("process", "died")
+    assert "killed by SIGKILL" in found.message
+
+
+def test_a_process_that_takes_too_long_is_killed():
+    assert runner._call(time.sleep, 600, dict(os.environ), 0.1).type == "timeout"
+
+
+def test_the_roofline_is_measured(monkeypatch):
+    monkeypatch.setattr(roofline, "_SIDE", 64)
+    monkeypatch.setattr(roofline, "_NUMBERS", 2**16)
+    assert min(dataclasses.astuple(runner._measure_roofline("cpu"))) > 1e6
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_programs_of_another_compiler_have_rows_too(in_this_process, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "_PAUSE", 0.0)
+    sizes = {"batch": 1, "channels": 2, "out": 2, "size": 7}
+    plan = Plan(output=tmp_path / "rows.jsonl", repetitions=1, run_seconds=0.01)
+    run_cells(make_cells([("hotos_gcc", sizes)], ["cpu"]), plan)
+    (row,) = read_rows(plan.output)
+    assert row.command.startswith("gcc -O3 -fopenmp")
+    # 2 operations for each of 4^3 products, 3 x 3 positions of kernel and grid, 2 x 2 types.
+    assert row.hlo.cost.flops == 2 * 64 * 9 * 9 * 4
+    assert row.run.roofline.fraction > 0
+    assert set(row.stages) >= {"build", "compile", "run"}
+
+
+def test_what_does_not_fit_into_memory_is_a_row_and_the_others_go_on(in_this_process, tmp_path):
+    plan = Plan(output=tmp_path / "rows.jsonl", repetitions=1, run_seconds=0.05)
+    run_cells(make_cells(sweep("squash", {"batch": [10**8, 2]}), ["cpu"]), plan)
     too_large, fits = read_rows(plan.output)
-    assert too_large["error"]["type"] == "MemoryError"
-    message = too_large["error"]["message"]
+    assert too_large.error.type == "MemoryError"
+    message = too_large.error.message
     assert re.match(r"out of memory: needs 7[0-9.]+ GB, [0-9.]+ GB are free", message)
-    assert fits["status"] == "ok"
+    assert fits.status == "ok"
 
 
-def test_the_texts_that_were_judged_are_kept(measured):
-    folder, cells, (row, _) = measured
+def test_the_texts_that_were_read_are_kept(measured):
+    folder, cells, (row,) = measured
     name = cells[0].file_name
     assert (folder / "hlo" / f"{name}.hlo.txt").read_text().startswith("HloModule")
     assert "stablehlo" in (folder / "hlo" / f"{name}.stablehlo.mlir").read_text()
-    assert row["hlo"]["instructions"] > 1
+    assert row.hlo.instructions > 1
+
+
+@pytest.fixture
+def partial():
+    """The name of an algorithm with an implementation that no platform has."""
+
+    def function(votes, *, where=None):
+        return routing.Routed(votes.sum(-3), votes[..., 0, :, 0], None)
+
+    def fused(poses, weights, *, implementation):
+        if implementation == "blocked":
+            raise NotImplementedError("'blocked' is for toasters only")
+        return function(jnp.einsum("bik,ikjd->bijd", poses, weights))
+
+    record = routing.Algorithm(name="partial", function=function, paper="", fused=fused)
+    routing.register(record)
+    yield record.name
+    routing.unregister(record.name)
+
+
+def test_cells_that_differ_in_one_parameter_run_in_alternation(
+    in_this_process, partial, tmp_path, capsys
+):
+    output = tmp_path / "rows.jsonl"
+    settings = ["batch=2", "children=6", f"algorithm={partial}"]
+    compared = ["direction=forward,gradient", "implementation=blocked,reference,default"]
+    options = ["--alternate", "implementation", "--run-seconds", "0.01", "--output", str(output)]
+    main(["bench", "--workload", "routing", "--set", *settings, *compared, *options, "--no-report"])
+    rows = read_rows(output)
+    for blocked, reference, default in (rows[:3], rows[3:]):
+        assert blocked.error.message == "'blocked' is for toasters only"
+        assert blocked.alternation.ratio is None
+        # The base is the first that does not fail.
+        assert {row.alternation.base for row in (reference, default)} == {reference.cell}
+        assert (reference.alternation.ratio, reference.alternation.temporaries) == (1.0, 1.0)
+        pairs = zip(default.run.calls[0], reference.run.calls[0], strict=True)
+        ratios = sorted(a / b for a, b in pairs)
+        assert ratios[0] <= default.alternation.ratio <= ratios[-1]
+        assert default.cache["hits_cold"] == 0  # though it is the same program
+    out = capsys.readouterr().out
+    assert "toasters" in out
+    assert f"{1e3 * rows[1].run.median_seconds:.3f}" in out
+    assert "MB ratio" in out
+
+
+def test_all_values_are_compared_where_none_is_named():
+    cells = select_cells(BenchConfig(workload="hotos", alternate="formulation"))
+    formulations = ["einsum", "patches", "conv", "shifts"]
+    assert [dict(cell.parameters)["formulation"] for cell in cells] == formulations
+    with pytest.raises(ConfigError, match="'hotos' has no parameter 'colour', only formulation"):
+        select_cells(BenchConfig(workload="hotos", alternate="colour"))
+    with pytest.raises(ConfigError, match="--alternate: no two cells differ in 'colour' alone"):
+        select_cells(BenchConfig(suite="hotos", alternate="colour"))
+
+
+def estimated(total, without=()):
+    cycles = Cycles(total, {}, dict.fromkeys(without, 2.0))
+    hlo = Program(cost=Cost(1.0), cycles=cycles)
+    return Row(cell="a", workload="squash", parameters={}, target="v5e-1", hlo=hlo)
+
+
+def test_ratios_are_of_cycles_where_nothing_ran():
+    base = estimated(10.0, ["copy-start"])
+    assert runner._beside(estimated(5.0), base).ratio == 0.5
+    # Kernels have no estimate and must not count as nothing.
+    assert runner._beside(estimated(5.0, ["custom-call tpu_custom_call"]), base).ratio is None
+
+
+def test_a_donated_argument_is_replaced_by_the_result():
+    function = jax.jit(lambda state, x: (state + x, state.sum()), donate_argnums=0)
+    shape = jax.ShapeDtypeStruct((3,), jnp.float32)
+    make = lambda: (jnp.zeros(3), jnp.ones(3))  # noqa: E731
+    built = JaxFunction(function, (shape, shape), make, donated=True)
+    target = runner.parse_target("cpu")
+    call = measure._caller(built, function, target, measure.Measurement())()
+    assert [float(call()[1]) for _ in range(3)] == [0, 3, 6]
 
 
 def test_a_cut_off_run_goes_on_with_what_it_has(measured, tmp_path):
-    folder, cells, _ = measured
-    lines = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
-    cut = tmp_path / "cut.jsonl"
-    cut.write_text(lines[0] + lines[1][:40])
-    assert remaining(cells, cut) == cells[1:]
-    other = json.loads(lines[0])
-    other["base_environment"]["jax"] = "0.1"
-    cut.write_text(json.dumps(other) + "\n")
-    with pytest.raises(RowError, match=r"was measured with jax 0.1, here it is"):
-        remaining(cells, cut)
+    folder, cells, rows = measured
+    whole = (folder / "rows.jsonl").read_text()
+    plan = Plan(output=tmp_path / "cut.jsonl")
+    plan.output.write_text(whole + whole[:40])
+    more = [*cells, *make_cells(sweep("squash", {"batch": [3]}), ["cpu"])]
+    assert runner.remaining(more, plan) == more[1:]
+    # A group is measured as a whole.
+    assert runner.remaining(more, dataclasses.replace(plan, alternate="batch")) == more
+    there = {**rows[0].base_environment, "jax": "0.1"}
+    append_rows(plan.output, [dataclasses.replace(rows[0], base_environment=there)])
+    with pytest.raises(DataError, match=r"was measured with jax 0.1, here it is"):
+        runner.remaining(cells, plan)
 
 
-def test_killed_half_way_nothing_is_left_running(tmp_path):
-    output = tmp_path / "rows.jsonl"
-    code = "from capsjax.cli import main; main()"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "bench",
-        "--workload",
-        "squash",
-        "--set",
-        "batch=2,3",
-        "--repetitions",
-        "1",
-        "--run-seconds",
-        "0",
-        "--output",
-        str(output),
-    ]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=tmp_path,
-        start_new_session=True,
-    ) as process:
-        limit = time.monotonic() + 120
-        while not output.exists() and time.monotonic() < limit:
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=60)[0]
-    assert process.returncode != 0
-    assert f"--resume --output {output}" in said
+BLOCKING = """
+import os, pathlib, time
+
+def f(x):
+    pathlib.Path({marker!r}).write_text(str(os.getpid()))
+    time.sleep(600)
+"""
+
+
+def test_stopped_half_way_nothing_is_left_running(
+    measured, importable, tmp_path, monkeypatch, capsys
+):
+    marker, output = tmp_path / "marker", tmp_path / "rows.jsonl"
+    importable("blocking_for_bench", BLOCKING.format(marker=str(marker)))
+    output.write_text((measured[0] / "rows.jsonl").read_text())
+    monkeypatch.setattr(runner, "_call", without_roofline)
+
+    def interrupt():
+        while not (marker.exists() and marker.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        config = BenchConfig(
+            workload="blocking_for_bench:f",
+            shape=("f32[3]",),
+            output=output,
+            resume=True,
+            timeout=100,
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run_benchmark(config)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(marker.read_text()), 0)
+    assert f"--resume --output {output}" in capsys.readouterr().out
     assert len(read_rows(output)) == 1
 
 
@@ -139,22 +315,24 @@ def test_suites_and_options_that_do_not_go_together():
     assert suite_cells("pod", [])[0].key == "pmap_train_step preset=paper @ v5e-256"
     flags = suite_cells("hotos", ["cpu"], ["", "--xla_cpu_enable_fast_math=true"])
     assert len({cell.key for cell in flags}) == len(flags)
-    for options, said in (
+    for options, message in (
         ({"set": ("a=1",)}, "--set goes with --workload"),
         ({"resume": True}, "--resume needs --output"),
         ({"repetitions": 0}, "--repetitions must be at least 1, got 0"),
         ({"workload": "squash", "shape": ("f32[3]",)}, "--shape goes with --workload module"),
     ):
-        with pytest.raises(BenchError, match=said):
+        with pytest.raises(ConfigError, match=message):
             BenchConfig(**options)
-    with pytest.raises(BenchError, match="--set must be like iterations=1,3, got 'batch'"):
-        BenchConfig(workload="squash", set=("batch",)).cells()
+    with pytest.raises(ConfigError, match="--set must be like iterations=1,3, got 'batch'"):
+        select_cells(BenchConfig(workload="squash", set=("batch",)))
 
 
 def test_sets_of_flags_are_swept_though_they_begin_with_dashes(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     swept = []
-    monkeypatch.setattr("capsjax.cli.run_cells", lambda cells, plan, **_: swept.extend(cells))
+    monkeypatch.setattr(
+        "capsjax.bench.command.run_cells", lambda cells, plan, **_: swept.extend(cells)
+    )
     plan = tmp_path / "rows.jsonl"
     plan.write_text("")
     options = ["--resume", "--output", str(plan), "--workload", "squash", "--no-report"]
@@ -171,10 +349,10 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     there = tmp_path / "there.jsonl"
     there.write_text("")
-    for arguments, said in (
+    for arguments, message in (
         (["--workload", "rooting"], "workload must be one of"),
         (["--target", "v9-8"], "among v4"),
-        (["--output", str(there)], "is there already"),
+        (["--output", str(there)], "exists already"),
         (["--output", "none/rows.jsonl"], "no directory none"),
         (["--workload", "nowhere:f", "--shape", "f32[3]"], "No module named 'nowhere'"),
         (["nosuch"], "invalid choice 'nosuch'"),
@@ -184,27 +362,55 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
         assert done.value.code not in (0, None)
         error = capsys.readouterr().err
         assert len(error.strip().splitlines()) == 1
-        assert said in error
+        assert message in error
     assert list(tmp_path.iterdir()) == [there]
 
 
-def test_the_page_shows_the_numbers_without_a_network(measured, tmp_path):
+@pytest.fixture
+def page(measured, tmp_path):
+    """A page of a run, of a sweep, of an absent TPU and of a failure."""
+    rows = [*measured[2], estimated(2e6, ["copy-start"])]
+    rows += [
+        dataclasses.replace(
+            rows[0],
+            workload="routing",
+            parameters={"iterations": iterations},
+            cell=f"routing iterations={iterations} @ cpu",
+            stages={"compile": (0.25 * number,)},
+        )
+        for number, iterations in enumerate((1, 3, 5), 1)
+    ]
+    rows.append(
+        Row(
+            cell="failed @ cpu",
+            workload="squash",
+            parameters={},
+            target="cpu",
+            status="failed",
+            error=Failure("trace", "ValueError", "no such luck"),
+        )
+    )
+    path = tmp_path / "page.html"
+    write_report(rows, path, title="a title")
+    return path
+
+
+def test_the_page_shows_every_row(measured, page):
+    text = page.read_text()
+    for expected in (
+        "<h1>a title</h1>",
+        f"<td>{1e3 * measured[2][0].run.median_seconds:.3f}</td>",
+        "<td>2.000+</td>",
+        "trace: no such luck",
+        "copy-start (2 times)",
+    ):
+        assert expected in text, expected
+
+
+def test_the_page_draws_without_a_network(page):
     if not CHROMIUM.exists():
         pytest.skip(f"needs a browser, {CHROMIUM}")
     playwright = pytest.importorskip("playwright.sync_api")
-    rows = measured[2]
-    swept = []
-    for number, iterations in enumerate((1, 3, 5), 1):
-        row = json.loads(json.dumps(rows[0]))
-        row |= {
-            "workload": "routing",
-            "parameters": {"iterations": iterations},
-            "cell": f"routing iterations={iterations} @ cpu",
-        }
-        row["stages"]["compile"] = [0.25 * number]
-        swept.append(row)
-    page = tmp_path / "page.html"
-    write_report([*rows, *swept], page, title="a title")
     with playwright.sync_playwright() as driver:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
@@ -217,12 +423,9 @@ def test_the_page_shows_the_numbers_without_a_network(measured, tmp_path):
         drawn = opened.evaluate(
             "() => document.getElementById('figure-0').data.map(t => [[...t.x], [...t.y]])"
         )
-        table = opened.inner_text("#cells")
         width = opened.evaluate("() => document.documentElement.scrollWidth")
         browser.close()
     assert drawn == [[[1, 3, 5], [0.25, 0.5, 0.75]]]
-    assert "no such luck" in table
-    assert f"{1e3 * rows[0]['run']['median_seconds']:.3f}" in table
     assert errors == []
     assert all(url.startswith(("file:", "data:", "blob:")) for url in asked)
     assert width <= 390

@@ -1,13 +1,10 @@
-import json
-import os
-import subprocess
-import sys
+"""Programs in alternation: order, rounds, ratios of pairs."""
+
 import time
-from pathlib import Path
 
 import pytest
 
-from capsjax.bench import RoutingSizes, Times, alternate
+from capsjax.bench import Times, alternate
 
 
 def test_ratios_are_of_pairs():
@@ -30,55 +27,14 @@ def test_times_are_seconds():
     assert min(sleep.seconds) >= 0.02
 
 
+def test_rounds_end_with_the_time_but_not_before_three():
+    def count(seconds):
+        calls = {"sleep": lambda: time.sleep(0.01)}
+        return len(alternate(calls, rounds=6, seconds=seconds)["sleep"].seconds)
+
+    assert [count(0.0), count(60.0)] == [3, 6]
+
+
 def test_no_rounds_are_named():
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         alternate({}, rounds=0)
-    with pytest.raises(ValueError, match="children must be at least 1, got 0"):
-        RoutingSizes(children=0)
-
-
-def test_the_script_prints_a_table_and_writes_the_rows(tmp_path):
-    script = Path(__file__).parents[2] / "scripts" / "benchmark_routing.py"
-    command = [
-        sys.executable,
-        str(script),
-        "--batch",
-        "2",
-        "--children",
-        "32",
-        "--rounds",
-        "1",
-        "--json",
-        str(tmp_path / "rows.jsonl"),
-    ]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=180, check=True
-    )
-    assert "2 examples, 32 children of 8 to 10 parents of 16" in done.stdout
-    records = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert "pallas_tpu: implementation 'pallas_tpu' is for tpu only" in done.stdout
-    for record in records:
-        assert record["children"] == 32
-        if record["name"].startswith("pallas"):
-            assert "only, the program is compiled for cpu" in record["reason"]
-        else:
-            assert f"{1e3 * record['times']['seconds'][0]:.1f}" in done.stdout
-            assert record["ratio"] > 0
-    lost = subprocess.run(
-        [*command[:-1], str(tmp_path / "none" / "rows.jsonl")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert lost.returncode == 1
-    assert lost.stderr.splitlines() == [
-        f"benchmark_routing.py: error: --json: no directory {tmp_path / 'none'}"
-    ]
-    assert [record["name"] for record in records] == [
-        "reference",
-        "blocked",
-        "pallas_tpu",
-        "pallas_gpu",
-    ] * 2

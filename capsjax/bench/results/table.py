@@ -1,34 +1,44 @@
 """Rows on a terminal: a table that grows, a bar below it."""
 
 import math
-import statistics
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from capsjax.bench.cells import Cell
-from capsjax.bench.compare import Comparison, Ratio
-from capsjax.bench.rows import Row
+from capsjax.bench.results.columns import COLUMNS
+from capsjax.bench.results.comparison import TIMES, Comparison, Ratio
+from capsjax.bench.results.rows import Row
 
-_COLUMNS = ("trace", "lower", "compile", "load", "run ms", "instr.", "MB", "cycles")
+_STAGED = ("trace", "lower", "compile", "load", "run ms", "instr.", "MB", "Mcycles")
+_COMPARED = (
+    "compile",
+    "run ms",
+    "range ms",
+    "Mcycles",
+    "ratio",
+    "MB",
+    "MB ratio",
+    "GFLOP",
+    "GB",
+)
 
 
 def console() -> Console:
-    """Of the standard output; where that is a file there is no width to keep to."""
+    """The console of the standard output, which is wide where that is a file."""
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
 class Display:
-    """Shows rows while they come.
+    """Shows rows as they come.
 
     Args:
-      total: number of processes that will be started.
-      rows: that are there already.
+      total: number of cells that will be measured.
+      rows: from an earlier run.
     """
 
     def __init__(self, total: int, rows: Sequence[Row] = ()):
@@ -43,10 +53,9 @@ class Display:
         )
         self._task = self._progress.add_task("", total=total)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True)
-        self._started = -1
 
     def __enter__(self) -> "Display":
-        """Begins to show."""
+        """Starts the display."""
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -57,21 +66,18 @@ class Display:
             self._live.stop()
         self._console.print(rows_table(self._rows))
 
-    def start(self, cell: Cell, repetition: int) -> None:
+    def start(self, description: str) -> None:
         """A process begins."""
-        if cell.workload != "roofline":
-            self._started += 1
-        self._progress.update(self._task, completed=max(0, self._started), description=cell.key)
+        self._progress.update(self._task, description=description)
         self._refresh()
 
-    def row(self, row: Row, done: int) -> None:
-        """A cell is finished, and so many processes."""
+    def row(self, row: Row) -> None:
+        """A cell is finished."""
         self._rows.append(row)
-        self._started = done - 1
-        self._progress.update(self._task, completed=done)
+        self._progress.advance(self._task)
         if not self._console.is_terminal:
-            error = f": {row['error']['message']}" if row["error"] else ""
-            print(f"{row['status']:6} {row['cell']}{error}", flush=True)
+            error = f": {row.error.message}" if row.error else ""
+            print(f"{row.status:6} {row.cell}{error}", flush=True)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -83,28 +89,19 @@ class Display:
 
 def rows_table(rows: Sequence[Row]) -> Table:
     """A table of rows: medians over the repetitions."""
+    names = list(_COMPARED if any(row.alternation for row in rows) else _STAGED)
+    # Nothing runs on absent targets, and only their compilers estimate cycles.
+    names = [name for name in names if any(COLUMNS[name](row) for row in rows)]
     table = Table()
     table.add_column("seconds unless stated", overflow="fold")
-    for column in _COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        if row["status"] != "ok":
-            error = row["error"]
-            table.add_row(f"{row['cell']}\n[red]{error['stage']}: {error['message']}[/red]")
-            continue
-        stages = [_median(row["stages"].get(name)) for name in _COLUMNS[:4]]
-        run = (row.get("run") or {}).get("median_seconds")
-        hlo, memory = row.get("hlo") or {}, row.get("memory") or {}
-        cycles = hlo.get("cycles")
-        temporaries = memory.get("temporaries")
-        table.add_row(
-            row["cell"],
-            *stages,
-            "" if run is None else f"{1e3 * run:.2f}",
-            f"{hlo['instructions']:,}" if "instructions" in hlo else "",
-            "" if temporaries is None else f"{temporaries / 1e6:.1f}",
-            _cycles(cycles),
-        )
+        if row.error:
+            reason = escape(f"{row.error.stage}: {row.error.message}")
+            table.add_row(f"{escape(row.cell)}\n[red]{reason}[/red]")
+        else:
+            table.add_row(escape(row.cell), *(COLUMNS[name](row) for name in names))
     return table
 
 
@@ -131,7 +128,7 @@ def comparison_table(ratios: Sequence[Ratio], threshold: float) -> Table:
 
 
 def is_telling(ratio: Ratio) -> bool:
-    """Whether a ratio says that something has changed."""
+    """Whether a ratio shows a change."""
     if ratio.low is None or ratio.high is None:
         return False
     return not (ratio.low <= 1 <= ratio.high) and not math.isclose(ratio.ratio, 1, rel_tol=0.02)
@@ -152,17 +149,5 @@ def summary(comparison: Comparison, threshold: float) -> str:
     return "; ".join(parts)
 
 
-def _median(values: Any) -> str:
-    return f"{statistics.median(values):.3f}" if values else ""
-
-
-def _cycles(cycles: Any) -> str:
-    """Millions; with a plus where something is left out of them."""
-    if not cycles:
-        return ""
-    return f"{cycles['total'] / 1e6:.2f} M{'+' if cycles['without_estimate'] else ''}"
-
-
 def _value(ratio: Ratio, value: float) -> str:
-    times = ("trace", "lower", "compile", "load", "run")
-    return f"{value:.4f} s" if ratio.measure in times else f"{value:,.0f}"
+    return f"{value:.4f} s" if ratio.measure in TIMES else f"{value:,.0f}"

@@ -10,11 +10,14 @@ import re
 import site
 from collections import Counter
 from importlib import import_module
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
-from capsjax.bench.hlo import Computation, Instruction, Module, shape_bytes
+from capsjax.bench.programs.hlo import Computation, Instruction, Module, shape_bytes
+from capsjax.bench.programs.loops import Execution, executions, loops_in, trip_count
 
 _COLLECTIVES = {
     "all-reduce",
@@ -25,9 +28,10 @@ _COLLECTIVES = {
     "collective-permute",
     "collective-broadcast",
 }
+_Counts = np.ndarray[Any, np.dtype[np.float64]]
 # Custom calls that compute nothing.
 _FREE_CALLS = {"AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
-# What computes something, and has no estimate of the compiler's where it stands alone.
+# Opcodes that take time, and have no estimate of their own outside of fusions.
 _WORK = {
     "fusion",
     "custom-call",
@@ -49,11 +53,12 @@ _WORK = {
 }
 
 
-class Loop(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Loop:
     """A while loop.
 
     Attributes:
-      operation: of JAX that it comes from.
+      operation: the JAX operation that it comes from.
       trip_count: how often its body runs, or None if the compiled text does not tell.
     """
 
@@ -61,74 +66,85 @@ class Loop(NamedTuple):
     trip_count: int | None
 
 
-class Collective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Collective:
     """All communication of one kind.
 
     Attributes:
       executions: in one run of the program.
-      bytes: that each device hands in, over all of them.
+      bytes: that each device sends, in all executions together.
     """
 
     executions: float
     bytes: float
 
 
-class Cost(NamedTuple):
-    """By the cost model of XLA, of one device, with loops counted in full.
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """XLA's cost model of one device, with loops counted in full.
 
     Attributes:
       flops: floating-point operations other than transcendental functions; a multiplication with
         an addition is two.
       transcendentals: exponentials, logarithms, roots and the like.
-      bytes: read and written by all fusions and instructions, as if nothing stayed in a cache.
+      bytes: read and written by all fusions and instructions, as if nothing stayed in a cache; None
+        for programs of other compilers.
     """
 
     flops: float
-    transcendentals: float
-    bytes: float
-
-
-class Cycles(NamedTuple):
-    """What the TPU compiler estimates; other compilers estimate nothing.
-
-    Attributes:
-      total: sum of the estimates with loops counted in full.
-      by_source: the same by file and line, most first; what has no line is under ``""``.
-      without_estimate: executions by opcode that compute or communicate and have no estimate, so
-        that `total` does not hold them; custom calls by what they call.
-    """
-
-    total: float
-    by_source: dict[str, float]
-    without_estimate: dict[str, float]
+    transcendentals: float = 0.0
+    bytes: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """What the compiled text says.
+class Cycles:
+    """Estimates of the TPU compiler; other compilers estimate nothing.
 
     Attributes:
-      opcodes: number of instructions by opcode, those inside of fusions included.
-      fusions: number of fusions by kind.
-      loops: that are executed.
+      total: sum of the estimates with loops counted in full.
+      by_source: the same by file and line, largest first; instructions without a line are under
+        ``""``.
+      without_estimate: executions by opcode that compute or communicate and have no estimate, so
+        that they are not part of `total`; custom calls by their target.
+    """
+
+    total: float
+    by_source: dict[str, float] = dataclasses.field(default_factory=dict)
+    without_estimate: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether Pallas kernels are left out, which may be most of the work."""
+        return "custom-call tpu_custom_call" in self.without_estimate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What the compiled text says; None stands for what a compiler does not tell.
+
+    Attributes:
+      instructions: number of instructions, those inside of fusions included.
+      opcodes: the same by opcode.
+      fusion_count: number of fusions.
+      fusions: the same by kind.
+      loops: while loops that are executed.
+      is_complete: whether the trip counts of all loops are known, so that they are counted in full.
       collectives: by opcode.
-      custom_calls: executions by what is called, such as ``"__onednn$matmul"``.
+      custom_calls: executions by target, such as ``"__onednn$matmul"``.
       cost: None where this version of jaxlib does not give it.
       cycles: None where no instruction has an estimate.
     """
 
-    opcodes: dict[str, int]
-    fusions: dict[str, int]
-    loops: tuple[Loop, ...]
-    collectives: dict[str, Collective]
-    custom_calls: dict[str, float]
-    cost: Cost | None
-    cycles: Cycles | None
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the trip counts of all loops are known, so that they are counted in full."""
-        return all(loop.trip_count is not None for loop in self.loops)
+    instructions: int | None = None
+    opcodes: dict[str, int] = dataclasses.field(default_factory=dict)
+    fusion_count: int | None = None
+    fusions: dict[str, int] = dataclasses.field(default_factory=dict)
+    loops: tuple[Loop, ...] = ()
+    is_complete: bool = True
+    collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
+    custom_calls: dict[str, float] = dataclasses.field(default_factory=dict)
+    cost: Cost | None = None
+    cycles: Cycles | None = None
 
 
 def read_program(text: str) -> Program:
@@ -153,19 +169,26 @@ def read_program(text: str) -> Program:
       ([7], True)
     """
     module = Module(text)
-    executed = list(module.executions())
+    executed = list(executions(module))
+    loops = tuple(
+        Loop(each.operation, trip_count(module, each, part))
+        for each, part, _, _ in executed
+        if each.opcode == "while"
+    )
+    opcodes = module.opcodes()
+    fusions = Counter(each.attribute("kind") for each in _all(module, "fusion"))
     return Program(
-        opcodes=_sorted(module.opcodes()),
-        fusions=_sorted(Counter(e.attribute("kind") for e in _all(module, "fusion"))),
-        loops=tuple(Loop(*loop) for loop in module.loops()),
+        instructions=opcodes.total(),
+        opcodes=_sorted(opcodes),
+        fusion_count=fusions.total(),
+        fusions=_sorted(fusions),
+        loops=loops,
+        is_complete=all(loop.trip_count is not None for loop in loops),
         collectives=_collectives(executed),
         custom_calls=_custom_calls(executed),
         cost=_cost(module),
         cycles=_cycles(module, executed),
     )
-
-
-_Executed = list[tuple[Instruction, Computation, float, bool]]
 
 
 def _all(module: Module, opcode: str) -> list[Instruction]:
@@ -177,7 +200,7 @@ def _sorted(counts: Counter[str]) -> dict[str, Any]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _collectives(executed: _Executed) -> dict[str, Collective]:
+def _collectives(executed: list[Execution]) -> dict[str, Collective]:
     found: dict[str, Collective] = {}
     for each, part, times, _ in executed:
         opcode = each.opcode.removesuffix("-start")
@@ -189,7 +212,7 @@ def _collectives(executed: _Executed) -> dict[str, Collective]:
     return found
 
 
-def _custom_calls(executed: _Executed) -> dict[str, float]:
+def _custom_calls(executed: list[Execution]) -> dict[str, float]:
     calls = Counter[str]()
     for each, _, times, _ in executed:
         if each.opcode == "custom-call" and each.target not in _FREE_CALLS:
@@ -197,7 +220,7 @@ def _custom_calls(executed: _Executed) -> dict[str, float]:
     return _sorted(calls)
 
 
-def _cycles(module: Module, executed: _Executed) -> Cycles | None:
+def _cycles(module: Module, executed: list[Execution]) -> Cycles | None:
     total, by_source = 0.0, Counter[str]()
     missing = Counter[str]()
     for each, _, times, fused in executed:
@@ -224,14 +247,14 @@ def _works(each: Instruction) -> bool:
 
 
 def _short(source: str) -> str:
-    """A file's path from where it is installed, or from the working directory."""
+    """A file's path relative to where it is installed, or to the working directory."""
     for root in (*site.getsitepackages(), os.getcwd(), os.path.dirname(_PACKAGE)):
         if source.startswith(root + os.sep):
             return source[len(root) + 1 :]
     return source
 
 
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_PACKAGE = str(Path(__file__).parents[2])
 
 
 def _cost(module: Module) -> Cost | None:
@@ -245,40 +268,33 @@ def _cost(module: Module) -> Cost | None:
     except (ImportError, AttributeError):
         return None
     client = jax.devices("cpu")[0].client
-    known: dict[str, Cost] = {}
+    known: dict[str, _Counts] = {}
     headless = re.sub(r"^ENTRY ", "", module.text, flags=re.MULTILINE)
 
-    def once(name: str) -> Cost:
-        """The cost of a computation if it were the whole program: loops count once."""
+    def once(name: str) -> _Counts:
+        """The cost of a computation as if it were the whole program: loops count once."""
         if name not in known:
             entry = rf"^(%?{re.escape(name)} )"
             text = re.sub(entry, r"ENTRY \1", headless, count=1, flags=re.MULTILINE)
             # Without the layouts of the real entry's arguments.
             text = re.sub(r"^HloModule .*", "HloModule part", text, count=1)
             found = analyse(client, parse(text))
-            known[name] = Cost(
-                found.get("flops", 0),
-                found.get("transcendentals", 0),
-                found.get("bytes accessed", 0),
-            )
+            names = ("flops", "transcendentals", "bytes accessed")
+            known[name] = np.array([found.get(each, 0.0) for each in names])
         return known[name]
 
-    def full(part: Computation) -> Cost:
-        """The same with loops as often as they run; their bodies may hold loops again."""
+    def full(part: Computation) -> _Counts:
+        """The same with loops as often as they run; their bodies may have loops too."""
         total = once(part.name)
-        for loop, around in module.loops_in(part):
-            trips = module.trip_count(loop, around)
+        for loop, around in loops_in(module, part):
+            trips = trip_count(module, loop, around)
             often = 1 if trips is None else trips
             for role, times in (("body", often), ("condition", often + (trips is not None))):
                 called = module.computations[loop.called[role][0]]
-                total = _plus(_plus(total, full(called), times), once(called.name), -1)
+                total = total + times * full(called) - once(called.name)
         return total
 
     try:
-        return full(module.entry)
+        return Cost(*full(module.entry).tolist())
     except (jax.errors.JaxRuntimeError, ValueError):
         return None  # a text that this version's own parser does not read
-
-
-def _plus(a: Cost, b: Cost, times: float) -> Cost:
-    return Cost(*(x + times * y for x, y in zip(a, b, strict=True)))

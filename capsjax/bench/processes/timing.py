@@ -1,9 +1,10 @@
 """How capsjax measures time: programs in alternation, medians and ratios of pairs.
 
-A machine's speed drifts by more than programs differ: what is compared runs in turn, and the ratio
-is taken within each round.
+The speed of a machine drifts by more than programs differ: what is compared runs in turn, and the
+ratio is taken within each round.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,10 +14,10 @@ import jax
 
 
 class Times(NamedTuple):
-    """Times of one program, one of each round.
+    """Times of one program, one per round.
 
     Attributes:
-      seconds: wall-clock time of each call, its result computed.
+      seconds: wall time of each call, until its result is computed.
     """
 
     seconds: tuple[float, ...]
@@ -37,15 +38,21 @@ class Times(NamedTuple):
 
 
 def alternate(
-    programs: Mapping[str, Callable[[], Any]], *, rounds: int, pause: float = 0.0
+    programs: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    seconds: float = math.inf,
+    pause: float = 0.0,
 ) -> dict[str, Times]:
     """Calls programs in turn, after one call of each that is not counted.
 
     Args:
-      programs: calls by name; what they return is waited for.
+      programs: calls by name; their results are waited for.
       rounds: counted calls of each, at least 1.
-      pause: seconds to wait before each call, in which threads of the one before come to rest:
-        those of OpenMP spin for a while and take the next one's cores.
+      seconds: no further round begins when counted calls have taken this long together and there
+        were three rounds.
+      pause: seconds to wait before each call, in which the threads of the last program come to
+        rest: those of OpenMP spin for a while and take the next program's cores.
 
     Returns:
       :class:`Times` by name.
@@ -65,11 +72,13 @@ def alternate(
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     for program in programs.values():
         jax.block_until_ready(program())
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(rounds):
+    found: dict[str, list[float]] = {name: [] for name in programs}
+    for number in range(rounds):
+        if number >= 3 and sum(map(sum, found.values())) >= seconds:
+            break
         for name, program in programs.items():
             time.sleep(pause)
             start = time.perf_counter()
             jax.block_until_ready(program())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: Times(tuple(each)) for name, each in seconds.items()}
+            found[name].append(time.perf_counter() - start)
+    return {name: Times(tuple(each)) for name, each in found.items()}

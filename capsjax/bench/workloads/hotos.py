@@ -6,11 +6,15 @@
 ``V[n, o, x, y, i, j] = sum over c, u, v, k of P[n, c, 2x + u, 2y + v, i, k] W[c, o, u, v, k, j]``.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from capsjax.bench.workloads.workload import Direction, JaxFunction, directed, on_one_device
 
 STRIDE, KERNEL, POSE = 2, 3, 4
 _HIGHEST = lax.Precision.HIGHEST
@@ -79,7 +83,7 @@ def by_shifts(poses: jax.Array, weights: jax.Array) -> jax.Array:
     )
 
 
-FORMULATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+_FORMULATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "einsum": by_einsum,
     "patches": by_patches,
     "conv": by_convolution,
@@ -87,8 +91,26 @@ FORMULATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HotOS:
+    """The primitive with ``batch`` examples, from ``channels`` to ``out`` types of capsules."""
+
+    formulation: Literal["einsum", "patches", "conv", "shifts"] = "einsum"
+    direction: Direction = "forward"
+    batch: int = 8
+    channels: int = 32
+    out: int = 32
+    size: int = 15
+
+    def build(self, devices: Sequence[jax.Device]) -> JaxFunction:
+        """Makes the function."""
+        function = directed(_FORMULATIONS[self.formulation], self.direction)
+        sizes = shapes(self.batch, self.channels, self.out, self.size)
+        return on_one_device(function, devices, sizes, "float32")
+
+
 def _shifted(poses: jax.Array, u: int, v: int) -> jax.Array:
-    """What the kernel's place (u, v) sees, ``[n, c, x, y, i, k]``."""
+    """The poses under position (u, v) of the kernel, ``[n, c, x, y, i, k]``."""
     grid = [(size - KERNEL) // STRIDE + 1 for size in poses.shape[2:4]]
     rows = slice(u, u + STRIDE * (grid[0] - 1) + 1, STRIDE)
     columns = slice(v, v + STRIDE * (grid[1] - 1) + 1, STRIDE)
@@ -96,7 +118,7 @@ def _shifted(poses: jax.Array, u: int, v: int) -> jax.Array:
 
 
 def _windows(poses: jax.Array) -> jax.Array:
-    """What each place of the result sees, ``[n, c, x, y, u, v, i, k]``."""
+    """The receptive field of each position, ``[n, c, x, y, u, v, i, k]``."""
     seen = [_shifted(poses, u, v) for u in range(KERNEL) for v in range(KERNEL)]
     stacked = jnp.stack(seen, axis=4)
     return stacked.reshape(*stacked.shape[:4], KERNEL, KERNEL, *stacked.shape[5:])

@@ -1,4 +1,4 @@
-"""Two files of rows beside each other: ratios, and how sure they are."""
+"""Comparison of two files of rows: ratios with their intervals."""
 
 import math
 import statistics
@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from scipy import special
 
-from capsjax.bench.rows import Row
+from capsjax.bench.results.rows import Row
 
-# Times, of which there is one for each repetition; and what does not vary.
+# Times, one for each repetition; and counts, which do not vary.
 TIMES = ("trace", "lower", "compile", "load", "run")
 COUNTS = ("instructions", "fusions", "flops", "bytes", "temporaries", "cycles")
 
@@ -42,11 +42,11 @@ class Ratio(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What two files say of the cells that both hold.
+    """The cells of two files.
 
     Attributes:
-      ratios: of every cell and measure.
-      broken: cells that fail now and did not.
+      ratios: of every cell and measure that both have.
+      broken: cells that fail in the new file alone.
       only_old: cells that only the old file holds.
       only_new: cells that only the new file holds.
     """
@@ -72,10 +72,10 @@ def compare_rows(
       measures: what to compare.
 
     Example:
-      >>> from capsjax.bench import compare_rows
+      >>> from capsjax.bench import Row, compare_rows
       >>> def row(*seconds):
-      ...   return {"cell": "squash @ cpu", "workload": "squash", "parameters": {}, "target": "cpu",
-      ...           "xla_flags": [], "status": "ok", "stages": {"compile": seconds}}
+      ...   return Row(cell="squash @ cpu", workload="squash", parameters={}, target="cpu",
+      ...              stages={"compile": seconds})
       >>> comparison = compare_rows([row(1.0, 1.01, 0.99)], [row(2.0, 2.01, 1.99)])
       >>> [(r.measure, round(r.ratio, 2)) for r in comparison.worse(1.5)]
       [('compile', 2.0)]
@@ -89,9 +89,9 @@ def compare_rows(
     ratios, broken = [], []
     for name in olds.keys() & news.keys():
         a, b = olds[name], news[name]
-        if a["status"] == "ok" and b["status"] != "ok":
+        if a.status == "ok" and b.status != "ok":
             broken.append(name)
-        if a["status"] == b["status"] == "ok":
+        if a.status == b.status == "ok":
             ratios += [ratio for m in measures if (ratio := _ratio(name, m, a, b)) is not None]
     order = {key(row): number for number, row in enumerate(after)}
     ratios.sort(key=lambda ratio: order[ratio.cell])
@@ -103,22 +103,14 @@ def compare_rows(
     )
 
 
-def values(row: Row, measure: str) -> list[float]:
-    """The values of a measure in a row, one for each repetition; empty where there are none."""
+def values(row: Row, measure: str) -> Sequence[float]:
+    """The values of a measure, one for each repetition; empty where it was not measured."""
     if measure == "run":
-        return list((row.get("run") or {}).get("medians", []))
+        return row.run.medians if row.run else ()
     if measure in TIMES:
-        return list((row.get("stages") or {}).get(measure, []))
-    hlo, memory = row.get("hlo") or {}, row.get("memory") or {}
-    found = {
-        "instructions": hlo.get("instructions"),
-        "fusions": hlo.get("fusion_count"),
-        "flops": (hlo.get("cost") or {}).get("flops"),
-        "bytes": (hlo.get("cost") or {}).get("bytes"),
-        "temporaries": memory.get("temporaries"),
-        "cycles": (hlo.get("cycles") or {}).get("total"),
-    }[measure]
-    return [] if found is None else [float(found)]
+        return row.stages.get(measure, ())
+    count = row.counts[measure]
+    return () if count is None else (count,)
 
 
 def _ratio(cell: str, measure: str, a: Row, b: Row) -> Ratio | None:
@@ -153,8 +145,8 @@ def _interval(
 
 
 def _bare(row: Row) -> str:
-    return str(row["cell"]).removesuffix("".join(f" {flag}" for flag in row["xla_flags"]))
+    return row.cell.removesuffix("".join(f" {flag}" for flag in row.xla_flags))
 
 
 def _flagged(row: Row) -> str:
-    return str(row["cell"])
+    return row.cell

@@ -1,18 +1,20 @@
-"""What the machine can do at best, measured."""
+"""The peak speed of the machine, measured."""
 
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+
+from capsjax.bench.processes.timing import alternate
 
 _SIDE = 2048
 _NUMBERS = 2**25
 
 
-class Roofline(NamedTuple):
-    """Of one device.
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Peak speed of one device.
 
     Attributes:
       flops_per_second: of a float32 matrix product, 2048 by 2048, the best of several.
@@ -34,16 +36,6 @@ def measure_roofline(devices: Sequence[jax.Device]) -> Roofline:
         numbers = jnp.ones(_NUMBERS)
         product = jax.jit(lambda x: jnp.matmul(x, x, precision=jax.lax.Precision.HIGHEST))
         add = jax.jit(lambda x: x + 1)
-        return Roofline(
-            2 * _SIDE**3 / _best(product, matrix), 2 * numbers.nbytes / _best(add, numbers)
-        )
-
-
-def _best(function: Callable[[jax.Array], Any], argument: jax.Array) -> float:
-    jax.block_until_ready(function(argument))
-    seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        jax.block_until_ready(function(argument))
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        calls = {"product": lambda: product(matrix), "add": lambda: add(numbers)}
+        best = {name: times.spread[0] for name, times in alternate(calls, rounds=7).items()}
+    return Roofline(2 * _SIDE**3 / best["product"], 2 * numbers.nbytes / best["add"])

@@ -7,24 +7,23 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from capsjax.bench import append_row, compare_rows
+from capsjax.bench import Cost, Failure, Program, Row, append_rows, compare_rows
 from capsjax.cli import main
 
 
-def row(cell="squash @ cpu", compiled=(1.0, 1.1, 0.9), flops=100, flags=(), status="ok"):
-    return {
-        "cell": cell + "".join(f" {flag}" for flag in flags),
-        "workload": "squash",
-        "parameters": {},
-        "target": "cpu",
-        "xla_flags": list(flags),
-        "status": status,
-        "error": None if status == "ok" else {"stage": "compile", "type": "E", "message": "no"},
-        "stages": {"compile": list(compiled)},
-        "hlo": {"cost": {"flops": flops}},
-        "repetitions": len(compiled),
-        "base_environment": {},
-    }
+def row(cell="squash @ cpu", compiled=(1.0, 1.1, 0.9), flops=100.0, flags=(), failed=False):
+    return Row(
+        cell=cell + "".join(f" {flag}" for flag in flags),
+        workload="squash",
+        parameters={},
+        target="cpu",
+        xla_flags=tuple(flags),
+        status="failed" if failed else "ok",
+        error=Failure("compile", "E", "no") if failed else None,
+        stages={"compile": tuple(compiled)},
+        hlo=Program(cost=Cost(flops)),
+        repetitions=len(compiled),
+    )
 
 
 def ratios(old, new):
@@ -66,7 +65,7 @@ def test_cells_pair_across_flags_unless_flags_were_swept():
 def test_what_only_one_file_holds_and_what_fails_now():
     comparison = compare_rows(
         [row(), row("a @ cpu"), row("b @ cpu")],
-        [row(), row("a @ cpu", status="failed"), row("c @ cpu")],
+        [row(), row("a @ cpu", failed=True), row("c @ cpu")],
     )
     assert comparison.broken == ("a @ cpu",)
     assert comparison.only_old == ("b @ cpu",)
@@ -74,8 +73,7 @@ def test_what_only_one_file_holds_and_what_fails_now():
 
 
 def write(path, *rows):
-    for each in rows:
-        append_row(path, each)
+    append_rows(path, rows)
     return str(path)
 
 
@@ -90,7 +88,7 @@ def test_the_command_s_exit_code_tells(tmp_path, capsys):
     assert "worse" in capsys.readouterr().out
     main(["bench", "compare", old, slower, "--threshold", "3"])
     main(["bench", "compare", old, slower, "--measure", "flops"])
-    broken = write(tmp_path / "broken.jsonl", row(status="failed"))
+    broken = write(tmp_path / "broken.jsonl", row(failed=True))
     with pytest.raises(SystemExit) as done:
         main(["bench", "compare", old, broken])
     assert done.value.code == 1
@@ -104,7 +102,7 @@ def test_bad_files_are_one_line(tmp_path, capsys):
     text.write_text("hello\n")
     newer = tmp_path / "newer.jsonl"
     newer.write_text(json.dumps({"schema": "capsjax.bench", "version": 99}) + "\n")
-    for arguments, said in (
+    for arguments, message in (
         ([old, other], "have no cell in common"),
         ([old, str(text)], "text.jsonl"),
         ([old, str(newer)], "99"),
@@ -116,4 +114,4 @@ def test_bad_files_are_one_line(tmp_path, capsys):
         assert done.value.code != 0
         error = capsys.readouterr().err
         assert len(error.strip().splitlines()) == 1
-        assert re.search(said, error), error
+        assert re.search(message, error), error

@@ -1,4 +1,4 @@
-"""Rows as one HTML page that needs nothing else."""
+"""Rows as a self-contained HTML page."""
 
 import dataclasses
 import statistics
@@ -6,12 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from capsjax.bench.rows import Row
-from capsjax.bench.workloads import workloads
-
-
-class ReportError(RuntimeError):
-    """What the report is made with is not installed; the message is one line."""
+from capsjax.bench.results.columns import COLUMNS, NOTE, cycles_of
+from capsjax.bench.results.rows import Row
+from capsjax.bench.workloads import WORKLOADS
+from capsjax.errors import ConfigError
 
 
 def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench") -> None:
@@ -25,7 +23,7 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
       title: its heading.
 
     Raises:
-      ReportError: the extra ``bench`` is not installed.
+      ConfigError: the extra ``bench`` is not installed.
     """
     try:
         import jinja2
@@ -33,10 +31,10 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
         import plotly.io
         import plotly.offline
     except ImportError:
-        raise ReportError('the HTML report needs: pip install "capsjax[bench]"') from None
+        raise ConfigError('the HTML report needs: pip install "capsjax[bench]"') from None
     figures = []
     for number, (heading, note, traces, axes) in enumerate(_figures(rows)):
-        figure = go.Figure([_trace(go, trace) for trace in traces])
+        figure = go.Figure(traces)
         figure.update_layout(
             template="plotly_white",
             height=420,
@@ -61,11 +59,13 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    template = environment.get_template("report.html.jinja")
+    template = environment.get_template("page.html.jinja")
     text = template.render(
         title=title,
         plotly=plotly.offline.get_plotlyjs(),
         figures=figures,
+        note=NOTE,
+        columns=list(COLUMNS),
         rows=[_table_row(row) for row in rows],
         environments=_environments(rows),
         contributors=_contributors(rows),
@@ -74,7 +74,7 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
 
 
 def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any]], Any]]:
-    """Heading, note, traces and axes of each plot that there are rows for."""
+    """Heading, note, traces and axes of each plot that the rows have data for."""
     log, linear = {"type": "log"}, {"rangemode": "tozero"}
     compiled = _series(
         rows,
@@ -111,40 +111,40 @@ def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any
             memory,
             ("batch", "temporaries, MB", log, log),
         )
-    run = [row for row in rows if (row.get("run") or {}).get("roofline")]
-    if run:
-        ideal = [1e3 * row["run"]["roofline"]["seconds"] for row in run]
-        found = [1e3 * row["run"]["median_seconds"] for row in run]
+    bounds = [(row, row.run, row.run.roofline) for row in rows if row.run and row.run.roofline]
+    if bounds:
+        ideal = [1e3 * bound.seconds for _, _, bound in bounds]
+        found = [1e3 * run.median_seconds for _, run, _ in bounds]
         ends = [min(ideal + found), max(ideal + found)]
         yield (
             "Run time against the roofline",
             "The least time follows from a measured matrix product and a measured sum over memory;"
-            " on the line a program would be as fast. Above it, by how much it is slower. What"
-            " stays in a cache may lie below.",
+            " a program on the line would be as fast. Programs whose data stay in a cache may lie"
+            " below it.",
             [
                 {
                     "x": ideal,
                     "y": found,
                     "name": "cells",
                     "mode": "markers",
-                    "text": [row["cell"] for row in run],
+                    "text": [row.cell for row, _, _ in bounds],
                 },
                 {"x": ends, "y": ends, "name": "roofline", "mode": "lines"},
             ],
             ("least time, ms", "run, ms", log, log),
         )
-    cycles = [row for row in rows if _cycles(row)]
-    if cycles:
+    estimated = [(row.cell, cycles.total) for row in rows if (cycles := cycles_of(row))]
+    if estimated:
         yield (
-            "Cycles on TPUs that are not here",
+            "Cycles on absent TPUs",
             "The compiler's estimate for one device, loops counted in full; custom calls and"
             " collectives have no estimate and are not in it.",
             [
                 {
-                    "x": [row["cell"] for row in cycles],
-                    "y": [_cycles(row) for row in cycles],
+                    "x": [cell for cell, _ in estimated],
+                    "y": [total for _, total in estimated],
                     "name": "estimated cycles",
-                    "bar": True,
+                    "type": "bar",
                 }
             ],
             ("", "cycles", {}, linear),
@@ -160,18 +160,20 @@ def _series(
     fixed: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Traces of a measure over a parameter, one for each combination of others."""
-    kind = workloads()[workload]
+    kind = WORKLOADS[workload]
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     lines: dict[tuple[Any, ...], dict[Any, tuple[float, float, float]]] = {}
     others = [name for name in defaults if name != over]
     for row in rows:
-        if row["workload"] != workload or row["status"] != "ok":
+        if row.workload != workload or row.error:
             continue
-        parameters = {**defaults, **row["parameters"]}
+        parameters = {**defaults, **row.parameters}
         found = value(row)
-        if found is None or any(str(parameters[k]) != str(v) for k, v in (fixed or {}).items()):
+        if found is None or parameters[over] is None:
             continue
-        key = (*(str(parameters[name]) for name in others), row["target"], *row["xla_flags"])
+        if any(str(parameters[name]) != str(each) for name, each in (fixed or {}).items()):
+            continue
+        key = (*(str(parameters[name]) for name in others), row.target, *row.xla_flags)
         lines.setdefault(key, {})[int(parameters[over])] = found
     traces = []
     for key, points in sorted(lines.items()):
@@ -186,80 +188,38 @@ def _series(
                 "y": [points[i][0] for i in x],
                 "name": ", ".join(labels),
                 "mode": "lines+markers",
-                "more": [points[i][2] - points[i][0] for i in x],
-                "less": [points[i][0] - points[i][1] for i in x],
+                "error_y": {
+                    "type": "data",
+                    "array": [points[i][2] - points[i][0] for i in x],
+                    "arrayminus": [points[i][0] - points[i][1] for i in x],
+                },
             }
         )
     return traces
 
 
-def _trace(go: Any, trace: dict[str, Any]) -> Any:
-    if trace.get("bar"):
-        return go.Bar(x=trace["x"], y=trace["y"], name=trace["name"])
-    errors = None
-    if "more" in trace:
-        errors = {"type": "data", "array": trace["more"], "arrayminus": trace["less"]}
-    return go.Scatter(
-        x=trace["x"],
-        y=trace["y"],
-        name=trace["name"],
-        mode=trace["mode"],
-        text=trace.get("text"),
-        error_y=errors,
-    )
-
-
 def _median(row: Row, stage: str) -> tuple[float, float, float] | None:
-    values = row["stages"].get(stage)
+    values = row.stages.get(stage)
     return (statistics.median(values), min(values), max(values)) if values else None
 
 
 def _temporaries(row: Row) -> tuple[float, float, float] | None:
-    memory = row.get("memory")
-    return (memory["temporaries"] / 1e6,) * 3 if memory else None
-
-
-def _cycles(row: Row) -> float | None:
-    cycles = (row.get("hlo") or {}).get("cycles")
-    return cycles["total"] if cycles else None
+    if row.memory is None or row.memory.temporaries is None:
+        return None
+    return (row.memory.temporaries / 1e6,) * 3
 
 
 def _table_row(row: Row) -> dict[str, Any]:
-    """What the table shows, as text."""
-    if row["status"] != "ok":
-        error = row["error"]
-        return {"cell": row["cell"], "error": f"{error['stage']}: {error['message']}"}
-    stages, run = row["stages"], row.get("run") or {}
-    hlo, memory = row.get("hlo") or {}, row.get("memory") or {}
-    roofline, cost = run.get("roofline"), hlo.get("cost") or {}
-    collectives = (hlo.get("collectives") or {}).items()
-    shown = {name: f"{statistics.median(v):.3f}" for name, v in stages.items()}
-    return {
-        "cell": row["cell"],
-        "error": None,
-        **{name: shown.get(name, "") for name in ("trace", "lower", "compile", "load")},
-        "run": f"{1e3 * run['median_seconds']:.3f}" if run else "",
-        "fraction": f"{roofline['fraction']:.1%}" if roofline else "",
-        "instructions": f"{hlo['instructions']:,}" if "instructions" in hlo else "",
-        "fusions": f"{hlo['fusion_count']:,}" if "fusion_count" in hlo else "",
-        "loops": ", ".join(
-            "?" if loop["trip_count"] is None else str(loop["trip_count"])
-            for loop in hlo.get("loops", [])
-        ),
-        "gflop": f"{cost['flops'] / 1e9:.3f}" if cost else "",
-        "temporaries": f"{memory['temporaries'] / 1e6:.2f}" if "temporaries" in memory else "",
-        "collectives": ", ".join(
-            f"{c['executions']:g} {name} {c['bytes'] / 1e6:.2f} MB" for name, c in collectives
-        ),
-        "cycles": f"{_cycles(row):,.0f}" if _cycles(row) else "",
-    }
+    if row.error:
+        return {"cell": row.cell, "error": f"{row.error.stage}: {row.error.message}"}
+    return {"cell": row.cell, "error": None, "values": [text(row) for text in COLUMNS.values()]}
 
 
 def _environments(rows: Sequence[Row]) -> list[dict[str, str]]:
     """The environments of the rows, each once."""
     seen = []
     for row in rows:
-        values = {name: _shown(value) for name, value in row["base_environment"].items()}
+        values = {name: _shown(value) for name, value in row.base_environment.items()}
         if values not in seen:
             seen.append(values)
     return seen
@@ -273,17 +233,17 @@ def _contributors(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Where the cycles of absent TPUs go, by source line."""
     found = []
     for row in rows:
-        cycles = (row.get("hlo") or {}).get("cycles")
-        if cycles:
-            lines = list(cycles["by_source"].items())[:10]
-            total = cycles["total"]
+        if cycles := cycles_of(row):
+            lines = list(cycles.by_source.items())[:10]
+            missing = (f"{name} ({n:g} times)" for name, n in cycles.without_estimate.items())
             found.append(
                 {
-                    "cell": row["cell"],
-                    "lines": [(s or "no line", f"{c:,.0f}", f"{c / total:.1%}") for s, c in lines],
-                    "missing": ", ".join(
-                        f"{k} ({v:g} times)" for k, v in cycles["without_estimate"].items()
-                    ),
+                    "cell": row.cell,
+                    "lines": [
+                        (source or "no line", f"{each:,.0f}", f"{each / cycles.total:.1%}")
+                        for source, each in lines
+                    ],
+                    "missing": ", ".join(missing),
                 }
             )
     return found

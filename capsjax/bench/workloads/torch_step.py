@@ -1,6 +1,6 @@
 """A train step of the paper's network as it is usually written in PyTorch.
 
-What :mod:`capsjax.bench.step` compares with. Votes are stored, logits are updated in a Python loop,
+The peer of the workload ``train_step``. Votes are stored, logits are updated in a Python loop,
 and all gradients are PyTorch's own. Images are not shifted, which is in its favour.
 """
 

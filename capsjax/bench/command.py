@@ -1,0 +1,144 @@
+"""What ``capsjax bench`` and ``capsjax bench compare`` do."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from capsjax.bench.cells import Cell, groups, make_cells, suite_cells, sweep
+from capsjax.bench.config import BenchConfig, CompareConfig
+from capsjax.bench.processes.runner import Plan, check_targets, remaining, run_cells
+from capsjax.bench.results.comparison import COUNTS, TIMES, compare_rows
+from capsjax.bench.results.page import write_report
+from capsjax.bench.results.rows import Row, read_rows
+from capsjax.bench.workloads import choices, import_function
+from capsjax.errors import ConfigError
+
+
+def run_benchmark(config: BenchConfig) -> int:
+    """Measures cells, shows a table, and writes rows and a report.
+
+    Returns:
+      The exit code, 0; cells that fail are rows with their reason.
+
+    Raises:
+      ConfigError: an option is invalid, or this machine cannot serve a target.
+      DataError: the file to continue holds something else.
+    """
+    from capsjax.bench.results.table import Display
+
+    sys.path.insert(0, os.getcwd())  # where the user's own functions are
+    cells, plan = select_cells(config), make_plan(config)
+    rows = []
+    if plan.output.exists():
+        cells, rows = remaining(cells, plan), read_rows(plan.output)
+    check_targets(cells)
+    try:
+        with Display(len(cells), rows) as display:
+            run_cells(cells, plan, on_start=display.start, on_row=display.row)
+    except KeyboardInterrupt:
+        if plan.output.exists():
+            print(f"stopped; continue with the same options and: --resume --output {plan.output}")
+        raise
+    print(f"rows: {plan.output}")
+    rows = read_rows(plan.output)
+    if config.report and rows:
+        _report(rows, plan.output)
+    if failed := sum(row.status != "ok" for row in rows):
+        print(f"{failed} of {len(rows)} cells failed")
+    return 0
+
+
+def run_comparison(config: CompareConfig) -> int:
+    """Compares two files of rows and prints what changed.
+
+    Returns:
+      The exit code: 1 if a measure is worse than the threshold allows, or a cell fails now.
+
+    Raises:
+      ConfigError: a measure is unknown, or the files have no cell in common.
+      DataError: a file holds something else.
+    """
+    from capsjax.bench.results.table import comparison_table, console, is_telling, summary
+
+    known = (*TIMES, *COUNTS)
+    if unknown := set(config.measure).difference(known):
+        raise ConfigError(f"--measure must be among {', '.join(known)}, got {min(unknown)}")
+    measures = config.measure or known
+    comparison = compare_rows(read_rows(config.old), read_rows(config.new), measures=measures)
+    if not comparison.ratios and not comparison.broken:
+        raise ConfigError(f"{config.old} and {config.new} have no cell in common")
+    shown = [ratio for ratio in comparison.ratios if config.all or is_telling(ratio)]
+    if shown:
+        console().print(comparison_table(shown, config.threshold))
+    for cell in comparison.broken:
+        print(f"fails now: {cell}")
+    print(summary(comparison, config.threshold))
+    return int(bool(comparison.broken or comparison.worse(config.threshold)))
+
+
+def select_cells(config: BenchConfig) -> list[Cell]:
+    """Returns the cells that the options name.
+
+    Raises:
+      ConfigError: a name is unknown.
+    """
+    cells = _named_cells(config)
+    if config.alternate and len(groups(cells, config.alternate)) == len(cells):
+        raise ConfigError(f"--alternate: no two cells differ in {config.alternate!r} alone")
+    return cells
+
+
+def make_plan(config: BenchConfig) -> Plan:
+    """Returns how the cells are measured, and where the rows go.
+
+    Raises:
+      ConfigError: the file exists already, or its directory does not.
+    """
+    name = (config.workload or config.suite).replace(":", ".")
+    output = config.output or Path(f"bench-{name}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output: no directory {output.parent}")
+    if output.exists() and not config.resume:
+        raise ConfigError(f"--output: {output} exists already; --resume continues it")
+    if config.resume and not output.exists():
+        raise ConfigError(f"--resume: no file {output}")
+    few = config.alternate or (config.workload is None and config.suite in ("quick", "pod"))
+    return Plan(
+        output=output,
+        repetitions=config.repetitions or (1 if few else 3),
+        timeout=config.timeout,
+        run_seconds=config.run_seconds,
+        hlo=config.hlo,
+        alternate=config.alternate,
+    )
+
+
+def _named_cells(config: BenchConfig) -> list[Cell]:
+    if config.workload is None:
+        return suite_cells(config.suite, config.target, config.xla_flag)
+    settings = dict(map(_setting, config.set))
+    if ":" in config.workload:
+        import_function(config.workload)
+        settings["shapes"] = [" ".join(config.shape)]
+    elif config.alternate is not None and config.alternate not in settings:
+        settings[config.alternate] = list(choices(config.workload, config.alternate))
+    entries = sweep(config.workload, settings)
+    return make_cells(entries, config.target or ("cpu",), config.xla_flag)
+
+
+def _setting(text: str) -> tuple[str, list[str]]:
+    name, equals, values = text.partition("=")
+    if not equals or not values:
+        raise ConfigError(f"--set must be like iterations=1,3, got {text!r}")
+    return name.strip(), [value for value in values.split(",") if value]
+
+
+def _report(rows: list[Row], output: Path) -> None:
+    page = output.with_suffix(".html")
+    try:
+        write_report(rows, page, title=f"capsjax bench: {output.stem}")
+    except ConfigError as error:
+        print(error)
+    else:
+        print(f"report: {page}")

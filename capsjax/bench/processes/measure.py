@@ -1,0 +1,356 @@
+"""What one process measures: cells compiled one after the other, then run in alternation."""
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from capsjax.bench.cells import Cell
+from capsjax.bench.environment import read_environment
+from capsjax.bench.processes.timing import Times, alternate
+from capsjax.bench.programs.hlo import stablehlo_opcodes
+from capsjax.bench.programs.program import Cost, Program, read_program
+from capsjax.bench.results.rows import Failure, Memory
+from capsjax.bench.targets import Target, libtpu_lock, parse_target
+from capsjax.bench.workloads import make_workload
+from capsjax.bench.workloads.workload import JaxFunction, Peer
+
+_HIT = "/jax/compilation_cache/cache_hits"
+_TRACED = "/jax/core/compile/jaxpr_trace_duration"
+# Threads of OpenMP, which other compilers' programs use, spin for this long.
+_PAUSE = 0.3
+_MOST_ROUNDS = 100
+
+Call = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a process is asked to measure.
+
+    Attributes:
+      cells: of one target and one set of flags.
+      begun: when the process was started, by ``time.time()`` of the one that started it.
+      cache: a directory for persistent compilation caches.
+      analyse: whether compiled programs are read; once is enough.
+      run_seconds: about how long each program is run; 0 for not at all.
+      texts: directory for the texts of the programs; None if they are not kept.
+    """
+
+    cells: tuple[Cell, ...]
+    begun: float
+    cache: Path
+    analyse: bool = True
+    run_seconds: float = 1.0
+    texts: Path | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class Measurement:
+    """What one process found out about one cell; fields that were not reached keep their defaults.
+
+    Attributes:
+      stages: seconds by stage, in order.
+      error: why the cell failed.
+      ended: when all stages had ended, by ``time.time()``.
+      wall_seconds: from the start of the process to its end, seen from outside.
+      environment: of the process, see :class:`capsjax.bench.Environment`.
+      devices: number of devices that the program runs on.
+      device_kind: such as ``"TPU v5 lite"``.
+      cache: hits while compiling cold and warm, and the number of entries.
+      command: of another compiler.
+      stablehlo: operations by name.
+      program: what XLA compiled.
+      memory: of each device.
+      first_seconds: time of the first call.
+      times: of the calls that are counted.
+    """
+
+    stages: dict[str, float] = dataclasses.field(default_factory=dict)
+    error: Failure | None = None
+    ended: float = 0.0
+    wall_seconds: float = 0.0
+    environment: dict[str, Any] | None = None
+    devices: int | None = None
+    device_kind: str | None = None
+    cache: dict[str, int] | None = None
+    command: str | None = None
+    stablehlo: dict[str, int] | None = None
+    program: Program | None = None
+    memory: Memory | None = None
+    first_seconds: float | None = None
+    times: Times | None = None
+
+
+class _Program(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+      found: its measurement.
+      make_call: puts arguments on the device and returns a call without arguments.
+      pause: seconds to wait before each call of the programs beside it.
+    """
+
+    found: Measurement
+    make_call: Callable[[], Call]
+    pause: float = 0.0
+
+
+class _Clock:
+    """Divides the time of a process into stages without gaps."""
+
+    def __init__(self, begun: float):
+        self._last = begun
+        self._stage = ""
+
+    @contextlib.contextmanager
+    def stage(self, name: str, *measurements: Measurement) -> Iterator[None]:
+        """A stage of these measurements, which begins where the last one ended."""
+        self._stage = name
+        yield
+        seconds = self.skip()
+        for each in measurements:
+            each.stages[name] = each.stages.get(name, 0.0) + seconds
+
+    def skip(self) -> float:
+        """Ends what goes on, and returns its seconds."""
+        last, self._last = self._last, time.time()
+        return self._last - last
+
+    @contextlib.contextmanager
+    def failures(self, *measurements: Measurement) -> Iterator[None]:
+        """Keeps an exception, with its stage, as the error of these measurements."""
+        try:
+            yield
+        except Exception as error:
+            text = str(error).strip() or type(error).__name__
+            for each in measurements:
+                each.error = Failure(self._stage, type(error).__name__, text.splitlines()[0])
+
+
+def measure_cells(request: Request) -> list[Measurement]:
+    """Measures cells in this process; exceptions become errors of the cells."""
+    clock = _Clock(request.begun)
+    found = [Measurement() for _ in request.cells]
+    with clock.failures(*found):
+        with clock.stage("start", *found):
+            target = parse_target(request.cells[0].target)
+        with libtpu_lock() if target.platform == "tpu" else contextlib.nullcontext():
+            with clock.stage("devices", *found):
+                devices = target.devices()
+            programs = []
+            for cell, each in zip(request.cells, found, strict=True):
+                clock.skip()
+                with clock.failures(each):
+                    each.device_kind = devices[0].device_kind
+                    programs.append(_prepare(cell, request, target, devices, each, clock))
+            if request.run_seconds and not target.is_absent:
+                with clock.stage("run", *(each.found for each in programs)):
+                    _run(programs, request.run_seconds, clock)
+    with clock.stage("finish", *found):
+        environment = dataclasses.asdict(read_environment())
+    for each in found:
+        each.environment, each.ended = environment, time.time()
+    return found
+
+
+def _prepare(
+    cell: Cell,
+    request: Request,
+    target: Target,
+    devices: Sequence[jax.Device],
+    found: Measurement,
+    clock: _Clock,
+) -> _Program:
+    """Builds, compiles and reads the program of a cell."""
+    with clock.stage("build", found):
+        built = make_workload(cell.workload, dict(cell.parameters)).build(devices)
+    if isinstance(built, Peer):
+        return _Program(found, _compile_peer(built, found, clock), pause=_PAUSE)
+    lowered, compiled = _compile(built, target, request.cache, found, clock)
+    if request.analyse:
+        with clock.stage("analyse", found):
+            _analyse(lowered, compiled, request.texts and request.texts / cell.file_name, found)
+    return _Program(found, _caller(built, compiled, target, found))
+
+
+def _compile(
+    built: JaxFunction, target: Target, caches: Path, found: Measurement, clock: _Clock
+) -> tuple[Any, Any]:
+    """Traces, lowers and compiles with an empty cache, and loads from the cache."""
+    cache = _use_new_cache(caches)
+    jax.clear_caches()
+    found.devices = built.devices
+    if hasattr(built.function, "trace"):
+        with clock.stage("trace", found):
+            traced = built.function.trace(*built.arguments)
+        with clock.stage("lower", found):
+            lowered = traced.lower()
+    else:
+        # pmap traces and lowers in one call and reports each traced function; the outermost
+        # contains the others.
+        with clock.stage("lower", found), _durations(_TRACED) as seconds:
+            lowered = built.function.lower(*built.arguments)
+        found.stages["trace"] = max(seconds, default=0.0)
+        found.stages["lower"] -= found.stages["trace"]
+    with clock.stage("compile", found), _count(_HIT) as hits:
+        compiled = lowered.compile()
+    found.cache = {"hits_cold": hits[0], "entries": len(os.listdir(cache))}
+    if not target.is_absent:  # an executable for an absent TPU cannot be loaded
+        jax.clear_caches()
+        with clock.stage("lower_again", found):
+            again = built.function.lower(*built.arguments)
+        with clock.stage("load", found), _count(_HIT) as hits:
+            again.compile()
+        found.cache["hits_warm"] = hits[0]
+    return lowered, compiled
+
+
+def _compile_peer(peer: Peer, found: Measurement, clock: _Clock) -> Callable[[], Call]:
+    with clock.stage("compile", found):
+        call = peer.compile()
+    found.devices, found.command = 1, peer.command
+    if peer.flops is not None:
+        found.program = Program(cost=Cost(peer.flops))
+    if peer.argument_bytes is not None:
+        found.memory = Memory(arguments=peer.argument_bytes, outputs=0)
+    return lambda: call
+
+
+def _use_new_cache(caches: Path) -> str:
+    """Turns the persistent cache on in an empty directory: what follows is cold."""
+    folder = tempfile.mkdtemp(dir=caches)
+    compilation_cache.reset_cache()
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
+
+
+def _analyse(lowered: Any, compiled: Any, texts: Path | None, found: Measurement) -> None:
+    before, after = lowered.as_text(), compiled.as_text()
+    if texts is not None:
+        texts.parent.mkdir(parents=True, exist_ok=True)
+        texts.with_name(texts.name + ".stablehlo.mlir").write_text(before, encoding="utf-8")
+        texts.with_name(texts.name + ".hlo.txt").write_text(after, encoding="utf-8")
+    found.stablehlo = dict(stablehlo_opcodes(before).most_common())
+    found.program = read_program(after)
+    if memory := compiled.memory_analysis():
+        found.memory = Memory(
+            arguments=memory.argument_size_in_bytes,
+            outputs=memory.output_size_in_bytes,
+            aliased=memory.alias_size_in_bytes,
+            temporaries=memory.temp_size_in_bytes,
+            code=memory.generated_code_size_in_bytes,
+        )
+
+
+def _caller(
+    built: JaxFunction, compiled: Any, target: Target, found: Measurement
+) -> Callable[[], Call]:
+    """A function that puts the arguments on the device and returns a call of the program."""
+
+    def prepare() -> Call:
+        _check_memory(found.memory, target)
+        arguments = list(_arguments(built))
+
+        def call() -> Any:
+            result = compiled(*arguments)
+            if built.donated:
+                arguments[0] = result[0]
+            return result
+
+        return call
+
+    return prepare
+
+
+def _arguments(built: JaxFunction) -> tuple[Any, ...]:
+    """Arrays on the device: the workload's own, else small positive numbers and zeros."""
+    random = np.random.default_rng(0)
+
+    def make(shape: jax.ShapeDtypeStruct) -> Any:
+        if not jnp.issubdtype(shape.dtype, jnp.floating):
+            return np.zeros(shape.shape, shape.dtype)
+        return 0.1 * random.random(shape.shape, np.float32).astype(shape.dtype)
+
+    if built.make_arguments is not None:
+        values = jax.jit(built.make_arguments)()
+    else:
+        values = jax.tree.map(make, built.arguments)
+    return tuple(
+        jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), values, built.arguments)
+    )
+
+
+def _check_memory(memory: Memory | None, target: Target) -> None:
+    """Raises a MemoryError where the system would kill the process instead, or others."""
+    if memory is None or target.platform != "cpu":
+        return
+    needed = memory.arguments + memory.outputs + (memory.temporaries or 0)
+    needed *= target.count or 1
+    try:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return
+    if needed > available:
+        raise MemoryError(
+            f"out of memory: needs {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
+        )
+
+
+def _run(programs: Sequence[_Program], seconds: float, clock: _Clock) -> None:
+    """Times the first call of each program, and then all of them in alternation."""
+    calls: dict[str, Call] = {}
+    for number, (found, make_call, _) in enumerate(programs):
+        with clock.failures(found):
+            call = make_call()
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            found.first_seconds = time.perf_counter() - start
+            calls[str(number)] = call
+    pause = max((each.pause for each in programs), default=0.0)
+    times = alternate(calls, rounds=_MOST_ROUNDS, seconds=seconds * len(calls), pause=pause)
+    for name, each in times.items():
+        programs[int(name)].found.times = each
+
+
+@contextlib.contextmanager
+def _count(wanted: str) -> Iterator[list[int]]:
+    """Counts an event of jax."""
+    count = [0]
+
+    def listen(event: str, **_: Any) -> None:
+        count[0] += event == wanted
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield count
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+
+@contextlib.contextmanager
+def _durations(wanted: str) -> Iterator[list[float]]:
+    """Keeps the durations that jax reports for an event."""
+    seconds: list[float] = []
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == wanted:
+            seconds.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)

@@ -1,0 +1,1 @@
+"""What a compiled program consists of and costs, read from its text."""

@@ -1,0 +1,87 @@
+"""The measures of a row as text, which the table and the page show."""
+
+import statistics
+from collections.abc import Callable
+
+from capsjax.bench.programs.program import Cycles
+from capsjax.bench.results.rows import Row
+
+
+def cycles_of(row: Row) -> Cycles | None:
+    """The compiler's estimate, if it made one."""
+    return row.hlo.cycles if row.hlo else None
+
+
+def _stage(name: str) -> Callable[[Row], str]:
+    return lambda row: f"{statistics.median(row.stages[name]):.3f}" if name in row.stages else ""
+
+
+def _number(value: float | None, scale: float, digits: int) -> str:
+    return "" if value is None else f"{scale * value:,.{digits}f}"
+
+
+def _count(name: str, scale: float = 1.0, digits: int = 0) -> Callable[[Row], str]:
+    return lambda row: _number(row.counts[name], scale, digits)
+
+
+def _median(row: Row) -> str:
+    return _number(row.run.median_seconds, 1e3, 3) if row.run else ""
+
+
+def _range(row: Row) -> str:
+    if row.run is None:
+        return ""
+    return f"{1e3 * row.run.least_seconds:.3f}-{1e3 * row.run.most_seconds:.3f}"
+
+
+def _fraction(row: Row) -> str:
+    bound = row.run.roofline if row.run else None
+    return f"{bound.fraction:.1%}" if bound else ""
+
+
+def _loops(row: Row) -> str:
+    counts = [loop.trip_count for loop in row.hlo.loops] if row.hlo else []
+    return ", ".join("?" if count is None else str(count) for count in counts)
+
+
+def _collectives(row: Row) -> str:
+    kinds = row.hlo.collectives if row.hlo else {}
+    return ", ".join(
+        f"{each.executions:g} {name} {each.bytes / 1e6:.2f} MB" for name, each in kinds.items()
+    )
+
+
+def _cycles(row: Row) -> str:
+    """With a plus where instructions have no estimate."""
+    cycles = cycles_of(row)
+    if cycles is None:
+        return ""
+    return _number(cycles.total, 1e-6, 3) + "+" * bool(cycles.without_estimate)
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "trace": _stage("trace"),
+    "lower": _stage("lower"),
+    "compile": _stage("compile"),
+    "load": _stage("load"),
+    "run ms": _median,
+    "range ms": _range,
+    "ratio": lambda row: _number(row.alternation.ratio, 1, 3) if row.alternation else "",
+    "of roofline": _fraction,
+    "instr.": _count("instructions"),
+    "fusions": _count("fusions"),
+    "loop trips": _loops,
+    "GFLOP": _count("flops", 1e-9, 3),
+    "GB": _count("bytes", 1e-9, 3),
+    "MB": _count("temporaries", 1e-6, 2),
+    "MB ratio": lambda row: _number(row.alternation.temporaries, 1, 3) if row.alternation else "",
+    "collectives": _collectives,
+    "Mcycles": _cycles,
+}
+NOTE = (
+    "Stages in seconds: compiling is cold, loading is from the persistent cache; another compiler's"
+    " is all of its compilation. Ratios are to the first cell of a group that ran in alternation,"
+    " run times within each round. GFLOP, GB moved, MB of temporary memory and Mcycles are those of"
+    " one device, loops counted in full; Mcycles are the TPU compiler's estimate, with a plus where"
+    " custom calls, copies or collectives have none."
+)

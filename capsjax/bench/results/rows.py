@@ -1,0 +1,235 @@
+"""Rows of measurements in a file: JSON lines with a versioned schema."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from capsjax.bench.programs.program import Program
+from capsjax.errors import DataError
+
+SCHEMA = "capsjax.bench"
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why a cell has no result.
+
+    Attributes:
+      stage: in which it failed; ``"process"`` where the whole process did.
+      type: of the exception, or ``"timeout"`` or ``"died"``.
+      message: one line.
+    """
+
+    stage: str
+    type: str
+    message: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on each device by the compiler; None is what it does not tell."""
+
+    arguments: int
+    outputs: int
+    aliased: int | None = None
+    temporaries: int | None = None
+    code: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bound:
+    """The least time of a program on this machine.
+
+    Attributes:
+      flops_per_second: of a matrix product, measured.
+      bytes_per_second: of a sum over memory, measured.
+      seconds: the least time for the program's operations, arguments and results.
+      fraction: the least time divided by the measured one.
+    """
+
+    flops_per_second: float
+    bytes_per_second: float
+    seconds: float
+    fraction: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Run times over all processes, seconds.
+
+    Attributes:
+      median_seconds: over all calls.
+      least_seconds: the fastest call.
+      most_seconds: the slowest call.
+      first_seconds: the first call of each process, which is in none of the others.
+      medians: over the calls of each process.
+      calls: all, by process.
+      roofline: None for more than one device, or without a count of operations.
+    """
+
+    median_seconds: float
+    least_seconds: float
+    most_seconds: float
+    first_seconds: tuple[float, ...]
+    medians: tuple[float, ...]
+    calls: tuple[tuple[float, ...], ...]
+    roofline: Bound | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Alternation:
+    """A cell beside the base of its group, with which it was run in alternation.
+
+    Attributes:
+      base: key of the base.
+      ratio: of run times, the median of pairs of the same round; where nothing ran of estimated
+        cycles, if both are complete but for copies and collectives.
+      temporaries: ratio of temporary memory.
+    """
+
+    base: str
+    ratio: float | None = None
+    temporaries: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """The measurements of one cell. None, or empty, is what was not measured.
+
+    Attributes:
+      cell: key, see :class:`capsjax.bench.Cell`.
+      workload: its name.
+      parameters: those that were given.
+      target: its name.
+      xla_flags: of the cell.
+      status: ``"ok"`` or ``"failed"``.
+      error: why it failed.
+      repetitions: number of processes that succeeded.
+      time: UTC, when the last process had ended.
+      stages: seconds of each process by stage.
+      wall_seconds: of each process.
+      devices: number of devices that the program runs on.
+      device_kind: such as ``"TPU v5 lite"``.
+      cache: hits of the persistent cache while compiling, cold and warm.
+      command: of a compiler other than XLA.
+      stablehlo: operations by name.
+      hlo: the compiled program.
+      memory: of each device.
+      run: run times, on targets of this machine.
+      alternation: the ratio to the base, where cells were run in alternation.
+      environment: of the processes.
+      base_environment: of the process that started them.
+    """
+
+    cell: str
+    workload: str
+    parameters: dict[str, Any]
+    target: str
+    xla_flags: tuple[str, ...] = ()
+    status: Literal["ok", "failed"] = "ok"
+    error: Failure | None = None
+    repetitions: int = 0
+    time: str = ""
+    stages: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    wall_seconds: tuple[float, ...] = ()
+    devices: int | None = None
+    device_kind: str | None = None
+    cache: dict[str, int] | None = None
+    command: str | None = None
+    stablehlo: dict[str, Any] | None = None
+    hlo: Program | None = None
+    memory: Memory | None = None
+    run: Run | None = None
+    alternation: Alternation | None = None
+    environment: dict[str, Any] | None = None
+    base_environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks that a failure has a reason."""
+        if (self.status == "failed") != (self.error is not None):
+            raise ValueError(f"status is {self.status!r}, error is {self.error}")
+
+    @property
+    def counts(self) -> dict[str, float | None]:
+        """What the compiler alone decides, as numbers."""
+        hlo = self.hlo or Program()
+        return {
+            "instructions": hlo.instructions,
+            "fusions": hlo.fusion_count,
+            "flops": hlo.cost.flops if hlo.cost else None,
+            "bytes": hlo.cost.bytes if hlo.cost else None,
+            "temporaries": self.memory.temporaries if self.memory else None,
+            "cycles": hlo.cycles.total if hlo.cycles else None,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    schema: str | None = None
+    version: int | None = None
+
+
+def append_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Appends rows to a file in one write, and waits for the disk.
+
+    Args:
+      path: of the file, which is created if it is missing.
+      rows: each becomes a line with the name and the version of the schema.
+
+    Raises:
+      ValueError: a number is not finite.
+      OSError: the file cannot be written.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from capsjax.bench import Row, append_rows, read_rows
+      >>> row = Row(cell="squash @ cpu", workload="squash", parameters={}, target="cpu")
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...   path = pathlib.Path(folder, "rows.jsonl")
+      ...   append_rows(path, [row])
+      ...   read_rows(path)[0].workload
+      'squash'
+    """
+    header = {"schema": SCHEMA, "version": VERSION}
+    lines = [json.dumps(header | dataclasses.asdict(row), allow_nan=False) for row in rows]
+    # A killed process may have left a line without its end.
+    broken = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * broken + "".join(f"{line}\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Reads the rows of a file; a line that was cut off by a kill is left out.
+
+    Raises:
+      DataError: a line is not a row, or of an unknown version; the message has its number.
+      OSError: the file cannot be read.
+    """
+    # Only here: measuring does without it.
+    import msgspec
+
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            header = msgspec.json.decode(line, type=_Header)
+            if header.schema != SCHEMA:
+                raise DataError(f"{path}:{number} is not a row of {SCHEMA}")
+            if header.version != VERSION:
+                raise DataError(
+                    f"{path}:{number} is of version {header.version}, this capsjax reads {VERSION}"
+                )
+            rows.append(msgspec.json.decode(line, type=Row))
+        except msgspec.ValidationError as error:
+            raise DataError(f"{path}:{number} is not a row of {SCHEMA}: {error}") from None
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            if not line.startswith(b'{"schema"'[: len(line)]):
+                raise DataError(f"{path}:{number} is not JSON") from None
+    return rows

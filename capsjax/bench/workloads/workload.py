@@ -1,0 +1,85 @@
+"""What a workload is: parameters, and the function and argument shapes that they make."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+Direction = Literal["forward", "gradient"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class JaxFunction(NamedTuple):
+    """A function for XLA to compile.
+
+    Attributes:
+      function: what ``jax.jit`` or ``jax.pmap`` returns.
+      arguments: shapes of its arguments, with their shardings.
+      make_arguments: makes arguments of these shapes; None for random numbers.
+      donated: whether the first argument is donated. The first result then replaces it in the next
+        call.
+      devices: number of devices that the program runs on.
+    """
+
+    function: Any
+    arguments: tuple[Any, ...]
+    make_arguments: Callable[[], tuple[Any, ...]] | None = None
+    donated: bool = False
+    devices: int = 1
+
+
+class Peer(NamedTuple):
+    """A program of another compiler, to compare with.
+
+    Attributes:
+      compile: compiles it, and returns a call without arguments.
+      flops: floating-point operations of a call, or None if they are not counted.
+      argument_bytes: size of its arguments, or None if it is not known.
+      command: the compiler's command line, if there is one.
+    """
+
+    compile: Callable[[], Callable[[], Any]]
+    flops: float | None = None
+    argument_bytes: int | None = None
+    command: str | None = None
+
+
+class Workload(Protocol):
+    """A frozen dataclass whose fields are the parameters."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def build(self, devices: Sequence[jax.Device]) -> JaxFunction | Peer:
+        """Makes the function for these devices; most workloads use the first alone."""
+        ...
+
+
+def directed(function: Callable[..., Any], direction: Direction) -> Callable[..., Any]:
+    """The function, or the function with the gradients of all arguments for a cotangent of 1."""
+    if direction == "forward":
+        return function
+
+    def gradient(*arguments: jax.Array) -> Any:
+        result, pull_back = jax.vjp(function, *arguments)
+        return result, pull_back(jnp.ones_like(result))
+
+    return gradient
+
+
+def on_one_device(
+    function: Callable[..., Any],
+    devices: Sequence[jax.Device],
+    shapes: Sequence[tuple[int, ...]],
+    dtype: str,
+) -> JaxFunction:
+    """A jitted function of arrays on the first device."""
+    arguments = tuple(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes)
+    return JaxFunction(jax.jit(function), placed(arguments, devices[0]))
+
+
+def placed(tree: Any, device: jax.Device) -> Any:
+    """The same shapes on a device, which may be absent."""
+    sharding = SingleDeviceSharding(device)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
