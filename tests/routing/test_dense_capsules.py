@@ -19,11 +19,13 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.test_util import check_grads
 
 from capsjax import dense_capsules, dense_votes
+from capsjax.bench import CAPSULE_SIZES
 from capsjax.routing.fused import Implementation
 from capsjax.routing.fused.blocked import Blocks
 from capsjax.routing.fused.lanes import Lanes
 
 CHILDREN, IN_FEATURES, PARENTS, FEATURES = 35, 3, 4, 5
+PAPER = CAPSULE_SIZES["paper"].batch, CAPSULE_SIZES["paper"].layer
 # Those that store no votes.
 FAST = tuple(name for name in get_args(Implementation) if name != "reference")
 
@@ -87,8 +89,18 @@ def test_is_what_the_equations_say(implementation, num_iterations):
             np.testing.assert_allclose(routed.coupling[n], coupling, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", CAPSULE_SIZES)
+def test_implementations_agree_at_the_benchmarked_sizes(name):
+    sizes = CAPSULE_SIZES[name].reduced()
+    poses, weights = arguments(sizes.batch, shape=tuple(sizes.layer))
+    expected = with_gradients("reference", poses, weights)
+    for implementation in FAST:
+        got = with_gradients(implementation, poses, weights)
+        assert_same(got, expected, "float32", terms=sizes.children * sizes.in_features)
+
+
 @pytest.mark.parametrize("implementation", FAST)
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
     leading=st.lists(st.integers(1, 3), max_size=2),
     sizes=st.tuples(
@@ -239,12 +251,12 @@ def test_what_is_named_is_what_runs(platform):
 @pytest.mark.parametrize(
     ("batch", "sizes", "platform", "stored"),
     [
-        (128, (1152, 8, 10, 16), "cpu", False),
-        (128, (1152, 8, 10, 16), "tpu", False),
-        (128, (1152, 8, 10, 16), "cuda", True),
-        (128, (1152, 8, 100, 16), "cuda", False),
-        (2, (1152, 8, 10, 16), "cpu", True),  # few votes
-        (2, (1152, 8, 10, 16), "tpu", True),
+        (*PAPER, "cpu", False),
+        (*PAPER, "tpu", False),
+        (*PAPER, "cuda", True),
+        (128, CAPSULE_SIZES["many_parents"].layer, "cuda", False),
+        (2, PAPER[1], "cpu", True),  # few votes
+        (2, PAPER[1], "tpu", True),
         (128, (196, 192, 10, 16), "cpu", True),  # votes smaller than poses
         (128, (196, 192, 10, 16), "tpu", False),
     ],
@@ -260,8 +272,7 @@ def test_the_program_does_not_grow_with_the_iterations():
 
 
 def test_memory_of_the_paper_s_capsules():
-    sizes, batch = (1152, 8, 10, 16), 128
-    assert temporary("blocked", batch, sizes) <= 0.08 * temporary("reference", batch, sizes)
+    assert temporary("blocked", *PAPER) <= 0.08 * temporary("reference", *PAPER)
 
 
 def test_under_vmap_the_default_needs_no_more_memory_than_the_reference():
