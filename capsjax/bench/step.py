@@ -15,9 +15,9 @@ from flax import nnx
 from capsjax import models
 from capsjax.bench.measurement import Measurement, compile_for, timed
 from capsjax.bench.targets import parse_target
+from capsjax.data import Batch, Sampler, Shifted
 from capsjax.routing.fused import Implementation
 from capsjax.training import (
-    Batch,
     init_state,
     make_train_step,
     paper_loss,
@@ -104,7 +104,12 @@ def _step(sizes: StepSizes, implementation: Implementation | None) -> tuple[Any,
     )
     apply, variables = split_network(network)
     optimizer = paper_optimizer()
-    step = make_train_step(apply, optimizer, paper_loss, num_classes=10)
+    train_step = make_train_step(apply, optimizer, paper_loss)
+    sampler, all_of_them = Sampler(Shifted(), num_classes=10), jnp.arange(sizes.batch)
+
+    def step(state: Any, batch: Batch, key: jax.Array) -> Any:
+        return train_step(state, sampler.train(batch, key, all_of_them, indices=all_of_them))
+
     return step, init_state(variables, optimizer)
 
 

@@ -453,20 +453,21 @@ def _abstract_network(preset: str, implementation: str, dtype: str) -> Any:
 
 def _train_step(workload: TrainingStep | PmappedTrainingStep, axis_name: str | None) -> Any:
     """The step, and the shapes of its state, batch and key."""
-    from capsjax.training import Batch, init_state, make_train_step, paper_optimizer, split_network
+    from capsjax.data import Batch, Sampler, Shifted
+    from capsjax.training import init_state, make_train_step, paper_optimizer, split_network
     from capsjax.training.objectives import LOSSES, choose_loss
 
     network = _abstract_network(workload.preset, workload.implementation, workload.dtype)
     apply, variables = split_network(network)
     config, optimizer = network.config, paper_optimizer()
-    step = make_train_step(
-        apply,
-        optimizer,
-        LOSSES[choose_loss(None, workload.preset, config)],
-        num_classes=config.num_classes,
-        max_shift=2,
-        axis_name=axis_name,
-    )
+    objective = LOSSES[choose_loss(None, workload.preset, config)]
+    train_step = make_train_step(apply, optimizer, objective, axis_name=axis_name)
+    sampler, indices = Sampler(Shifted(), config.num_classes), jnp.arange(workload.batch)
+
+    def step(state: Any, batch: Batch, key: jax.Array) -> Any:
+        first = 0 if axis_name is None else lax.axis_index(axis_name) * workload.batch
+        return train_step(state, sampler.train(batch, key, first + indices, indices))
+
     state = jax.eval_shape(lambda variables: init_state(variables, optimizer), variables)
     images = jax.ShapeDtypeStruct((workload.batch, *config.image_shape), jnp.uint8)
     labels = jax.ShapeDtypeStruct((workload.batch,), jnp.int32)

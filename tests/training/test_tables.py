@@ -8,13 +8,13 @@ import sys
 import jax
 import numpy as np
 import pytest
+from capsjax.training.recipes import TABLES, Recipe
+from capsjax.training.tables import ReproduceConfig, Results, ensemble_error, markdown
+from capsjax.training.trials import Trials
 
 from capsjax import models
 from capsjax.data import Dataset, Pairs, Placed, Split, save_npz, source_of
 from capsjax.training import ConfigError, TrainConfig, reproduce, train
-from capsjax.training.recipes import TABLES, Recipe
-from capsjax.training.tables import ReproduceConfig, Results, ensemble_error, markdown
-from capsjax.training.trials import Trials
 
 from .test_loop import parameters
 from .test_tasks import made
