@@ -23,17 +23,16 @@ from capsjax.bench.rows import Row
 from capsjax.bench.running import run_cells
 from capsjax.bench.workloads import WorkloadError
 from capsjax.data import DataError
+from capsjax.reproduce import ReproduceConfig, reproduce
 from capsjax.training import (
     CheckpointError,
     ConfigError,
     DivergedError,
     EvaluateConfig,
     Evaluation,
-    ReproduceConfig,
     Result,
     TrainConfig,
     evaluate,
-    reproduce,
     train,
 )
 from capsjax.training.run_directory import RunDirectory
@@ -125,9 +124,6 @@ def reproduce_main(prog: str = "reproduce.py", argv: Sequence[str] | None = None
     )
 
     def command() -> None:
-        if config.list:
-            print("\n\n".join(map(str, config.recipes())))
-            return
         for row in reproduce(config):
             print(f"{row.title}, {row.dataset}, {row.steps:,} steps: error {row.text} %")
 

@@ -118,9 +118,7 @@ def train_seeds(
     directories = [RunDirectory(_run_dir(each)) for each in configs]
     resumed = [directory.read_config() for directory in directories] if config.resume else []
     for each, before in zip(configs, resumed, strict=False):
-        each.check_resumes(before.train)
-        if model is not None and model != before.model:
-            raise ConfigError(f"the run in {each.run_dir} is of another network: {before.model}")
+        check_same_run(each, model, before)
         model = before.model
     if not config.resume:
         for directory in directories:
@@ -236,6 +234,15 @@ def set_up(configs: Sequence[TrainConfig], model: models.ModelConfig, dataset: D
         total_steps=config.steps or config.epochs * steps_per_epoch,
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(variables.params)),
     )
+
+
+def check_same_run(
+    config: TrainConfig, model: models.ModelConfig | None, before: RunConfig
+) -> None:
+    """Raises a ConfigError unless options, and the network if any, are those of a run."""
+    config.check_resumes(before.train)
+    if model is not None and model != before.model:
+        raise ConfigError(f"the run in {config.run_dir} is of another network: {before.model}")
 
 
 def _write_results(run: Run, progress: Progress, results: Sequence[Result]) -> None:
