@@ -139,7 +139,7 @@ class Pmap(Driver):
         return total
 
 
-_DRIVERS: dict[str, type[Driver]] = {"pmap": Pmap, "shard": Shard, "jit": Jit}
+_DRIVERS: dict[str, type[Driver]] = {"pmap": Pmap, "jit": Jit, "shard": Shard}
 
 if TYPE_CHECKING:
     DriverName = str
@@ -153,7 +153,7 @@ def make_driver(
     """Makes a driver.
 
     Args:
-      name: ``"pmap"``, ``"shard"`` or ``"jit"``.
+      name: ``"pmap"``, ``"jit"`` or ``"shard"``.
       batch_size: examples in the whole batch, which must be divisible among the devices; not
         checked when None.
       devices: the devices to use; all of them, or the first for ``"jit"``, when None.
