@@ -102,7 +102,7 @@ def evaluate(config: EvaluateConfig, *, dataset: Dataset | None = None) -> Evalu
 def predict_test(
     config: EvaluateConfig, *, dataset: Dataset | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Predicts a whole test set with a run's checkpoint, on one device.
+    """Predicts a whole test set with a run's checkpoint, one batch after the other.
 
     Args:
       config: the options.
@@ -118,13 +118,17 @@ def predict_test(
     examples = opened.driver.replicate(as_batch(opened.test))
 
     @jax.jit
-    def predict(numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def predict(
+        variables: Variables, examples: Batch, numbers: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         sample = opened.sampler.test(examples, numbers)
-        return opened.apply(opened.variables, sample.images)[0].scores, sample.labels
+        return opened.apply(variables, sample.images)[0].scores, sample.labels
 
-    last, size = opened.number - 1, opened.batch_size
+    size, last = opened.batch_size, opened.number - 1
     batches = [
-        jax.device_get(predict(jnp.minimum(first + jnp.arange(size), last)))
+        jax.device_get(
+            predict(opened.variables, examples, np.minimum(first + np.arange(size), last))
+        )
         for first in range(0, opened.number, size)
     ]
     scores, labels = map(np.concatenate, zip(*batches, strict=True))

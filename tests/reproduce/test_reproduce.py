@@ -1,6 +1,5 @@
 """Tables: every seed is an ordinary run, finished ones are listed, interrupted ones go on."""
 
-import contextlib
 import dataclasses
 import json
 import signal
@@ -83,7 +82,7 @@ def test_a_table_is_filled_row_by_row_and_seed_by_seed(filled, tmp_path):
         ("two", 2, 12),
     ]
     text = (tmp_path / "small-12-float32.md").read_text()
-    assert "| the first | mnist_5k | 12 |  |" in text
+    assert "| the first | mnist_5k | 12 | 0.25 ± 0.005 |" in text
     assert "(n = 2)" in text
     # Again: nothing is trained. With a third seed: only that one.
     said = []
@@ -95,13 +94,8 @@ def test_a_table_is_filled_row_by_row_and_seed_by_seed(filled, tmp_path):
     # The table on disk has the other row, too.
     assert (tmp_path / "small-12-float32.md").read_text().count("mnist_5k") == 2
     lines = read_results(config.results)
-    assert [(line.seed, line.together) for line in lines] == [
-        (0, 2),
-        (1, 2),
-        (0, 2),
-        (1, 2),
-        (2, 1),
-    ]
+    assert [line.seed for line in lines] == [0, 1, 0, 1, 2]
+    assert [line.together for line in lines] == [2, 2, 2, 2, 1]
     assert all(line.seconds > 0 for line in lines)
 
 
@@ -139,13 +133,12 @@ def test_a_trial_is_what_train_makes_with_its_seed(filled, table, digits, tiny, 
 
 def test_an_interrupted_command_saves_and_goes_on(table, tmp_path, monkeypatch):
     config = options(tmp_path, rows=("one",), seeds=2, together=2, steps=25)
-    stop = contextlib.suppress()
 
     def interrupt(self, step, *_):
         if step == 3:
             signal.raise_signal(signal.SIGINT)
 
-    with monkeypatch.context() as patch, stop:
+    with monkeypatch.context() as patch:
         patch.setattr(Report, "progress", interrupt)
         with pytest.raises(KeyboardInterrupt):
             reproduce(config, say=quiet)
@@ -194,9 +187,7 @@ def test_results_that_were_trained_differently_are_refused(filled, monkeypatch, 
         with pytest.raises(ConfigError, match="results.jsonl is of data .* another --output"):
             reproduce(config, say=quiet)
         config.results.unlink()  # the runs tell it too
-        with pytest.raises(
-            ConfigError, match="not the one that the run was started with: checksum"
-        ):
+        with pytest.raises(ConfigError, match="not the one that the run was started with"):
             reproduce(config, say=quiet)
     (first, second) = TABLES["small"]
     for changed, match in (
