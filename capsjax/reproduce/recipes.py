@@ -218,11 +218,7 @@ _TABLES: dict[str, tuple[Recipe, ...]] = {
         Recipe(name="official", title="all four: the authors' code", preset="official"),
     ),
     "small": (
-        Recipe(
-            name="mnist",
-            title="small CapsNet, MNIST",
-            **_SMALL,
-        ),
+        Recipe(name="mnist", title="small CapsNet, MNIST", **_SMALL),
         Recipe(
             name="fashion_mnist",
             title="small CapsNet, Fashion-MNIST",

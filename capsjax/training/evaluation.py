@@ -17,13 +17,7 @@ from capsjax.training import choices
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import EvaluateConfig, TrainConfig
 from capsjax.training.objectives import Objective
-from capsjax.training.programs import (
-    Driver,
-    Evaluate,
-    Pace,
-    as_batch,
-    make_evaluate,
-)
+from capsjax.training.programs import Driver, Evaluate, Pace, as_batch, make_evaluate
 from capsjax.training.run_directory import DataDescription, RunDirectory
 from capsjax.training.step import Apply, Variables, init_state, split_network
 
@@ -82,11 +76,7 @@ def evaluate(config: EvaluateConfig, *, dataset: Dataset | None = None) -> Evalu
     """
     opened = _open(config, dataset)
     program = make_evaluate(
-        opened.apply,
-        opened.objective,
-        opened.sampler,
-        opened.driver,
-        batch_size=opened.batch_size,
+        opened.apply, opened.objective, opened.sampler, opened.driver, batch_size=opened.batch_size
     )
     found = count_errors(
         program,

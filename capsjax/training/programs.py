@@ -357,7 +357,5 @@ def unstack(tree: Tree, number: int) -> list[Tree]:
 def _add(sums: StepSums, metrics: StepMetrics, step: jax.Array) -> StepSums:
     bad_step = jnp.where(jnp.isfinite(metrics.loss), NEVER, step + 1)
     return StepSums(
-        sums.loss + metrics.loss,
-        sums.error + metrics.error,
-        jnp.minimum(sums.bad_step, bad_step),
+        sums.loss + metrics.loss, sums.error + metrics.error, jnp.minimum(sums.bad_step, bad_step)
     )

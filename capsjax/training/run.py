@@ -62,10 +62,7 @@ class Result:
 
 
 def train(
-    config: TrainConfig,
-    *,
-    model: models.ModelConfig | None = None,
-    dataset: Dataset | None = None,
+    config: TrainConfig, *, model: models.ModelConfig | None = None, dataset: Dataset | None = None
 ) -> Result:
     """Trains a network, or goes on with a run.
 

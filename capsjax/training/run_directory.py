@@ -19,13 +19,7 @@ from capsjax.models import (
     ModelConfig,
 )
 from capsjax.training.config import TrainConfig
-from capsjax.training.files import (
-    decode,
-    read_json,
-    read_json_lines,
-    write_atomically,
-    write_json,
-)
+from capsjax.training.files import decode, read_json, read_json_lines, write_atomically, write_json
 
 _MODELS: dict[str, type[ModelConfig]] = {
     "capsnet": CapsNetConfig,

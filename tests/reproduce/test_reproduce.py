@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ MODEL = {
     "decoder_features": (16,),
 }
 RECIPE = Recipe(
+    table="small",
     name="tiny",
     title="tiny",
     dataset="mnist_5k",
@@ -50,38 +52,52 @@ def quiet(_):
     pass
 
 
-@pytest.fixture
-def table(monkeypatch, digits):
+@pytest.fixture(scope="module")
+def _table(digits):
     """A table of two small rows, on the small set."""
     rows = (
         dataclasses.replace(RECIPE, name="one", title="the first", published=0.25, spread=0.005),
         dataclasses.replace(RECIPE, name="two", title="the second"),
     )
-    monkeypatch.setitem(TABLES, "small", rows)
-    monkeypatch.setattr("capsjax.reproduce.tables.load", lambda name, data_dir=None: digits)
-    monkeypatch.setattr("capsjax.training.evaluation.load", lambda name, data_dir=None: digits)
-    return rows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TABLES, "small", rows)
+        for module in ("reproduce.tables", "training.evaluation"):
+            patch.setattr(f"capsjax.{module}.load", lambda name, data_dir=None: digits)
+        yield rows
+
+
+@pytest.fixture
+def table(_table, monkeypatch):
+    """The same; what a test changes of it is undone."""
+    monkeypatch.setitem(TABLES, "small", _table)
+    return _table
 
 
 def options(tmp_path, **others):
     return ReproduceConfig(**{"table": "small", "output": tmp_path, **others})
 
 
+@pytest.fixture(scope="module")
+def _filled(_table, tmp_path_factory):
+    config = options(tmp_path_factory.mktemp("filled"), seeds=2, steps=12, together=2)
+    return config, reproduce(config, say=quiet)
+
+
 @pytest.fixture
-def filled(table, tmp_path):
-    """The table after two seeds of each row, trained together."""
-    config = options(tmp_path, seeds=2, steps=12, together=2)
-    said = []
-    return config, reproduce(config, say=said.append), said
+def filled(_filled, table, tmp_path):
+    """The table after two seeds of each row, trained together; a copy."""
+    config, rows = _filled
+    shutil.copytree(config.output, tmp_path / "filled")
+    return dataclasses.replace(config, output=tmp_path / "filled"), rows
 
 
-def test_a_table_is_filled_row_by_row_and_seed_by_seed(filled, tmp_path):
-    config, rows, _ = filled
+def test_a_table_is_filled_row_by_row_and_seed_by_seed(filled):
+    config, rows = filled
     assert [(row.recipe.name, len(row.errors), row.steps) for row in rows] == [
         ("one", 2, 12),
         ("two", 2, 12),
     ]
-    text = (tmp_path / "small-12-float32.md").read_text()
+    text = config.folder.with_suffix(".md").read_text()
     assert "| the first | mnist_5k | 12 | 0.25 ± 0.005 |" in text
     assert "(n = 2)" in text
     # Again: nothing is trained. With a third seed: only that one.
@@ -92,15 +108,15 @@ def test_a_table_is_filled_row_by_row_and_seed_by_seed(filled, tmp_path):
     assert [len(row.errors) for row in more] == [3]
     assert sum("seed" in line for line in said) == 1
     # The table on disk has the other row, too.
-    assert (tmp_path / "small-12-float32.md").read_text().count("mnist_5k") == 2
+    assert config.folder.with_suffix(".md").read_text().count("mnist_5k") == 2
     lines = read_results(config.results)
     assert [line.seed for line in lines] == [0, 1, 0, 1, 2]
     assert [line.together for line in lines] == [2, 2, 2, 2, 1]
     assert all(line.seconds > 0 for line in lines)
 
 
-def test_each_trial_is_a_run_that_other_commands_open(filled, digits, monkeypatch):
-    config, rows, _ = filled
+def test_each_trial_is_a_run_that_other_commands_open(filled, digits):
+    config, rows = filled
     for line in read_results(config.results)[:2]:
         run = config.output / line.run
         loaded = load_network(run)
@@ -113,7 +129,7 @@ def test_each_trial_is_a_run_that_other_commands_open(filled, digits, monkeypatc
 
 
 def test_a_trial_is_what_train_makes_with_its_seed(filled, table, digits, tiny, tmp_path):
-    config, _, _ = filled
+    config, _ = filled
     alone = TrainConfig(
         run_dir=tmp_path / "alone",
         steps=12,
@@ -179,7 +195,7 @@ def digits_of(digits):
 
 
 def test_results_that_were_trained_differently_are_refused(filled, monkeypatch, digits):
-    config, _, _ = filled
+    config, _ = filled
     inverse = Split(255 - digits.train.images, digits.train.labels)
     other = dataclasses.replace(digits, train=inverse)
     with monkeypatch.context() as patch:
@@ -260,7 +276,7 @@ def test_an_ensemble_is_of_all_seeds_however_they_were_trained(
 
 
 def test_rows_are_listed_with_their_own_results(filled, tmp_path):
-    config, _, _ = filled
+    config, _ = filled
     said = []
     assert reproduce(dataclasses.replace(config, list=True), say=said.append) == []
     text = "\n".join(said)
