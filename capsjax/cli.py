@@ -99,11 +99,8 @@ def _reproduce(config: Any, arguments: Sequence[str]) -> None:
     table 1), affine, cifar10, svhn and smallnorb (the same paper's text), ablation (the authors'
     code against the formulas as printed), small (networks for two processor cores).
     """
-    from capsjax.training import reproduce
+    from capsjax.reproduce import reproduce
 
-    if config.list:
-        print("\n\n".join(map(str, config.recipes())))
-        return
     for row in reproduce(config):
         print(f"{row.title}, {row.dataset}, {row.steps:,} steps: error {row.text} %")
 

@@ -1,22 +1,23 @@
 r"""Fills RESULTS.md from docs/results, and draws its learning curves: ``write_results.py``.
 
-What ``capsjax reproduce`` has left in its output directory, results.jsonl and \*.curve.jsonl, is
-recorded by copying it to a folder of docs/results; each folder is one machine.
+Results of ``capsjax reproduce`` are recorded by copying, from its output directory to a folder of
+docs/results for each machine, results.jsonl, and the metrics.jsonl of runs as
+ROW-seed-N.metrics.jsonl.
 """
 
-import json
 import re
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from capsjax.training import TABLES, Recipe
+from capsjax.reproduce import TABLES
+from capsjax.reproduce.results import Line, measured, read_results
+from capsjax.training.files import read_json_lines
+from capsjax.training.run_directory import Record
 
 ROOT = Path(__file__).parents[1]
 PAGE, RECORDS, IMAGES = ROOT / "RESULTS.md", ROOT / "docs" / "results", ROOT / "docs" / "images"
 
-# Means of three trials in per cent, of CapsNet-Keras after 30 epochs, which the page names.
+# CapsNet-Keras after 30 epochs: means of three trials in per cent.
 ELSEWHERE = {
     ("mnist", "paper-1"): "0.39",
     ("mnist", "paper-1-reconstruction"): "0.37",
@@ -33,7 +34,7 @@ NAMES = {
     "svhn_cropped": "SVHN",
     "smallnorb": "smallNORB",
 }
-# Table and rows of one picture of learning curves, and what rows are called in it, by its name.
+# Pictures of learning curves: table and rows of each, and the labels of the rows.
 CURVES = {
     "mnist": (
         "mnist",
@@ -53,62 +54,24 @@ CURVES = {
 }
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """What a file of JSON lines holds."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def records() -> list[Line]:
+    """All results that are recorded."""
+    return [line for path in sorted(RECORDS.glob("*/results.jsonl")) for line in read_results(path)]
 
 
-def records() -> list[dict[str, Any]]:
-    """All trials that are recorded."""
-    return [line for path in sorted(RECORDS.glob("*/results.jsonl")) for line in json_lines(path)]
-
-
-def measured(recipe: Recipe, found: Sequence[Mapping[str, Any]]) -> str:
-    """Errors in per cent of the trials of a row, with their steps, or that there are none.
-
-    Of trials of the recipe's own length in float32, else of the longest; the last one of each seed.
-    """
-    wanted = (recipe.table, recipe.name, "float32")
-    lines = [x for x in found if (x["table"], x["recipe"], x["dtype"]) == wanted]
-    lengths = {x["asked_steps"] for x in lines if "seed" in x}
-    asked = None if None in lengths else max(lengths, default=None)
-    lines = [x for x in lines if x["asked_steps"] == asked]
-    mine = list({x["seed"]: x for x in lines if "seed" in x}.values())
-    if not mine:
-        return "not run"
-    texts = [
-        f"{100 * x['error']:.2f} as an ensemble of {x['ensemble']}"
-        for x in lines
-        if "ensemble" in x
-    ][-1:]
-    for name in mine[0]["errors"]:
-        errors = [100 * x["errors"][name] for x in mine]
-        text = f"{statistics.mean(errors):.2f}"
-        if len(errors) > 1:
-            text += f" ± {statistics.stdev(errors):.3f}"
-        several = f" on {NAMES[name]}" if len(mine[0]["errors"]) > 1 else ""
-        texts.append(text + several)
-    steps = f"{min(x['steps'] for x in mine):,}"
-    if asked is not None:
-        steps += f" of {recipe.steps:,}"
-    minutes = statistics.mean(x["seconds"] for x in mine) / 60
-    trials = f"{len(mine)} seed{'s' if len(mine) > 1 else ''}"
-    return f"{', '.join(texts)} ({trials}, {steps} steps, {minutes:.0f} min)"
-
-
-def table(name: str, found: Sequence[Mapping[str, Any]]) -> str:
+def table(name: str, found: Sequence[Line]) -> str:
     """The rows of a table in Markdown."""
     lines = ["| row | paper | elsewhere | capsjax | command |", "|---|---|---|---|---|"]
     for recipe in TABLES[name]:
         lines.append(
             f"| {recipe.title} | {recipe.paper} | {ELSEWHERE.get((name, recipe.name), '')}"
-            f" | {measured(recipe, found)} | `{recipe.command}` |"
+            f" | {measured(recipe, found, NAMES)} | `{recipe.command}` |"
         )
     return "\n".join(lines)
 
 
-def filled(page: str, found: Sequence[Mapping[str, Any]]) -> str:
-    """The page with the tables between its marks made anew."""
+def filled(page: str, found: Sequence[Line]) -> str:
+    """The page with new tables between its marks."""
 
     def fill(match: re.Match[str]) -> str:
         return f"{match[1]}\n{table(match[2], found)}\n{match[3]}"
@@ -116,33 +79,19 @@ def filled(page: str, found: Sequence[Mapping[str, Any]]) -> str:
     return re.sub(r"(<!-- table (\w+) -->)\n.*?\n?(<!-- end -->)", fill, page, flags=re.DOTALL)
 
 
-def curve(of_table: str, row: str) -> list[dict[str, Any]]:
-    """Loss and error of a row's first trial as :func:`capsjax.viz.training_curves` takes them."""
-    ends = {
-        (x["seed"], x["steps"]): x
-        for x in records()
-        if (x["table"], x["recipe"]) == (of_table, row) and "seed" in x
-    }
-
-    def end(points: list[dict[str, Any]]) -> tuple[int, int]:
-        return points[0]["seeds"][0], points[-1]["step"]
-
-    # Rows of several tables may have this name.
-    curves = map(json_lines, sorted(RECORDS.glob(f"*/{row}-seeds-*.curve.jsonl")))
-    points = next(points for points in curves if end(points) in ends)
-    trained = [
-        {"split": "train", "step": p["step"], "loss": p["loss"][0], "error": p["error"][0]}
-        for p in points
-    ]
-    held_out = [
-        {"split": "validation", "step": p["step"], "error": p["validation"][0]}
-        for p in points
-        if p["validation"]
-    ]
-    seed, steps = end(points)
-    errors = ends[seed, steps]["errors"].values()
-    tests = [{"split": "test", "step": steps, "error": error} for error in errors]
-    return trained + held_out + tests
+def curve(of_table: str, row: str) -> list[Record]:
+    """The metrics of a row's first trial, with a test error for each data set."""
+    trials = {x.seed: x for x in records() if (x.table, x.recipe) == (of_table, row)}
+    # Rows of several tables may have this name: the right one ends with its trial.
+    for path in sorted(RECORDS.glob(f"*/{row}-seed-*.metrics.jsonl")):
+        metrics = [r for r in read_json_lines(path, Record) if r["split"] != "test"]
+        trial = trials.get(int(path.name.split("-seed-")[1].split(".")[0]))
+        if trial is not None and trial.steps == metrics[-1]["step"]:
+            return metrics + [
+                {"split": "test", "step": trial.steps, "loss": None, "error": error}
+                for error in trial.errors.values()
+            ]
+    raise FileNotFoundError(f"no metrics of row {row} of table {of_table} in {RECORDS}")
 
 
 def main() -> None:

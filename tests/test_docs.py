@@ -12,6 +12,7 @@ import capsjax
 import capsjax.bench
 import capsjax.data
 import capsjax.models
+import capsjax.reproduce
 import capsjax.training
 import capsjax.viz
 
@@ -23,6 +24,7 @@ MODULES = (
     capsjax.models,
     capsjax.data,
     capsjax.training,
+    capsjax.reproduce,
     capsjax.bench,
     capsjax.viz,
 )

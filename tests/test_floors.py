@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "models": {"ops", "routing", "nn"},
     "data": {"ops"},
     "training": {"ops", "routing", "nn", "models", "data"},
-    "bench": {"ops", "routing", "nn", "models", "training"},
+    "reproduce": {"ops", "routing", "nn", "models", "data", "training"},
+    "bench": {"ops", "routing", "nn", "models", "data", "training"},
     "viz": {"ops", "routing", "nn", "models", "data", "training"},
 }
 # What floors 1 to 3 may need of other packages.

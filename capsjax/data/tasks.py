@@ -1,13 +1,13 @@
-"""What a network is shown of a data set, and what it shall say.
+"""Augmentation: what is fed to the network and which targets it is trained on.
 
-A data set holds images; a task makes what is trained and measured on out of them, on the device:
-shifted, placed on a larger canvas, distorted, cropped, or two in one. Nothing that is made is
-stored. A test example is made from the number that it has in the test set, so that the set is the
-same whenever, wherever and in whatever batches it is made, and as large as one likes.
+A data set holds images; a task makes samples of them on the device: shifted, placed on a larger
+canvas, distorted, cropped, or two in one. Nothing that is made is stored. A test sample is made
+from its number in the test set alone, so that the set is the same whenever, wherever and in
+whatever batches it is made, and as large as needed.
 """
 
 import dataclasses
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ from jax.typing import ArrayLike
 from capsjax.data.affine import random_affine
 from capsjax.data.transforms import crop_images, random_placement, random_shift, scale_pixels
 
-_TEST = 2017  # seed of what is drawn for test examples
+_TEST = 2017  # seed of the test samples
+_SELECT = 2  # stream of the keys that select images: `split` of a key uses 0 and 1
 
 
 class Batch(NamedTuple):
@@ -33,114 +34,118 @@ class Batch(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a network is shown and what it shall say.
+    """Everything that a step or an evaluation needs to know about its examples.
 
     Attributes:
-      images: pixels in [0, 1], or standardised, float32 ``[B, H, W, C]``.
+      images: network input, pixels in [0, 1] or standardised, float32 ``[B, H, W, C]``.
+      labels: int32 ``[B]``; ``[B, 2]`` for pairs.
       target: classes that are present, one- or multi-hot, float32 ``[B, J]``.
-      masks: classes whose capsules the decoder draws, float32 ``[B, J]``; of pairs one after the
-        other, ``[B, 2, J]``.
-      drawings: what it shall draw, float32 ``[B, H, W, C]`` or ``[B, 2, H, W, C]``.
+      masks: classes whose capsules the decoder is given, float32 ``[B, J]``; one after the other
+        for pairs, ``[B, 2, J]``.
+      drawings: what the decoder should reconstruct, float32 ``[B, H, W, C]`` or
+        ``[B, 2, H, W, C]``.
+      keys: one for each example, for the network's own randomness, ``[B]``; None in tests.
     """
 
     images: jax.Array
+    labels: jax.Array
     target: jax.Array
     masks: jax.Array
     drawings: jax.Array
+    keys: jax.Array | None
 
 
-class Task(Protocol):
-    """Makes samples of a split; a frozen dataclass.
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Base of the tasks: single images, as they are.
 
     Attributes:
       classes_per_image: number of classes that an image shows.
-      is_made: whether the test set is drawn too, and endless, see :func:`evaluation_samples`;
-        otherwise it is the test split.
+      is_made: whether test samples are random too, and endless; see :meth:`Sampler.test`.
     """
 
-    classes_per_image: ClassVar[int]
-    is_made: ClassVar[bool]
+    classes_per_image: ClassVar[int] = 1
+    is_made: ClassVar[bool] = False
 
     def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Shape of what the network is shown, from that of the data set's images."""
-        ...
+        """Returns the shape of the network's input for images of a shape."""
+        return shape
 
-    def gather(self, keys: jax.Array, split: Batch, positions: jax.Array) -> Batch:
-        """The images that samples are made of.
+    def select(self, keys: jax.Array, split: Batch, indices: jax.Array) -> Batch:
+        """Returns the images that samples are made of.
 
         Args:
           keys: one for each sample, ``[B]``.
           split: the whole split.
-          positions: of the first or only image of each sample, ``[B]``.
+          indices: of the first or only image of each sample, ``[B]``.
         """
-        ...
+        del keys
+        return Batch(split.images[indices], split.labels[indices])
 
-    def make(self, keys: jax.Array, batch: Batch, *, num_classes: int, train: bool) -> Sample:
-        """Samples of gathered images.
+    def render(
+        self, keys: jax.Array, images: jax.Array, *, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the network's input and what the decoder should reconstruct.
 
         Args:
           keys: one for each sample, ``[B]``.
-          batch: from :meth:`gather`.
-          num_classes: J.
-          train: whether for training; what only makes training harder is left out otherwise.
+          images: from :meth:`select`.
+          train: whether to add what only makes training harder.
         """
-        ...
+        del keys, train
+        pixels = scale_pixels(images)
+        return pixels, pixels
 
 
 @dataclasses.dataclass(frozen=True)
-class Shifted:
+class _Resized(Task):
+    """Base of the tasks whose input has a size of its own."""
+
+    size: int
+
+    def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Returns `size` rows and columns."""
+        return self.size, self.size, shape[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shifted(Task):
     """Single images, in training shifted by up to some pixels.
 
     Attributes:
       max_shift: in pixels, along both axes.
     """
 
-    classes_per_image: ClassVar[int] = 1
-    is_made: ClassVar[bool] = False
     max_shift: int = 2
 
-    def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """The images' own."""
-        return shape
-
-    def gather(self, keys: jax.Array, split: Batch, positions: jax.Array) -> Batch:
-        """The images at these positions."""
-        return _at(split, positions)
-
-    def make(self, keys: jax.Array, batch: Batch, *, num_classes: int, train: bool) -> Sample:
+    def render(
+        self, keys: jax.Array, images: jax.Array, *, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
         """Shifts for training only."""
-        images = random_shift(keys, batch.images, max_shift=self.max_shift if train else 0)
-        return _single(images, batch.labels, num_classes)
+        images = random_shift(keys, images, max_shift=self.max_shift if train else 0)
+        return super().render(keys, images, train=train)
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
+class Placed(_Resized):
     """Single images, each somewhere on a larger canvas, in training and test.
 
     Attributes:
       size: rows and columns of the canvas.
     """
 
-    classes_per_image: ClassVar[int] = 1
     is_made: ClassVar[bool] = True
     size: int = 40
 
-    def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """The canvas."""
-        return self.size, self.size, shape[2]
-
-    def gather(self, keys: jax.Array, split: Batch, positions: jax.Array) -> Batch:
-        """The images at these positions."""
-        return _at(split, positions)
-
-    def make(self, keys: jax.Array, batch: Batch, *, num_classes: int, train: bool) -> Sample:
-        """Places."""
-        images = random_placement(keys, batch.images, size=self.size)
-        return _single(images, batch.labels, num_classes)
+    def render(
+        self, keys: jax.Array, images: jax.Array, *, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Places each image anywhere."""
+        return super().render(keys, random_placement(keys, images, size=self.size), train=train)
 
 
 @dataclasses.dataclass(frozen=True)
-class Distorted:
+class Distorted(_Resized):
     """Single images under random affine transformations, somewhere on a larger canvas.
 
     The ranges are those of affNIST.
@@ -149,29 +154,21 @@ class Distorted:
       size: rows and columns of the canvas.
     """
 
-    classes_per_image: ClassVar[int] = 1
     is_made: ClassVar[bool] = True
     size: int = 40
 
-    def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """The canvas."""
-        return self.size, self.size, shape[2]
-
-    def gather(self, keys: jax.Array, split: Batch, positions: jax.Array) -> Batch:
-        """The images at these positions."""
-        return _at(split, positions)
-
-    def make(self, keys: jax.Array, batch: Batch, *, num_classes: int, train: bool) -> Sample:
-        """Transforms."""
-        images = random_affine(keys, batch.images, size=self.size)
-        return _single(images, batch.labels, num_classes)
+    def render(
+        self, keys: jax.Array, images: jax.Array, *, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Transforms each image."""
+        return super().render(keys, random_affine(keys, images, size=self.size), train=train)
 
 
 @dataclasses.dataclass(frozen=True)
-class Cropped:
+class Cropped(_Resized):
     """A part of each image, standardised: mean 0 and deviation 1 over all its pixels.
 
-    In training the part is drawn, and brightness and contrast vary; in test it is the middle. The
+    In training the part is random, and brightness and contrast vary; in test it is the middle. The
     defaults of the last two are those of the authors' code.
 
     Attributes:
@@ -180,40 +177,31 @@ class Cropped:
       contrast: smallest and largest factor of the distance of pixels from their channel's mean.
     """
 
-    classes_per_image: ClassVar[int] = 1
-    is_made: ClassVar[bool] = False
     size: int = 24
     brightness: float = 63 / 255
     contrast: tuple[float, float] = (0.2, 1.8)
 
-    def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """The part."""
-        return self.size, self.size, shape[2]
-
-    def gather(self, keys: jax.Array, split: Batch, positions: jax.Array) -> Batch:
-        """The images at these positions."""
-        return _at(split, positions)
-
-    def make(self, keys: jax.Array, batch: Batch, *, num_classes: int, train: bool) -> Sample:
-        """Crops, varies and standardises; the decoder shall draw what was cropped."""
+    def render(
+        self, keys: jax.Array, images: jax.Array, *, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Crops, varies and standardises; the decoder reconstructs the part before that."""
         crop, bright, contrast = jnp.moveaxis(
             jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0
         )
-        pixels = scale_pixels(crop_images(batch.images, self.size, crop if train else None))
-        images = pixels
+        drawings = scale_pixels(crop_images(images, self.size, crop if train else None))
+        pixels = drawings
         if train:
-            images += _uniform(bright, -self.brightness, self.brightness)
-            mean = jnp.mean(images, axis=(1, 2), keepdims=True)
-            images = mean + (images - mean) * _uniform(contrast, *self.contrast)
-        _, target, masks, _ = _single(batch.images[:, :1, :1], batch.labels, num_classes)
-        return Sample(_standardised(images), target, masks, pixels)
+            pixels += _uniform(bright, -self.brightness, self.brightness)
+            mean = jnp.mean(pixels, axis=(1, 2), keepdims=True)
+            pixels = mean + (pixels - mean) * _uniform(contrast, *self.contrast)
+        return _standardised(pixels), drawings
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
+class Pairs(_Resized):
     """Two images of different classes in one: each shifted, added, clipped at the maximum.
 
-    The second is drawn uniformly among all images of the split whose class is another.
+    The second is drawn uniformly from all images of the split that are of another class.
 
     Attributes:
       size: rows and columns of the canvas, on which both are centred before they are shifted.
@@ -225,33 +213,31 @@ class Pairs:
     size: int = 36
     max_shift: int = 4
 
-    def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """The canvas."""
-        return self.size, self.size, shape[2]
-
-    def gather(self, keys: jax.Array, split: Batch, positions: jax.Array) -> Batch:
+    def select(self, keys: jax.Array, split: Batch, indices: jax.Array) -> Batch:
         """Each image and one of another class; the split must be in the order of its labels."""
-        first = split.labels[positions]
+        first = split.labels[indices]
         begin, end = (jnp.searchsorted(split.labels, first, side=s) for s in ("left", "right"))
         others = split.labels.shape[0] - (end - begin)
         drawn = jax.vmap(lambda key, n: jax.random.randint(key, (), 0, n))(keys, others)
         second = jnp.where(drawn < begin, drawn, drawn + end - begin)
-        one, two = _at(split, positions), _at(split, second)
+        one, two = (Task.select(self, keys, split, at) for at in (indices, second))
         return Batch(*(jnp.stack(pair, axis=1) for pair in zip(one, two, strict=True)))
 
-    def make(self, keys: jax.Array, batch: Batch, *, num_classes: int, train: bool) -> Sample:
+    def render(
+        self, keys: jax.Array, images: jax.Array, *, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
         """Shifts each of the two, and adds them."""
+        del train
         both = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         parts = jnp.stack(
             [
-                random_shift(key, self.singly(batch.images[:, n]), max_shift=self.max_shift)
+                random_shift(key, self.singly(images[:, n]), max_shift=self.max_shift)
                 for n, key in enumerate(both)
             ],
             axis=1,
         )
         total = jnp.minimum(parts.astype(jnp.int32).sum(1), 255).astype(jnp.uint8)
-        masks = jax.nn.one_hot(batch.labels, num_classes)
-        return Sample(scale_pixels(total), masks.sum(1), masks, scale_pixels(parts))
+        return scale_pixels(total), scale_pixels(parts)
 
     def singly(self, images: jax.Array) -> jax.Array:
         """Single images in the middle of the canvas, ``[B, size, size, C]``."""
@@ -264,46 +250,91 @@ class Pairs:
         return jnp.pad(images, padding)
 
 
-def evaluation_samples(
-    task: Task, split: Batch, numbers: jax.Array, *, num_classes: int
-) -> tuple[Sample, jax.Array]:
-    """Makes the samples with these numbers of the test set that a task makes of a split.
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Makes the samples of a task: the one place where images and keys become network input.
 
-    The set is endless, and what is drawn for sample n depends on n alone. Every N samples begin
-    with each image once: in their own order, or, where something is made of images that may be in
-    the order of their labels, in one that mixes the classes.
-
-    Args:
-      task: what is made.
-      split: the whole split, N images.
-      numbers: int32 ``[B]``.
+    Attributes:
+      task: what is made of the images.
       num_classes: J.
 
-    Returns:
-      The samples, and the labels of what they are made of.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> from capsjax.data import Batch, Pairs, evaluation_samples
+      >>> import jax, jax.numpy as jnp
+      >>> from capsjax.data import Batch, Pairs, Sampler
       >>> digits = Batch(jnp.zeros((4, 28, 28, 1), jnp.uint8), jnp.array([0, 0, 1, 2]))
-      >>> sample, labels = evaluation_samples(Pairs(), digits, jnp.arange(8), num_classes=3)
-      >>> sample.images.shape, sample.drawings.shape, labels.shape
-      ((8, 36, 36, 1), (8, 2, 36, 36, 1), (8, 2))
+      >>> sampler = Sampler(Pairs(), num_classes=3)
+      >>> first_two = jnp.arange(2)
+      >>> sampler.train(digits, jax.random.key(0), first_two, indices=first_two).images.shape
+      (2, 36, 36, 1)
+      >>> sampler.test(digits, jnp.arange(8)).drawings.shape
+      (8, 2, 36, 36, 1)
     """
-    seed = jax.random.key(_TEST)
-    keys = jax.vmap(lambda n: jax.random.split(jax.random.fold_in(seed, n)))(numbers)
-    size = split.labels.shape[0]
-    positions = numbers % size
-    if task.is_made:
-        order = np.random.default_rng(_TEST).permutation(size)
-        positions = jnp.asarray(order, jnp.int32)[positions]
-    batch = task.gather(keys[:, 0], split, positions)
-    sample = task.make(keys[:, 1], batch, num_classes=num_classes, train=False)
-    return sample, batch.labels
+
+    task: Task
+    num_classes: int
+
+    def train(
+        self, split: Batch, key: jax.Array, positions: jax.Array, indices: jax.Array
+    ) -> Sample:
+        """Makes training samples.
+
+        Everything random about an example depends on the step's key and the example's position in
+        the whole batch, so that any number of devices computes the same.
+
+        Args:
+          split: the whole split, on the device.
+          key: the step's, a typed key of shape ``[]``.
+          positions: of the examples in the whole batch, int32 ``[B]``.
+          indices: of their images in the split, int32 ``[B]``.
+
+        Raises:
+          ValueError: the split does not have one label per image.
+          TypeError: the key is not a typed key.
+        """
+        if split.images.shape[:-3] != split.labels.shape:
+            raise ValueError(
+                f"split must have one label per image, shape {split.images.shape[:-3]}, got"
+                f" labels of shape {split.labels.shape}"
+            )
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            raise TypeError(f"key must be a typed key as of jax.random.key, got {key.dtype}")
+        keys = _fold_in(key, positions)
+        select_keys = jax.vmap(lambda key: jax.random.fold_in(key, _SELECT))(keys)
+        task_keys, network_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        batch = self.task.select(select_keys, split, indices)
+        return self._sample(task_keys, batch, network_keys, train=True)
+
+    def test(self, split: Batch, numbers: jax.Array) -> Sample:
+        """Makes the test samples with these numbers.
+
+        The test set is endless, and sample n depends on n alone. Every N samples begin with each
+        image once: in their own order, or, for tasks whose images may be in the order of their
+        labels, in one that mixes the classes.
+
+        Args:
+          split: the whole split, N images, on the device.
+          numbers: int32 ``[B]``.
+        """
+        keys = jax.vmap(jax.random.split)(_fold_in(jax.random.key(_TEST), numbers))
+        size = split.labels.shape[0]
+        indices = numbers % size
+        if self.task.is_made:
+            order = np.random.default_rng(_TEST).permutation(size)
+            indices = jnp.asarray(order, jnp.int32)[indices]
+        batch = self.task.select(keys[:, 0], split, indices)
+        return self._sample(keys[:, 1], batch, None, train=False)
+
+    def _sample(
+        self, keys: jax.Array, batch: Batch, network_keys: jax.Array | None, *, train: bool
+    ) -> Sample:
+        images, drawings = self.task.render(keys, batch.images, train=train)
+        masks = jax.nn.one_hot(batch.labels, self.num_classes)
+        target = masks.sum(1) if self.task.classes_per_image > 1 else masks
+        return Sample(images, batch.labels, target, masks, drawings, network_keys)
 
 
 def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
-    """Whether the largest scores are those of the labels, all of them, bool ``[B]``.
+    """Returns whether the largest scores are those of the labels, all of them, bool ``[B]``.
 
     Args:
       scores: ``[B, J]``.
@@ -322,8 +353,13 @@ def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
     return jnp.all(jnp.sort(largest) == jnp.sort(labels), axis=-1)
 
 
+def _fold_in(key: jax.Array, numbers: jax.Array) -> jax.Array:
+    """One key for each number."""
+    return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+
+
 def _uniform(keys: jax.Array, low: float, high: float) -> jax.Array:
-    """A number for each image, ``[B, 1, 1, 1]``."""
+    """One number for each image, ``[B, 1, 1, 1]``."""
     drawn = jax.vmap(lambda key: jax.random.uniform(key, (), minval=low, maxval=high))(keys)
     return drawn[:, None, None, None]
 
@@ -334,12 +370,3 @@ def _standardised(images: jax.Array) -> jax.Array:
     # An image of one colour stays finite.
     least = 1 / jnp.sqrt(images[0].size)
     return (images - jnp.mean(images, axis=axes, keepdims=True)) / jnp.maximum(deviation, least)
-
-
-def _at(split: Batch, positions: jax.Array) -> Batch:
-    return Batch(split.images[positions], split.labels[positions])
-
-
-def _single(images: jax.Array, labels: jax.Array, num_classes: int) -> Sample:
-    pixels, target = scale_pixels(images), jax.nn.one_hot(labels, num_classes)
-    return Sample(pixels, target, target, pixels)

@@ -1,12 +1,17 @@
 """Training: one pure step, drivers that run it anywhere, a loop that loses nothing."""
 
-from capsjax.data import Batch
 from capsjax.errors import CheckpointError, ConfigError, DivergedError
 from capsjax.training.checkpoints import Checkpoints
+from capsjax.training.choices import hold_out
 from capsjax.training.config import EvaluateConfig, TrainConfig
-from capsjax.training.drivers import Driver, make_driver
-from capsjax.training.evaluation import Evaluated, Loaded, evaluate, load_network
-from capsjax.training.loop import Result, train
+from capsjax.training.evaluation import (
+    Evaluated,
+    Evaluation,
+    Loaded,
+    evaluate,
+    load_network,
+    predict_test,
+)
 from capsjax.training.objectives import (
     binary_cross_entropy_loss,
     cross_entropy_loss,
@@ -14,9 +19,8 @@ from capsjax.training.objectives import (
     paper_loss,
     spread_objective,
 )
-from capsjax.training.programs import make_evaluate, make_run_steps
-from capsjax.training.recipes import TABLES, Recipe
-from capsjax.training.session import Evaluation, Session, hold_out
+from capsjax.training.programs import Driver, make_driver, make_evaluate, make_run_steps
+from capsjax.training.run import Result, train, train_seeds
 from capsjax.training.step import (
     StepMetrics,
     TrainState,
@@ -26,12 +30,8 @@ from capsjax.training.step import (
     paper_optimizer,
     split_network,
 )
-from capsjax.training.tables import ReproduceConfig, RowResult, reproduce
-from capsjax.training.trials import Trial, Trials
 
 __all__ = [
-    "TABLES",
-    "Batch",
     "CheckpointError",
     "Checkpoints",
     "ConfigError",
@@ -41,16 +41,10 @@ __all__ = [
     "Evaluated",
     "Evaluation",
     "Loaded",
-    "Recipe",
-    "ReproduceConfig",
     "Result",
-    "RowResult",
-    "Session",
     "StepMetrics",
     "TrainConfig",
     "TrainState",
-    "Trial",
-    "Trials",
     "Variables",
     "binary_cross_entropy_loss",
     "cross_entropy_loss",
@@ -65,8 +59,9 @@ __all__ = [
     "official_loss",
     "paper_loss",
     "paper_optimizer",
-    "reproduce",
+    "predict_test",
     "split_network",
     "spread_objective",
     "train",
+    "train_seeds",
 ]

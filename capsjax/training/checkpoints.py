@@ -70,6 +70,15 @@ class Checkpoints:
             ),
         )
 
+    def forget_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps.
+
+        Raises:
+          CheckpointError: one could not be deleted.
+        """
+        for later in [other for other in self.steps() if other > step]:
+            self._guard(later, lambda later=later: self._manager.delete(later))
+
     def finish(self) -> None:
         """Waits until everything is on disk.
 

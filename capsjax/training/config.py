@@ -3,26 +3,21 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from capsjax import data, models, routing
 from capsjax.errors import ConfigError
-from capsjax.training.drivers import DriverName
 from capsjax.training.objectives import LossName
+from capsjax.training.programs import DriverName
 
-DatasetName = Literal[
-    "mnist_5k",
-    "mnist",
-    "fashion_mnist",
-    "kmnist",
-    "cifar10",
-    "svhn_cropped",
-    "smallnorb",
-    "multi_mnist",
-    "expanded_mnist",
-    "affine_mnist",
-    "affnist",
-    "image_folder",
-]
+if TYPE_CHECKING:
+    PresetName = str
+    RoutingName = str
+    DatasetName = str
+else:  # what is registered when this module is imported
+    PresetName = Literal[models.presets()]
+    RoutingName = Literal[routing.algorithms()]
+    DatasetName = Literal[data.names()]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,20 +28,7 @@ class TrainConfig:
     checkpoints, the test result, and a picture of test images over their reconstructions.
     """
 
-    preset: Literal[
-        "small",
-        "paper",
-        "official",
-        "cifar10",
-        "smallnorb",
-        "svhn",
-        "baseline",
-        "baseline_small",
-        "baseline_pairs",
-        "matrix_capsnet",
-        "matrix_capsnet_small",
-        "efficient_capsnet",
-    ] = "small"
+    preset: PresetName = "small"
     """Network, also given as --model: small (minutes on two cores), paper (dynamic routing,
     formulas as printed), official (the authors' code; cifar10, smallnorb and svhn for these sets),
     baseline (the paper's convolutional network; baseline_small of the size of small,
@@ -54,21 +36,7 @@ class TrainConfig:
     matrix_capsnet_small (the small one of that paper), efficient_capsnet (self-attention
     routing)."""
 
-    routing: (
-        Literal[
-            "dynamic",
-            "em",
-            "self",
-            "attention",
-            "variational",
-            "heinsen",
-            "efficient",
-            "kmeans",
-            "uniform",
-            "random",
-        ]
-        | None
-    ) = None
+    routing: RoutingName | None = None
     """Routing algorithm of the capsule layers; the network's own if not given."""
 
     reconstruction: bool = True
@@ -99,6 +67,9 @@ class TrainConfig:
 
     steps: int | None = None
     """Train this many steps, whatever the epochs."""
+
+    until_error: float | None = None
+    """End earlier, at the first checkpoint whose validation error is at most this share."""
 
     batch_size: int = 128
     """Examples in a step, over all devices together."""
@@ -163,37 +134,23 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Checks every option that can be checked without data and devices."""
-        for name in (
-            "epochs",
-            "batch_size",
-            "decay_steps",
-            "steps_per_dispatch",
-            "log_every",
-            "keep",
-        ):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("steps", "devices", "checkpoint_every", "num_iterations", "test_size"):
-            value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "at least 1")
-        self._require("validation", self.validation is None or self.validation >= 0, "at least 0")
-        self._require("max_shift", self.max_shift is None or self.max_shift >= 0, "at least 0")
-        self._require("seed", 0 <= self.seed < 2**32, "between 0 and 4294967295")
+        require_at_least(self, 1, "epochs", "steps", "batch_size", "num_iterations", "test_size")
+        require_at_least(self, 1, "decay_steps", "devices", "steps_per_dispatch", "log_every")
+        require_at_least(self, 1, "checkpoint_every", "keep")
+        require_at_least(self, 0, "validation", "max_shift")
+        require(self, "seed", 0 <= self.seed < 2**32, "between 0 and 4294967295")
         for name in ("learning_rate", "min_learning_rate"):
             value = getattr(self, name)
-            self._require(name, math.isfinite(value) and value > 0, "positive")
-        self._require(
-            "min_learning_rate",
-            self.min_learning_rate <= self.learning_rate,
-            f"at most the learning rate, {self.learning_rate}",
-        )
-        self._require("decay_rate", 0 < self.decay_rate <= 1, "above 0 and at most 1")
+            require(self, name, math.isfinite(value) and value > 0, "positive")
+        least, first = self.min_learning_rate, self.learning_rate
+        require(self, "min_learning_rate", least <= first, f"at most the learning rate, {first}")
+        require(self, "decay_rate", 0 < self.decay_rate <= 1, "above 0 and at most 1")
+        if self.until_error is not None:
+            require(self, "until_error", 0 <= self.until_error < 1, "at least 0 and below 1")
+            if self.validation == 0:
+                raise ConfigError("--until-error needs validation images, got --validation 0")
         if self.resume and self.run_dir is None:
             raise ConfigError("--resume needs --run-dir, the directory of the run to go on with")
-
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            option = "--" + name.replace("_", "-")
-            raise ConfigError(f"{option} must be {expected}, got {getattr(self, name)}")
 
     def to_json(self) -> dict[str, Any]:
         """Returns the options as JSON values, for the run directory."""
@@ -202,15 +159,6 @@ class TrainConfig:
         for name in _OF_THE_CALL:
             del values[name]
         return values
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any], *, run_dir: Path) -> "TrainConfig":
-        """Returns the options that a run directory holds, to resume it."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        values = {name: value for name, value in values.items() if name in known}
-        if values.get("data_dir") is not None:
-            values["data_dir"] = Path(values["data_dir"])
-        return cls(**values, run_dir=run_dir, resume=True)
 
     def check_resumes(self, started: "TrainConfig") -> None:
         """Raises a ConfigError if an option that shapes the parameters differs from the run's."""
@@ -236,6 +184,7 @@ _MAY_CHANGE = (
     "data_dir",
     "epochs",
     "steps",
+    "until_error",
     "driver",
     "devices",
     "steps_per_dispatch",
@@ -278,8 +227,18 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Checks every option that can be checked without data and devices."""
-        for name in ("batch_size", "devices", "test_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                option = "--" + name.replace("_", "-")
-                raise ConfigError(f"{option} must be at least 1, got {value}")
+        require_at_least(self, 1, "batch_size", "devices", "test_size")
+
+
+def require(config: Any, name: str, holds: bool, expected: str) -> None:
+    """Raises a ConfigError that names an option unless something holds."""
+    if not holds:
+        option = "--" + name.replace("_", "-")
+        raise ConfigError(f"{option} must be {expected}, got {getattr(config, name)}")
+
+
+def require_at_least(config: Any, least: int, *names: str) -> None:
+    """Raises a ConfigError if one of these options is given and smaller."""
+    for name in names:
+        value = getattr(config, name)
+        require(config, name, value is None or value >= least, f"at least {least}")

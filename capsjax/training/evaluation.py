@@ -1,6 +1,8 @@
-"""Evaluating a finished or running run from its directory."""
+"""Evaluating a network on a whole test set; a run's from its directory."""
 
 import dataclasses
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -9,39 +11,40 @@ import numpy as np
 from flax import nnx
 
 from capsjax import models
-from capsjax.data import (
-    Batch,
-    Cropped,
-    Dataset,
-    Pairs,
-    Shifted,
-    Split,
-    evaluation_samples,
-    load,
-    source_of,
-)
+from capsjax.data import Batch, Cropped, Dataset, Pairs, Sampler, Shifted, Split, load, source_of
 from capsjax.errors import ConfigError
+from capsjax.training import choices
 from capsjax.training.checkpoints import Checkpoints
-from capsjax.training.config import EvaluateConfig
-from capsjax.training.drivers import make_driver
-from capsjax.training.objectives import choose_loss
+from capsjax.training.config import EvaluateConfig, TrainConfig
+from capsjax.training.objectives import Objective
+from capsjax.training.programs import Driver, Evaluate, Pace, as_batch, make_evaluate
 from capsjax.training.run_directory import DataDescription, RunDirectory
-from capsjax.training.session import (
-    Evaluation,
-    Evaluator,
-    check_dataset,
-    check_test_size,
-    choose_devices,
-    choose_task,
-    make_optimizer,
-    option_error,
-)
-from capsjax.training.step import TrainState, init_state, split_network
+from capsjax.training.step import Apply, Variables, init_state, split_network
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Result of an evaluation.
+
+    Attributes:
+      loss: mean of the objective, with the true classes as the decoder's target.
+      wrong: number of wrong predictions.
+      count: number of examples, every one counted once.
+    """
+
+    loss: float
+    wrong: int
+    count: int
+
+    @property
+    def error(self) -> float:
+        """Share of wrong predictions."""
+        return self.wrong / self.count
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-    """An evaluation, and of what.
+    """An evaluation and its subject.
 
     Attributes:
       run_dir: the run's directory.
@@ -56,67 +59,193 @@ class Evaluated:
     test: Evaluation
 
 
-def evaluate(config: EvaluateConfig) -> Evaluated:
+def evaluate(config: EvaluateConfig, *, dataset: Dataset | None = None) -> Evaluated:
     """Evaluates a run's checkpoint on a whole test set.
 
     Args:
       config: the options.
+      dataset: the images; loaded by the options when None.
 
     Returns:
       The evaluation; every test image is counted once.
 
     Raises:
-      ConfigError: an option cannot be, or the images are not such as the network takes.
-      capsjax.data.DataError: the data set cannot be had.
+      ConfigError: an option is invalid, or the network does not take these images.
+      capsjax.data.DataError: the data set is missing or damaged.
       CheckpointError: the checkpoint cannot be read.
     """
-    started, model, data = RunDirectory(config.run_dir).read_config()
-    name = config.dataset or started.dataset
-    # A run's own directory goes with its own data set only, or with what is made of the same.
-    data_dir = config.data_dir or (
-        started.data_dir if source_of(name) == source_of(started.dataset) else None
+    opened = _open(config, dataset)
+    program = make_evaluate(
+        opened.apply, opened.objective, opened.sampler, opened.driver, batch_size=opened.batch_size
     )
-    devices = choose_devices(config.devices)
-    share = 1 if config.driver == "jit" else len(devices or jax.devices())
-    batch_size = -(-config.batch_size // share) * share
-    try:
-        driver = make_driver(config.driver, batch_size=batch_size, devices=devices)
-    except ValueError as error:
-        raise option_error(error) from None
-    dataset = load(name, data_dir=data_dir)
-    check_dataset(dataset, model)
-    check_test_size(dataset, config.test_size)
-    # Pairs are shifted in test too, by as much as the run's.
-    task = choose_task(dataset, started.max_shift if name == started.dataset else None)
-    if name == started.dataset and dataset.class_names != data.class_names:
+    found = count_errors(
+        program,
+        opened.variables,
+        opened.driver.replicate(as_batch(opened.test)),
+        opened.number,
+        batch_size=opened.batch_size,
+    )
+    assert found is not None  # only a request to stop ends it early, and there is none
+    return Evaluated(config.run_dir, opened.step, opened.name, found[0])
+
+
+def predict_test(
+    config: EvaluateConfig, *, dataset: Dataset | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predicts a whole test set with a run's checkpoint, one batch after the other.
+
+    Args:
+      config: the options.
+      dataset: the images; loaded by the options when None.
+
+    Returns:
+      The scores, float32 ``[N, J]``, and the labels, int32 ``[N]``; ``[N, 2]`` for pairs.
+
+    Raises:
+      ConfigError: as in :func:`evaluate`; so are the other errors.
+    """
+    opened = _open(config, dataset)
+    examples = opened.driver.replicate(as_batch(opened.test))
+
+    @jax.jit
+    def predict(
+        variables: Variables, examples: Batch, numbers: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        sample = opened.sampler.test(examples, numbers)
+        return opened.apply(variables, sample.images)[0].scores, sample.labels
+
+    size, last = opened.batch_size, opened.number - 1
+    batches = [
+        jax.device_get(
+            predict(opened.variables, examples, np.minimum(first + np.arange(size), last))
+        )
+        for first in range(0, opened.number, size)
+    ]
+    scores, labels = map(np.concatenate, zip(*batches, strict=True))
+    return scores[: opened.number], labels[: opened.number]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A run's network and the test images to try it on."""
+
+    apply: Apply
+    variables: Variables
+    objective: Objective
+    sampler: Sampler
+    driver: Driver
+    batch_size: int
+    name: str
+    test: Split
+    number: int
+    step: int
+
+
+def _open(config: EvaluateConfig, dataset: Dataset | None) -> _Opened:
+    directory = RunDirectory(config.run_dir)
+    started, model, data = directory.read_config()
+    name = config.dataset or started.dataset
+    own = name == started.dataset
+    driver = choices.choose_driver(config.driver, config.devices)
+    share = len(driver.devices)
+    if dataset is None:
+        # A run's own directory goes with its own data set only, or with what is made of the same.
+        same_source = source_of(name) == source_of(started.dataset)
+        data_dir = config.data_dir or (started.data_dir if same_source else None)
+        dataset = load(name, data_dir=data_dir)
+    choices.check_dataset(dataset, model)
+    choices.check_test_size(dataset, config.test_size)
+    if own and dataset.class_names != data.class_names:
         raise ConfigError(
             f"data set {name} has the classes {', '.join(dataset.class_names)}, the run was"
             f" trained on {', '.join(data.class_names)}"
         )
-    apply, variables = split_network(models.build(model, rngs=nnx.Rngs(0)))
-    like = driver.replicate(init_state(variables, make_optimizer(started)))
-    step, state = restore(RunDirectory(config.run_dir), config.checkpoint, like)
-    several = task.classes_per_image > 1
-    loss = choose_loss(
-        started.loss if name == started.dataset else None,
-        started.preset,
-        model,
-        several_classes=several,
+    # Pairs are shifted in test too, by as much as the run's.
+    task = choices.choose_task(dataset, started.max_shift if own else None)
+    network = models.build(model, rngs=nnx.Rngs(0))
+    apply, step, variables = _restore(directory, config.checkpoint, started, network, driver)
+    return _Opened(
+        apply=apply,
+        variables=variables,
+        objective=choices.choose_objective(
+            started.loss if own else None, started.preset, model, task
+        ),
+        sampler=Sampler(task, model.num_classes),
+        driver=driver,
+        batch_size=-(-config.batch_size // share) * share,
+        name=name,
+        test=dataset.test,
+        number=len(dataset.test.labels) if config.test_size is None else config.test_size,
+        step=step,
     )
-    evaluator = Evaluator(apply, loss, driver, batch_size, model, task)
-    test = evaluator(state, dataset.test, number=config.test_size)
-    assert test is not None  # only a request to stop ends it early, and there is none
-    return Evaluated(config.run_dir, step, name, test)
+
+
+def _restore(
+    directory: RunDirectory,
+    which: str | int,
+    started: TrainConfig,
+    network: models.Network,
+    driver: Driver,
+) -> tuple[Apply, int, Variables]:
+    """The network as a function, and the step and the arrays of a checkpoint."""
+    apply, variables = split_network(network)
+    like = driver.replicate(init_state(variables, choices.make_optimizer(started)))
+    checkpoints = Checkpoints(directory.checkpoints, read_only=True)
+    try:
+        step = checkpoints.choose(which)
+        return apply, step, checkpoints.restore(step, like).variables
+    finally:
+        checkpoints.close()
+
+
+def count_errors(
+    evaluate: Evaluate,
+    variables: Variables,
+    examples: Batch,
+    number: int,
+    *,
+    batch_size: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Evaluation] | None:
+    """Evaluates the first test samples; None if asked to stop on the way.
+
+    Args:
+      evaluate: from :func:`make_evaluate`.
+      variables: the arrays of the network, or of one for each seed.
+      examples: what the samples are made of, on the devices.
+      number: of samples.
+      batch_size: that of the program.
+      should_stop: asked between calls of the devices.
+
+    Returns:
+      An evaluation for each seed.
+    """
+    batches = -(-number // batch_size)
+    pace, first, total = Pace(batches), 0, (0.0, 0, 0)
+    while first < batches:
+        if should_stop():
+            return None
+        amount, start = pace.amount(batches - first), time.monotonic()
+        sums = jax.device_get(
+            evaluate(variables, examples, np.int32(first), np.int32(amount), np.int32(number))
+        )
+        pace.observe(amount, time.monotonic() - start)
+        total = tuple(a + b for a, b in zip(total, sums, strict=True))
+        first += amount
+    return [
+        Evaluation(float(loss) / int(examples), int(wrong), int(examples))
+        for loss, wrong, examples in zip(*map(np.atleast_1d, total), strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A trained network, and the data set that it was trained on.
+    """A trained network and the data set that it was trained on.
 
     Attributes:
       network: with the parameters of the checkpoint.
       dataset: the run's.
-      test: images that the network is tested on; of a network for pairs single ones.
+      test: the network's test images; single ones for a network for pairs.
       step: of the checkpoint; 0 for a network that comes with the package.
     """
 
@@ -138,9 +267,9 @@ def load_network(run_dir: Path, checkpoint: str | int = "last") -> Loaded:
       :class:`Loaded`; the network normalises with the running statistics.
 
     Raises:
-      ConfigError: the directory holds no run, the data set is not the run's, or the network is
-        shown no images that could be drawn.
-      capsjax.data.DataError: the data set cannot be had.
+      ConfigError: the directory holds no run, the data set is not the run's, or the network's
+        input cannot be drawn.
+      capsjax.data.DataError: the data set is missing or damaged.
       CheckpointError: the checkpoint cannot be read.
     """
     if not run_dir.exists() and str(run_dir) in models.pretrained():
@@ -153,20 +282,19 @@ def load_network(run_dir: Path, checkpoint: str | int = "last") -> Loaded:
         )
     started, model, data = RunDirectory(run_dir).read_config()
     dataset = load(started.dataset, data_dir=started.data_dir)
-    check_dataset(dataset, model)
+    choices.check_dataset(dataset, model)
     data.check(DataDescription.of(dataset))
     network = models.build(model, rngs=nnx.Rngs(0))
-    _, variables = split_network(network)
-    like = init_state(variables, make_optimizer(started))
-    step, state = restore(RunDirectory(run_dir), checkpoint, like)
-    for values in state.variables:
+    driver = choices.choose_driver("jit", None)
+    _, step, variables = _restore(RunDirectory(run_dir), checkpoint, started, network, driver)
+    for values in variables:
         nnx.update(network, values)
     network.eval()
     return Loaded(network, dataset, _as_shown(dataset), step)
 
 
 def _as_shown(dataset: Dataset) -> Split:
-    """Test images as a network is shown them, on the host."""
+    """The network's test images on the host."""
     images, labels = dataset.test
     if isinstance(dataset.task, Pairs):
         return Split(np.asarray(dataset.task.singly(jnp.asarray(images))), labels)
@@ -174,22 +302,9 @@ def _as_shown(dataset: Dataset) -> Split:
         return dataset.test
     if isinstance(dataset.task, Cropped):
         raise ConfigError(
-            f"networks for {dataset.name} are shown standardised images, which figures cannot show"
+            f"networks for {dataset.name} take standardised images, which figures cannot show"
         )
-    split = Batch(jnp.asarray(images), jnp.asarray(labels))
-    numbers = jnp.arange(len(labels))
-    sample, found = evaluation_samples(
-        dataset.task, split, numbers, num_classes=dataset.num_classes
-    )
+    sampler = Sampler(dataset.task, dataset.num_classes)
+    sample = sampler.test(as_batch(dataset.test), jnp.arange(len(labels)))
     shown = jnp.round(sample.images * 255).astype(jnp.uint8)
-    return Split(np.asarray(shown), np.asarray(found))
-
-
-def restore(directory: RunDirectory, which: str | int, like: TrainState) -> tuple[int, TrainState]:
-    """Reads the last, the best or a numbered checkpoint of a run, and tells its step."""
-    checkpoints = Checkpoints(directory.checkpoints, read_only=True)
-    try:
-        step = checkpoints.choose(which)
-        return step, checkpoints.restore(step, like)
-    finally:
-        checkpoints.close()
+    return Split(np.asarray(shown), np.asarray(sample.labels))

@@ -1,12 +1,11 @@
-"""The training loop: from options to a finished run directory."""
+"""The loop of training: dispatch, record, validate, save; nothing here knows what is computed."""
 
 import collections
 import dataclasses
-import datetime
-import signal
+import math
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import NoReturn
 
 import chex
 import jax
@@ -14,375 +13,290 @@ import jax.numpy as jnp
 import numpy as np
 
 from capsjax import models
-from capsjax.data import Batch, Dataset, Split, evaluation_samples, load
+from capsjax.data import Batch, Sampler, Split
 from capsjax.errors import ConfigError, DivergedError
-from capsjax.routing import algorithm
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import TrainConfig
-from capsjax.training.picture import write_picture
-from capsjax.training.programs import NEVER, StepSums
+from capsjax.training.evaluation import Evaluation, count_errors
+from capsjax.training.programs import (
+    NEVER,
+    Driver,
+    Evaluate,
+    Pace,
+    RunSteps,
+    StepSums,
+    as_batch,
+    stack,
+    unstack,
+)
 from capsjax.training.reporting import Report
-from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory, write_json
-from capsjax.training.session import Evaluation, Pace, Session, option_error
-from capsjax.training.step import TrainState
+from capsjax.training.run_directory import Record, RunDirectory
+from capsjax.training.step import Apply, TrainState
 from capsjax.training.stopping import StopRequest
-
-_PICTURED = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """What a run came to.
+class Setup:
+    """What runs compute; with a leading axis over seeds in whatever differs between several.
 
     Attributes:
-      run_dir: its directory.
-      step: steps taken.
-      test: evaluation of the last parameters on the whole test set; None if the run was stopped.
-      validation_error: of the last checkpoint that was validated, or None.
-      first_step: the step at which this process began: 0, or that of the resumed checkpoint.
-      seconds: time in this process, compilation included.
-      stopped_by: the signal that stopped the run before its end, or None.
+      configs: the options of each run.
+      model: the network's configuration.
+      train: the training images on the host, without those held out.
+      validation: the images held out, on the devices, or None.
+      test: the test images on the host.
+      sampler: makes the samples.
+      driver: where it runs.
+      apply: the network as a pure function.
+      initial: the state before the first step.
+      run_steps: ``(state, step, num_steps) -> (state, sums)``; the state is donated.
+      evaluate: from :func:`make_evaluate`.
+      steps_per_epoch: number of whole batches of training images.
+      total_steps: at which the runs end.
+      num_parameters: of one network.
     """
 
-    run_dir: Path
-    step: int
-    test: Evaluation | None
-    validation_error: float | None
-    first_step: int
-    seconds: float
-    stopped_by: signal.Signals | None = None
+    configs: Sequence[TrainConfig]
+    model: models.ModelConfig
+    train: Split
+    validation: Batch | None
+    test: Split
+    sampler: Sampler
+    driver: Driver
+    apply: Apply
+    initial: TrainState
+    run_steps: RunSteps
+    evaluate: Evaluate
+    steps_per_epoch: int
+    total_steps: int
+    num_parameters: int
+
+    @property
+    def config(self) -> TrainConfig:
+        """The options that all runs share."""
+        return self.configs[0]
 
 
-def train(
-    config: TrainConfig,
-    *,
-    model: models.ModelConfig | None = None,
-    dataset: Dataset | None = None,
-) -> Result:
-    """Trains a network, or goes on with a run.
+@dataclasses.dataclass
+class Progress:
+    """Where runs stand: all that the loop changes.
 
-    Args:
-      config: the options.
-      model: the network's configuration; the preset's for the data set when None. A resumed run
-        keeps its own.
-      dataset: the images; loaded by the options when None.
-
-    Returns:
-      What the run came to.
-
-    Raises:
-      ConfigError: an option cannot be.
-      capsjax.data.DataError: the data set cannot be had.
-      CheckpointError: a checkpoint cannot be written or read.
-      DivergedError: the loss is not finite; the last good checkpoint is kept.
+    Attributes:
+      state: on the devices.
+      step: number of steps started.
+      validated: the last step that was validated.
+      errors: the runs' validation errors at that step; empty before.
     """
-    started = time.monotonic()
-    directory = RunDirectory(_run_dir(config))
-    before = None
-    if config.resume:
-        before = directory.read_config()
-        config.check_resumes(before.train)
-        model = before.model
+
+    state: TrainState
+    step: int = 0
+    validated: int = 0
+    errors: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the loop works with."""
+
+    setup: Setup
+    directories: Sequence[RunDirectory]
+    checkpoints: Sequence[Checkpoints]
+    report: Report
+    stop: StopRequest
+
+
+@dataclasses.dataclass
+class _Window:
+    """Sums of the metrics since the last record.
+
+    Attributes:
+      steps: number of steps.
+      loss: sum of their losses, of each run.
+      error: sum of their shares of wrong predictions, of each run.
+      start: when the first of them started.
+    """
+
+    steps: int = 0
+    loss: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(1))
+    error: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(1))
+    start: float = dataclasses.field(default_factory=time.monotonic)
+
+
+def train_and_test(run: Run, progress: Progress) -> list[Evaluation] | None:
+    """Trains to the end and tests; None if asked to stop before."""
+    setup, config, total = run.setup, run.setup.config, run.setup.total_steps
+    every = config.checkpoint_every or setup.steps_per_epoch
+
+    def is_due(interval: int) -> bool:
+        return progress.step % interval == 0 or progress.step == total
+
+    unvalidated = setup.validation is not None and progress.validated < progress.step
+    if unvalidated and is_due(every):
+        _checkpoint(run, progress)  # the run was stopped while it validated this step
+    pace, window = Pace(config.steps_per_dispatch), _Window()
+    while not run.stop.requested() and not is_over(setup, progress.step, progress.errors):
+        target = min(total, *(_next_multiple(progress.step, n) for n in (every, config.log_every)))
+        _advance(run, progress, target, pace, window)
+        if is_due(config.log_every):
+            _log(run, progress, window)
+            window = _Window()
+        if is_due(every):
+            _checkpoint(run, progress)
+            window.start = time.monotonic()  # neither validation nor saving counts as training
+    tests = None
+    if is_over(setup, progress.step, progress.errors):
+        with run.report.evaluating("testing"):
+            examples = setup.driver.replicate(as_batch(setup.test))
+            tests = _evaluate(run, progress, examples, config.test_size)
+    if tests is None:
+        if any(progress.step not in checkpoints.steps() for checkpoints in run.checkpoints):
+            _check_finite(run, progress)
+            _save(run, progress, [None] * len(run.checkpoints))
     else:
-        directory.check_new()  # before anything is loaded
-    if dataset is None:
-        dataset = load(config.dataset, data_dir=config.data_dir)
-    if before is not None:
-        before.data.check(DataDescription.of(dataset))
-    model = model or _configure(config, dataset)
-    session = Session(config, model, dataset)
-    if before is None:
-        directory.create()
-    elif (finished := directory.finished_at()) is not None and finished >= session.total_steps:
-        raise ConfigError(
-            f"the run in {directory.path} is finished at step {finished:,}; more --epochs or"
-            " --steps go on with it"
-        )
-    # Of a resumed run too: it may have become longer, and may have to be resumed again.
-    directory.write_config(RunConfig(config, model, DataDescription.of(dataset)))
-    with StopRequest() as stop:
-        checkpoints = Checkpoints(directory.checkpoints, keep=config.keep)
-        try:
-            return _Loop(session, directory, checkpoints, stop).run(started)
-        finally:
-            checkpoints.close()
+        run.report.record("test", progress.step, [_metrics(test) for test in tests])
+    for checkpoints in run.checkpoints:
+        checkpoints.finish()
+    return tests
 
 
-def draw_reconstructions(session: Session, state: TrainState, path: Path, test: Split) -> bool:
-    """Draws test images over their reconstructions; False for a network without a decoder."""
-    if not getattr(session.model, "decoder_features", ()):
-        return False
-    chosen = np.linspace(0, len(test.labels) - 1, min(_PICTURED, len(test.labels))).astype(int)
-    split = Batch(jnp.asarray(test.images), jnp.asarray(test.labels))
-    sample, labels = evaluation_samples(
-        session.task, split, jnp.asarray(chosen), num_classes=session.model.num_classes
-    )
-    variables = jax.device_get(state.variables)
-    prediction, _ = jax.jit(session.apply)(variables, sample.images)
-    # Of each image the classes that are predicted, as many as it shows.
-    _, said = jax.lax.top_k(prediction.scores, labels.size // len(chosen))
-    masks = jax.nn.one_hot(said, session.model.num_classes)
-    drawn, _ = jax.jit(session.apply)(variables, sample.images, target=masks)
-    # Of pairs what is shown; else what is to be drawn, which is not standardised.
-    shown = sample.drawings if sample.drawings.ndim == sample.images.ndim else sample.images
-    rows = [shown, *jnp.moveaxis(drawn.reconstruction, 1, 0)]
-    write_picture(path, [np.asarray(row) for row in rows])
-    return True
+def _advance(run: Run, progress: Progress, target: int, pace: Pace, window: _Window) -> None:
+    """Trains up to a step, or until asked to stop, and waits for the devices."""
+    setup, completed = run.setup, time.monotonic()
+    calls: collections.deque[tuple[int, int, StepSums]] = collections.deque()
 
-
-class _Loop:
-    """One process's part of a run."""
-
-    def __init__(
-        self,
-        session: Session,
-        directory: RunDirectory,
-        checkpoints: Checkpoints,
-        stop: StopRequest,
-    ):
-        self.session = session
-        self.config = session.config
-        self.directory = directory
-        self.checkpoints = checkpoints
-        self.stop = stop
-        self.pending: collections.deque[tuple[int, int, StepSums]] = collections.deque()
-        self.pace = Pace(session.config.steps_per_dispatch)
-        self.validation_error: float | None = None
-        self.state = session.initial_state()
-        self.step = 0
-        self.validated = 0  # the last step that was
-        if self.config.resume:
-            if checkpoints.steps():
-                self.step = checkpoints.choose("last")
-                self.state = checkpoints.restore(self.step, self.state)
-            if self.step > session.total_steps:
-                raise ConfigError(
-                    f"the run in {directory.path} stands at step {self.step:,} already, beyond the"
-                    f" {session.total_steps:,} that were asked for"
-                )
-            for record in directory.forget_metrics_after(self.step):
-                if record["split"] == "validation":
-                    self.validated, self.validation_error = record["step"], record["error"]
-        self.first_step = self.step
-        self._clear_window()
-        self.completed = time.monotonic()
-
-    def run(self, started: float) -> Result:
-        total, every = self.session.total_steps, self.config.checkpoint_every
-        every = every or self.session.steps_per_epoch
-        with Report(
-            self.directory,
-            total_steps=total,
-            step=self.step,
-            tensorboard=self.config.tensorboard,
-        ) as self.report:
-            self.report.say(self._headline())
-            self.completed = time.monotonic()
-            due = self.step > 0 and (self.step % every == 0 or self.step == total)
-            if due and self.session.validation is not None and self.validated < self.step:
-                self._checkpoint()  # the run was stopped while it validated this step
-            while self.step < total and self.stop.signal is None:
-                boundary = min(
-                    total,
-                    _next_multiple(self.step, every),
-                    _next_multiple(self.step, self.config.log_every),
-                    _next_multiple(self.step, self.session.steps_per_epoch),
-                )
-                self._dispatch(self.pace.amount(boundary - self.step))
-                if self.step % self.config.log_every == 0 or self.step == total:
-                    self._drain()
-                    self._log()
-                if self.step % every == 0 or self.step == total:
-                    self._drain()
-                    self._checkpoint()
-            self._drain()
-            if self.step < total:
-                return self._stopped(started)
-            with self.report.evaluating("testing"):
-                test = self.session.evaluator(
-                    self.state,
-                    self.session.test,
-                    lambda: self.stop.signal is not None,
-                    number=self.config.test_size,
-                )
-            if test is None:
-                return self._stopped(started)
-            return self._finished(test, started)
-
-    def _dispatch(self, num_steps: int) -> None:
-        """Starts steps, then hears of those before: the devices never wait for the host."""
-        self.state, sums = self.session.run_steps(self.state, self.step, num_steps)
-        self.step += num_steps
-        self.pending.append((self.step, num_steps, sums))
-        if len(self.pending) > 1:
-            self._complete()
-
-    def _complete(self) -> None:
-        step, num_steps, pending = self.pending.popleft()
+    def complete() -> None:
+        """Waits for the oldest call."""
+        nonlocal completed
+        step, number, pending = calls.popleft()
         sums: StepSums = jax.device_get(pending)
         now = time.monotonic()
-        seconds, self.completed = now - self.completed, now
-        self.pace.observe(num_steps, seconds)
-        if sums.bad_step != NEVER:
-            self._diverged(int(sums.bad_step), "the loss is not finite")
-        self.window_steps += num_steps
-        self.window_loss += float(sums.loss)
-        self.window_error += float(sums.error)
-        self.report.progress(
-            step,
-            self.window_loss / self.window_steps,
-            self.window_error / self.window_steps,
-            num_steps * self.config.batch_size / seconds,
+        seconds, completed = now - completed, now
+        pace.observe(number, seconds)
+        if (bad_step := int(np.min(sums.bad_step))) != NEVER:
+            _diverged(run, bad_step, "the loss is not finite")
+        window.steps += number
+        window.loss = window.loss + np.atleast_1d(sums.loss)
+        window.error = window.error + np.atleast_1d(sums.error)
+        loss, error = (float(np.mean(x)) / window.steps for x in (window.loss, window.error))
+        examples = number * setup.config.batch_size * len(setup.configs)
+        run.report.progress(step, loss, error, examples / seconds)
+
+    while progress.step < target and not run.stop.requested():
+        end = min(target, _next_multiple(progress.step, setup.steps_per_epoch))
+        number = pace.amount(end - progress.step)
+        progress.state, sums = setup.run_steps(progress.state, progress.step, number)
+        progress.step += number
+        calls.append((progress.step, number, sums))
+        if len(calls) > 1:  # one call behind: the devices never wait for the host
+            complete()
+    while calls:
+        complete()
+
+
+def _log(run: Run, progress: Progress, window: _Window) -> None:
+    """Records the window's means."""
+    if not window.steps:
+        return
+    examples = window.steps * run.setup.config.batch_size
+    speed = examples / (time.monotonic() - window.start)
+    means = zip(window.loss / window.steps, window.error / window.steps, strict=True)
+    records = [
+        {"loss": float(loss), "error": float(error), "examples_per_second": speed}
+        for loss, error in means
+    ]
+    run.report.record("train", progress.step, records)
+
+
+def _checkpoint(run: Run, progress: Progress) -> None:
+    """Validates and saves, unless asked to stop meanwhile: then the run saves where it stands."""
+    _check_finite(run, progress)
+    setup = run.setup
+    errors: list[float | None] = [None] * len(run.checkpoints)
+    line = f"step {progress.step:,} of {setup.total_steps:,}"
+    if setup.validation is not None:
+        with run.report.evaluating("validating"):
+            found = _evaluate(run, progress, setup.validation, None)
+        if found is None:
+            return
+        progress.validated, progress.errors = progress.step, tuple(each.error for each in found)
+        errors = list(progress.errors)
+        run.report.record("validation", progress.step, [_metrics(each) for each in found])
+        line += f": validation error {np.mean(progress.errors):.2%}"
+        line += f", loss {np.mean([each.loss for each in found]):.4f}"
+    _save(run, progress, errors)
+    run.report.say(line)
+
+
+def _save(run: Run, progress: Progress, errors: Sequence[float | None]) -> None:
+    states = unstack(progress.state, len(run.checkpoints))
+    for checkpoints, state, error in zip(run.checkpoints, states, errors, strict=True):
+        checkpoints.save(state, progress.step, error)
+
+
+def _evaluate(
+    run: Run, progress: Progress, examples: Batch, number: int | None
+) -> list[Evaluation] | None:
+    return count_errors(
+        run.setup.evaluate,
+        progress.state.variables,
+        examples,
+        len(examples.labels) if number is None else number,
+        batch_size=run.setup.config.batch_size,
+        should_stop=run.stop.requested,
+    )
+
+
+def _metrics(evaluation: Evaluation) -> dict[str, float]:
+    return {"loss": evaluation.loss, "error": evaluation.error, "count": evaluation.count}
+
+
+def begin(
+    setup: Setup, directories: Sequence[RunDirectory], checkpoints: Sequence[Checkpoints]
+) -> Progress:
+    """Returns where the runs go on: the last step of which all have a checkpoint, or the first."""
+    step = max(set.intersection(*(set(each.steps()) for each in checkpoints)), default=0)
+    state = setup.initial
+    if step:
+        like = setup.driver.replicate(unstack(state, len(checkpoints))[0])
+        state = stack([each.restore(step, like) for each in checkpoints])
+    progress = Progress(setup.driver.replicate(state), step)
+    if step > setup.total_steps:
+        raise ConfigError(
+            f"the run in {directories[0].path} stands at step {step:,} already, beyond the"
+            f" {setup.total_steps:,} that were asked for"
         )
-
-    def _drain(self) -> None:
-        while self.pending:
-            self._complete()
-
-    def _log(self) -> None:
-        if self.window_steps:
-            seconds = time.monotonic() - self.window_start
-            self.report.record(
-                "train",
-                self.step,
-                loss=self.window_loss / self.window_steps,
-                error=self.window_error / self.window_steps,
-                examples_per_second=self.window_steps * self.config.batch_size / seconds,
-            )
-        self._clear_window()
-
-    def _clear_window(self) -> None:
-        self.window_steps, self.window_loss, self.window_error = 0, 0.0, 0.0
-        self.window_start = time.monotonic()
-
-    def _checkpoint(self) -> None:
-        if not _all_finite(self.state.params):
-            self._diverged(self.step, "the parameters are not finite")
-        line = f"step {self.step:,} of {self.session.total_steps:,}"
-        error = None
-        if self.session.validation is not None:
-            with self.report.evaluating("validating"):
-                validation = self.session.evaluator(
-                    self.state, self.session.validation, lambda: self.stop.signal is not None
-                )
-            if validation is None:
-                return  # asked to stop: the run saves where it stands
-            error = self.validation_error = validation.error
-            self.validated = self.step
-            self.report.record(
-                "validation",
-                self.step,
-                loss=validation.loss,
-                error=validation.error,
-                count=validation.count,
-            )
-            line += f": validation error {validation.error:.2%}, loss {validation.loss:.4f}"
-        self.checkpoints.save(self.state, self.step, error)
-        self.report.say(line)
-        # Neither an evaluation nor a save belongs to the speed of training.
-        self.completed = self.window_start = time.monotonic()
-
-    def _stopped(self, started: float) -> Result:
-        if self.step not in self.checkpoints.steps():
-            if not _all_finite(self.state.params):
-                self._diverged(self.step, "the parameters are not finite")
-            self.checkpoints.save(self.state, self.step, None)
-        self.checkpoints.finish()
-        seconds = time.monotonic() - started
-        return Result(
-            self.directory.path,
-            self.step,
-            None,
-            self.validation_error,
-            self.first_step,
-            seconds,
-            self.stop.signal,
-        )
-
-    def _finished(self, test: Evaluation, started: float) -> Result:
-        self.report.record("test", self.step, loss=test.loss, error=test.error, count=test.count)
-        self.checkpoints.finish()
-        draw_reconstructions(self.session, self.state, self.directory.picture, self.session.test)
-        seconds = time.monotonic() - started
-        result = Result(
-            self.directory.path, self.step, test, self.validation_error, self.first_step, seconds
-        )
-        write_json(
-            self.directory.result,
-            {
-                "step": self.step,
-                "test_error": test.error,
-                "test_wrong": test.wrong,
-                "test_count": test.count,
-                "test_loss": test.loss,
-                "validation_error": self.validation_error,
-                "parameters": self.session.num_parameters,
-                "seconds": round(seconds, 1),
-            },
-        )
-        return result
-
-    def _diverged(self, step: int, what: str) -> None:
-        self.checkpoints.finish()
-        steps = self.checkpoints.steps()
-        good = f"the last good checkpoint is of step {steps[-1]}" if steps else "no checkpoint yet"
-        raise DivergedError(
-            f"{what} at step {step}; {good}, in {self.checkpoints.path}; a lower --learning-rate"
-            " may help"
-        )
-
-    def _headline(self) -> str:
-        config, session = self.config, self.session
-        validation = 0 if session.validation is None else len(session.validation.labels)
-        test = len(session.test.labels) if config.test_size is None else config.test_size
-        devices = session.driver.devices
-        where = f"{len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
-        begun = f", from step {self.step:,}" if self.step else ""
-        return (
-            f"{config.preset} ({session.num_parameters:,} parameters) on {config.dataset}:"
-            f" {len(session.train.labels):,} training, {validation:,} validation,"
-            f" {test:,} test images; {config.driver} on {where};"
-            f" {session.total_steps:,} steps of {config.batch_size}{begun}\n"
-            f"run directory: {self.directory.path}"
-        )
+    last: list[Record] = []
+    for directory, each in zip(directories, checkpoints, strict=True):
+        each.forget_after(step)  # steps that the others of the group have not reached
+        kept = directory.forget_metrics_after(step)
+        last += [r for r in kept if r["split"] == "validation"][-1:]
+    if len(last) == len(directories):
+        progress.validated = min(record["step"] for record in last)
+        progress.errors = tuple(math.inf if (e := r["error"]) is None else e for r in last)
+    return progress
 
 
-def _run_dir(config: TrainConfig) -> Path:
-    if config.run_dir is not None:
-        return config.run_dir
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{config.dataset}-{config.preset}-{now}"
+def is_over(setup: Setup, step: int, errors: Sequence[float | None]) -> bool:
+    """Whether runs end at this step, with these validation errors."""
+    goal = setup.config.until_error
+    reached = goal is not None and all(e is not None and e <= goal for e in errors)
+    return step >= setup.total_steps or (bool(errors) and reached)
 
 
-def _configure(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
-    chosen = {"routing": config.routing, "num_iterations": config.num_iterations}
-    overrides: dict[str, Any] = {name: v for name, v in chosen.items() if v is not None}
-    preset = models.configure(config.preset)
-    if not config.reconstruction:
-        if not getattr(preset, "decoder_features", ()):
-            raise ConfigError(f"--no-reconstruction: {config.preset} has no decoder anyway")
-        overrides["decoder_features"] = ()
-    for name in overrides:
-        if not hasattr(preset, name):
-            option = "--" + name.replace("_", "-")
-            raise ConfigError(f"{option} is for capsule networks, not for {config.preset}")
-    try:
-        preset = models.configure(config.preset, **overrides)
-    except ValueError as error:
-        raise option_error(error) from None
-    routing = getattr(preset, "routing", "")
-    if config.num_iterations is not None and not algorithm(routing).iterates:
-        raise ConfigError(f"--num-iterations is not for routing {routing!r}, which makes one pass")
-    try:
-        return models.configure(
-            config.preset,
-            **overrides,
-            image_shape=dataset.image_shape,
-            num_classes=dataset.num_classes,
-            dtype=config.dtype,
-        )
-    except ValueError as error:
-        raise ConfigError(f"data set {dataset.name} does not suit the network: {error}") from None
+def _check_finite(run: Run, progress: Progress) -> None:
+    if not _all_finite(progress.state.params):
+        _diverged(run, progress.step, "the parameters are not finite")
+
+
+def _diverged(run: Run, step: int, what: str) -> NoReturn:
+    checkpoints = run.checkpoints[0]
+    for each in run.checkpoints:
+        each.finish()
+    steps = checkpoints.steps()
+    good = f"the last good checkpoint is of step {steps[-1]}" if steps else "no checkpoint yet"
+    raise DivergedError(
+        f"{what} at step {step}; {good}, in {checkpoints.path}; a lower --learning-rate may help"
+    )
 
 
 def _next_multiple(step: int, every: int) -> int:

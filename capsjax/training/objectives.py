@@ -67,10 +67,7 @@ def official_loss(prediction: Prediction, target: jax.Array, images: jax.Array) 
 
 
 def spread_objective(
-    prediction: Prediction,
-    target: jax.Array,
-    images: jax.Array,
-    step: ArrayLike | None = None,
+    prediction: Prediction, target: jax.Array, images: jax.Array, step: ArrayLike | None = None
 ) -> jax.Array:
     r"""Spread loss, whose margin grows, and reconstruction loss if there is a decoder.
 

@@ -3,10 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from capsjax.data import Sampler, Split
+from capsjax.models import ModelConfig
+from capsjax.training.programs import as_batch
+from capsjax.training.step import Apply, Variables
 
 _GAP = 2
 _WIDTH = 960
+_PICTURED = 16
 
 
 def reconstruction_grid(rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -39,8 +47,32 @@ def reconstruction_grid(rows: Sequence[np.ndarray]) -> np.ndarray:
     return canvas.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def write_picture(path: Path, rows: Sequence[np.ndarray]) -> None:
-    """Writes :func:`reconstruction_grid` as PNG."""
-    from PIL import Image
-
-    Image.fromarray(reconstruction_grid(rows)).save(path)
+def draw_reconstructions(
+    apply: Apply,
+    variables: Variables,
+    model: ModelConfig,
+    sampler: Sampler,
+    test: Split,
+    path: Path,
+) -> None:
+    """Writes test images over their reconstructions as PNG, unless the network has no decoder."""
+    if not getattr(model, "decoder_features", ()):
+        return
+    try:
+        from PIL import Image
+    except ImportError:  # on a machine that has only what computing needs
+        return
+    chosen = np.linspace(0, len(test.labels) - 1, min(_PICTURED, len(test.labels))).astype(int)
+    sample = sampler.test(as_batch(test), jnp.asarray(chosen))
+    prediction, _ = jax.jit(apply)(variables, sample.images)
+    # The predicted classes of each image, as many as it shows.
+    _, predicted = jax.lax.top_k(prediction.scores, sampler.task.classes_per_image)
+    masks = jax.nn.one_hot(predicted, sampler.num_classes)
+    drawn, _ = jax.jit(apply)(variables, sample.images, target=masks)
+    # Pairs are shown as they are; otherwise the target, which is not standardised.
+    is_pair = sample.drawings.ndim > sample.images.ndim
+    rows = [
+        sample.images if is_pair else sample.drawings,
+        *jnp.moveaxis(drawn.reconstruction, 1, 0),
+    ]
+    Image.fromarray(reconstruction_grid([np.asarray(row) for row in rows])).save(path)

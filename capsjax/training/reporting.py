@@ -1,8 +1,9 @@
-"""What a run tells while it trains: a progress bar, lines, JSON lines, TensorBoard."""
+"""Reports of a run while it trains: a progress bar, lines, JSON lines, TensorBoard."""
 
 import contextlib
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,10 +14,10 @@ from capsjax.training.run_directory import RunDirectory
 
 
 class Report:
-    """Shows and records the metrics of a run; a context manager.
+    """Shows and records the metrics of runs that train together; a context manager.
 
     Args:
-      directory: receives the metrics.
+      directories: receive the metrics, each those of its run.
       total_steps: steps of the whole run.
       step: the step at which this process begins.
       tensorboard: whether to write event files too.
@@ -26,20 +27,23 @@ class Report:
 
     def __init__(
         self,
-        directory: RunDirectory,
+        directories: Sequence[RunDirectory],
         *,
         total_steps: int,
         step: int,
         tensorboard: bool,
         console: Console | None = None,
     ):
-        self._directory = directory
+        self._directories = directories
         self._started = time.monotonic()
-        self._writer: Any = None
+        self._writers: list[Any] = []
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(directory.tensorboard), purge_step=step + 1)
+            self._writers = [
+                SummaryWriter(str(directory.tensorboard), purge_step=step + 1)
+                for directory in directories
+            ]
         self._console = console or Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -67,12 +71,12 @@ class Report:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stops the bar and closes the event file."""
+        """Stops the bar and closes the event files."""
         self._progress.stop()
-        if self._writer is not None:
-            # A full disk has been reported where it first showed; nothing is gained by a second.
+        for writer in self._writers:
+            # A full disk has been reported where it first showed; a second report adds nothing.
             with contextlib.suppress(OSError):
-                self._writer.close()
+                writer.close()
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
@@ -90,10 +94,12 @@ class Report:
         yield
         self._progress.update(self._task, description="training")
 
-    def record(self, split: str, step: int, **values: float) -> None:
-        """Records metrics of a split at a step."""
+    def record(self, split: str, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
+        """Records the metrics of a split at a step, of each run."""
         seconds = round(time.monotonic() - self._started, 3)
-        self._directory.append_metrics({"split": split, "step": step, "seconds": seconds, **values})
-        if self._writer is not None:
+        for directory, values in zip(self._directories, metrics, strict=True):
+            finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+            directory.append_metrics({"split": split, "step": step, "seconds": seconds, **finite})
+        for writer, values in zip(self._writers, metrics, strict=False):
             for name, value in values.items():
-                self._writer.add_scalar(f"{split}/{name}", value, step)
+                writer.add_scalar(f"{split}/{name}", value, step)

@@ -1,12 +1,12 @@
-"""What a run leaves on disk: configuration, metrics, result; checkpoints beside them."""
+"""The files of a run: configuration, metrics, result; checkpoints beside them."""
 
 import dataclasses
 import json
-import os
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 
 from capsjax.data import Dataset
@@ -19,6 +19,7 @@ from capsjax.models import (
     ModelConfig,
 )
 from capsjax.training.config import TrainConfig
+from capsjax.training.files import decode, read_json, read_json_lines, write_atomically, write_json
 
 _MODELS: dict[str, type[ModelConfig]] = {
     "capsnet": CapsNetConfig,
@@ -30,7 +31,7 @@ _MODELS: dict[str, type[ModelConfig]] = {
 
 @dataclasses.dataclass(frozen=True)
 class DataDescription:
-    """What tells one data set from another.
+    """Identifies a data set.
 
     Attributes:
       name: its name.
@@ -63,11 +64,43 @@ class DataDescription:
 
 
 class RunConfig(NamedTuple):
-    """What a run directory says about its run: options, network, data."""
+    """The contents of config.json: options, network, data."""
 
     train: TrainConfig
     model: ModelConfig
     data: DataDescription
+
+
+class Record(TypedDict):
+    """One line of metrics.jsonl; a number that was not finite is None."""
+
+    split: Literal["train", "validation", "test"]
+    step: int
+    seconds: NotRequired[float]
+    loss: float | None
+    error: float | None
+    count: NotRequired[int]
+    examples_per_second: NotRequired[float]
+
+
+class StoredResult(msgspec.Struct):
+    """What is read of result.json."""
+
+    step: int
+    test_wrong: int
+    test_count: int
+    validation_error: float | None
+    seconds: float
+
+
+class _StoredConfig(msgspec.Struct):
+    train: TrainConfig
+    model: msgspec.Raw
+    data: DataDescription
+
+
+class _StoredModel(msgspec.Struct):
+    kind: Literal["capsnet", "matrix_capsnet", "efficient_capsnet", "baseline"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,60 +191,35 @@ class RunDirectory:
             raise ConfigError(f"run directory {self.path} {what}")
         if not self.config.exists():
             raise ConfigError(f"run directory {self.path} holds no run: {self.config.name} missing")
-        try:
-            values = json.loads(self.config.read_text())
-            train = TrainConfig.from_json(values["train"], run_dir=self.path)
-            fields = _with_tuples(values["model"])
-            model = _MODELS[fields.pop("kind")](**fields)
-            return RunConfig(train, model, DataDescription(**_with_tuples(values["data"])))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{self.config} is damaged: {error}") from None
+        stored = read_json(self.config, _StoredConfig)
+        kind = decode(stored.model, _StoredModel, f"model in {self.config}").kind
+        model = decode(stored.model, _MODELS[kind], f"model in {self.config}")
+        train = dataclasses.replace(stored.train, run_dir=self.path, resume=True)
+        return RunConfig(train, model, stored.data)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Appends a line to the metrics."""
         with self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """Returns the metrics' records; a last line cut short by a crash is left out."""
-        if not self.metrics.exists():
-            return []
-        records = []
-        for line in self.metrics.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-        return records
+    def read_metrics(self) -> list[Record]:
+        """Returns the metrics' records; a last line cut short by a crash is left out.
 
-    def forget_metrics_after(self, step: int) -> list[dict[str, Any]]:
+        Raises:
+          ConfigError: a line is damaged.
+        """
+        return read_json_lines(self.metrics, Record)
+
+    def forget_metrics_after(self, step: int) -> list[Record]:
         """Drops the records of what a resumed run will do again, and returns the others."""
         kept = [r for r in self.read_metrics() if r["step"] <= step and r["split"] != "test"]
-        _write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
 
-    def finished_at(self) -> int | None:
-        """The step of the result, or None if there is none (or it cannot be read)."""
-        try:
-            step = json.loads(self.result.read_text())["step"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return int(step)
+    def read_result(self) -> StoredResult | None:
+        """Returns the result of the finished run, or None if there is none yet.
 
-
-def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no tuples, the configurations no lists."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes a JSON file so that a crash leaves the old one or the new one, never half of one."""
-    _write_atomically(path, json.dumps(values, indent=2) + "\n")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+        Raises:
+          ConfigError: the file is damaged.
+        """
+        return read_json(self.result, StoredResult) if self.result.exists() else None

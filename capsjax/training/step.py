@@ -1,4 +1,4 @@
-"""The train step: one pure function of state, batch and key."""
+"""The train step: one pure function of state and sample."""
 
 import inspect
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from capsjax.data import Batch, Shifted, Task, is_right
+from capsjax.data import Sample, is_right
 from capsjax.models import Network, Prediction
 from capsjax.training.objectives import Objective
 
@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: number of steps taken, int32 scalar.
       params: the network's parameters, nested dicts of float32 arrays.
-      batch_stats: its running statistics, see :class:`Variables`.
+      batch_stats: the network's running statistics, see :class:`Variables`.
       opt_state: the optimiser's state.
     """
 
@@ -49,7 +49,7 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports, float32 scalars: means over the whole batch.
+    """Metrics of a step, float32 scalars: means over the whole batch.
 
     Attributes:
       loss: the objective.
@@ -60,9 +60,7 @@ class StepMetrics(NamedTuple):
     error: jax.Array
 
 
-TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepMetrics]]
-
-
+TrainStep = Callable[[TrainState, Sample], tuple[TrainState, StepMetrics]]
 Apply = Callable[..., tuple[Prediction, chex.ArrayTree]]
 
 
@@ -71,9 +69,9 @@ def split_network(network: Network) -> tuple[Apply, Variables]:
 
     Returns:
       ``apply(variables, images, *, train=False, axis_name=None, **options)``, which returns the
-      network's prediction and its batch statistics, and the :class:`Variables`. Where the network
-      normalises over the batch: in training with the statistics of the batch, over all shards of
-      ``axis_name``, and the running ones come back brought on; else with the running ones.
+      network's prediction and its batch statistics, and the :class:`Variables`. A network that
+      normalises over the batch uses the statistics of the batch in training, over all shards of
+      ``axis_name``, and returns updated running ones; otherwise it uses the running ones.
 
     Example:
       >>> import jax.numpy as jnp
@@ -161,69 +159,45 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     objective: Objective,
     *,
-    num_classes: int,
-    max_shift: int = 2,
-    task: Task | None = None,
     axis_name: str | None = None,
 ) -> TrainStep:
-    """Makes the step: shift, scale, predict, differentiate, update.
+    """Makes the step: predict, differentiate, update.
 
-    The step is pure and knows nothing of devices. Under ``jax.pmap`` or ``jax.vmap`` each shard
-    gets its part of the batch; gradients and metrics are averaged over ``axis_name``. What is
-    drawn for an example depends on the key and its position in the whole batch, so that any number
-    of shards computes the same.
+    The step is pure and independent of devices and data. Under ``jax.pmap`` or ``jax.vmap`` each
+    shard gets its part of the sample; gradients and metrics are averaged over ``axis_name``.
 
     Args:
       apply: the network as a pure function, from :func:`split_network`.
       optimizer: an optax transformation.
       objective: loss per example, such as :func:`paper_loss`; one with a parameter ``step`` is
         given the number of steps taken.
-      num_classes: J, for the one-hot targets.
-      max_shift: random shift in pixels, zero-padded, where no task says what is made of images.
-      task: makes what the network is shown and what it shall say; ``Shifted(max_shift)`` when None.
       axis_name: the mapped axis over which the batch is split; None if it is not.
 
     Returns:
-      ``train_step(state, batch, key) -> (state, metrics)`` with a :class:`TrainState`, a batch of
-      uint8 images ``[B, H, W, C]`` and int32 labels ``[B]`` (:class:`capsjax.data.Batch`), a
-      random key and :class:`StepMetrics`.
+      ``train_step(state, sample) -> (state, metrics)`` with a :class:`TrainState`, a
+      :class:`capsjax.data.Sample` of B examples and :class:`StepMetrics`.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from capsjax import models
+      >>> from capsjax.data import Batch, Sampler, Shifted
       >>> from capsjax.training import (
-      ...     Batch, init_state, make_train_step, paper_loss, paper_optimizer, split_network)
+      ...     init_state, make_train_step, paper_loss, paper_optimizer, split_network)
       >>> from flax import nnx
       >>> apply, variables = split_network(models.create("small", rngs=nnx.Rngs(0)))
       >>> optimizer = paper_optimizer()
-      >>> train_step = jax.jit(
-      ...     make_train_step(apply, optimizer, paper_loss, num_classes=10))
-      >>> batch = Batch(jnp.zeros((4, 28, 28, 1), jnp.uint8), jnp.arange(4))
-      >>> state, metrics = train_step(init_state(variables, optimizer), batch, jax.random.key(0))
+      >>> train_step = jax.jit(make_train_step(apply, optimizer, paper_loss))
+      >>> digits = Batch(jnp.zeros((4, 28, 28, 1), jnp.uint8), jnp.arange(4))
+      >>> sampler, four = Sampler(Shifted(2), num_classes=10), jnp.arange(4)
+      >>> sample = sampler.train(digits, jax.random.key(0), four, indices=four)
+      >>> state, metrics = train_step(init_state(variables, optimizer), sample)
       >>> int(state.step)
       1
     """
-    task = Shifted(max_shift) if task is None else task
     takes_step = "step" in inspect.signature(objective).parameters
 
-    def timed(step: jax.Array) -> dict[str, jax.Array]:
-        return {"step": step} if takes_step else {}
-
-    def train_step(
-        state: TrainState, batch: Batch, key: jax.Array
-    ) -> tuple[TrainState, StepMetrics]:
-        if batch.images.shape[:-3] != batch.labels.shape:
-            raise ValueError(
-                f"batch must have one label per image, shape {batch.images.shape[:-3]}, got"
-                f" labels of shape {batch.labels.shape}"
-            )
-        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            raise TypeError(f"key must be a typed key as of jax.random.key, got {key.dtype}")
-        size = batch.labels.shape[0]
-        first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * size
-        keys = example_keys(key, first + jnp.arange(size))
-        task_keys, network_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        sample = task.make(task_keys, batch, num_classes=num_classes, train=True)
+    def train_step(state: TrainState, sample: Sample) -> tuple[TrainState, StepMetrics]:
+        options = {"step": state.step} if takes_step else {}
 
         def loss_fn(params: chex.ArrayTree) -> tuple[jax.Array, tuple[jax.Array, chex.ArrayTree]]:
             prediction, batch_stats = apply(
@@ -232,12 +206,11 @@ def make_train_step(
                 train=True,
                 axis_name=axis_name,
                 target=sample.masks,
-                keys=network_keys,
+                keys=sample.keys,
             )
-            losses = objective(prediction, sample.target, sample.drawings, **timed(state.step))
-            loss = jnp.mean(losses)
-            wrong = ~is_right(prediction.scores, batch.labels)
-            return loss, (jnp.mean(wrong, dtype=jnp.float32), batch_stats)
+            losses = objective(prediction, sample.target, sample.drawings, **options)
+            wrong = ~is_right(prediction.scores, sample.labels)
+            return jnp.mean(losses), (jnp.mean(wrong, dtype=jnp.float32), batch_stats)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (error, batch_stats)), grads = grad_fn(state.params)
@@ -249,8 +222,3 @@ def make_train_step(
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return train_step
-
-
-def example_keys(key: jax.Array, positions: jax.Array) -> jax.Array:
-    """One key for each position in the whole batch."""
-    return jax.vmap(lambda position: jax.random.fold_in(key, position))(positions)

@@ -1,8 +1,10 @@
-"""Stopping a run from outside: the first signal asks, a second one insists."""
+"""Stopping a run from outside: the first signal asks, a second one insists; or a deadline asks."""
 
+import math
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -12,16 +14,25 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """While entered, Ctrl-C and SIGTERM are noted instead of ending the process.
 
-    The run looks at it between two calls of the devices, saves and ends. A second signal raises
-    KeyboardInterrupt at once. Signals are left alone outside of the main thread.
+    Between two calls of the devices the run asks whether it is :meth:`requested`, saves and ends. A
+    second signal raises KeyboardInterrupt at once. Signals are left alone outside of the main
+    thread.
+
+    Args:
+      deadline: the value of `time.monotonic` from which on a stop is requested, too.
 
     Attributes:
       signal: the signal that came, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: float = math.inf) -> None:
+        self._deadline = deadline
         self.signal: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
+
+    def requested(self) -> bool:
+        """Returns whether the run should end."""
+        return self.signal is not None or time.monotonic() >= self._deadline
 
     def __enter__(self) -> Self:
         """Installs the handlers."""

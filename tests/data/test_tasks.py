@@ -10,8 +10,8 @@ from capsjax.data import (
     Distorted,
     Pairs,
     Placed,
+    Sampler,
     Shifted,
-    evaluation_samples,
     is_right,
     random_placement,
 )
@@ -33,14 +33,14 @@ def keys(number, seed=0):
 
 
 def numbers_of(batch):
-    """Which images were gathered, by their pixels."""
+    """Which images were selected, by their pixels."""
     return np.asarray(batch.images[..., 0, 0, 0]).astype(int) - 100
 
 
 def test_pairs_are_uniform_over_all_images_of_other_classes():
     digits, draws = split(), 16000
     first = np.arange(draws) % 16
-    batch = jax.jit(Pairs().gather)(keys(draws), digits, jnp.asarray(first))
+    batch = jax.jit(Pairs().select)(keys(draws), digits, jnp.asarray(first))
     labels, drawn = np.asarray(batch.labels), numbers_of(batch)
     np.testing.assert_array_equal(drawn[:, 0], first)
     np.testing.assert_array_equal(labels, np.asarray(digits.labels)[drawn])
@@ -70,25 +70,59 @@ def pair_in_numpy(images, offsets, size, most):
 def test_pairs_are_shifted_added_and_clipped():
     rng = np.random.default_rng(0)
     images = rng.integers(1, 256, (300, 2, 28, 28, 1), np.uint8)
-    labels = np.tile([1, 3], (300, 1)).astype(np.int32)
-    made = Pairs().make(
-        keys(300), Batch(jnp.asarray(images), jnp.asarray(labels)), num_classes=CLASSES, train=True
-    )
+    pictures, drawings = Pairs().render(keys(300), jnp.asarray(images), train=True)
     seen = set()
     for n in range(300):
         offsets = []
-        for part in np.asarray(made.drawings[n, ..., 0]):
+        for part in np.asarray(drawings[n, ..., 0]):
             rows, columns = np.nonzero(part.any(1))[0], np.nonzero(part.any(0))[0]
             offsets.append((rows[0] - 4, columns[0] - 4))
         total, parts = pair_in_numpy(images[n, ..., 0], offsets, 36, 4)
-        np.testing.assert_array_equal(np.round(np.asarray(made.images[n, ..., 0]) * 255), total)
-        np.testing.assert_array_equal(np.round(np.asarray(made.drawings[n, ..., 0]) * 255), parts)
+        np.testing.assert_array_equal(np.round(np.asarray(pictures[n, ..., 0]) * 255), total)
+        np.testing.assert_array_equal(np.round(np.asarray(drawings[n, ..., 0]) * 255), parts)
         assert total.max() == 255
         seen.update(offsets)
     assert {max(abs(r), abs(c)) for r, c in seen} <= set(range(5))
     assert len(seen) == 81  # every shift of up to four pixels, among 600
-    np.testing.assert_array_equal(made.target, np.tile([0, 1, 0, 1], (300, 1)))
-    np.testing.assert_array_equal(made.masks[:, 1], np.tile([0, 0, 0, 1], (300, 1)))
+
+
+@pytest.mark.parametrize("task", [Shifted(), Pairs(12, 2)], ids=["single", "pairs"])
+def test_targets_and_masks_are_those_of_the_labels(task):
+    sample = Sampler(task, CLASSES).train(split(), keys(1)[0], jnp.arange(6), jnp.arange(3, 9))
+    labels = np.asarray(sample.labels).reshape(6, -1)
+    hot = np.eye(CLASSES)[labels]
+    np.testing.assert_array_equal(sample.target, hot.sum(1))
+    np.testing.assert_array_equal(np.asarray(sample.masks).reshape(hot.shape), hot)
+    np.testing.assert_array_equal(labels[:, 0], split().labels[3:9])
+
+
+@pytest.mark.parametrize("task", [Shifted(), Pairs(12, 2)], ids=["single", "pairs"])
+def test_a_training_sample_depends_on_step_position_and_image_alone(task):
+    digits, sampler, key = split(), Sampler(task, CLASSES), keys(1)[0]
+    make = jax.jit(lambda key, at, indices: sampler.train(digits, key, at, indices))
+    whole = make(key, jnp.arange(16), jnp.arange(16))
+    part = make(key, jnp.arange(8, 16), jnp.arange(8, 16))
+    for a, b in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(
+            jax.random.key_data(a)[8:] if a is whole.keys else a[8:],
+            jax.random.key_data(b) if a is whole.keys else b,
+        )
+    moved, other = (
+        make(key, jnp.arange(16)[::-1], jnp.arange(16)),
+        make(keys(2)[1], jnp.arange(16), jnp.arange(16)),
+    )
+    for different in (moved, other):
+        assert (np.asarray(different.images) != np.asarray(whole.images)).any()
+        assert (jax.random.key_data(different.keys) != jax.random.key_data(whole.keys)).any()
+
+
+def test_a_split_with_other_counts_of_labels_and_images_is_refused():
+    digits = split()
+    sampler, first = Sampler(Shifted(), CLASSES), jnp.arange(2)
+    with pytest.raises(ValueError, match=r"one label per image, shape \(16,\), got .*\(3,\)"):
+        sampler.train(digits._replace(labels=digits.labels[:3]), keys(1)[0], first, first)
+    with pytest.raises(TypeError, match="key must be a typed key"):
+        sampler.train(digits, jnp.zeros(2, jnp.uint32), first, first)
 
 
 def test_placing_reaches_every_place_equally_often():
@@ -110,19 +144,16 @@ TASKS = [Shifted(), Placed(12), Distorted(12), Pairs(12, 2)]
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: type(task).__name__)
 def test_a_test_sample_depends_on_its_number_alone(task):
     digits = split()
-    make = jax.jit(lambda n: evaluation_samples(task, digits, n, num_classes=CLASSES))
-    sample, labels = make(jnp.arange(32))
-    later, _ = make(jnp.arange(16, 48))
+    sampler = Sampler(task, CLASSES)
+    make = jax.jit(lambda numbers: sampler.test(digits, numbers))
+    sample, later = make(jnp.arange(32)), make(jnp.arange(16, 48))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[16:], b[:16]), sample, later)
-    mapped = jax.pmap(lambda n: evaluation_samples(task, digits, n, num_classes=CLASSES))
-    parts, part_labels = mapped(jnp.arange(32).reshape(8, 4))
+    parts = jax.pmap(lambda n: sampler.test(digits, n))(jnp.arange(32).reshape(8, 4))
     jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(a, np.reshape(b, np.shape(a))),
-        (sample, labels),
-        (parts, part_labels),
+        lambda a, b: np.testing.assert_array_equal(a, np.reshape(b, np.shape(a))), sample, parts
     )
     assert sample.images.shape == (32, *task.image_shape((8, 8, 1)))
-    assert np.asarray(sample.target).sum(1).tolist() == [labels[0].size] * 32
+    assert np.asarray(sample.target).sum(1).tolist() == [sample.labels[0].size] * 32
     if not isinstance(task, Shifted):
         # The same digits again, otherwise made.
         assert (np.asarray(sample.images[:16]) != np.asarray(sample.images[16:])).any()
@@ -130,7 +161,7 @@ def test_a_test_sample_depends_on_its_number_alone(task):
 
 def test_test_images_are_not_shifted():
     digits = split()
-    sample, _ = evaluation_samples(Shifted(3), digits, jnp.arange(16), num_classes=CLASSES)
+    sample = Sampler(Shifted(3), CLASSES).test(digits, jnp.arange(16))
     np.testing.assert_array_equal(np.round(np.asarray(sample.images) * 255), digits.images)
 
 
@@ -149,7 +180,7 @@ def test_a_pair_is_right_only_if_both_are():
 def test_the_first_test_samples_are_of_all_classes(task):
     labels = jnp.repeat(jnp.arange(5), 20)
     images = Batch(jnp.zeros((100, 28, 28, 1), jnp.uint8), labels)
-    _, found = evaluation_samples(task, images, jnp.arange(100), num_classes=5)
-    first = np.asarray(found).reshape(100, -1)[:, 0]
+    sample = Sampler(task, 5).test(images, jnp.arange(100))
+    first = np.asarray(sample.labels).reshape(100, -1)[:, 0]
     assert set(first[:25]) == set(range(5))
     np.testing.assert_array_equal(np.bincount(first), [20] * 5)

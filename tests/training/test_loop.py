@@ -19,7 +19,6 @@ from capsjax.training import (
     hold_out,
     train,
 )
-from capsjax.training.loop import _Loop
 from capsjax.training.reporting import Report
 from capsjax.training.stopping import StopRequest
 
@@ -144,14 +143,11 @@ def test_metrics_of_a_resumed_run_have_no_step_twice(tmp_path, digits, tiny):
 
 
 def test_a_request_to_stop_saves_and_ends(tmp_path, digits, tiny, monkeypatch):
-    complete = _Loop._complete
+    def stop_at_step_nine(self, step, *_):
+        if step == 9:
+            signal.raise_signal(signal.SIGTERM)
 
-    def stop_at_step_nine(self):
-        complete(self)
-        if self.step >= 9:
-            self.stop.signal = signal.SIGTERM
-
-    monkeypatch.setattr(_Loop, "_complete", stop_at_step_nine)
+    monkeypatch.setattr(Report, "progress", stop_at_step_nine)
     options = config(tmp_path, driver="jit", steps_per_dispatch=1)
     stopped = train(options, model=tiny, dataset=digits)
     assert stopped.stopped_by == signal.SIGTERM

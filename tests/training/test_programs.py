@@ -5,9 +5,10 @@ import pytest
 from flax import nnx
 
 from capsjax import models
-from capsjax.data import epoch_order
+from capsjax.data import Batch, Sampler, Shifted, epoch_order
 from capsjax.training import (
-    Batch,
+    StepMetrics,
+    TrainState,
     init_state,
     make_driver,
     make_evaluate,
@@ -20,6 +21,7 @@ from capsjax.training import (
 from capsjax.training.programs import NEVER
 
 BATCH = 16
+SAMPLER = Sampler(Shifted(), 10)
 
 
 class Programs:
@@ -29,12 +31,10 @@ class Programs:
         self.driver = make_driver(name, batch_size=BATCH, devices=devices)
         self.apply, variables = split_network(models.build(config, rngs=nnx.Rngs(0)))
         optimizer = paper_optimizer(learning_rate, floor=min(1e-6, learning_rate))
-        step = make_train_step(
-            self.apply, optimizer, paper_loss, num_classes=10, axis_name=self.driver.axis_name
-        )
-        self._run = make_run_steps(step, self.driver, batch_size=BATCH)
+        step = make_train_step(self.apply, optimizer, paper_loss, axis_name=self.driver.axis_name)
+        self._run = make_run_steps(step, SAMPLER, self.driver, batch_size=BATCH)
         self._evaluate = make_evaluate(
-            self.apply, paper_loss, self.driver, batch_size=BATCH, num_classes=10
+            self.apply, paper_loss, SAMPLER, self.driver, batch_size=BATCH
         )
         self.state = self.driver.replicate(init_state(variables, optimizer))
         self.train, self.test = (
@@ -49,8 +49,8 @@ class Programs:
         return jax.device_get(sums)
 
     def evaluate(self, first=0, batches=7):
-        sums = self._evaluate(self.state.variables, self.test, np.int32(first), np.int32(batches))
-        return jax.device_get(sums)
+        numbers = map(np.int32, (first, batches, len(self.test.labels)))
+        return jax.device_get(self._evaluate(self.state.variables, self.test, *numbers))
 
 
 @pytest.fixture(scope="module")
@@ -121,27 +121,84 @@ def test_the_state_is_donated_and_one_program_serves_every_number(digits, tiny, 
     assert sum("Finished XLA compilation" in message for message in caplog.messages) == 1
 
 
-def test_an_epoch_visits_each_example_once(digits, tiny):
-    """A step that records its labels instead of training shows what the program feeds."""
-    seen = np.zeros(180, np.int32)
+class Recorder:
+    """Runs a step that records its samples instead of training."""
 
-    def recording_step(state, batch, key):
-        del key
-        return state._replace(
-            step=state.step + 1, params=state.params.at[batch.labels].add(1)
-        ), metrics
+    def __init__(self, name, batch_size, num_steps, several_seeds=False):
+        self.driver = make_driver(name, batch_size=batch_size)
+        self.batch_size, self.num_steps = batch_size, num_steps
 
-    from capsjax.training import StepMetrics, TrainState
+        def step(state, sample):
+            """Writes labels, keys and pixels of each example to its step and position."""
+            positions = self.driver.batch_positions(batch_size)
+            seen = (sample.labels, jax.random.key_data(sample.keys), sample.images)
+            params = [
+                x.at[state.step, positions].add(y) for x, y in zip(state.params, seen, strict=True)
+            ]
+            state = state._replace(step=state.step + 1, params=self.gathered(state.params, params))
+            return state, StepMetrics(jnp.zeros(()), jnp.zeros(()))
 
-    metrics = StepMetrics(jnp.zeros(()), jnp.zeros(()))
-    driver = make_driver("jit", batch_size=18)
-    run = make_run_steps(recording_step, driver, batch_size=18)
+        self.run = make_run_steps(
+            step, SAMPLER, self.driver, batch_size=batch_size, several_seeds=several_seeds
+        )
+
+    def gathered(self, before, after):
+        """Each device has written its part of the batch."""
+        written = self.driver.sum([b - a for a, b in zip(before, after, strict=True)])
+        return [a + b for a, b in zip(before, written, strict=True)]
+
+    def empty(self):
+        shape = (self.num_steps, self.batch_size)
+        params = [
+            jnp.zeros(shape, jnp.int32),
+            jnp.zeros((*shape, 2), jnp.uint32),
+            jnp.zeros((*shape, 28, 28, 1)),
+        ]
+        return TrainState(jnp.zeros((), jnp.int32), params, {}, ())
+
+    def record(self, examples, key):
+        order = epoch_order(jax.random.key(1), len(examples.labels))
+        arguments = self.driver.replicate((self.empty(), examples, order, key))
+        state, _ = self.run(*arguments, np.int32(self.num_steps))
+        return jax.device_get(state.params), np.asarray(order)
+
+
+def test_an_epoch_visits_each_example_once(digits):
     examples = Batch(jnp.asarray(digits.train.images), jnp.arange(180))
-    state = TrainState(jnp.zeros((), jnp.int32), jnp.asarray(seen), {}, ())
-    state, _ = run(
-        state, examples, epoch_order(jax.random.key(1), 180), jax.random.key(0), np.int32(10)
-    )
-    np.testing.assert_array_equal(state.params, 1)
+    (labels, _, _), _ = Recorder("jit", 18, 10).record(examples, jax.random.key(0))
+    assert sorted(labels.ravel()) == list(range(180))
+
+
+@pytest.mark.parametrize("name", ["jit", "pmap", "shard"])
+def test_each_step_and_position_has_its_own_key(digits, name):
+    """Samples are those of the documented keys, and no two steps have the same shifts."""
+    examples = Batch(jnp.asarray(digits.train.images), jnp.arange(180))
+    key, positions = jax.random.key(7), jnp.arange(BATCH)
+    (labels, keys, images), order = Recorder(name, BATCH, 3).record(examples, key)
+    for step in range(3):
+        step_key = jax.random.fold_in(key, step)
+        chosen = order[step * BATCH : (step + 1) * BATCH]
+        np.testing.assert_array_equal(labels[step], chosen)
+        expected = [jax.random.split(jax.random.fold_in(step_key, n))[1] for n in range(BATCH)]
+        np.testing.assert_array_equal(keys[step], [jax.random.key_data(k) for k in expected])
+        sample = SAMPLER.train(examples, step_key, positions, jnp.asarray(chosen))
+        np.testing.assert_array_equal(images[step], sample.images)
+    assert len(np.unique(keys.reshape(-1, 2), axis=0)) == 3 * BATCH
+
+
+def test_seeds_together_see_what_each_sees_alone(digits):
+    examples = Batch(jnp.asarray(digits.train.images), jnp.arange(180))
+    together, alone = Recorder("pmap", BATCH, 2, several_seeds=True), Recorder("pmap", BATCH, 2)
+    keys = jax.random.split(jax.random.key(5), 2)
+    orders = jnp.stack([epoch_order(key, 180) for key in keys])
+    states = jax.tree.map(lambda x: jnp.stack([x, x]), together.empty())
+    arguments = together.driver.replicate((states, examples, orders, keys))
+    both, sums = together.run(*arguments, np.int32(2))
+    assert sums.loss.shape == (2,)
+    for n in range(2):
+        arguments = alone.driver.replicate((alone.empty(), examples, orders[n], keys[n]))
+        state, _ = alone.run(*arguments, np.int32(2))
+        jax.tree.map(lambda a, b, n=n: np.testing.assert_array_equal(a[n], b), both, state)
 
 
 @pytest.mark.parametrize("name", ["jit", "pmap"])

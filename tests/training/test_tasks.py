@@ -9,7 +9,7 @@ from PIL import Image
 
 from capsjax.data import Dataset, Distorted, Pairs, Placed, Shifted, Split
 from capsjax.training import ConfigError, TrainConfig, train
-from capsjax.training.session import choose_task
+from capsjax.training.choices import choose_task
 
 
 def by_class(split):
@@ -80,7 +80,7 @@ def test_validation_images_are_in_no_pair_of_training(digits):
     assert (np.diff(train_split.labels) >= 0).all()
     assert (np.diff(validation.labels) >= 0).all()
     keys = jax.random.split(jax.random.key(0), 4000)
-    drawn = Pairs().gather(keys, Batch(*map(np.asarray, train_split)), np.arange(4000) % 160)
+    drawn = Pairs().select(keys, Batch(*map(np.asarray, train_split)), np.arange(4000) % 160)
     held = {image.tobytes() for image in validation.images}
     seen = {image.tobytes() for pair in np.asarray(drawn.images) for image in pair}
     assert not held & seen

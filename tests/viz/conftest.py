@@ -11,8 +11,8 @@ from flax import nnx
 from capsjax import models
 from capsjax.data import Dataset, Split, load
 from capsjax.training import Checkpoints, Loaded, TrainConfig, init_state, split_network
+from capsjax.training.choices import make_optimizer
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
-from capsjax.training.session import make_optimizer
 from capsjax.viz.explorer import make_app
 from capsjax.viz.live import Live
 

@@ -136,19 +136,19 @@ def _make_step(
 ) -> tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]:
     """The train step, images shifted, and a function that makes its state, batch and key."""
     # Only here: what trains needs packages that other workloads do without.
-    from capsjax.training import Batch, init_state, make_train_step, paper_optimizer, split_network
+    from capsjax.data import Batch, Sampler, Shifted
+    from capsjax.training import init_state, make_train_step, paper_optimizer, split_network
     from capsjax.training.objectives import LOSSES, choose_loss
 
     config, optimizer = workload.configure(), paper_optimizer()
     apply, _ = split_network(_abstract(config))
-    step = make_train_step(
-        apply,
-        optimizer,
-        LOSSES[choose_loss(None, workload.preset, config)],
-        num_classes=config.num_classes,
-        max_shift=2,
-        axis_name=axis_name,
-    )
+    objective = LOSSES[choose_loss(None, workload.preset, config)]
+    train_step = make_train_step(apply, optimizer, objective, axis_name=axis_name)
+    sampler, indices = Sampler(Shifted(), config.num_classes), jnp.arange(workload.batch)
+
+    def step(state: Any, batch: Batch, key: jax.Array) -> Any:
+        first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * workload.batch
+        return train_step(state, sampler.train(batch, key, first + indices, indices))
 
     def make_arguments() -> tuple[Any, ...]:
         _, variables = split_network(models.build(config, rngs=nnx.Rngs(0)))

@@ -1,25 +1,26 @@
-"""Rows of published tables as recipes: what to train, for how long, what was reported."""
+"""Rows of published tables as recipes: what to train, for how long, and the reported error."""
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from capsjax import models
+from capsjax.training import TrainConfig
 
 _PAPER_STEPS = 300_000
+_HELD_OUT = 5000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One row of a table.
 
-    Printed, it tells its command and what came of it.
-
     Attributes:
       table: name of the table.
       name: unique in its table.
       title: the row in words.
-      published: error in per cent that the paper reports; None where it reports none.
+      published: error in per cent that the paper reports; None if it reports none.
       spread: standard deviation in per cent that the paper reports with it.
       dataset: name of the data set.
       preset: name of the network.
@@ -27,14 +28,13 @@ class Recipe:
       loss: name of the objective; the preset's own when None.
       steps: of training.
       batch_size: examples in a step.
-      learning_rate: at the beginning.
+      learning_rate: at the first step.
       decay_steps: over which it falls by 4 %.
       max_shift: of training images, in pixels; the data set's own when None.
-      also_tested_on: another data set whose test images are taken too.
-      until_error: train no longer than until the error on held-out training images is this or
-        less; None for all steps, and nothing held out.
-      ensemble: whether the lengths of all trials' networks are averaged too.
-      measured: what came of it, on which hardware, how fast; RESULTS.md says more.
+      also_tested_on: another data set whose test images are evaluated too.
+      until_error: end earlier, when the error on held-out training images is at most this share;
+        None for all steps, with nothing held out.
+      ensemble: whether the mean of the scores of all seeds' networks is evaluated too.
     """
 
     table: str = ""
@@ -54,32 +54,54 @@ class Recipe:
     also_tested_on: str | None = None
     until_error: float | None = None
     ensemble: bool = False
-    measured: str = "not run"
 
     @property
     def command(self) -> str:
-        """What trains it, ends with the images in DIR."""
+        """The command that trains it, with the images in DIR."""
         seeds = " --seeds 7" if self.ensemble else ""
         return f"capsjax reproduce {self.table} --rows {self.name}{seeds} --data-dir DIR"
 
     @property
     def paper(self) -> str:
-        """What the paper reports, with its deviation; empty if nothing."""
+        """The error that the paper reports, with its deviation; empty if none."""
         if self.published is None:
             return ""
         return f"{self.published:g}" + ("" if self.spread is None else f" ± {self.spread:g}")
 
-    def __str__(self) -> str:
-        """Title, command, published and measured error, in lines."""
-        return (
-            f"{self.title}\n  {self.command}\n  {self.steps:,} steps of {self.batch_size}"
-            f" on {self.dataset}\n"
-            f"  error in %: paper {self.paper or 'none'}; capsjax {self.measured}"
-        )
-
     def configure(self, **fields: Any) -> models.ModelConfig:
         """Returns the network's configuration, with fields that the data set determines."""
         return models.configure(self.preset, **{**self.model, **fields})
+
+    def options(self, run_dir: Path, *, train_images: int, **others: Any) -> TrainConfig:
+        """Returns the options of the run of one seed.
+
+        Args:
+          run_dir: its directory.
+          train_images: number of training images, of which some are held out for `until_error`.
+          **others: further options, which may replace the recipe's.
+        """
+        ends_early = self.until_error is not None
+        return TrainConfig(
+            **{
+                "run_dir": run_dir,
+                "dataset": self.dataset,
+                "preset": self.preset,
+                "loss": self.loss,
+                "steps": self.steps,
+                "batch_size": self.batch_size,
+                "learning_rate": self.learning_rate,
+                "decay_steps": self.decay_steps,
+                "max_shift": self.max_shift,
+                "until_error": self.until_error,
+                "validation": min(_HELD_OUT, train_images // 10) if ends_early else 0,
+                # Once an epoch where the error decides.
+                "checkpoint_every": None if ends_early else 2000,
+                "log_every": 500,
+                "driver": "jit",
+                "tensorboard": False,
+                **others,
+            }
+        )
 
 
 def _mnist(preset: str) -> tuple[Recipe, ...]:
@@ -89,12 +111,6 @@ def _mnist(preset: str) -> tuple[Recipe, ...]:
         (1, True): (0.29, 0.011),
         (3, False): (0.35, 0.036),
         (3, True): (0.25, 0.005),
-    }
-    measured = {
-        "official-3-reconstruction": "0.47 ± 0.061 (3 seeds, 16,000 of 300,000 steps, 4 min) on one H200,"
-        " by --together 3",
-        "paper-3-reconstruction": "0.47 ± 0.085 (3 seeds, 16,000 of 300,000 steps, 4 min) on one H200,"
-        " by --together 3",
     }
     recipes = []
     for (iterations, reconstruction), (error, spread) in published.items():
@@ -111,7 +127,6 @@ def _mnist(preset: str) -> tuple[Recipe, ...]:
                 spread=spread,
                 preset=preset,
                 model=model,
-                measured=measured.get(name, "not run"),
             )
         )
     return tuple(recipes)
@@ -203,12 +218,7 @@ _TABLES: dict[str, tuple[Recipe, ...]] = {
         Recipe(name="official", title="all four: the authors' code", preset="official"),
     ),
     "small": (
-        Recipe(
-            name="mnist",
-            title="small CapsNet, MNIST",
-            **_SMALL,
-            measured="0.73 (1 seed, 6,000 steps, 23 min) on 2 CPU cores",
-        ),
+        Recipe(name="mnist", title="small CapsNet, MNIST", **_SMALL),
         Recipe(
             name="fashion_mnist",
             title="small CapsNet, Fashion-MNIST",
@@ -218,7 +228,6 @@ _TABLES: dict[str, tuple[Recipe, ...]] = {
             learning_rate=3e-3,
             decay_steps=130,
             max_shift=1,
-            measured="8.73 (1 seed, 8,000 steps, 51 min) on 2 CPU cores",
         ),
         Recipe(
             name="multi_mnist",
@@ -227,7 +236,6 @@ _TABLES: dict[str, tuple[Recipe, ...]] = {
             loss="official",
             learning_rate=2e-3,
             **_SMALL_PAIRS,
-            measured="21.75 (1 seed, 12,000 steps, 45 min) on 2 CPU cores",
         ),
         # The paper's first layer and kernels, and a smaller decoder: of about the CNN's size.
         Recipe(
@@ -245,7 +253,6 @@ _TABLES: dict[str, tuple[Recipe, ...]] = {
             loss="official",
             learning_rate=2e-3,
             **_SMALL_PAIRS,
-            measured="17.97 (1 seed, 12,000 steps, 34 min) on 2 CPU cores",
         ),
         # Efficient-CapsNet with a grid of 256 capsules: also of the CNN's size.
         Recipe(
@@ -263,28 +270,22 @@ _TABLES: dict[str, tuple[Recipe, ...]] = {
             loss="official",
             learning_rate=2e-3,
             **_SMALL_PAIRS,
-            measured="11.43 (1 seed, 12,000 steps, 15 min) on 2 CPU cores",
         ),
         Recipe(
             name="multi_mnist-cnn",
             title="CNN of about that size, MultiMNIST",
             preset="baseline_small",
             **_SMALL_PAIRS,
-            measured="21.24 (1 seed, 12,000 steps, 26 min) on 2 CPU cores",
         ),
         Recipe(
             name="affine",
             title="small CapsNet, affine MNIST",
             **{**_AFFINE, **_SMALL, "until_error": 0.015},
-            measured="1.37 on expanded MNIST, 22.59 on affine MNIST"
-            " (1 seed, 3,432 steps, 47 min) on 2 CPU cores",
         ),
         Recipe(
             name="affine-cnn",
             title="CNN of about that size, affine MNIST",
             **{**_AFFINE, **_SMALL, "until_error": 0.015, "preset": "baseline_small"},
-            measured="1.23 on expanded MNIST, 21.56 on affine MNIST"
-            " (1 seed, 2,145 steps, 19 min) on 2 CPU cores",
         ),
     ),
 }

@@ -1,0 +1,230 @@
+"""Finished trials in a file of JSON lines, and what they amount to."""
+
+import dataclasses
+import datetime
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import msgspec
+from filelock import FileLock
+
+from capsjax.data import Dataset
+from capsjax.errors import ConfigError
+from capsjax.reproduce.recipes import Recipe
+from capsjax.training.files import read_json_lines
+from capsjax.training.run_directory import DataDescription
+from capsjax.version import __version__
+
+
+class Line(msgspec.Struct, kw_only=True):
+    """A line of the file: a finished trial, or an ensemble of finished trials.
+
+    Attributes:
+      table: name of the table.
+      recipe: name of the row.
+      asked_steps: steps asked for in place of the recipe's, or None.
+      dtype: of the computation.
+      seed: of a trial.
+      steps: taken by a trial.
+      errors: of a trial, share of wrong predictions by data set.
+      counts: of a trial, number of test images by data set.
+      seconds: that a trial took, with those trained together, in all calls.
+      together: number of trials that were trained at once; None if not known.
+      of: what a trial depends on beside its seed, see :func:`describe`.
+      run: of a trial, its run directory, relative to that of the file.
+      ensemble: number of networks in an ensemble.
+      error: of an ensemble.
+    """
+
+    table: str
+    recipe: str
+    asked_steps: int | None = None
+    dtype: str = "float32"
+    seed: int | None = None
+    steps: int = 0
+    errors: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    seconds: float = 0.0
+    together: int | None = None
+    of: dict[str, Any] = {}
+    run: str | None = None
+    ensemble: int | None = None
+    error: float = 1.0
+
+    def __post_init__(self) -> None:
+        if (self.seed is None) == (self.ensemble is None):
+            raise ValueError("expected either `seed` or `ensemble`")
+        if self.seed is not None and not self.errors:
+            raise ValueError("a trial needs `errors`")
+
+    def same_row(self, other: "Line") -> bool:
+        """Returns whether both are of one row of a table, of one length and dtype."""
+        names = ("table", "recipe", "asked_steps", "dtype")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
+
+
+def read_results(path: Path) -> list[Line]:
+    """Reads a file of results; a last line cut short by a crash is left out.
+
+    Raises:
+      ConfigError: a line is damaged.
+    """
+    return read_json_lines(path, Line)
+
+
+def add_result(path: Path, line: Line) -> bool:
+    """Appends a result with the machine and the time, unless another command has added it.
+
+    Returns:
+      Whether it was added.
+    """
+    device = jax.devices()[0]
+    conditions = {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "jax": jax.__version__,
+        "capsjax": __version__,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    values = {k: v for k, v in msgspec.structs.asdict(line).items() if v is not None}
+    with FileLock(f"{path}.lock"):
+        for other in read_results(path):
+            if other.same_row(line) and (other.seed, other.ensemble) == (line.seed, line.ensemble):
+                return False
+        with path.open("ab+") as file:
+            file.seek(0)
+            # A last line that was cut off must not swallow this one.
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.write((json.dumps({**values, **conditions}) + "\n").encode())
+    return True
+
+
+def describe(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    """Returns what a trial depends on beside its seed, as JSON: how it trains, and the data."""
+    words = ("table", "title", "published", "spread", "ensemble", "also_tested_on")
+    trained = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in words}
+    described: dict[str, Any] = json.loads(
+        json.dumps({**trained, "data": dataclasses.asdict(DataDescription.of(dataset))})
+    )
+    return described
+
+
+def check_alike(line: Line, now: Mapping[str, Any], path: Path) -> None:
+    """Raises a ConfigError if a trial of this row was trained differently."""
+    for key in now:
+        if line.of.get(key) != now[key]:
+            raise ConfigError(
+                f"{path} is of {key.replace('_', ' ')} {line.of.get(key)}, not {now[key]}; move it"
+                " away, or choose another --output"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RowResult:
+    """Result of the trials of a row.
+
+    Attributes:
+      recipe: the row.
+      dataset: name of the data set whose test images were evaluated.
+      steps: taken by the shortest trial.
+      errors: in per cent, one for each trial.
+      ensemble: number of networks whose scores were averaged; 0 for single ones.
+    """
+
+    recipe: Recipe
+    dataset: str
+    steps: int
+    errors: tuple[float, ...]
+    ensemble: int = 0
+
+    @property
+    def title(self) -> str:
+        """The row in words."""
+        if self.ensemble:
+            return f"{self.recipe.title}, ensemble of {self.ensemble}"
+        return self.recipe.title
+
+    @property
+    def published(self) -> str:
+        """The error that the paper reports for these images; empty if none."""
+        recipe = self.recipe
+        same = self.dataset == (recipe.also_tested_on or recipe.dataset)
+        return recipe.paper if same and bool(self.ensemble) == recipe.ensemble else ""
+
+    @property
+    def mean(self) -> str:
+        """Mean and standard deviation."""
+        mean = f"{statistics.mean(self.errors):.2f}"
+        return mean + (f" ± {statistics.stdev(self.errors):.3f}" if len(self.errors) > 1 else "")
+
+    @property
+    def text(self) -> str:
+        """Mean, standard deviation and number of trials."""
+        return self.mean if self.ensemble else f"{self.mean} (n = {len(self.errors)})"
+
+
+def rows_of(recipe: Recipe, lines: Sequence[Line]) -> list[RowResult]:
+    """Returns the results of a row: of each data set, then of ensembles.
+
+    Args:
+      recipe: the row.
+      lines: those of the row, of one length and dtype.
+    """
+    trials = {line.seed: line for line in lines if line.seed is not None}
+    if not trials:
+        return []
+    ordered = [trials[seed] for seed in sorted(trials)]
+    steps = min(line.steps for line in ordered)
+    rows = [
+        RowResult(recipe, name, steps, tuple(100 * line.errors[name] for line in ordered))
+        for name in ordered[0].errors
+    ]
+    ensembles = {line.ensemble: line.error for line in lines if line.ensemble is not None}
+    return rows + [
+        RowResult(recipe, recipe.dataset, steps, (100 * error,), ensemble=number)
+        for number, error in ensembles.items()
+    ]
+
+
+def markdown(rows: Sequence[RowResult]) -> str:
+    """Returns rows as a Markdown table; errors in per cent."""
+    lines = ["| row | test images | steps | paper | capsjax |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row.title} | {row.dataset} | {row.steps:,} | {row.published} | {row.text} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def measured(recipe: Recipe, lines: Sequence[Line], names: Mapping[str, str] = {}) -> str:
+    """Returns the errors in per cent of a row's trials in words, or that there are none.
+
+    Args:
+      recipe: the row.
+      lines: results, among which those of the row in float32 count: of the recipe's own length if
+        there are any, else of the longest.
+      names: data sets in words.
+    """
+    own = [
+        x for x in lines if (x.table, x.recipe, x.dtype) == (recipe.table, recipe.name, "float32")
+    ]
+    lengths = {line.asked_steps for line in own if line.seed is not None}
+    asked = None if None in lengths else max((n for n in lengths if n), default=None)
+    own = [line for line in own if line.asked_steps == asked]
+    rows = rows_of(recipe, own)
+    if not rows:
+        return "not run"
+    single = [row for row in rows if not row.ensemble]
+    texts = [f"{row.mean} as an ensemble of {row.ensemble}" for row in rows if row.ensemble][-1:]
+    for row in single:
+        several = f" on {names.get(row.dataset, row.dataset)}" if len(single) > 1 else ""
+        texts.append(row.mean + several)
+    steps = f"{single[0].steps:,}" + (f" of {recipe.steps:,}" if asked is not None else "")
+    seconds = {line.seed: line.seconds for line in own if line.seed is not None}
+    minutes = statistics.mean(seconds.values()) / 60
+    trials = f"{len(seconds)} seed{'s' if len(seconds) > 1 else ''}"
+    return f"{', '.join(texts)} ({trials}, {steps} steps, {minutes:.0f} min)"

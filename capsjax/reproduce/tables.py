@@ -1,0 +1,321 @@
+"""Tables of papers, row by row and seed by seed; each seed is an ordinary run."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from capsjax.data import Dataset, is_right, load
+from capsjax.errors import ConfigError
+from capsjax.reproduce.recipes import TABLES, Recipe
+from capsjax.reproduce.results import (
+    Line,
+    RowResult,
+    add_result,
+    check_alike,
+    describe,
+    markdown,
+    measured,
+    read_results,
+    rows_of,
+)
+from capsjax.training import EvaluateConfig, Result, evaluate, predict_test, train_seeds
+from capsjax.training.config import require, require_at_least
+from capsjax.training.run import check_same_run
+from capsjax.training.run_directory import DataDescription, RunDirectory
+
+if TYPE_CHECKING:
+    TableName = str
+else:
+    TableName = Literal[tuple(TABLES)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReproduceConfig:
+    """Train the rows of a table with several seeds, and write mean and deviation of their errors.
+
+    Each seed is a run of its own under OUTPUT, which evaluate, draw, explore and train --resume
+    open. Finished ones are listed in OUTPUT/results.jsonl and not trained again; the same command
+    goes on with an interrupted one. Tables: mnist and multi_mnist (Sabour et al. 2017, table 1),
+    affine, cifar10, svhn and smallnorb (the same paper's text), ablation (how the authors' code
+    differs from the formulas as printed), small (networks for two processor cores).
+    """
+
+    table: TableName
+    """Table to reproduce."""
+
+    rows: tuple[str, ...] = ()
+    """Names of rows; all of the table if not given."""
+
+    list: bool = False
+    """Only print the rows: command, the paper's error, and the results in OUTPUT."""
+
+    seeds: int = 3
+    """Trials of each row, with seeds 0, 1, 2 and so on."""
+
+    steps: int | None = None
+    """Steps of each trial in place of the recipe's own; results say which."""
+
+    together: int = 1
+    """Trials that are trained at once, by vmap; always one for rows that end at an error."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the computation."""
+
+    data_dir: Path | None = None
+    """Where data sets are prepared and looked for, or an .npz file written by save_npz."""
+
+    output: Path = Path("reproduced")
+    """Directory for results and runs; one for each kind of data."""
+
+    seconds: float | None = None
+    """Save and end after so many seconds; the same command goes on."""
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        require_at_least(self, 1, "seeds", "together", "steps")
+        require(self, "seconds", self.seconds is None or self.seconds > 0, "positive")
+        known = [recipe.name for recipe in TABLES[self.table]]
+        for row in self.rows:
+            if row not in known:
+                raise ConfigError(f"--rows: table {self.table} has {', '.join(known)}, no {row!r}")
+
+    def recipes(self) -> Sequence[Recipe]:
+        """Returns the rows to train."""
+        return [r for r in TABLES[self.table] if not self.rows or r.name in self.rows]
+
+    @property
+    def folder(self) -> Path:
+        """Directory of the runs of this table, number of steps and dtype."""
+        steps = "all" if self.steps is None else str(self.steps)
+        return self.output / f"{self.table}-{steps}-{self.dtype}"
+
+    @property
+    def results(self) -> Path:
+        """The file of finished trials."""
+        return self.output / "results.jsonl"
+
+
+def reproduce(config: ReproduceConfig, *, say: Callable[[str], None] = print) -> list[RowResult]:
+    """Trains what is missing of a table, and returns all results.
+
+    Args:
+      config: the options.
+      say: is given a line now and then.
+
+    Returns:
+      The results of the rows, in the table's order; none where the rows are only listed.
+
+    Raises:
+      ConfigError: an option is invalid, a file is damaged, or results in the output directory were
+        trained differently.
+      capsjax.data.DataError: a data set is missing or damaged.
+    """
+    if config.list:
+        lines = read_results(config.results)
+        say("\n\n".join(_listing(recipe, lines) for recipe in config.recipes()))
+        say(f"\nResults on other machines: RESULTS.md; those in {config.output} are shown here.")
+        return []
+    try:
+        config.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise ConfigError(f"--output {config.output} cannot be written: {reason}") from None
+    deadline = math.inf if config.seconds is None else time.monotonic() + config.seconds
+    get = functools.cache(lambda name: load(name, data_dir=config.data_dir))
+    for recipe in config.recipes():
+        row = _Row(recipe, config, get)
+        row.check()
+        while row.missing():
+            if time.monotonic() >= deadline:
+                say("the time is over; the same command goes on")
+                return _rows(config)
+            with row.claimed() as seeds:
+                if not seeds:
+                    say(f"{recipe.name}: another command trains seeds {row.missing()}")
+                    break
+                if not row.train(seeds, deadline):
+                    say("the time is over; the same command goes on")
+                    return _rows(config)
+                for seed in seeds:
+                    say(row.finish(seed, together=len(seeds)))
+            _write_table(config)
+        if recipe.ensemble and config.seeds > 1 and not row.missing() and not row.has_ensemble():
+            say(row.evaluate_ensemble())
+            _write_table(config)
+    return _rows(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One row of a table under way."""
+
+    recipe: Recipe
+    config: ReproduceConfig
+    get: Callable[[str], Dataset]
+
+    def run_dir(self, seed: int) -> Path:
+        return self.config.folder / f"{self.recipe.name}-seed-{seed}"
+
+    def line(self, **fields: object) -> Line:
+        """A result of this row."""
+        options = {
+            "table": self.config.table,
+            "recipe": self.recipe.name,
+            "asked_steps": self.config.steps,
+            "dtype": self.config.dtype,
+        }
+        return Line(**options, **fields)  # type: ignore[arg-type]
+
+    def lines(self) -> list[Line]:
+        """The results so far."""
+        like = self.line(seed=0, errors={"": 0.0})
+        return [line for line in read_results(self.config.results) if line.same_row(like)]
+
+    def check(self) -> None:
+        """Raises a ConfigError if finished trials of this name were trained differently."""
+        trials = [line for line in self.lines() if line.seed is not None]
+        if trials:
+            now = describe(self.recipe, self.get(self.recipe.dataset))
+            for trial in trials:
+                check_alike(trial, now, self.config.results)
+
+    def missing(self) -> list[int]:
+        """The seeds that have no result yet."""
+        found = {line.seed for line in self.lines()}
+        return [seed for seed in range(self.config.seeds) if seed not in found]
+
+    def has_ensemble(self) -> bool:
+        return any(line.ensemble == self.config.seeds for line in self.lines())
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[list[int]]:
+        """Seeds to train at once, which no other command trains meanwhile."""
+        most = 1 if self.recipe.until_error is not None else self.config.together
+        with contextlib.ExitStack() as locks:
+            seeds: list[int] = []
+            for seed in self.missing():
+                # Those that have begun are resumed together, not with new ones.
+                if len(seeds) == most or (seeds and self._begun(seed) != self._begun(seeds[0])):
+                    break
+                with contextlib.suppress(Timeout):
+                    locks.enter_context(FileLock(f"{self.run_dir(seed)}.lock", blocking=False))
+                    if seed in self.missing():  # read again: the other command may have ended
+                        seeds.append(seed)
+            yield seeds
+
+    def _begun(self, seed: int) -> tuple[bool, bool]:
+        """Whether its run has begun, and whether it is finished."""
+        directory = RunDirectory(self.run_dir(seed))
+        return directory.config.exists(), directory.result.exists()
+
+    def train(self, seeds: Sequence[int], deadline: float) -> bool:
+        """Trains seeds at once; False if the time was over first."""
+        begun, finished = self._begun(seeds[0])
+        dataset = self.get(self.recipe.dataset)
+        try:
+            model = self.recipe.configure(
+                image_shape=dataset.image_shape,
+                num_classes=dataset.num_classes,
+                dtype=self.config.dtype,
+            )
+        except ValueError as error:
+            raise ConfigError(f"recipe {self.recipe.name}: {error}") from None
+        options = [
+            self.recipe.options(
+                self.run_dir(seed),
+                train_images=len(dataset.train.labels),
+                steps=self.config.steps or self.recipe.steps,
+                seed=seed,
+                dtype=self.config.dtype,
+                data_dir=self.config.data_dir,
+                resume=begun,
+            )
+            for seed in seeds
+        ]
+        if finished:  # and then the command was stopped before it added the result
+            for each in options:
+                before = RunDirectory(self.run_dir(each.seed)).read_config()
+                check_same_run(each, model, before)
+                before.data.check(DataDescription.of(dataset))
+            return True
+        results: list[Result] = train_seeds(
+            options, model=model, dataset=dataset, deadline=deadline
+        )
+        if results[0].stopped_by is not None:
+            signal.raise_signal(results[0].stopped_by)  # everything is saved: stop the command too
+        return results[0].test is not None
+
+    def finish(self, seed: int, *, together: int) -> str:
+        """Adds the result of a finished run, and returns it in words."""
+        directory = RunDirectory(self.run_dir(seed))
+        result = directory.read_result()
+        assert result is not None  # it has been trained
+        dataset = self.get(self.recipe.dataset)
+        errors = {dataset.name: result.test_wrong / result.test_count}
+        counts = {dataset.name: result.test_count}
+        if self.recipe.also_tested_on is not None:
+            other = self.get(self.recipe.also_tested_on)
+            found = evaluate(self._evaluation(seed, self.recipe.also_tested_on), dataset=other)
+            errors[other.name], counts[other.name] = found.test.error, found.test.count
+        # Each resumption counts from 0 again: the sum of the last records of each part.
+        times = [record.get("seconds", 0.0) for record in directory.read_metrics()] + [0.0]
+        seconds = sum(a for a, b in itertools.pairwise(times) if a > b)
+        line = self.line(
+            seed=seed,
+            steps=result.step,
+            errors=errors,
+            counts=counts,
+            seconds=round(seconds, 1),
+            together=together,
+            of=describe(self.recipe, dataset),
+            run=directory.path.relative_to(self.config.output).as_posix(),
+        )
+        add_result(self.config.results, line)
+        text = ", ".join(f"{error:.2%} on {name}" for name, error in errors.items())
+        return f"{self.recipe.name}, seed {seed}: error {text}"
+
+    def evaluate_ensemble(self) -> str:
+        """Adds the error of the mean of all runs' scores, and returns it in words."""
+        dataset, scores = self.get(self.recipe.dataset), []
+        for seed in range(self.config.seeds):
+            found, labels = predict_test(self._evaluation(seed, None), dataset=dataset)
+            scores.append(found)
+        error = float(1 - np.mean(is_right(np.mean(scores, axis=0), labels)))
+        add_result(self.config.results, self.line(ensemble=self.config.seeds, error=error))
+        return f"{self.recipe.name}, ensemble of {self.config.seeds}: error {error:.2%}"
+
+    def _evaluation(self, seed: int, dataset: str | None) -> EvaluateConfig:
+        run_dir = self.run_dir(seed)
+        return EvaluateConfig(run_dir=run_dir, dataset=dataset, driver="jit", batch_size=500)
+
+
+def _rows(config: ReproduceConfig) -> list[RowResult]:
+    """All results of the rows that are asked for."""
+    rows = []
+    for recipe in config.recipes():
+        rows += rows_of(recipe, _Row(recipe, config, load).lines())
+    return rows
+
+
+def _write_table(config: ReproduceConfig) -> None:
+    """Writes all rows that have results, not only those that are asked for."""
+    rows = _rows(dataclasses.replace(config, rows=()))
+    config.folder.with_suffix(".md").write_text(markdown(rows))
+
+
+def _listing(recipe: Recipe, lines: Sequence[Line]) -> str:
+    """Title, command, length, and published and measured error."""
+    return (
+        f"{recipe.title}\n  {recipe.command}\n  {recipe.steps:,} steps of {recipe.batch_size}"
+        f" on {recipe.dataset}\n"
+        f"  error in %: paper {recipe.paper or 'none'}; here {measured(recipe, lines)}"
+    )

@@ -1,0 +1,189 @@
+"""What the options choose, and every check of them that needs the data or the devices."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from capsjax import models
+from capsjax.data import Dataset, Pairs, Shifted, Split, Task
+from capsjax.errors import ConfigError
+from capsjax.routing import algorithm
+from capsjax.training.config import TrainConfig
+from capsjax.training.objectives import LOSSES, Objective, choose_loss
+from capsjax.training.programs import Driver, make_driver
+from capsjax.training.step import paper_optimizer
+
+
+def choose_model(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
+    """Returns the preset's configuration with the options' fields, for the images of a data set.
+
+    Raises:
+      ConfigError: an option does not go with the network, or the images do not.
+    """
+    chosen = {"routing": config.routing, "num_iterations": config.num_iterations}
+    overrides: dict[str, Any] = {name: v for name, v in chosen.items() if v is not None}
+    preset = models.configure(config.preset)
+    if not config.reconstruction:
+        if not getattr(preset, "decoder_features", ()):
+            raise ConfigError(f"--no-reconstruction: {config.preset} has no decoder anyway")
+        overrides["decoder_features"] = ()
+    for name in overrides:
+        if not hasattr(preset, name):
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} is for capsule networks, not for {config.preset}")
+    try:
+        preset = models.configure(config.preset, **overrides)
+    except ValueError as error:
+        raise _option_error(error) from None
+    routing = getattr(preset, "routing", "")
+    if config.num_iterations is not None and not algorithm(routing).iterates:
+        raise ConfigError(f"--num-iterations is not for routing {routing!r}, which makes one pass")
+    try:
+        return models.configure(
+            config.preset,
+            **overrides,
+            image_shape=dataset.image_shape,
+            num_classes=dataset.num_classes,
+            dtype=config.dtype,
+        )
+    except ValueError as error:
+        raise ConfigError(f"data set {dataset.name} does not suit the network: {error}") from None
+
+
+def hold_out(train: Split, number: int | None) -> tuple[Split, Split | None]:
+    """Splits images for validation off the training images.
+
+    Which ones does not depend on a run's seed, so that runs with different seeds share them.
+
+    Args:
+      train: images and labels.
+      number: how many to hold out; a tenth when None.
+
+    Returns:
+      What is left for training, and the images for validation or None.
+
+    Raises:
+      ConfigError: nothing would be left to train on.
+
+    Example:
+      >>> import numpy as np
+      >>> from capsjax.data import Split
+      >>> from capsjax.training import hold_out
+      >>> split = Split(np.zeros((50, 28, 28, 1), np.uint8), np.arange(50) % 10)
+      >>> train, validation = hold_out(split, None)
+      >>> len(train.labels), len(validation.labels)
+      (45, 5)
+    """
+    total = len(train.labels)
+    number = total // 10 if number is None else number
+    if number >= total:
+        raise ConfigError(
+            f"--validation must be less than the number of training images, {total}, got {number}"
+        )
+    if not number:
+        return train, None
+    order = np.random.default_rng(0).permutation(total)
+    held, kept = np.sort(order[:number]), np.sort(order[number:])
+    return (
+        Split(train.images[kept], train.labels[kept]),
+        Split(train.images[held], train.labels[held]),
+    )
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Returns Adam with the options' learning rates."""
+    return paper_optimizer(
+        config.learning_rate,
+        decay_rate=config.decay_rate,
+        decay_steps=config.decay_steps,
+        floor=config.min_learning_rate,
+    )
+
+
+def choose_task(dataset: Dataset, max_shift: int | None) -> Task:
+    """Returns the data set's task, with another largest shift if there is one.
+
+    Raises:
+      ConfigError: images of this data set are not shifted, or not so far.
+    """
+    task = dataset.task
+    if max_shift is None:
+        return task
+    if not isinstance(task, Shifted | Pairs):
+        raise ConfigError(f"--max-shift is not for data set {dataset.name}, which moves its images")
+    smallest = min(dataset.image_shape[:2])
+    if max_shift >= smallest:
+        raise ConfigError(
+            f"--max-shift must be below the images' {smallest} pixels, got {max_shift}"
+        )
+    return dataclasses.replace(task, max_shift=max_shift)
+
+
+def choose_driver(name: str, devices: int | None, batch_size: int | None = None) -> Driver:
+    """Returns the driver over the first so many devices, all of them when None.
+
+    Raises:
+      ConfigError: there are not so many, or the batch cannot be divided among them.
+    """
+    available = jax.devices()
+    if devices is not None and devices > len(available):
+        raise ConfigError(
+            f"--devices must be at most {len(available)}, the number of"
+            f" {available[0].platform} devices, got {devices}"
+        )
+    chosen = None if devices is None else available[:devices]
+    try:
+        return make_driver(name, batch_size=batch_size, devices=chosen)
+    except ValueError as error:
+        raise _option_error(error) from None
+
+
+def choose_objective(
+    loss: str | None, preset: str, model: models.ModelConfig, task: Task
+) -> Objective:
+    """Returns the loss of this name; the one that the preset's source trains with when None.
+
+    Raises:
+      ConfigError: the loss does not go with the network or the task.
+    """
+    several = task.classes_per_image > 1
+    try:
+        return LOSSES[choose_loss(loss, preset, model, several_classes=several)]
+    except ValueError as error:
+        raise _option_error(error) from None
+
+
+def check_test_size(dataset: Dataset, number: int | None) -> None:
+    """Raises a ConfigError if a number of test images is given for a set that has its own."""
+    if number is not None and not dataset.task.is_made:
+        raise ConfigError(
+            f"--test-size is for data sets whose images are made, {dataset.name} has"
+            f" {len(dataset.test.labels):,} test images"
+        )
+    if number is not None and number >= 2**31:
+        raise ConfigError(f"--test-size must be below 2,147,483,648, got {number:,}")
+
+
+def check_dataset(dataset: Dataset, model: models.ModelConfig) -> None:
+    """Raises a ConfigError unless the network takes these images and tells these classes."""
+    if not len(dataset.test.labels):
+        raise ConfigError(f"data set {dataset.name} has no test images")
+    if dataset.image_shape != model.image_shape:
+        found, expected = ("x".join(map(str, x)) for x in (dataset.image_shape, model.image_shape))
+        raise ConfigError(
+            f"data set {dataset.name} has images of {found}, the network takes {expected}"
+        )
+    if dataset.num_classes != model.num_classes:
+        raise ConfigError(
+            f"data set {dataset.name} has {dataset.num_classes} classes, the network has"
+            f" {model.num_classes}"
+        )
+
+
+def _option_error(error: ValueError) -> ConfigError:
+    """The same error, with the argument that it begins with named as an option."""
+    return ConfigError(re.sub(r"^\w+", lambda m: "--" + m[0].replace("_", "-"), str(error)))

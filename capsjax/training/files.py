@@ -1,0 +1,63 @@
+"""Small JSON files: read by type, and written so that a crash never leaves half of one."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from capsjax.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def decode(data: bytes | msgspec.Raw, kind: type[T], where: str) -> T:
+    """Decodes JSON as a dataclass, `msgspec.Struct` or `TypedDict`.
+
+    Raises:
+      ConfigError: it is no JSON, a key is missing, or a value is of another type.
+    """
+    try:
+        return msgspec.json.decode(data, type=kind, dec_hook=_as_path)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{where} is damaged: {error}") from None
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """Reads a file of one JSON value.
+
+    Raises:
+      ConfigError: see :func:`decode`.
+    """
+    return decode(path.read_bytes(), kind, str(path))
+
+
+def read_json_lines(path: Path, kind: type[T]) -> list[T]:
+    """Reads a file of JSON lines; a last line cut short by a crash is left out.
+
+    Raises:
+      ConfigError: see :func:`decode`.
+    """
+    if not path.exists():
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")
+    return [decode(line, kind, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a JSON file; a crash leaves the old one or the new one."""
+    write_atomically(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file; a crash leaves the old one or the new one."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _as_path(kind: type, value: Any) -> Any:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise TypeError(f"Expected a path, got {value!r}")

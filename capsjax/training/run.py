@@ -1,0 +1,309 @@
+"""Whole runs: from options to finished run directories, of one seed or of several at once."""
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import math
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from capsjax import models
+from capsjax.data import Dataset, Sampler, epoch_order, load
+from capsjax.errors import ConfigError
+from capsjax.training import choices
+from capsjax.training.checkpoints import Checkpoints
+from capsjax.training.config import TrainConfig
+from capsjax.training.evaluation import Evaluation
+from capsjax.training.files import write_json
+from capsjax.training.loop import Progress, Run, Setup, begin, is_over, train_and_test
+from capsjax.training.picture import draw_reconstructions
+from capsjax.training.programs import (
+    StepSums,
+    as_batch,
+    make_evaluate,
+    make_run_steps,
+    stack,
+    unstack,
+)
+from capsjax.training.reporting import Report
+from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
+from capsjax.training.step import TrainState, init_state, make_train_step, split_network
+from capsjax.training.stopping import StopRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Result of a run.
+
+    Attributes:
+      run_dir: its directory.
+      step: steps taken.
+      test: evaluation of the last parameters on the whole test set; None if the run was stopped.
+      validation_error: of the last checkpoint that was validated, or None.
+      first_step: the step at which this process began: 0, or that of the resumed checkpoint.
+      seconds: time in this process, compilation included.
+      stopped_by: the signal that stopped the run before its end, or None.
+    """
+
+    run_dir: Path
+    step: int
+    test: Evaluation | None
+    validation_error: float | None
+    first_step: int
+    seconds: float
+    stopped_by: signal.Signals | None = None
+
+
+def train(
+    config: TrainConfig, *, model: models.ModelConfig | None = None, dataset: Dataset | None = None
+) -> Result:
+    """Trains a network, or goes on with a run.
+
+    Args:
+      config: the options.
+      model: the network's configuration; the preset's for the data set when None. A resumed run
+        keeps its own.
+      dataset: the images; loaded by the options when None.
+
+    Returns:
+      The run's :class:`Result`.
+
+    Raises:
+      ConfigError: an option is invalid.
+      capsjax.data.DataError: the data set is missing or damaged.
+      CheckpointError: a checkpoint cannot be written or read.
+      DivergedError: the loss is not finite; the last good checkpoint is kept.
+    """
+    (result,) = train_seeds((config,), model=model, dataset=dataset)
+    return result
+
+
+def train_seeds(
+    configs: Sequence[TrainConfig],
+    *,
+    model: models.ModelConfig | None = None,
+    dataset: Dataset | None = None,
+    deadline: float = math.inf,
+) -> list[Result]:
+    """Trains several seeds at once, by ``vmap``; each leaves a run directory of its own.
+
+    Runs that are resumed together go on from the last step of which all have a checkpoint.
+
+    Args:
+      configs: the options of each run, which differ in `seed` and `run_dir` only.
+      model: as in :func:`train`.
+      dataset: as in :func:`train`.
+      deadline: the value of `time.monotonic` at which the runs save and end, as when stopped.
+
+    Returns:
+      A :class:`Result` for each run.
+
+    Raises:
+      ConfigError: as in :func:`train`; or the options differ in more, or `until_error` is given,
+        which may end the runs at different steps.
+    """
+    started = time.monotonic()
+    _check_together(configs)
+    config = configs[0]
+    directories = [RunDirectory(_run_dir(each)) for each in configs]
+    resumed = [directory.read_config() for directory in directories] if config.resume else []
+    for each, before in zip(configs, resumed, strict=False):
+        check_same_run(each, model, before)
+        model = before.model
+    if not config.resume:
+        for directory in directories:
+            directory.check_new()  # before anything is loaded
+    if dataset is None:
+        dataset = load(config.dataset, data_dir=config.data_dir)
+    data = DataDescription.of(dataset)
+    for before in resumed:
+        before.data.check(data)
+    model = model or choices.choose_model(config, dataset)
+    setup = set_up(configs, model, dataset)
+    _check_unfinished(setup, directories)
+    for each, directory in zip(configs, directories, strict=True):
+        if not config.resume:
+            directory.create()
+        # A resumed run may have become longer, and may have to be resumed again.
+        directory.write_config(RunConfig(each, model, data))
+    with StopRequest(deadline) as stop, contextlib.ExitStack() as opened:
+        checkpoints = [Checkpoints(d.checkpoints, keep=config.keep) for d in directories]
+        for saved in checkpoints:
+            opened.enter_context(contextlib.closing(saved))
+        progress = begin(setup, directories, checkpoints)
+        first_step = progress.step
+        report = opened.enter_context(
+            Report(
+                directories,
+                total_steps=setup.total_steps,
+                step=first_step,
+                tensorboard=config.tensorboard,
+            )
+        )
+        report.say(_headline(setup, directories, first_step))
+        run = Run(setup, directories, checkpoints, report, stop)
+        tests = train_and_test(run, progress)
+        results = [
+            Result(
+                directory.path,
+                progress.step,
+                None if tests is None else tests[n],
+                progress.errors[n] if progress.errors else None,
+                first_step,
+                time.monotonic() - started,
+                stop.signal if tests is None else None,
+            )
+            for n, directory in enumerate(directories)
+        ]
+        if tests is not None:
+            _write_results(run, progress, results)
+    return results
+
+
+def set_up(configs: Sequence[TrainConfig], model: models.ModelConfig, dataset: Dataset) -> Setup:
+    """Builds what runs compute.
+
+    Raises:
+      ConfigError: the options do not go together, or not with this machine or these images.
+    """
+    config = configs[0]
+    choices.check_dataset(dataset, model)
+    train, validation = choices.hold_out(dataset.train, config.validation)
+    task = choices.choose_task(dataset, config.max_shift)
+    objective = choices.choose_objective(config.loss, config.preset, model, task)
+    driver = choices.choose_driver(config.driver, config.devices, config.batch_size)
+    choices.check_test_size(dataset, config.test_size)
+    steps_per_epoch = len(train.labels) // config.batch_size
+    if not steps_per_epoch:
+        raise ConfigError(
+            f"--batch-size must be at most the number of training images, {len(train.labels)}, got"
+            f" {config.batch_size}"
+        )
+    sampler = Sampler(task, model.num_classes)
+    optimizer = choices.make_optimizer(config)
+    keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
+    networks = [split_network(models.build(model, rngs=nnx.Rngs(init))) for init, _, _ in keys]
+    apply, variables = networks[0]
+    batch_size, several = config.batch_size, len(configs) > 1
+    compiled = make_run_steps(
+        make_train_step(apply, optimizer, objective, axis_name=driver.axis_name),
+        sampler,
+        driver,
+        batch_size=batch_size,
+        several_seeds=several,
+    )
+    examples = driver.replicate(as_batch(train))
+    step_key = driver.replicate(stack([key for _, _, key in keys]))
+
+    @functools.lru_cache(maxsize=1)
+    def order(epoch: int) -> jax.Array:
+        count = len(train.labels)
+        orders = [epoch_order(jax.random.fold_in(key, epoch), count) for _, key, _ in keys]
+        return driver.replicate(stack(orders))
+
+    def run_steps(state: TrainState, step: int, num_steps: int) -> tuple[TrainState, StepSums]:
+        """Starts steps that do not cross the end of an epoch."""
+        epoch = step // steps_per_epoch
+        return compiled(state, examples, order(epoch), step_key, np.int32(num_steps))
+
+    return Setup(
+        configs=configs,
+        model=model,
+        train=train,
+        validation=None if validation is None else driver.replicate(as_batch(validation)),
+        test=dataset.test,
+        sampler=sampler,
+        driver=driver,
+        apply=apply,
+        initial=stack([init_state(variables, optimizer) for _, variables in networks]),
+        run_steps=run_steps,
+        evaluate=make_evaluate(
+            apply, objective, sampler, driver, batch_size=batch_size, several_seeds=several
+        ),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=config.steps or config.epochs * steps_per_epoch,
+        num_parameters=sum(leaf.size for leaf in jax.tree.leaves(variables.params)),
+    )
+
+
+def check_same_run(
+    config: TrainConfig, model: models.ModelConfig | None, before: RunConfig
+) -> None:
+    """Raises a ConfigError unless options, and the network if any, are those of a run."""
+    config.check_resumes(before.train)
+    if model is not None and model != before.model:
+        raise ConfigError(f"the run in {config.run_dir} is of another network: {before.model}")
+
+
+def _write_results(run: Run, progress: Progress, results: Sequence[Result]) -> None:
+    """Writes the result and the picture of each run."""
+    setup = run.setup
+    variables = unstack(jax.device_get(progress.state.variables), len(results))
+    for directory, result, each in zip(run.directories, results, variables, strict=True):
+        picture = directory.picture
+        draw_reconstructions(setup.apply, each, setup.model, setup.sampler, setup.test, picture)
+        assert result.test is not None  # results are written of runs that were tested
+        values = {
+            "step": result.step,
+            "test_error": result.test.error,
+            "test_wrong": result.test.wrong,
+            "test_count": result.test.count,
+            "test_loss": result.test.loss,
+            "validation_error": result.validation_error,
+            "parameters": setup.num_parameters,
+            "seconds": round(result.seconds, 1),
+        }
+        write_json(directory.result, values)
+
+
+def _check_together(configs: Sequence[TrainConfig]) -> None:
+    """Raises a ConfigError unless these runs can be trained at once."""
+    if len(configs) == 1:
+        return
+    if len({dataclasses.replace(c, seed=0, run_dir=Path()) for c in configs}) > 1:
+        raise ConfigError("runs that train together must differ in --seed and --run-dir only")
+    if configs[0].until_error is not None:
+        raise ConfigError("--until-error is for one run: several would end at different steps")
+    if len({c.run_dir for c in configs} - {None}) < len(configs):
+        raise ConfigError("runs that train together need a --run-dir each")
+
+
+def _check_unfinished(setup: Setup, directories: Sequence[RunDirectory]) -> None:
+    """Raises a ConfigError if there is nothing left to do in any directory."""
+    results = [each.read_result() for each in directories]
+    ends = [r.step for r in results if r and is_over(setup, r.step, [r.validation_error])]
+    if len(ends) == len(directories):
+        raise ConfigError(
+            f"the run in {directories[0].path} is finished at step {ends[0]:,}; more --epochs or"
+            " --steps go on with it"
+        )
+
+
+def _headline(setup: Setup, directories: Sequence[RunDirectory], step: int) -> str:
+    config, devices = setup.config, setup.driver.devices
+    validation = 0 if setup.validation is None else len(setup.validation.labels)
+    test = len(setup.test.labels) if config.test_size is None else config.test_size
+    where = f"{len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
+    begun = f", from step {step:,}" if step else ""
+    seeds = f", {len(directories)} seeds at once" if len(directories) > 1 else ""
+    return (
+        f"{config.preset} ({setup.num_parameters:,} parameters) on {config.dataset}:"
+        f" {len(setup.train.labels):,} training, {validation:,} validation,"
+        f" {test:,} test images; {config.driver} on {where};"
+        f" {setup.total_steps:,} steps of {config.batch_size}{seeds}{begun}\n"
+        f"run directory: {', '.join(str(each.path) for each in directories)}"
+    )
+
+
+def _run_dir(config: TrainConfig) -> Path:
+    if config.run_dir is not None:
+        return config.run_dir
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{config.dataset}-{config.preset}-{now}"

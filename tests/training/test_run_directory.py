@@ -1,0 +1,116 @@
+"""What is read back from a run directory: typed, or one line that names the file and the key."""
+
+import json
+import typing
+
+import pytest
+
+from capsjax import data, models, routing
+from capsjax.training import ConfigError, TrainConfig, config
+from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
+
+
+@pytest.fixture
+def directory(tmp_path):
+    directory = RunDirectory(tmp_path)
+    described = DataDescription("mnist_5k", ("a", "b"), 10, 5)
+    options = TrainConfig(data_dir=tmp_path / "data", learning_rate=1)
+    directory.write_config(RunConfig(options, models.configure("efficient_capsnet"), described))
+    return directory
+
+
+@pytest.mark.parametrize("preset", models.presets())
+def test_every_configuration_is_read_as_it_was_written(directory, preset):
+    written = directory.read_config()
+    written = RunConfig(written.train, models.configure(preset), written.data)
+    directory.write_config(written)
+    assert directory.read_config() == written
+    assert written.train.data_dir == directory.path / "data"
+    assert written.train.run_dir == directory.path
+
+
+def test_options_that_an_older_version_did_not_know_have_their_defaults(directory):
+    values = json.loads(directory.config.read_text())
+    del values["train"]["until_error"]
+    values["train"]["of_long_ago"] = 1
+    directory.config.write_text(json.dumps(values))
+    assert directory.read_config().train.until_error is None
+
+
+def change(values, *keys, to):
+    for key in keys[:-1]:
+        values = values[key]
+    values[keys[-1]] = to
+
+
+@pytest.mark.parametrize(
+    ("keys", "to", "match"),
+    [
+        (("train", "batch_size"), "128", r"Expected `int`, got `str` - at `\$.train.batch_size`"),
+        (("train", "batch_size"), 0, r"--batch-size must be at least 1, got 0 - at `\$.train`"),
+        (("train", "routing"), "none", r"Invalid enum value 'none' - at `\$.train.routing`"),
+        (("train", "data_dir"), 5, r"Expected a path, got 5 - at `\$.train.data_dir`"),
+        (("train",), None, r"Expected `object`, got `null` - at `\$.train`"),
+        (
+            ("data", "class_names"),
+            [1],
+            r"got `int` - at `\$.data.class_names\[0\]`",
+        ),
+        (("model", "kind"), "cnn", r"Invalid enum value 'cnn' - at `\$.kind`"),
+        (("model", "conv_features"), 5, r"model in .* Expected `array`, got `int`"),
+        (("model", "image_shape"), [1, 2], "Expected `array` of length 3"),
+    ],
+)
+def test_a_wrong_value_is_named(directory, keys, to, match):
+    values = json.loads(directory.config.read_text())
+    change(values, *keys, to=to)
+    directory.config.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=f"config.json is damaged: .*{match}|{match}"):
+        directory.read_config()
+
+
+@pytest.mark.parametrize("key", ["train", "model", "data"])
+def test_a_missing_key_is_named(directory, key):
+    values = json.loads(directory.config.read_text())
+    del values[key]
+    directory.config.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=f"missing required field `{key}`"):
+        directory.read_config()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff\xfe", b'{"train": "\xff"}', b"[" * 100_000, b"\0" * 50]
+)
+def test_whatever_a_file_holds_is_one_error(directory, content):
+    for path, read in (
+        (directory.config, directory.read_config),
+        (directory.result, directory.read_result),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"{path.name} is damaged: .+"):
+            read()
+    directory.metrics.write_bytes(content + b"\n")
+    with pytest.raises(ConfigError, match=r"metrics.jsonl:1 is damaged: .+"):
+        directory.read_metrics()
+
+
+def test_a_metrics_record_needs_its_keys_and_the_last_may_be_cut_short(directory):
+    good = {"split": "train", "step": 1, "seconds": 0.5, "loss": 0.25, "error": None}
+    directory.append_metrics(good)
+    with directory.metrics.open("a") as file:
+        file.write('{"split": "tr')
+    assert directory.read_metrics() == [good]
+    for bad, match in (
+        ({"split": "train", "step": 1, "loss": 1.0}, "missing required field `error`"),
+        ({**good, "split": "holdout"}, r"Invalid enum value 'holdout' - at `\$.split`"),
+        ({**good, "step": 1.5}, r"Expected `int`, got `float` - at `\$.step`"),
+    ):
+        directory.metrics.write_text("".join(json.dumps(x) + "\n" for x in (good, bad)))
+        with pytest.raises(ConfigError, match=f"metrics.jsonl:2 is damaged: .*{match}"):
+            directory.read_metrics()
+
+
+def test_choices_are_what_is_registered():
+    assert typing.get_args(config.RoutingName) == routing.algorithms()
+    assert typing.get_args(config.PresetName) == models.presets()
+    assert typing.get_args(config.DatasetName) == data.names()
