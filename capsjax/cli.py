@@ -144,16 +144,23 @@ def _bench_options() -> Any:
     """The options of a benchmark, or after ``compare`` those of a comparison."""
     run, compare = (_imported(f"capsjax.bench:{name}Config") for name in ("Bench", "Compare"))
     return (
-        Annotated[run, tyro.conf.subcommand("run", default=run(), prefix_name=False)]
+        Annotated[run, tyro.conf.subcommand("run", prefix_name=False)]
         | Annotated[compare, tyro.conf.subcommand("compare", prefix_name=False)]
     )
 
 
 class _Command(NamedTuple):
-    """A subcommand: what runs, and what imports the type of its options."""
+    """A subcommand.
+
+    Attributes:
+      run: called with the options and all arguments.
+      options: imports the type of the options.
+      default: imports the options that are meant where the arguments do not choose between types.
+    """
 
     run: Callable[[Any, Sequence[str]], None]
     options: Callable[[], Any]
+    default: Callable[[], Any] | None = None
 
 
 def _command(
@@ -166,7 +173,7 @@ _COMMANDS = {
     "train": _command(_train, "capsjax.training:TrainConfig"),
     "evaluate": _command(_evaluate, "capsjax.training:EvaluateConfig"),
     "reproduce": _command(_reproduce, "capsjax.reproduce:ReproduceConfig"),
-    "bench": _Command(_bench, _bench_options),
+    "bench": _Command(_bench, _bench_options, lambda: _imported("capsjax.bench:BenchConfig")()),
     "draw": _command(_draw, "capsjax.viz.draw:DrawConfig", "viz"),
     "explore": _command(_explore, "capsjax.viz.explorer:ExploreConfig", "explore"),
 }
@@ -200,6 +207,8 @@ def _parse(prog: str, arguments: Sequence[str]) -> Callable[[Sequence[str]], Non
         options = tyro.conf.arg(name="", constructor_factory=command.options)
         choose.__annotations__["config"] = Annotated[Any, options]
         choose.__doc__ = command.run.__doc__
+        if command.default is not None and [command] == [_COMMANDS.get(a) for a in arguments[:1]]:
+            choose.__defaults__ = (command.default(),)
         return choose
 
     # The hook is not a part of tyro's stable interface: without it tyro prints errors in its way.
@@ -228,7 +237,9 @@ def _refuse(prog: str, arguments: Sequence[str], event: Any) -> None:
             message = f"{_name(event.argument)} must be one of {known}, got {event.value!r}"
         case "BadValue":
             message = f"{_name(event.argument)} needs a value: {_kind(event.argument)}"
-        case "InstantiationFailure" if event.argument is not None:
+        case "InstantiationFailure" if event.argument is None:
+            message = event.message  # of the options' own checks
+        case "InstantiationFailure":
             given = re.findall(r"'[^']*'", event.message.partition("\n")[0])
             got = f", got {given[-1]}" if given else f": {event.message}"
             message = f"{_name(event.argument)} must be {_kind(event.argument)}{got}"

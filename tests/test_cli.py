@@ -27,7 +27,7 @@ def environment(devices=1):
 
 
 def script(name, *arguments, devices=1, before=()):
-    command = [*before, sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
+    command = [*before, sys.executable, str(SCRIPTS / f"capsjax {name}"), *map(str, arguments)]
     return subprocess.run(
         command, env=environment(devices), capture_output=True, text=True, timeout=300
     )
@@ -86,7 +86,7 @@ def test_a_run_that_was_stopped_resumes_to_the_same_bits(uninterrupted, tmp_path
     arguments = [*RUN, "--steps", "40", "--checkpoint-every", "10", "--run-dir", str(run)]
     # One step in a call of the devices, so that the signal finds the run in its middle.
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPTS / "train.py"), *arguments, "--steps-per-dispatch", "1"],
+        [sys.executable, str(SCRIPTS / "capsjax train"), *arguments, "--steps-per-dispatch", "1"],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -130,16 +130,16 @@ def test_resuming_keeps_the_run_s_options_and_may_lengthen_it(uninterrupted, tmp
     finished = script("train", "--resume", "--run-dir", run)
     assert finished.returncode == 2
     assert "is finished at step 44; more --epochs or --steps" in one_line(
-        finished.stderr, "train.py"
+        finished.stderr, "capsjax train"
     )
     epochs = script("train", "--resume", "--run-dir", run, "--epochs", 30)
-    assert "--epochs has no effect on the run" in one_line(epochs.stderr, "train.py")
+    assert "--epochs has no effect on the run" in one_line(epochs.stderr, "capsjax train")
     refused = script("train", "--resume", "--run-dir", run, "--seed", 1)
     assert refused.returncode == 2
-    assert "--seed must stay 0 to resume the run" in one_line(refused.stderr, "train.py")
+    assert "--seed must stay 0 to resume the run" in one_line(refused.stderr, "capsjax train")
     other = script("train", "--resume", "--run-dir", run, "--preset", "paper")
     assert other.returncode == 2
-    assert "--preset must stay small" in one_line(other.stderr, "train.py")
+    assert "--preset must stay small" in one_line(other.stderr, "capsjax train")
 
 
 def test_a_truncated_checkpoint_is_one_line_and_loses_nothing(uninterrupted, tmp_path):
@@ -157,7 +157,7 @@ def test_a_truncated_checkpoint_is_one_line_and_loses_nothing(uninterrupted, tmp
     ):
         failed = script(name, *arguments)
         assert failed.returncode == 2
-        line = one_line(failed.stderr, f"{name}.py")
+        line = one_line(failed.stderr, f"capsjax {name}")
         assert "checkpoints/40 is damaged or truncated" in line
         assert "move it away to use those of step 20, 30" in line
     shutil.move(run / "checkpoints" / "40", tmp_path / "away")
@@ -174,7 +174,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_complete(uninterrupted, tmp_
     arguments = ["--resume", "--run-dir", run, "--steps", 60]
     failed = script("train", *arguments, before=["sh", "-c", 'ulimit -f 100; exec "$@"', "sh"])
     assert failed.returncode == 2
-    line = one_line(failed.stderr, "train.py")
+    line = one_line(failed.stderr, "capsjax train")
     assert "could not be written to" in line
     assert "complete up to step 40" in line
     again = script("train", "--resume", "--run-dir", run, "--steps", 44)
@@ -193,7 +193,7 @@ def test_a_disk_without_space(tmp_path):
     try:
         failed = script("train", *RUN, "--steps", 20, "--run-dir", disk / "run")
         assert failed.returncode in (1, 2)
-        assert "No space left on device" in one_line(failed.stderr, "train.py")
+        assert "No space left on device" in one_line(failed.stderr, "capsjax train")
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -203,7 +203,7 @@ def test_a_loss_that_is_not_finite_is_one_line(tmp_path):
         "train", *RUN, "--steps", 20, "--learning-rate", "1e38", "--run-dir", tmp_path / "run"
     )
     assert failed.returncode == 1
-    assert "the loss is not finite at step" in one_line(failed.stderr, "train.py")
+    assert "the loss is not finite at step" in one_line(failed.stderr, "capsjax train")
 
 
 def test_images_of_another_size_than_the_run_s_are_one_line(uninterrupted, tmp_path):
@@ -216,16 +216,19 @@ def test_images_of_another_size_than_the_run_s_are_one_line(uninterrupted, tmp_p
         "evaluate", uninterrupted[0], "--dataset", "image_folder", "--data-dir", tmp_path
     )
     assert failed.returncode == 2
-    line = one_line(failed.stderr, "evaluate.py")
+    line = one_line(failed.stderr, "capsjax evaluate")
     assert "data set image_folder has images of 32x32x1, the network takes 28x28x1" in line
 
 
 BAD = [
-    (["train", "--preset", "smal"], "'smal'.*'--preset'.*small.*paper"),
-    (["train", "--dataset", "mnits"], "'mnits'.*'--dataset'.*mnist_5k"),
-    (["train", "--batch-siz", "3"], "--batch-siz.*perhaps you meant --batch-size"),
-    (["train", "--batch-size", "x"], "--batch-size.*'x'"),
-    (["train", "--steps", "x"], "--steps cannot be 'x'"),
+    (["train", "--preset", "smal"], "--preset must be one of .*small.*, got 'smal'"),
+    (["train", "--dataset", "mnits"], "--dataset must be one of mnist_5k.*, got 'mnits'"),
+    (["train", "--batch-siz", "3"], "unknown: --batch-siz; perhaps you meant --batch-size"),
+    (["train", "--batch-size", "x"], "--batch-size must be an integer, got 'x'"),
+    (["train", "--learning-rate", "fast"], "--learning-rate must be a number, got 'fast'"),
+    (["train", "--steps", "x"], "--steps must be an integer, got 'x'"),
+    (["train", "--steps"], "--steps needs a value: an integer"),
+    (["train", "5"], "unknown: 5"),
     (["train", "--test-size", "5"], "--test-size is for data sets whose images are made"),
     (["train", "--no-reconstruction", "--preset", "baseline"], "baseline has no decoder anyway"),
     (["train", "--max-shift", "28"], "--max-shift must be below the images' 28 pixels, got 28"),
@@ -245,8 +248,8 @@ BAD = [
         ["train", "--preset", "baseline", "--loss", "paper"],
         "--loss for .* must be cross_entropy",
     ),
-    (["train", "--model", "smal"], "'smal'.*small.*matrix_capsnet"),
-    (["train", "--routing", "sinkhorn"], "'sinkhorn'.*'--routing'.*dynamic"),
+    (["train", "--model", "smal"], "small.*matrix_capsnet.*, got 'smal'"),
+    (["train", "--routing", "sinkhorn"], "--routing must be one of .*dynamic.*'sinkhorn'"),
     (
         ["train", "--model", "baseline", "--routing", "em"],
         "--routing is for capsule networks, not for baseline",
@@ -256,15 +259,21 @@ BAD = [
         "--num-iterations is not for routing 'uniform', which makes one pass",
     ),
     (["train", "--num-iterations", "0"], "--num-iterations must be at least 1, got 0"),
-    (["train", "--model=matrix_capsnet", "--routing", "heinsen"], "'heinsen' makes votes"),
+    (["train", "--model=matrix_capsnet", "--routing", "heinsen"], "'heinsen' makes its own votes"),
     (["train", "--run-dir", "/proc/none"], "--run-dir /proc/none cannot be made"),
     (["train", "--dataset", "image_folder"], "needs --data-dir"),
     (["train", "--dataset", "image_folder", "--data-dir", "missing"], "missing.*does not exist"),
     (["evaluate", "missing"], "run directory missing does not exist"),
-    (["evaluate"], "PATH"),
+    (["evaluate"], "needs run_dir"),
+    (["evaluate", "a", "b"], "unknown: b"),
+    (["bench", "compare", "a"], "needs new"),
+    (["bench", "train", "--set", "x=1"], "--set goes with --workload"),
+    (["draw", "portrait", "run"], "name must be one of diagram, .*, got 'portrait'"),
+    (["explore", "run", "--port", "http"], "--port must be an integer, got 'http'"),
     (["evaluate", "missing", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-    (["fit"], "fit; available subcommands: train, evaluate, reproduce, bench, draw, explore"),
-    ([], "train, evaluate"),
+    (["fit"], "command must be one of train, evaluate, reproduce, bench, draw, .*, got 'fit'"),
+    (["--verbose"], "command must be one of train, .*, got '--verbose'"),
+    ([], "needs a command, one of train, evaluate, reproduce, bench, draw, explore"),
 ]
 
 
@@ -278,7 +287,7 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments, match, capsys, tmp_p
     assert stopped.value.code == 2
     told = capsys.readouterr()
     assert told.out == ""
-    prog = " ".join(["capsjax", *[a for a in arguments[:1] if a in ("train", "evaluate")]])
+    prog = " ".join(["capsjax", *[a for a in arguments[:1] if a not in ("fit", "--verbose")]])
     assert re.search(match, one_line(told.err, prog))
     assert list(tmp_path.iterdir()) == []
 
@@ -294,19 +303,48 @@ def test_a_damaged_configuration_is_one_line(uninterrupted, tmp_path, capsys):
     assert "config.json is damaged" in one_line(capsys.readouterr().err, "capsjax evaluate")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"]])
-def test_help_tells_every_option(arguments, capsys):
+COMMANDS = ["train", "evaluate", "reproduce", "bench", "draw", "explore"]
+
+
+@pytest.mark.parametrize("arguments", [[], *[[c] for c in COMMANDS], ["bench", "compare"]])
+def test_help_lists_every_option(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(arguments)
+        main([*arguments, "--help"])
     assert stopped.value.code == 0
-    told = capsys.readouterr().out
-    if arguments[0] == "train":
+    printed = capsys.readouterr().out
+    if not arguments:
+        assert all(command in printed for command in [*COMMANDS, "compare", "--version"])
+    if arguments == ["train"]:
         import dataclasses
 
         from capsjax.training import TrainConfig
 
         for field in dataclasses.fields(TrainConfig):
-            assert "--" + field.name.replace("_", "-") in told
+            assert "--" + field.name.replace("_", "-") in printed
+
+
+def test_without_the_hook_of_tyro_its_own_message_is_printed(capsys, monkeypatch):
+    import tyro
+
+    monkeypatch.delattr(tyro._errors, "on_parse_error")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--epochs", "abc"])
+    assert stopped.value.code == 2
+    assert "abc" in capsys.readouterr().err
+
+
+def test_help_imports_no_jax():
+    code = """
+import sys
+from capsjax.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+print(sorted({"jax", "flax", "numpy", "orbax"} & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr == "[]\n"
 
 
 def test_version(capsys):
