@@ -72,7 +72,7 @@ class ReproduceConfig:
     """Dtype of the computation."""
 
     data_dir: Path | None = None
-    """Where data sets are prepared and looked for, or an .npz file written by save_npz."""
+    """Directory of prepared data sets, or an .npz file written by save_npz."""
 
     output: Path = Path("reproduced")
     """Directory for results and runs; one for each kind of data."""
