@@ -1,9 +1,9 @@
 """Augmentation: what is fed to the network and which targets it is trained on.
 
 A data set holds images; a task makes samples of them on the device: shifted, placed on a larger
-canvas, distorted, cropped, or two in one. Nothing that is made is stored. A test sample is made
-from its number in the test set alone, so that the set is the same whenever, wherever and in
-whatever batches it is made, and as large as needed.
+canvas, distorted, cropped, or two in one. Samples are never stored. A test sample depends on its
+number in the test set alone, so that the set is the same on any number of devices and in any
+batches, and as large as needed.
 """
 
 import dataclasses

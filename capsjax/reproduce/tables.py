@@ -72,7 +72,7 @@ class ReproduceConfig:
     """Dtype of the computation."""
 
     data_dir: Path | None = None
-    """Where data sets are prepared and looked for, or an .npz file written by save_npz."""
+    """Directory of prepared data sets, or an .npz file written by save_npz."""
 
     output: Path = Path("reproduced")
     """Directory for results and runs; one for each kind of data."""
@@ -123,7 +123,7 @@ def reproduce(config: ReproduceConfig, *, say: Callable[[str], None] = print) ->
     if config.list:
         lines = read_results(config.results)
         say("\n\n".join(_listing(recipe, lines) for recipe in config.recipes()))
-        say(f"\nResults on other machines: RESULTS.md; those in {config.output} are shown here.")
+        say(f"\n'here' is {config.output}; RESULTS.md has the results of other machines")
         return []
     try:
         config.folder.mkdir(parents=True, exist_ok=True)

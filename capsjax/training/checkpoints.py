@@ -96,7 +96,7 @@ class Checkpoints:
         """Returns the step of the ``"last"``, the ``"best"`` or a numbered checkpoint.
 
         Raises:
-          CheckpointError: there is none such.
+          CheckpointError: there is no such checkpoint.
         """
         steps = self.steps()
         if not steps:

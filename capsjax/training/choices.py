@@ -169,7 +169,7 @@ def check_test_size(dataset: Dataset, number: int | None) -> None:
 
 
 def check_dataset(dataset: Dataset, model: models.ModelConfig) -> None:
-    """Raises a ConfigError unless the network takes these images and tells these classes."""
+    """Raises a ConfigError unless the network has these images' shape and number of classes."""
     if not len(dataset.test.labels):
         raise ConfigError(f"data set {dataset.name} has no test images")
     if dataset.image_shape != model.image_shape:

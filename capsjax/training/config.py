@@ -52,21 +52,21 @@ class TrainConfig:
     DATA_DIR/test/CLASS/*.png."""
 
     data_dir: Path | None = None
-    """Where data sets are prepared and looked for; TFDS's own default if not given."""
+    """Directory of prepared data sets; TFDS's own default if not given."""
 
     run_dir: Path | None = None
     """Run directory; runs/DATASET-PRESET-TIME if not given."""
 
     resume: bool = False
-    """Go on with the run in RUN_DIR from its last checkpoint, with its options except for those
-    that are given; what shapes the parameters must stay."""
+    """Go on with the run in RUN_DIR from its last checkpoint and with its options, except those
+    that are given; options that shape the parameters must stay the same."""
 
     epochs: int = 20
-    """Passes over the training images, each in an order of its own; the images that are left when
-    they fill no batch are left out."""
+    """Passes over the training images, each in a new order; a last incomplete batch is left
+    out."""
 
     steps: int | None = None
-    """Train this many steps, whatever the epochs."""
+    """Number of steps; takes precedence over the epochs."""
 
     until_error: float | None = None
     """End earlier, at the first checkpoint whose validation error is at most this share."""
@@ -117,8 +117,8 @@ class TrainConfig:
     """Use the first so many devices; all of them if not given (one for jit)."""
 
     steps_per_dispatch: int = 256
-    """At most this many steps run on the devices before the host hears of them; fewer where they
-    are slow, so that progress stays visible."""
+    """Largest number of steps in one call of the devices; fewer if they are slow, so that progress
+    stays visible."""
 
     log_every: int = 50
     """Steps between two records of the training metrics."""
@@ -210,7 +210,7 @@ class EvaluateConfig:
     """Evaluate on the test images of this data set; the run's own if not given."""
 
     data_dir: Path | None = None
-    """Where data sets are looked for; the run's own if not given."""
+    """Directory of prepared data sets; the run's own if not given."""
 
     test_size: int | None = None
     """Test images to make, of data sets whose images are made; as many as the set has digits if

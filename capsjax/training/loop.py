@@ -1,4 +1,4 @@
-"""The loop of training: dispatch, record, validate, save; nothing here knows what is computed."""
+"""The training loop: dispatch steps, record metrics, validate, save."""
 
 import collections
 import dataclasses
@@ -37,7 +37,7 @@ from capsjax.training.stopping import StopRequest
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What runs compute; with a leading axis over seeds in whatever differs between several.
+    """What runs compute; several seeds add a leading axis to the arrays that differ between them.
 
     Attributes:
       configs: the options of each run.

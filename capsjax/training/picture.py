@@ -21,8 +21,8 @@ def reconstruction_grid(rows: Sequence[np.ndarray]) -> np.ndarray:
     """Arranges images in a row and their reconstructions in rows below them, on white.
 
     Args:
-      rows: of each row the pixels in [0, 1], floating ``[N, H, W, C]``; of two channels, which
-        are those of a stereo pair, the first is shown.
+      rows: pixels of each row in [0, 1], floating ``[N, H, W, C]``; the first of two channels,
+        which are those of a stereo pair.
 
     Returns:
       uint8 ``[rows, columns, 3]``, enlarged by a whole factor to about 960 columns.

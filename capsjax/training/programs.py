@@ -3,7 +3,7 @@
 The data lie on the devices; a call costs the host a few scalars. The number of steps per call is
 an argument, not a constant of the program: one compilation serves every call, whether it ends at a
 checkpoint, at the end of an epoch or because someone asked to stop. Several seeds are a `vmap` over
-the same program, with a leading axis over the seeds in whatever differs between them.
+the same program: what differs between them has a leading axis.
 
 A driver hides two differences between pmap over devices, jit over a sharded mesh and jit on one
 device: how a function of replicated arguments is compiled, and which part of a batch one run of

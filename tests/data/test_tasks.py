@@ -1,4 +1,4 @@
-"""What is made of images: against NumPy, on one device and on eight."""
+"""Samples against NumPy, on one device and on eight."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ CLASSES = 4
 
 
 def split(counts=(5, 3, 6, 2), side=8):
-    """Images whose pixels tell their number, in the order of their labels."""
+    """Images whose pixels are their index, in the order of their labels."""
     labels = np.repeat(np.arange(CLASSES), counts).astype(np.int32)
     images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None] + np.uint8(100)
     return Batch(

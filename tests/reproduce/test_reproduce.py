@@ -202,7 +202,7 @@ def test_results_that_were_trained_differently_are_refused(filled, monkeypatch, 
         patch.setattr("capsjax.reproduce.tables.load", lambda name, data_dir=None: other)
         with pytest.raises(ConfigError, match="results.jsonl is of data .* another --output"):
             reproduce(config, say=quiet)
-        config.results.unlink()  # the runs tell it too
+        config.results.unlink()  # the runs are checked as well
         with pytest.raises(ConfigError, match="not the one that the run was started with"):
             reproduce(config, say=quiet)
     (first, second) = TABLES["small"]
