@@ -221,7 +221,7 @@ def test_images_of_another_size_than_the_run_s_are_one_line(uninterrupted, tmp_p
 
 
 BAD = [
-    (["train", "--preset", "smal"], "'smal'.*'--preset'.*small.*paper"),
+    (["train", "--preset", "smal"], "'smal'.*'--preset'.*paper.*small"),
     (["train", "--dataset", "mnits"], "'mnits'.*'--dataset'.*mnist_5k"),
     (["train", "--batch-siz", "3"], "--batch-siz.*perhaps you meant --batch-size"),
     (["train", "--batch-size", "x"], "--batch-size.*'x'"),
