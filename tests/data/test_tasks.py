@@ -1,4 +1,4 @@
-"""What is made of images: against NumPy, on one device and on eight."""
+"""Tasks against NumPy, on one device and on eight."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ CLASSES = 4
 
 
 def split(counts=(5, 3, 6, 2), side=8):
-    """Images whose pixels tell their number, in the order of their labels."""
+    """Images with their number as pixels, sorted by label."""
     labels = np.repeat(np.arange(CLASSES), counts).astype(np.int32)
     images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None] + np.uint8(100)
     return Batch(
@@ -33,7 +33,7 @@ def keys(number, seed=0):
 
 
 def numbers_of(batch):
-    """Which images were gathered, by their pixels."""
+    """Numbers of the gathered images, from their pixels."""
     return np.asarray(batch.images[..., 0, 0, 0]).astype(int) - 100
 
 
@@ -54,7 +54,7 @@ def test_pairs_are_uniform_over_all_images_of_other_classes():
 
 
 def pair_in_numpy(images, offsets, size, most):
-    """Each digit centred, moved, added, clipped."""
+    """Centres, shifts, adds and clips two digits."""
     total, parts = np.zeros((size, size), int), []
     for image, (row, column) in zip(images, offsets, strict=True):
         canvas = np.zeros((size + 2 * most, size + 2 * most), int)
@@ -124,7 +124,7 @@ def test_a_test_sample_depends_on_its_number_alone(task):
     assert sample.images.shape == (32, *task.image_shape((8, 8, 1)))
     assert np.asarray(sample.target).sum(1).tolist() == [labels[0].size] * 32
     if not isinstance(task, Shifted):
-        # The same digits again, otherwise made.
+        # The same digits again, with other random numbers.
         assert (np.asarray(sample.images[:16]) != np.asarray(sample.images[16:])).any()
 
 
