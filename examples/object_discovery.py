@@ -1,8 +1,8 @@
-"""Object discovery: two slots share out two overlapping digits between them, without labels.
+"""Object discovery: two slots separate two overlapping digits, without labels.
 
-The features of all places vote for two capsules, which attention routing shares them out to. Each
-draws a shape no larger than a digit and moves it; both have to make up the picture. Blurred as they
-are, most drawings are of one digit. Run: python examples/object_discovery.py
+The features of all positions vote for two capsules, between which attention routing divides them.
+Each capsule draws a shape no larger than a digit and moves it; together, both drawings reconstruct
+the picture. They are blurred, but most show one digit. Run: python examples/object_discovery.py
 After Locatello et al., *Object-Centric Learning with Slot Attention*, NeurIPS 2020.
 """
 
@@ -18,21 +18,21 @@ from capsjax.nn import DenseCapsules
 
 
 def place(shapes, corners):
-    """Moves shapes ``[..., 20, 20]`` to corners ``[..., 2]`` of canvases ``[..., 40, 40]``."""
+    """Places shapes ``[..., 20, 20]`` at corners ``[..., 2]`` of canvases ``[..., 40, 40]``."""
     away = jnp.arange(40)[:, None] - jnp.arange(20) - corners[..., None, None]
     rows, columns = jnp.moveaxis(nnx.relu(1 - jnp.abs(away)), -3, 0)  # linear interpolation
     return rows @ shapes @ columns.mT
 
 
 def pairs(key, images, number):
-    """Two digits anywhere on a canvas, ``[B, 2, 40, 40]``, and the picture of both."""
+    """Two digits at random positions, ``[B, 2, 40, 40]``, and the picture of both."""
     digits = images[jax.random.randint(key, (number, 2), 0, len(images))]
     digits = place(digits, jax.random.randint(jax.random.fold_in(key, 1), (number, 2, 2), 0, 21))
     return digits, digits.sum(1).clip(0, 1)
 
 
 class Slots(nnx.Module):
-    """From pictures ``[B, 40, 40]`` to what two slots draw, ``[B, 2, 40, 40]``, and its error."""
+    """Maps pictures ``[B, 40, 40]`` to drawings of two slots ``[B, 2, 40, 40]`` and their error."""
 
     def __init__(self, rngs):
         convs = nnx.Conv(1, 64, (8, 8), 4, rngs=rngs), nnx.Conv(64, 64, (3, 3), rngs=rngs)
@@ -45,17 +45,17 @@ class Slots(nnx.Module):
         """Encodes, routes, draws."""
         poses = self.slots(self.encoder(pictures[..., None]).reshape(-1, 100, 64)).poses
         shapes = nnx.sigmoid(self.shape(nnx.relu(self.hidden(poses))) - 2)  # dark at first
-        # One begins on the left and one on the right, or both would learn the same.
+        # One slot starts on the left and one on the right; otherwise both would learn the same.
         corners = 10 + 10 * jnp.tanh(self.corner(poses) + jnp.array([[[0, -0.5], [0, 0.5]]]))
         drawings = place(shapes.reshape(-1, 2, 20, 20), corners)
         return drawings, jnp.square(1 - (1 - drawings).prod(1) - pictures).mean()
 
 
 def separation(layers, digits):
-    """Share of the pixels of one digit only that layers give to it, in the better matching."""
+    """Share of the pixels of a single digit that are in its layer, for the better matching."""
     first, second = digits[:, 0] > 0.5, digits[:, 1] > 0.5
-    right = ((layers[:, 0] > layers[:, 1]) == first).mean((1, 2), where=first != second)
-    return jnp.maximum(right, 1 - right).mean()
+    correct = ((layers[:, 0] > layers[:, 1]) == first).mean((1, 2), where=first != second)
+    return jnp.maximum(correct, 1 - correct).mean()
 
 
 @nnx.jit
@@ -76,4 +76,4 @@ if __name__ == "__main__":
     drawings, error = nnx.jit(Slots.__call__)(model, pictures)
     left = (jnp.cumsum(pictures.sum(1), -1) < pictures.sum((1, 2))[:, None] / 2)[:, None]
     slots, halves = (separation(x, digits) for x in (drawings, jnp.stack([left, ~left], 1)))
-    print(f"squared error {error:.4f}; right pixels: slots {slots:.1%}, halves {halves:.1%}")
+    print(f"squared error {error:.4f}; correct pixels: slots {slots:.1%}, halves {halves:.1%}")

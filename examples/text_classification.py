@@ -1,7 +1,7 @@
-"""Capsules that classify texts, in bare functions: which library does a docstring come from?
+"""Text classification with capsules, in pure functions: which library is a docstring from?
 
-Every word votes for every library; its coupling tells what it spoke for, and leaky routing gives it
-a way to nowhere. Run: python examples/text_classification.py
+Every word votes for every library, and its couplings show which library it supports. Leaky routing
+lets a word support none. Run: python examples/text_classification.py
 Zhao et al., *Investigating Capsule Networks with Dynamic Routing for Text Classification*, 2018.
 """
 
@@ -27,7 +27,7 @@ SIZE, ADAM, NAMES = 24, optax.adam(5e-3), {*MODULES, "np", "jnp", "lax", "linen"
 
 
 def docstrings():
-    """Returns the first words of each docstring without the libraries' names, and its library."""
+    """Returns the first words of each docstring, without names of libraries, and its library."""
     found = {}
     for label, names in enumerate(MODULES.values()):
         for module in map(importlib.import_module, names.split()):
@@ -39,14 +39,14 @@ def docstrings():
 
 
 def route(params, ids):
-    """Routes words ``[B, T]``, 0 where there is none, to libraries ``[B, J]``."""
+    """Routes words ``[B, T]``, with 0 for no word, to libraries ``[B, J]``."""
     votes = jnp.einsum("btk,kjd->btjd", params["embedding"][ids], params["transform"])
     return dynamic_routing(votes, where=ids > 0, leaky=True)
 
 
 @jax.jit
 def step(params, state, ids, targets):
-    """Updates the parameters, and Adam's state, to lower the margin loss of a batch."""
+    """One update of the parameters and of Adam's state on the margin loss of a batch."""
     grads = jax.grad(lambda p: margin_loss(route(p, ids).activations, targets).mean())(params)
     updates, state = ADAM.update(grads, state)
     return optax.apply_updates(params, updates), state
@@ -75,5 +75,5 @@ if __name__ == "__main__":
     for name, scores in found.items():
         print(f"{name}: test error {(scores.argmax(-1) != targets[test].argmax(-1)).mean():.1%}")
     for j, library in enumerate(MODULES):
-        spoken = np.bincount(ids[test].ravel(), (coupling[..., j] - coupling.mean(-1)).ravel())
-        print(f"{library}:", *(words[i] for i in spoken.argsort()[:-7:-1]))
+        support = np.bincount(ids[test].ravel(), (coupling[..., j] - coupling.mean(-1)).ravel())
+        print(f"{library}:", *(words[i] for i in support.argsort()[:-7:-1]))

@@ -1,9 +1,9 @@
 """Routing as the pooling layer of a Vision Transformer.
 
-The same tiny transformer is trained twice on 4,000 digits. Once the mean of its 16 tokens goes to a
-linear layer and a softmax. Once every token votes for every class, dynamic routing finds the votes
-that agree, and the length of a class's capsule is its score. Run: python examples/vit_pooling.py
-Dosovitskiy et al., *An Image is Worth 16x16 Words*, ICLR 2021, is the transformer's paper.
+The same tiny transformer is trained twice on 4,000 digits: with a linear layer over the mean of its
+16 tokens, and with routing, where every token votes for every class and the length of a class
+capsule is its score. Run: python examples/vit_pooling.py
+The transformer is from Dosovitskiy et al., *An Image is Worth 16x16 Words*, ICLR 2021.
 """
 
 import argparse
@@ -20,7 +20,7 @@ TOKENS, WIDTH, CLASSES, BATCH = 16, 64, 10, 64
 
 
 class ViT(nnx.Module):
-    """Patches to tokens ``[B, 16, 64]``, two pre-norm transformer blocks, and a head over them."""
+    """Tokens ``[B, 16, 64]`` of patches, two pre-norm transformer blocks, and a head."""
 
     def __init__(self, head: nnx.Module, rngs: nnx.Rngs):
         self.embed = nnx.Conv(1, WIDTH, (7, 7), strides=7, rngs=rngs)
@@ -35,7 +35,7 @@ class ViT(nnx.Module):
         self.head = head
 
     def __call__(self, images):
-        """Returns what the head makes of images ``[B, 28, 28, 1]``."""
+        """Applies the network to images ``[B, 28, 28, 1]``."""
         tokens = self.embed(images).reshape(-1, TOKENS, WIDTH) + self.positions[...]
         for residual in self.residuals:
             tokens = tokens + residual(tokens)
@@ -52,7 +52,7 @@ def step(model, optimizer, images, labels, key):
     def loss(model):
         logits = model(batch)
         if isinstance(model.head, DenseCapsules):
-            logits = 8 * logits.activations  # lengths below one; a margin loss would not start
+            logits = 8 * logits.activations  # lengths are below 1; a margin loss would not start
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
     optimizer.update(model, nnx.grad(loss)(model))
@@ -60,11 +60,11 @@ def step(model, optimizer, images, labels, key):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000, help="of each of the two trainings")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of each training")
     steps, data = parser.parse_args().steps, load("mnist_5k")
     train, test = (jax.tree.map(jnp.asarray, split) for split in (data.train, data.test))
     mean = nnx.Sequential(lambda x: x.mean(axis=1), nnx.Linear(WIDTH, CLASSES, rngs=nnx.Rngs(1)))
-    # The reference implementation returns the coupling.
+    # Only the reference implementation returns the couplings.
     routed = DenseCapsules(TOKENS, WIDTH, CLASSES, 16, rngs=nnx.Rngs(1), implementation="reference")
     for name, head in (("mean", mean), ("capsule", routed)):
         model = ViT(head, nnx.Rngs(0))

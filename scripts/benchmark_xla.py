@@ -1,6 +1,8 @@
-"""Benchmarks XLA compilation: the command ``capsjax bench``."""
+"""The command ``capsjax bench``: see its --help."""
+
+import sys
 
 from capsjax.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["bench", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""Draws the README's pictures from a run: ``python scripts/draw_readme.py RUN``."""
+"""Draws the README's figures from a run: ``python scripts/draw_readme.py RUN``."""
 
 import io
 import sys
@@ -14,14 +14,14 @@ from capsjax.viz import dissect, reconstruct
 from capsjax.viz.draw import diagram_of, save
 
 DOCS = Path(__file__).parents[1] / "docs" / "images"
-IMAGE = 3  # number of the test image of the diagram
+IMAGE = 3  # number of the test image in the diagram
 DIMENSIONS = 16
-FRAMES = 24  # of one swing from 0 to 0.25, to -0.25 and back
+FRAMES = 24  # per dimension, which swings from 0 to 0.25, to -0.25 and back
 SIDE, GAP, COLUMNS, LINE = 68, 6, 10, 20
 
 
 def main() -> None:
-    """Writes the diagram in both themes as SVG and PNG, and the animation of the dimensions."""
+    """Writes the diagram in both themes as SVG and PNG, and the animation of dimensions."""
     if len(sys.argv) != 2:
         sys.exit("usage: python scripts/draw_readme.py RUN")
     loaded = load_network(Path(sys.argv[1]))
@@ -44,18 +44,13 @@ def main() -> None:
 
 
 def animate(network, images, labels) -> None:
-    """Every fourth dimension of the digits' capsules swings between -0.25 and 0.25, in its turn."""
+    """Animates every fourth dimension of the digits' capsules, one after another."""
     prediction = network(images)
-    said = np.argmax(prediction.scores, axis=-1)
-    # Of each class the image whose capsule is longest.
+    predicted, longest = (f(prediction.scores, axis=-1) for f in (np.argmax, np.max))
+    correct = predicted == labels
+    # For each class, the correctly classified image with the longest capsule.
     chosen = [
-        int(
-            np.argmax(
-                np.where(
-                    (labels == digit) & (said == digit), np.max(prediction.scores, axis=-1), -1
-                )
-            )
-        )
+        int(np.argmax(np.where(correct & (labels == digit), longest, -1)))
         for digit in range(COLUMNS)
     ]
     poses = prediction.poses[jnp.array(chosen)]
@@ -65,8 +60,8 @@ def animate(network, images, labels) -> None:
     for d in range(0, DIMENSIONS, 4):
         for by in swing:
             moved = poses.at[parents, parents, d].add(by)
-            made = np.asarray(reconstruct(network, moved, parents))[..., 0]
-            strip = tiles(np.round(255 * made).astype(np.uint8))
+            pixels = np.asarray(reconstruct(network, moved, parents))[..., 0]
+            strip = tiles(np.round(255 * pixels).astype(np.uint8))
             frames.append(
                 labelled(strip, f"dimension {d + 1}: {by:+.2f}".replace("-", "\N{MINUS SIGN}"))
             )
@@ -85,7 +80,7 @@ def animate(network, images, labels) -> None:
 
 
 def tiles(images) -> Image.Image:
-    """Images in a row, enlarged."""
+    """Returns the enlarged images in a row."""
     strip = Image.new("L", (COLUMNS * (SIDE + GAP) + GAP, SIDE + 2 * GAP + LINE), 0)
     for n, image in enumerate(images):
         big = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
@@ -94,7 +89,7 @@ def tiles(images) -> Image.Image:
 
 
 def labelled(strip, text) -> Image.Image:
-    """The row with a line of text below it."""
+    """Writes a line of text below the row."""
     middle = (strip.width // 2, strip.height - GAP - LINE // 2)
     ImageDraw.Draw(strip).text(
         middle, text, fill=(220, 220, 220), font=ImageFont.load_default(14), anchor="mm"

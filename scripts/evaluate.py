@@ -1,6 +1,8 @@
-"""Same as `capsjax evaluate`: see its --help."""
+"""The command ``capsjax evaluate``: see its --help."""
 
-from capsjax.cli import evaluate_main
+import sys
+
+from capsjax.cli import main
 
 if __name__ == "__main__":
-    evaluate_main()
+    main(["evaluate", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""Writes a run's network into the package: export_pretrained.py RUN NAME (see README)."""
+"""Stores a run's network in the package: ``python scripts/export_pretrained.py RUN NAME``."""
 
 import dataclasses
 import datetime
@@ -19,7 +19,7 @@ FOLDER = Path(models.__file__).parent
 
 
 def main(run: Path, name: str) -> None:
-    """Stores the parameters of the last checkpoint, and their test error after rounding."""
+    """Stores the parameters of the last checkpoint and their test error after rounding."""
     loaded, config = load_network(run), RunDirectory(run).read_config()
     network = rounded(loaded.network)
     predict = jax.jit(lambda images: network(scale_pixels(images)).scores.argmax(-1))

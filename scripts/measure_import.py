@@ -1,6 +1,6 @@
-"""How much longer importing capsjax takes than importing jax and flax.nnx.
+"""Compares the import time of capsjax with that of jax and flax.nnx.
 
-Fresh processes in alternation; prints the medians and their ratio.
+Runs fresh processes in alternation and prints the medians and their ratio.
 """
 
 import argparse
@@ -14,18 +14,18 @@ WITH = "import jax, flax.nnx, capsjax"
 
 
 def seconds(statement: str) -> float:
-    """Time of a fresh process that runs a statement, in seconds."""
+    """Returns the wall time of a fresh process that runs a statement, in seconds."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", statement], check=True)
     return time.perf_counter() - start
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures the imports and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9, help="alternations (default: 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="number of alternations (default: 9)")
     rounds = parser.parse_args().rounds
-    seconds(WITHOUT), seconds(WITH)  # from disk into memory
+    seconds(WITHOUT), seconds(WITH)  # brings the files into the page cache
     pairs = [(seconds(WITHOUT), seconds(WITH)) for _ in range(rounds)]
     without, with_capsjax = (statistics.median(column) for column in zip(*pairs, strict=True))
     print(f"{WITHOUT}: {without:.2f} s")

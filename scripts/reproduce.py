@@ -1,6 +1,8 @@
-"""Same as `capsjax reproduce`: see its --help."""
+"""The command ``capsjax reproduce``: see its --help."""
 
-from capsjax.cli import reproduce_main
+import sys
+
+from capsjax.cli import main
 
 if __name__ == "__main__":
-    reproduce_main()
+    main(["reproduce", *sys.argv[1:]])

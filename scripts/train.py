@@ -1,6 +1,8 @@
-"""Same as `capsjax train`: see its --help."""
+"""The command ``capsjax train``: see its --help."""
 
-from capsjax.cli import train_main
+import sys
+
+from capsjax.cli import main
 
 if __name__ == "__main__":
-    train_main()
+    main(["train", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""Data: sets by name on the host, and what happens to images on the device."""
+"""Data sets by name on the host, and transformations of images on the device."""
 
 from capsjax.data.affine import AffineRanges, random_affine
 from capsjax.data.dataset import Dataset, Split

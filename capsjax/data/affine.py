@@ -1,4 +1,4 @@
-"""Affine transformations of images, drawn on the device."""
+"""Random affine transformations of images, on the device."""
 
 from typing import NamedTuple
 
@@ -10,15 +10,15 @@ from capsjax.data.transforms import check_keys
 
 
 class AffineRanges(NamedTuple):
-    """What a random affine transformation is drawn from, each number uniformly.
+    """Ranges from which the parameters of an affine transformation are drawn uniformly.
 
-    The defaults are those that the affNIST data were made with.
+    The defaults are the ranges of the affNIST data.
 
     Attributes:
-      rotation: largest angle in degrees, both ways.
-      shear: largest horizontal shear, both ways.
-      least_scale: smallest factor, for rows and columns each.
-      most_scale: largest factor.
+      rotation: largest angle in degrees, in both directions.
+      shear: largest horizontal shear, in both directions.
+      least_scale: smallest scale factor; rows and columns are scaled independently.
+      most_scale: largest scale factor.
     """
 
     rotation: float = 20.0
@@ -30,22 +30,22 @@ class AffineRanges(NamedTuple):
 def random_affine(
     keys: jax.Array, images: jax.Array, *, size: int, ranges: AffineRanges | None = None
 ) -> jax.Array:
-    r"""Scales, shears and rotates each image, and puts it somewhere into a larger one.
+    r"""Scales, shears and rotates each image, and places it at random in a larger one.
 
     .. math::
       A = \begin{pmatrix} \cos\phi & -\sin\phi \\ \sin\phi & \cos\phi \end{pmatrix}
           \begin{pmatrix} 1 & s \\ 0 & 1 \end{pmatrix}
           \begin{pmatrix} a & 0 \\ 0 & b \end{pmatrix}, \qquad q = A (p - c) + t
 
-    for a pixel at :math:`p = (x, y)` in an image with centre c. Where it comes to lie, t, is drawn
-    uniformly among all places at which no pixel above zero falls out; an image that is too large
-    is centred. Values between pixels are interpolated linearly.
+    for a pixel at :math:`p = (x, y)` in an image with centre c. The position t of the centre is
+    drawn uniformly from those at which all pixels above zero stay inside; an image that is too
+    large is centred. Values between pixels are interpolated linearly.
 
     Args:
       keys: one random key per image, ``[B]``.
       images: ``[B, H, W, C]``, uint8 or floating-point.
       size: rows and columns of the result.
-      ranges: what is drawn; affNIST's when None.
+      ranges: ranges of the parameters; those of affNIST when None.
 
     Returns:
       ``[B, size, size, C]`` of the same dtype; uint8 is rounded.
@@ -77,7 +77,7 @@ def random_affine(
 
 
 def _draw_matrix(key: jax.Array, ranges: AffineRanges) -> jax.Array:
-    """A, for columns (x, y)."""
+    """Draws the matrix A, which acts on columns (x, y)."""
     angle, shear, across, down = jax.random.uniform(
         key,
         (4,),
@@ -92,7 +92,7 @@ def _draw_matrix(key: jax.Array, ranges: AffineRanges) -> jax.Array:
 
 
 def _centred(shape: tuple[int, ...]) -> jax.Array:
-    """Coordinates (x, y) of the pixels, from the centre; ``[2, H, W]``."""
+    """Coordinates (x, y) of the pixels relative to the centre, ``[2, H, W]``."""
     rows, columns = (jnp.arange(n) - (n - 1) / 2 for n in shape[:2])
     return jnp.stack(
         [jnp.broadcast_to(columns, shape[:2]), jnp.broadcast_to(rows[:, None], shape[:2])]
@@ -100,12 +100,12 @@ def _centred(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _product(matrix: jax.Array, points: jax.Array) -> jax.Array:
-    # Written out: coordinates in the rounding of a matrix product on TPUs would be visible.
+    # Written out, because TPUs round the factors of a matrix product, which would shift pixels.
     return jnp.stack([row[0] * points[0] + row[1] * points[1] for row in matrix])
 
 
 def _draw_place(key: jax.Array, image: jax.Array, matrix: jax.Array, size: int) -> jax.Array:
-    """Where the centre goes, (x, y)."""
+    """Draws the position (x, y) of the centre."""
     moved = _product(matrix, _centred(image.shape))
     inked = jnp.any(image > 0, axis=-1)
     least = jnp.min(moved, axis=(1, 2), where=inked, initial=jnp.inf)

@@ -1,4 +1,4 @@
-"""affNIST from its published MATLAB files."""
+"""affNIST, read from its published MATLAB files."""
 
 import os
 from pathlib import Path
@@ -16,9 +16,8 @@ _FOLDERS = {"train": "training_and_validation_batches", "test": "test_batches"}
 def load_affnist(data_dir: str | os.PathLike[str] | None) -> Dataset:
     """Reads ``data_dir/training_and_validation_batches/*.mat`` and ``data_dir/test_batches/*.mat``.
 
-    These are the folders in the archives of the transformed version. The training images, of which
-    there are 1.9 million, may be missing: the set is for testing networks that were trained on
-    ``expanded_mnist``.
+    These are the folders of the published archives of transformed images. The 1.9 million training
+    images may be missing: the set serves to test networks that were trained on ``expanded_mnist``.
 
     Raises:
       DataError: there are no test images, or a file cannot be read.
@@ -27,7 +26,7 @@ def load_affnist(data_dir: str | os.PathLike[str] | None) -> Dataset:
       Tieleman, *affNIST*, 2013, a data set.
     """
     if data_dir is None:
-        raise DataError("affnist needs --data-dir, a directory that holds test_batches/*.mat")
+        raise DataError("affnist needs --data-dir, a directory with test_batches/*.mat")
     root = Path(data_dir).expanduser()
     splits = {name: _read_folder(root / folder) for name, folder in _FOLDERS.items()}
     if not len(splits["test"].labels):
@@ -51,7 +50,7 @@ def _read(path: Path) -> Split:
         data: Any = loadmat(path, variable_names=["affNISTdata"], simplify_cells=True)
         images = np.atleast_2d(data["affNISTdata"]["image"])
         labels = np.atleast_1d(data["affNISTdata"]["label_int"])
-        # One image is a column of the matrix; of a single one simplify_cells makes a row.
+        # Each column is an image; simplify_cells turns a single column into a row.
         images = images.reshape(_SIDE**2, labels.size)
         if images.dtype != np.uint8:
             raise ValueError(f"images are {images.dtype}, expected uint8")

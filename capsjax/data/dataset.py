@@ -1,4 +1,4 @@
-"""What every data source returns."""
+"""The type that every data source returns."""
 
 import dataclasses
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from capsjax.data.tasks import Shifted, Task
 
 
 class Split(NamedTuple):
-    """One split of a data set, whole and in memory.
+    """One split of a data set, entirely in memory.
 
     Attributes:
       images: uint8 ``[N, H, W, C]``, values 0 to 255.
-      labels: int32 ``[N]``, the index of each image's class.
+      labels: int32 ``[N]``, class indices.
     """
 
     images: npt.NDArray[np.uint8]
@@ -23,18 +23,19 @@ class Split(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Labelled images, already decoded: small sets are loaded once and stay in memory.
+    """A data set of decoded, labelled images.
 
     Attributes:
-      name: the name `load` knows the set by.
-      train: the split to train on.
-      test: the split to measure on.
+      name: name of the set, as :func:`load` takes it.
+      train: training split.
+      test: test split.
       class_names: one name per class, in the order of the labels.
-      task: what is made of the images for a network.
+      task: how the network's inputs and targets are made from the images.
 
     Raises:
-      ValueError: shapes or dtypes are not those of `Split`, the two splits' images differ in shape,
-        a label has no class name, or pairs cannot be drawn of a split.
+      ValueError: shapes or dtypes are not those of :class:`Split`, the images of the two splits
+        differ in shape, a label has no class name, or the task draws pairs and a split is not
+        sorted by class.
 
     Example:
       >>> import numpy as np
@@ -74,29 +75,27 @@ class Dataset:
                 f" {list(self.train.images.shape[1:])}, "
                 f"got {list(self.test.images.shape[1:])}"
             )
-
         if self.task.classes_per_image > 1:
             for split_name in ("train", "test"):
                 labels = getattr(self, split_name).labels
                 if labels.size and (labels[0] == labels[-1] or (np.diff(labels) < 0).any()):
                     raise ValueError(
-                        f"{split_name} must have several classes, in the order of the labels, to"
-                        " draw pairs of"
+                        f"{split_name}.labels must be sorted and have several classes to draw pairs"
                     )
 
     @property
     def num_classes(self) -> int:
-        """How many classes the labels tell apart."""
+        """Number of classes."""
         return len(self.class_names)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of what a network is shown."""
+        """Height, width and channels of the network's inputs, which the task makes."""
         height, width, channels = self.train.images.shape[1:]
         return self.task.image_shape((height, width, channels))
 
     def __repr__(self) -> str:
-        # The generated one would print the pixels.
+        # The generated representation would print the pixels.
         shape = "x".join(map(str, self.image_shape))
         return (
             f"Dataset({self.name!r}: {len(self.train.images)} train and {len(self.test.images)} "

@@ -1,6 +1,6 @@
-"""Decoded data sets on disk: a second process loads them without decoding again.
+"""A cache of decoded data sets on disk, so that only the first process has to decode them.
 
-The cache is a convenience: whatever is wrong with it, the answer is to decode again.
+An entry that is missing or damaged is never an error: the set is decoded again.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from capsjax.data.dataset import Split
 def cached(
     prepared: Path, key: str, decode: Callable[[], tuple[Split, Split]]
 ) -> tuple[Split, Split]:
-    """Returns what `decode` returns, from the cache where it is there already.
+    """Returns the train and the test split from the cache, or decodes and stores them.
 
     Args:
-      prepared: the directory that is decoded. Its fingerprint (file names, sizes, modification
-        times) is part of the entry's name, so a set that was prepared anew is decoded anew.
+      prepared: the directory to decode. Its fingerprint (file names, sizes, modification times) is
+        part of the entry's name, so that a set that was prepared again is decoded again.
       key: name and version of the set.
-      decode: makes the train and the test split; what it raises goes to the caller.
+      decode: decodes the train and the test split; its errors are passed on.
     """
     path = _entry(prepared, key)
     splits = _read(path)
@@ -47,18 +47,18 @@ def _entry(prepared: Path, key: str) -> Path:
 
 def _read(path: Path) -> tuple[Split, Split] | None:
     try:
-        # Opened here, because np.load leaves the file of a damaged zip open.
+        # Opened here, because np.load does not close the file of a damaged zip.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return (
                 Split(stored["train_images"], stored["train_labels"]),
                 Split(stored["test_images"], stored["test_labels"]),
             )
-    except Exception:  # A damaged zip raises nearly anything, and none of it is the user's problem.
+    except Exception:  # a damaged zip raises nearly any exception
         return None
 
 
 def _write(path: Path, train: Split, test: Split) -> None:
-    """Stores both splits, all of them or nothing; does nothing where it cannot write."""
+    """Stores both splits atomically; does nothing if the directory is not writable."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
@@ -71,7 +71,7 @@ def _write(path: Path, train: Split, test: Split) -> None:
                     test_images=test.images,
                     test_labels=test.labels,
                 )
-            # Readers see no entry or a whole one.
+            # Renamed when complete, so that readers never see a part of an entry.
             os.replace(unfinished, path)
         except BaseException:
             os.unlink(unfinished)

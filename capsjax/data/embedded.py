@@ -1,4 +1,4 @@
-"""The data set that comes with the package: real digits, no download, no TFDS."""
+"""The data set that comes with the package, which needs neither a download nor TFDS."""
 
 import importlib.resources
 
@@ -8,11 +8,11 @@ from capsjax.data.dataset import Dataset, Split
 
 
 def load_mnist_5k() -> Dataset:
-    """Returns a balanced subset of MNIST: 4000 images to train on, 1000 to test on.
+    """Returns a balanced subset of MNIST with 4000 training and 1000 test images of 28x28x1.
 
-    The first 400 of each digit of MNIST's train split and the first 100 of each digit of its test
-    split, 28x28x1. MNIST is by Yann LeCun, Corinna Cortes and Christopher J.C. Burges; its licence
-    is commonly stated as CC BY-SA 3.0.
+    It holds the first 400 images of each digit of MNIST's train split and the first 100 of each
+    digit of its test split. MNIST is by Yann LeCun, Corinna Cortes and Christopher J.C. Burges; its
+    licence is commonly stated as CC BY-SA 3.0.
 
     Example:
       >>> from capsjax.data import load

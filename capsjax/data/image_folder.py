@@ -16,16 +16,16 @@ _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png")
 def load_image_folder(data_dir: str | os.PathLike[str] | None) -> Dataset:
     """Reads ``data_dir/train/<class>/*`` and ``data_dir/test/<class>/*`` (png, jpg, jpeg, bmp).
 
-    Classes and files are taken in the order of their names. Grayscale images keep one channel
-    (16-bit ones keep their upper 8 bits), all others become RGB; transparency is dropped.
+    Classes and files are sorted by name. Grayscale images keep one channel (16-bit images keep
+    their upper 8 bits), all others become RGB; transparency is dropped.
 
     Raises:
-      DataError: folders are missing or empty, the splits' classes differ, a file cannot be read,
-        or an image differs from the first in size or channels.
+      DataError: a folder is missing or empty, the classes of the splits differ, a file cannot be
+        read, or an image differs from the first in size or channels.
     """
     if data_dir is None:
         raise DataError(
-            "image_folder needs --data-dir, a directory that holds train/<class>/ and test/<class>/"
+            "image_folder needs --data-dir, a directory with train/<class>/ and test/<class>/"
         )
     root = Path(data_dir).expanduser()
     try:
@@ -65,7 +65,7 @@ def _expect_same_classes(classes: tuple[str, ...], root: Path) -> None:
 
 
 def _image_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
-    """Returns every image of a split with its label."""
+    """Returns the paths of all images of a split with their labels."""
     files: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
         images = sorted(
@@ -111,7 +111,7 @@ def _decode(file: Path) -> npt.NDArray[np.uint8]:
             return _pixels(image)
     except PermissionError:
         raise
-    # Pillow reports a damaged file as any of these.
+    # Pillow raises any of these for a damaged file.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"image_folder cannot read {file} as an image: {error}") from error
 
@@ -119,10 +119,10 @@ def _decode(file: Path) -> npt.NDArray[np.uint8]:
 def _pixels(image: Any) -> npt.NDArray[np.uint8]:
     mode: str = image.mode
     if mode.startswith("I;16"):
-        # Pillow's own conversion to 8 bits clips at 255, which turns most images white.
+        # Pillow's conversion to 8 bits clips at 255, which turns most images white.
         return (np.asarray(image) >> 8).astype(np.uint8)[..., None]
     if mode in ("I", "F"):
-        raise ValueError(f"its pixels are 32 bits wide (mode {mode}), expected 8 or 16")
+        raise ValueError(f"pixels must have 8 or 16 bits, got 32 bits (mode {mode})")
     if mode in ("1", "L", "LA"):
         return np.asarray(image.convert("L"))[..., None]
     return np.asarray(image.convert("RGB"))

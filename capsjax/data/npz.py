@@ -1,4 +1,4 @@
-"""Data sets as one NumPy file, for machines without TFDS."""
+"""Data sets in one NumPy file, for machines without TFDS."""
 
 import os
 import zipfile
@@ -12,9 +12,9 @@ from capsjax.errors import DataError
 
 
 def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
-    """Writes a data set's name, images, labels and class names, compressed.
+    """Writes a data set to a compressed file, which ``load(name, data_dir=path)`` reads.
 
-    ``load(name, data_dir=path)`` reads it in place of the directory that the set comes from.
+    The file holds the name, the images, the labels and the class names, but not the task.
 
     Raises:
       ValueError: the path does not end in ``.npz``.
@@ -38,7 +38,7 @@ def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
         for kind, array in getattr(dataset, name)._asdict().items()
     }
     arrays |= {"name": np.array(dataset.name), "class_names": np.array(dataset.class_names)}
-    # Not in place: what was there stays until all is written.
+    # Renamed when complete, so that an error does not destroy an existing file.
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
@@ -46,22 +46,22 @@ def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
 
 
 def load_npz(name: str, path: Path, task: Task) -> Dataset:
-    """Reads what :func:`save_npz` wrote.
+    """Reads a file of :func:`save_npz`.
 
     Raises:
-      DataError: the file is missing, damaged, or holds something else.
+      DataError: the file is missing or damaged, or holds another data set.
     """
     try:
         if path.exists() and not zipfile.is_zipfile(path):
-            raise ValueError("it is no .npz file")
+            raise ValueError("file must be an .npz file")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            held = str(stored["name"])
-            if held != name:
-                raise ValueError(f"it holds {held}, expected {name}")
+            found = str(stored["name"])
+            if found != name:
+                raise ValueError(f"file must hold {name}, got {found}")
             train, test = (
                 Split(stored[f"{split}_images"], stored[f"{split}_labels"])
                 for split in ("train", "test")
             )
             return Dataset(name, train, test, tuple(map(str, stored["class_names"])), task)
-    except Exception as error:  # a damaged zip raises nearly anything
+    except Exception as error:  # a damaged zip raises nearly any exception
         raise DataError(f"data set {name} cannot be read from {path}: {error}") from None

@@ -1,7 +1,7 @@
-"""The original files of TFDS sets, read without TensorFlow.
+"""Reads the original files of TFDS sets without TensorFlow.
 
-What a set's stock builder reads by TensorFlow is read here in Python: the same records in the same
-order, with images as PNG, which TFDS stores without decoding them.
+The records and their order are those of the stock builders. Images are encoded as PNG, which TFDS
+stores without decoding.
 """
 
 import gzip
@@ -21,14 +21,14 @@ Paths = Mapping[str, str]
 
 
 class Originals(Protocol):
-    """How a set's files are found and read, and what of a record makes an example."""
+    """Locates and reads the original files of a set, and converts records to examples."""
 
     def urls(self, builder: Any) -> Urls:
-        """What to download, by split and by a name for each file."""
+        """URLs by split and by a name for each file."""
         ...
 
     def class_names(self, paths: Paths) -> list[str] | None:
-        """Names of the classes where they are in the files; None where the builder knows them."""
+        """Names of the classes if the files hold them; None if the builder does."""
         ...
 
     def records(self, paths: Paths, split: str) -> Iterator[dict[str, Any]]:
@@ -56,7 +56,7 @@ class IdxFiles:
         }
 
     def class_names(self, paths: Paths) -> None:
-        """The builder knows them."""
+        """None: the builder holds them."""
 
     def records(self, paths: Paths, split: str) -> Iterator[dict[str, Any]]:
         """Image and label."""
@@ -67,12 +67,12 @@ class IdxFiles:
             yield {"image": _png(image), "label": int(label)}
 
     def example(self, record: Any) -> tuple[np.ndarray, Any]:
-        """The image as it is."""
+        """The unchanged image and the label."""
         return record["image"], record["label"]
 
 
 class CifarArchive:
-    """CIFAR-10: a tar archive of binary files, 10,000 records each of a label and 3072 pixels."""
+    """CIFAR-10: a tar archive of binary files with 10,000 records, each a label and 3072 pixels."""
 
     _FOLDER = "cifar-10-batches-bin"
     _FILES: ClassVar = {
@@ -86,7 +86,7 @@ class CifarArchive:
         return {split: {"archive": builder._cifar_info.url} for split in self._FILES}
 
     def class_names(self, paths: Paths) -> list[str]:
-        """Those that the archive lists."""
+        """The names in the archive."""
         return self._read(paths, "batches.meta.txt").decode().split()
 
     def records(self, paths: Paths, split: str) -> Iterator[dict[str, Any]]:
@@ -100,22 +100,22 @@ class CifarArchive:
                 number += 1
 
     def example(self, record: Any) -> tuple[np.ndarray, Any]:
-        """The image as it is."""
+        """The unchanged image and the label."""
         return record["image"], record["label"]
 
     def _read(self, paths: Paths, name: str) -> bytes:
         with tarfile.open(paths["archive"], "r:*") as archive:
             file = archive.extractfile(f"{self._FOLDER}/{name}")
             if file is None:
-                raise ValueError(f"{name} is no file of the archive")
+                raise ValueError(f"archive must hold a file {name}, got none")
             return file.read()
 
 
 class SvhnFiles:
-    """Street View House Numbers, cropped: MATLAB files, the digit 0 stored as 10."""
+    """Street View House Numbers, cropped: MATLAB files, in which the digit 0 has the label 10."""
 
     def urls(self, builder: Any) -> Urls:
-        """A file for each split, ``extra`` included."""
+        """One file for each split, including ``extra``."""
         base = _constant(builder, "URL")
         return {
             split: {"file": urljoin(base, f"{split}_32x32.mat")}
@@ -123,7 +123,7 @@ class SvhnFiles:
         }
 
     def class_names(self, paths: Paths) -> None:
-        """The builder knows them."""
+        """None: the builder holds them."""
 
     def records(self, paths: Paths, split: str) -> Iterator[dict[str, Any]]:
         """Id, image and label."""
@@ -137,12 +137,12 @@ class SvhnFiles:
             yield {"id": f"{split}_{number:06d}", "image": _png(image), "label": int(label) % 10}
 
     def example(self, record: Any) -> tuple[np.ndarray, Any]:
-        """The image as it is."""
+        """The unchanged image and the label."""
         return record["image"], record["label"]
 
 
 class NorbFiles:
-    """smallNORB: gzip-compressed binary matrices of stereo pairs, categories and what varies."""
+    """smallNORB: gzip-compressed binary matrices of stereo pairs, categories and conditions."""
 
     _TYPES: ClassVar[dict[int, np.dtype[Any]]] = {
         0x1E3D4C55: np.dtype("u1"),
@@ -161,10 +161,10 @@ class NorbFiles:
         }
 
     def class_names(self, paths: Paths) -> None:
-        """The builder knows them."""
+        """None: the builder holds them."""
 
     def records(self, paths: Paths, split: str) -> Iterator[dict[str, Any]]:
-        """Both images of the pair, the category, the instance and what varies."""
+        """Both images of a pair, category, instance, elevation, azimuth and lighting."""
         pairs, categories, infos = (self.read(paths[kind]) for kind in ("dat", "cat", "info"))
         for (left, right), category, info in zip(pairs, categories, infos, strict=True):
             instance, elevation, azimuth, lighting = map(int, info)
@@ -174,28 +174,29 @@ class NorbFiles:
                 "label_category": int(category),
                 "instance": instance,
                 "label_elevation": elevation,
-                # Stored in steps of ten degrees, of which every second is taken.
+                # The file counts steps of 10 degrees; only even numbers occur.
                 "label_azimuth": azimuth // 2,
                 "label_lighting": lighting,
             }
 
     def example(self, record: Any) -> tuple[np.ndarray, Any]:
-        """Both images as channels, 48 x 48: each pixel the mean of four."""
+        """Both images as channels, reduced to 48 x 48 by the mean of 2 x 2 pixels; the category."""
         pair = np.concatenate([record["image"], record["image2"]], axis=-1)
         rows, columns, channels = pair.shape
         blocks = pair.reshape(rows // 2, 2, columns // 2, 2, channels)
         return np.round(blocks.mean((1, 3))).astype(np.uint8), record["label_category"]
 
     def read(self, path: str) -> np.ndarray:
-        """Reads a binary matrix: a magic number, the number of axes, their sizes, the numbers.
+        """Reads a binary matrix.
 
-        All little-endian; at least three sizes are stored, those beyond the axes are 1.
+        The format is little-endian: a magic number for the dtype, the number of axes, at least
+        three sizes (those beyond the number of axes are 1), and the values.
         """
         with gzip.open(path) as file:
             data = file.read()
         magic, axes = np.frombuffer(data, "<i4", count=2)
         if int(magic) not in self._TYPES:
-            raise ValueError(f"{Path(path).name} is no matrix of bytes or integers")
+            raise ValueError(f"{Path(path).name} is not a matrix of bytes or integers")
         shape = np.frombuffer(data, "<i4", count=int(axes), offset=8)
         start = 8 + 4 * max(3, int(axes))
         return np.frombuffer(data, self._TYPES[int(magic)], offset=start).reshape(shape)
@@ -218,7 +219,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     length as a big-endian uint32.
 
     Raises:
-      ValueError: the header or the length is not such.
+      ValueError: the header or the length is wrong.
     """
     with gzip.open(path) as file:
         data = file.read()
@@ -241,7 +242,7 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def _constant(builder: Any, name: str) -> str:
-    """A constant of the module that a stock builder is defined in."""
+    """Returns a constant of the module that defines the stock builder."""
     stock = next(
         kind for kind in type(builder).__mro__ if kind.__module__.startswith("tensorflow_datasets")
     )

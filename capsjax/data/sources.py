@@ -1,4 +1,4 @@
-"""Data sets by name: the one way in."""
+"""Loading of data sets by name."""
 
 import difflib
 import os
@@ -16,7 +16,7 @@ from capsjax.data.tfds_source import NAMES as TFDS_NAMES
 from capsjax.data.tfds_source import load_tfds, task_of
 from capsjax.errors import DataError
 
-# Made of MNIST's digits on the device, never stored.
+# Sets that are made from MNIST's digits on the device and never stored.
 _MADE: dict[str, Task] = {
     "multi_mnist": Pairs(),
     "expanded_mnist": Placed(),
@@ -26,7 +26,7 @@ _NAMES = ("mnist_5k", *TFDS_NAMES, *_MADE, "affnist", "image_folder")
 
 
 def names() -> tuple[str, ...]:
-    """Returns the names `load` knows.
+    """Names of the data sets that :func:`load` can load.
 
     Example:
       >>> from capsjax.data import names
@@ -43,32 +43,34 @@ def load(
     data_dir: str | os.PathLike[str] | None = None,
     download: bool = True,
 ) -> Dataset:
-    """Returns a data set, whole and decoded, as uint8 images and int32 labels.
+    """Loads a data set into memory, as uint8 images and int32 labels.
 
-    ``mnist_5k`` comes with the package. ``mnist``, ``fashion_mnist``, ``kmnist``, ``cifar10``,
-    ``svhn_cropped`` and ``smallnorb`` (both images of a pair as channels, 48x48) are read from
-    TFDS's directory, prepared there first where they are missing (without TensorFlow), and kept
-    decoded under ``$XDG_CACHE_HOME/capsjax`` (``~/.cache/capsjax``) for the next process.
-    ``image_folder`` reads ``data_dir/train/<class>/`` and ``data_dir/test/<class>/``.
-    What is made of ``mnist`` on the device, by :attr:`Dataset.task`: ``multi_mnist``, two digits of
-    different classes in an image of 36x36 (:class:`Pairs`); ``expanded_mnist``, a digit somewhere
-    on 40x40 (:class:`Placed`); ``affine_mnist``, the same under random affine transformations with
-    the ranges of affNIST, whose published images it is not (:class:`Distorted`).
+    * ``mnist_5k`` comes with the package.
+    * ``mnist``, ``fashion_mnist``, ``kmnist``, ``cifar10``, ``svhn_cropped`` and ``smallnorb``
+      (both images of a pair as channels, 48x48) are read from TFDS's directory. Sets that are
+      missing there are prepared first, without TensorFlow. The decoded images are cached under
+      ``$XDG_CACHE_HOME/capsjax`` (``~/.cache/capsjax``).
+    * ``multi_mnist``, ``expanded_mnist`` and ``affine_mnist`` are made from ``mnist`` on the device
+      by :attr:`Dataset.task`: two digits of different classes in an image of 36x36
+      (:class:`Pairs`); one digit at a random position of 40x40 (:class:`Placed`); the same under
+      random affine transformations with the ranges of affNIST (:class:`Distorted`).
+    * ``affnist`` reads the published images of affNIST.
+    * ``image_folder`` reads ``data_dir/train/<class>/`` and ``data_dir/test/<class>/``.
 
     Args:
-      name: one of `names()`.
-      data_dir: for TFDS sets, the directory that holds (or shall hold) prepared sets, by default
-        TFDS's own: ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``. For ``image_folder``, the
-        directory with ``train`` and ``test``; for ``affnist``, the one with ``test_batches``. In
-        place of any of them a file ``.npz`` that :func:`save_npz` has written of the set, or of
-        ``mnist`` for what is made of it. ``mnist_5k`` needs none and ignores it.
-      download: whether a TFDS set that is not prepared yet may be downloaded.
+      name: one of :func:`names`.
+      data_dir: for TFDS sets, the directory of prepared sets, by default ``$TFDS_DATA_DIR`` or
+        ``~/tensorflow_datasets``; for ``image_folder``, the directory with ``train`` and ``test``;
+        for ``affnist``, the directory with ``test_batches``. It may also be an ``.npz`` file in
+        which :func:`save_npz` stored the set, or ``mnist`` for the sets made from it. ``mnist_5k``
+        ignores it.
+      download: whether to download a TFDS set that is not prepared yet.
 
     Returns:
-      The data set: images uint8 ``[N, H, W, C]``, labels int32 ``[N]``.
+      The data set.
 
     Raises:
-      DataError: the name is unknown, or the data is missing, broken or out of reach.
+      DataError: the name is unknown, or the data are missing, damaged or out of reach.
 
     Example:
       >>> from capsjax.data import load
@@ -88,7 +90,7 @@ def load(
         try:
             return Dataset(name, train, test, digits.class_names, _MADE[name])
         except ValueError as error:
-            raise DataError(f"{name} cannot be made of {data_dir}: {error}") from None
+            raise DataError(f"{name} cannot be made from {data_dir}: {error}") from None
     if name == "affnist":
         return load_affnist(data_dir)
     if name == "image_folder":
@@ -99,7 +101,7 @@ def load(
 
 
 def source_of(name: str) -> str:
-    """The data set whose images this one is made of: itself, unless it is made on the device.
+    """Name of the data set from whose images a set is made: its own unless made on the device.
 
     Example:
       >>> from capsjax.data import source_of
@@ -110,6 +112,6 @@ def source_of(name: str) -> str:
 
 
 def _by_class(split: Split) -> Split:
-    """The same images in the order of their labels, which pairs are drawn by."""
+    """Sorts a split by label, as drawing pairs requires."""
     order = np.argsort(split.labels, kind="stable")
     return Split(split.images[order], split.labels[order])

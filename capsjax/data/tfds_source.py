@@ -1,8 +1,8 @@
-"""Data sets through TFDS, without TensorFlow.
+"""Data sets from TFDS, without TensorFlow.
 
-Reading a prepared set needs no TensorFlow. Preparing one with the stock builders does, for reading
-the original files and for encoding PNG; the builder made here does both in Python and leaves the
-same data set, with the same name, version and order of records.
+TFDS reads prepared sets without TensorFlow, but its stock builders need TensorFlow to read the
+original files and to encode PNG. The builders in this file do both in Python and write the same
+data set, with the same name, version and order of records.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from capsjax.errors import DataError
 
 NAMES = tuple(ORIGINALS)
 
-# What the paper makes of these; of the others it shifts the images.
+# Preprocessing as in Sabour et al. 2017; images of all other sets are shifted.
 _TASKS: dict[str, Task] = {
     "cifar10": Cropped(24),
     "svhn_cropped": Shifted(0),
@@ -39,19 +39,19 @@ _log = logging.getLogger(__name__)
 
 
 def load_tfds(name: str, data_dir: Path | None, *, download: bool) -> Dataset:
-    """Loads a data set that TFDS has prepared, or prepares it.
+    """Loads a prepared data set, or prepares it first.
 
     Args:
       name: one of :data:`NAMES`.
-      data_dir: TFDS's data directory; its own default when None.
-      download: whether the set may be downloaded and prepared where it is missing.
+      data_dir: TFDS's data directory; its default when None.
+      download: whether to download and prepare the set if it is missing.
 
     Returns:
-      The data set, decoded.
+      The decoded data set.
 
     Raises:
-      DataError: TFDS is not installed, or the set is missing, damaged, of another version or
-        format, and cannot be prepared.
+      DataError: TFDS is not installed; the set is damaged or has another format; or it is missing
+        and cannot be prepared.
     """
     tfds = _import_tfds()
     data_dir = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
@@ -60,7 +60,7 @@ def load_tfds(name: str, data_dir: Path | None, *, download: bool) -> Dataset:
     _expect_format(name, data_dir / name / str(tfds.builder_cls(name).VERSION))
     try:
         builder = _builder_class(tfds, name)(data_dir=data_dir, file_format=_FORMAT)
-    except Exception as error:  # a damaged dataset_info.json fails in many ways
+    except Exception as error:  # a damaged dataset_info.json raises many kinds
         raise _unreadable(name, data_dir / name, error) from None
     prepared = Path(builder.data_dir)
     if not (prepared / "dataset_info.json").exists():
@@ -75,7 +75,7 @@ def load_tfds(name: str, data_dir: Path | None, *, download: bool) -> Dataset:
 
 
 def task_of(name: str) -> Task:
-    """What the paper makes of a set's images."""
+    """Returns the task of a set: how the network's inputs are made from its images."""
     return _TASKS.get(name, Shifted())
 
 
@@ -85,13 +85,13 @@ def _class_names(builder: Any) -> tuple[str, ...]:
 
 
 def _expect_format(name: str, prepared: Path) -> None:
-    """Refuses a set in another format before TFDS does, whose error reads like damage."""
+    """Raises a DataError for a set in another format, which TFDS would report as damaged."""
     try:
         info = json.loads((prepared / "dataset_info.json").read_text())
         found = info.get("fileFormat", "tfrecord")
     except FileNotFoundError:
         return
-    except Exception as error:  # unreadable, or JSON of something else
+    except Exception as error:  # unreadable, or not a JSON object
         raise _unreadable(name, prepared, error) from None
     if found != _FORMAT:
         raise DataError(
@@ -103,7 +103,7 @@ def _expect_format(name: str, prepared: Path) -> None:
 def _decode(builder: Any) -> tuple[Split, Split]:
     absl = logging.getLogger("absl")
     level = absl.level
-    absl.setLevel(max(level, logging.ERROR))  # TFDS advises to install OpenCV
+    absl.setLevel(max(level, logging.ERROR))  # TFDS logs advice to install OpenCV
     try:
         train, test = (_decode_split(builder, split) for split in ("train", "test"))
     finally:
@@ -117,7 +117,7 @@ def _decode_split(builder: Any, split: str) -> Split:
     if len(source) != number:
         raise ValueError(f"{split} holds {len(source)} records, expected {number}")
     _log.info(
-        "decoding %s %s, %s images; the next run finds them decoded",
+        "decoding %s %s, %s images; the result is cached",
         builder.name,
         split,
         f"{number:,}",
@@ -126,7 +126,7 @@ def _decode_split(builder: Any, split: str) -> Split:
     labels: list[Any] = []
     for first in range(0, number, _CHUNK):
         positions = range(first, min(first + _CHUNK, number))
-        # Records at once: several times faster than one by one.
+        # Reading many records at once is several times faster than one by one.
         for record in source.__getitems__(positions):
             image, label = ORIGINALS[builder.name].example(record)
             images.append(image)
@@ -140,34 +140,34 @@ def _prepare(tfds: Any, builder: Any, name: str, data_dir: Path, download: bool)
         missing += " (which does not exist)"
     elif versions := sorted(p.name for p in (data_dir / name).glob("*.*.*")):
         missing += f" (found version {', '.join(versions)}, expected {builder.version})"
-    ways = (
-        "prepare it on a machine with a network and pass its directory as --data-dir, or use"
+    advice = (
+        "prepare it on a machine with network access and pass its directory as --data-dir, or use"
         " --dataset mnist_5k, which needs no download"
     )
     if not download:
-        raise DataError(f"{missing}, and a download was not asked for: {ways}")
+        raise DataError(f"{missing}, and downloading is disabled: {advice}")
     url = next(iter(ORIGINALS[name].urls(builder)["train"].values()))
     if reason := _unreachable(url):
-        raise DataError(f"{missing}, and {urlsplit(url).hostname} {reason}: {ways}")
+        raise DataError(f"{missing}, and {urlsplit(url).hostname} {reason}: {advice}")
     _log.info("downloading and preparing %s in %s", name, data_dir)
     tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(force_checksums_validation=True)
     try:
-        # TFDS prints what it does, which would tear a progress bar.
+        # TFDS prints messages, which would break up a progress bar.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(download_config=config, file_format=_FORMAT)
     except Exception as error:  # requests, TFDS and the file system raise many kinds
         text = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{missing}, and preparing it failed ({type(error).__name__}: {text}): {ways}"
+            f"{missing}, and preparing it failed ({type(error).__name__}: {text}): {advice}"
         ) from None
 
 
 def _unreachable(url: str) -> str | None:
-    """Why a server cannot be reached, within seconds, or None if it answers.
+    """Returns within seconds why a server cannot be reached, or None if it answers.
 
-    TFDS itself retries for minutes. The request runs in a thread of its own because looking up a
-    name can hang and no timeout bounds it.
+    TFDS itself retries for minutes. The request runs in a separate thread, because looking up a
+    host name can hang and has no timeout.
     """
     import requests
 
@@ -181,7 +181,7 @@ def _unreachable(url: str) -> str | None:
         except requests.RequestException as error:
             outcome.append(f"cannot be reached ({type(error).__name__})")
         else:
-            # TFDS would retry these for minutes.
+            # TFDS would retry after these statuses.
             outcome.append(f"answers with HTTP status {status}" if status >= 500 else None)
 
     thread = threading.Thread(target=probe, daemon=True)
@@ -191,15 +191,15 @@ def _unreachable(url: str) -> str | None:
 
 
 def _builder_class(tfds: Any, name: str) -> Any:
-    """The stock builder, with the steps that need TensorFlow replaced."""
+    """Returns the stock builder with replacements for the steps that need TensorFlow."""
     stock: Any = tfds.builder_cls(name)
     originals = ORIGINALS[name]
 
     class TensorFlowFree(stock, skip_registration=True):  # type: ignore[misc,call-arg]
-        """Reads the original files and encodes PNG in Python."""
+        """A builder that reads the original files and encodes PNG in Python."""
 
         VERSION = stock.VERSION
-        # The checksums that TFDS has registered; looked for beside this file otherwise.
+        # The checksums registered with TFDS, which would otherwise look for them beside this file.
         url_infos = stock.url_infos
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
@@ -218,12 +218,12 @@ def _builder_class(tfds: Any, name: str) -> Any:
 
 def _import_tfds() -> Any:
     try:
-        import importlib_resources  # noqa: F401  TFDS prepares with it but does not declare it
-        import PIL  # noqa: F401  TFDS decodes with it
+        import importlib_resources  # noqa: F401  needed by TFDS, which does not declare it
+        import PIL  # noqa: F401  needed by TFDS to decode images
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise DataError(
-            f'this data set needs {error.name}, which is not installed: pip install "capsjax[data]"'
+            f'data set needs {error.name}, which is not installed: pip install "capsjax[data]"'
         ) from None
     return tfds
 

@@ -1,11 +1,11 @@
-"""What happens to images on the device: order, shift, scale."""
+"""Transformations on the device: order of examples, shift, placement, crop, scale."""
 
 import jax
 import jax.numpy as jnp
 
 
 def epoch_order(key: jax.Array, num_examples: int) -> jax.Array:
-    """Returns the order in which an epoch visits its examples, int32 ``[num_examples]``.
+    """Returns a random order of the examples of an epoch, int32 ``[num_examples]``.
 
     Example:
       >>> import jax
@@ -17,7 +17,7 @@ def epoch_order(key: jax.Array, num_examples: int) -> jax.Array:
 
 
 def scale_pixels(images: jax.Array) -> jax.Array:
-    """Returns uint8 images as float32 in [0, 1].
+    """Converts uint8 images to float32 in [0, 1].
 
     Raises:
       TypeError: the images are not uint8.
@@ -34,10 +34,10 @@ def scale_pixels(images: jax.Array) -> jax.Array:
 
 
 def random_shift(keys: jax.Array, images: jax.Array, *, max_shift: int) -> jax.Array:
-    """Moves each image by up to `max_shift` pixels along both axes; zeros move in.
+    """Shifts each image by up to `max_shift` pixels along both axes, filling with zeros.
 
-    Every whole-pixel shift is equally likely, 25 of them for 2 pixels. An image's shift depends on
-    its own key alone, not on the batch around it.
+    All whole-pixel shifts are equally likely: 25 if `max_shift` is 2. The shift of an image depends
+    on its key only, not on the rest of the batch.
 
     Args:
       keys: one random key per image, ``[B]``.
@@ -45,7 +45,7 @@ def random_shift(keys: jax.Array, images: jax.Array, *, max_shift: int) -> jax.A
       max_shift: largest shift in pixels, at least 0.
 
     Returns:
-      The moved images, of the same shape and dtype.
+      The shifted images, with the same shape and dtype.
 
     Raises:
       ValueError: `max_shift` is negative, or there is not one key per image.
@@ -72,7 +72,9 @@ def random_shift(keys: jax.Array, images: jax.Array, *, max_shift: int) -> jax.A
 
 
 def random_placement(keys: jax.Array, images: jax.Array, *, size: int) -> jax.Array:
-    """Puts each image somewhere onto a larger one of zeros; every place is equally likely.
+    """Places each image at a random position of a larger image of zeros.
+
+    All positions are equally likely.
 
     Args:
       keys: one random key per image, ``[B]``.
@@ -109,12 +111,14 @@ def random_placement(keys: jax.Array, images: jax.Array, *, size: int) -> jax.Ar
 
 
 def crop_images(images: jax.Array, size: int, keys: jax.Array | None = None) -> jax.Array:
-    """Cuts a square out of each image: the middle, or anywhere with equal chances.
+    """Crops each image to a square, at its centre or at a random position.
+
+    All random positions are equally likely.
 
     Args:
       images: ``[B, H, W, C]``, any dtype.
       size: rows and columns of the result, at most those of the images.
-      keys: one random key per image, ``[B]``; None for the middle.
+      keys: one random key per image, ``[B]``; the images are cropped at their centres when None.
 
     Returns:
       ``[B, size, size, C]`` of the same dtype.
@@ -146,7 +150,7 @@ def crop_images(images: jax.Array, size: int, keys: jax.Array | None = None) -> 
 
 
 def check_keys(keys: jax.Array, images: jax.Array) -> None:
-    """Raises a ValueError unless there is one key per image."""
+    """Raises a ValueError if the number of keys is not that of the images."""
     if keys.shape != images.shape[:1]:
         raise ValueError(
             f"keys must have one key per image, shape {images.shape[:1]}, got shape {keys.shape}"
@@ -154,8 +158,8 @@ def check_keys(keys: jax.Array, images: jax.Array) -> None:
 
 
 def _cut(images: jax.Array, offsets: jax.Array, margin: int, size: int, axis: int) -> jax.Array:
-    """Of images with margins of zeros along an axis, so much from each image's offset."""
-    # All cuts, of which one is selected: a slice per image would be a loop over them on TPUs.
+    """Pads an axis with zeros and slices `size` positions from each image's offset."""
+    # Selects among all slices: slicing each image at its offset would be a loop on TPUs.
     padding = [(0, 0)] * images.ndim
     padding[axis] = (margin, margin)
     padded = jnp.pad(images, padding)

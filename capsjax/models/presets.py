@@ -1,4 +1,4 @@
-"""Named networks."""
+"""Presets: named configurations of networks."""
 
 import dataclasses
 from typing import Any
@@ -28,15 +28,16 @@ _CIFAR10 = dataclasses.replace(
 )
 
 _PRESETS: dict[str, ModelConfig] = {
-    # The formulas as printed: 8,215,568 parameters on MNIST.
+    # The equations of the paper: 8,215,568 parameters on MNIST.
     "paper": _PAPER,
-    # The authors' code: biases, 1/32 coupling, its initialisers; 8,215,728 parameters on MNIST.
+    # The authors' code, with its biases, coupling of 1/32 and initialisers: 8,215,728 parameters on
+    # MNIST.
     "official": _OFFICIAL,
-    # That code on CIFAR-10: 64 primary types, routing to "none of the above", no decoder.
+    # The authors' code on CIFAR-10: 64 primary types, routing to "none of the above", no decoder.
     "cifar10": _CIFAR10,
-    # The same on stereo pairs of toys.
+    # The same network on the stereo pairs of smallNORB.
     "smallnorb": dataclasses.replace(_CIFAR10, image_shape=(32, 32, 2), num_classes=5),
-    # The small network that the paper trains on house numbers.
+    # The small network that the paper trains on SVHN.
     "svhn": dataclasses.replace(
         _OFFICIAL,
         image_shape=(32, 32, 3),
@@ -46,7 +47,8 @@ _PRESETS: dict[str, ModelConfig] = {
         class_features=8,
         decoder_features=(),
     ),
-    # The same layers, cut down until two CPU cores train them in minutes: 1,051,344 parameters.
+    # The layers of the paper, small enough to train in minutes on two CPU cores: 1,051,344
+    # parameters.
     "small": dataclasses.replace(
         _PAPER,
         conv_features=64,
@@ -57,15 +59,15 @@ _PRESETS: dict[str, ModelConfig] = {
         primary_strides=1,
         decoder_features=(256, 512),
     ),
-    # The convolutional network that the paper compares with: 35,445,522 parameters on MNIST.
+    # The paper's convolutional baseline: 35,445,522 parameters on MNIST.
     "baseline": BaselineConfig(),
-    # Its small sibling, of about the size of the small capsule network: 1,059,146 parameters.
+    # A small baseline, about as large as the small capsule network: 1,059,146 parameters.
     "baseline_small": BaselineConfig(conv_features=(32, 64), pooling=2, dense_features=(320,)),
-    # The one that the paper compares with on overlapping digits: 24.5 million on 36 x 36 pixels.
+    # The paper's baseline for overlapping digits: 24.5 million parameters on 36 x 36 pixels.
     "baseline_pairs": BaselineConfig(conv_features=(512, 256), pooling=2, dense_features=(1024,)),
-    # Matrix capsules with EM routing, all layers of 32 as in the paper.
+    # Matrix capsules with EM routing; all layers have 32 types, as in the paper.
     "matrix_capsnet": MatrixCapsNetConfig(),
-    # The small one of the same paper: A = 64, B = 8, C = D = 16.
+    # The small network of the same paper: A = 64, B = 8, C = D = 16.
     "matrix_capsnet_small": MatrixCapsNetConfig(
         conv_features=64, primary_types=8, capsule_types=(16, 16)
     ),
@@ -75,7 +77,7 @@ _PRESETS: dict[str, ModelConfig] = {
 
 
 def presets() -> tuple[str, ...]:
-    """Names of the networks that :func:`create` builds.
+    """Names of the presets, from which :func:`create` builds networks.
 
     Example:
       >>> from capsjax import models
@@ -86,17 +88,17 @@ def presets() -> tuple[str, ...]:
 
 
 def configure(preset: str, **overrides: Any) -> ModelConfig:
-    """Returns the configuration of a preset, with some fields replaced.
+    """Returns the configuration of a preset with some fields replaced.
 
     Args:
       preset: one of :func:`presets`.
-      **overrides: fields of the preset's configuration.
+      **overrides: fields of the configuration to replace.
 
     Returns:
-      The configuration: :class:`CapsNetConfig`, or that of another network.
+      A configuration, such as :class:`CapsNetConfig`.
 
     Raises:
-      ValueError: the preset, a field or a value is unknown.
+      ValueError: the preset or a field is unknown, or a value is invalid.
 
     Example:
       >>> from capsjax import models
@@ -131,14 +133,14 @@ def create(preset: str, *, rngs: nnx.Rngs, **overrides: Any) -> Network:
 
     Args:
       preset: one of :func:`presets`.
-      rngs: random streams; uses ``params``.
-      **overrides: fields of the preset's configuration, as in :func:`configure`.
+      rngs: random streams; ``params`` is used.
+      **overrides: fields of the configuration to replace, as in :func:`configure`.
 
     Returns:
       A Flax NNX module, such as :class:`CapsNet`.
 
     Raises:
-      ValueError: the preset, a field or a value is unknown.
+      ValueError: the preset or a field is unknown, or a value is invalid.
 
     Example:
       >>> import jax.numpy as jnp

@@ -12,24 +12,24 @@ from flax import nnx
 from capsjax.models.presets import Network, build, configure
 
 _FOLDER = "capsjax.models"
-# Bits of a half-precision number that are kept of its ten: what is cut off compresses well, and
-# no test image is told otherwise for it.
+# Bits of the ten-bit half-precision mantissa that are kept: zeros in place of the others compress
+# well, and change no prediction on the test set.
 _BITS = 7
 
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What is known of a trained network.
+    """A description of a trained network.
 
     Attributes:
-      preset: the network's.
-      overrides: fields of its configuration that differ.
-      dataset: that it was trained and tested on.
-      classes: names of its classes.
-      test_error: share of wrong predictions, of the parameters as they are stored.
+      preset: the preset of the network.
+      overrides: fields of the configuration that differ from the preset.
+      dataset: data set of training and test.
+      classes: names of the classes.
+      test_error: error rate of the stored parameters on the test set.
       test_count: number of test images.
-      command: that trained it.
-      date: of the training.
+      command: command that trained the network.
+      date: date of the training.
     """
 
     preset: str
@@ -43,7 +43,7 @@ class About:
 
 
 def pretrained() -> tuple[str, ...]:
-    """Names of the networks that :func:`load_pretrained` knows.
+    """Names of the trained networks that :func:`load_pretrained` can load.
 
     Example:
       >>> from capsjax import models
@@ -55,7 +55,7 @@ def pretrained() -> tuple[str, ...]:
 
 
 def about_pretrained(name: str) -> About:
-    """What is known of a trained network.
+    """Returns the description of a trained network.
 
     Example:
       >>> from capsjax import models
@@ -66,14 +66,13 @@ def about_pretrained(name: str) -> About:
 
 
 def load_pretrained(name: str = "mnist_small") -> Network:
-    """Returns a trained network.
+    """Loads a trained network; :func:`about_pretrained` has its data set and its test error.
 
     Args:
       name: one of :func:`pretrained`.
 
     Returns:
-      A Flax NNX module with float32 parameters, such as :class:`CapsNet`; what it was trained on,
-      and with which error, tells :func:`about_pretrained`.
+      A Flax NNX module with float32 parameters, such as :class:`CapsNet`.
 
     Raises:
       ValueError: the name is unknown.
@@ -99,7 +98,7 @@ def load_pretrained(name: str = "mnist_small") -> Network:
 
 
 def rounded(network: Network) -> Network:
-    """The network with its parameters as :func:`save_pretrained` stores them."""
+    """Rounds the parameters in place as :func:`save_pretrained` does, and returns the network."""
     state = nnx.state(network)
     for _, variable in nnx.to_flat_state(state):
         variable.set_value(_rounded(np.asarray(variable[...])).astype(np.float32))
@@ -108,7 +107,7 @@ def rounded(network: Network) -> Network:
 
 
 def save_pretrained(network: Network, about: About, path: Path) -> None:
-    """Writes a network's parameters, in half precision and compressed."""
+    """Writes a network's parameters to a compressed file, rounded in half precision."""
     arrays: dict[str, Any] = {
         ".".join(map(str, key)): _rounded(np.asarray(variable[...]))
         for key, variable in nnx.to_flat_state(nnx.state(network))
@@ -118,7 +117,7 @@ def save_pretrained(network: Network, about: About, path: Path) -> None:
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    """Half-precision numbers whose last bits are zero, to the nearest."""
+    """Rounds to the nearest half-precision numbers whose last bits are zero."""
     bits = values.astype(np.float16).view(np.uint16)
     cut = 10 - _BITS
     rounded = (bits + np.uint16(1 << (cut - 1))) >> cut << cut

@@ -1,6 +1,6 @@
-"""Pure functions of capsule networks; they import nothing but jax.
+"""Pure functions of capsule networks, which import nothing but JAX.
 
-``__all__`` holds what is also a name of :mod:`capsjax`.
+The names in ``__all__`` are also names of :mod:`capsjax`.
 """
 
 from capsjax.ops.capsule import exponential_squash, length, squash

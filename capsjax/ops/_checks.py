@@ -1,4 +1,4 @@
-"""What the pure functions share: argument checks that name the argument, numerics."""
+"""Argument checks and numerics that the pure functions share; errors name the argument."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def as_floating(name: str, value: ArrayLike) -> jax.Array:
 
 
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype that norms, sums and softmaxes over `dtype` are computed in: float32 or wider."""
+    """Returns the dtype for norms, sums and softmaxes over `dtype`: float32 or wider."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
@@ -41,9 +41,9 @@ def as_mask(name: str, value: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
 
 
 def zeros(shape: tuple[int, ...], dtype: jnp.dtype, *like: jax.Array | None) -> jax.Array:
-    """Zeros that count as different on every mesh axis that one of the arrays differs on.
+    """Returns zeros that vary over every mesh axis over which one of the arrays varies.
 
-    A loop under ``shard_map`` needs its first carry to have the type that its body returns.
+    A loop under ``shard_map`` needs an initial carry of the type that its body returns.
     """
     result = jnp.zeros(shape, dtype)
     for array in like:

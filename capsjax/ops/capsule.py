@@ -1,4 +1,4 @@
-"""Squashes and length: a capsule's vector as direction and probability."""
+"""Squashing functions and the length of capsules: a vector as direction and probability."""
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +13,16 @@ def squash(s: ArrayLike, axis: int = -1, *, epsilon: float = 0.0) -> jax.Array:
     .. math::
       v = \frac{\|s\|^2}{1 + \|s\|^2} \frac{s}{\|s\|}
 
-    Evaluated as :math:`s \, \|s\| / (1 + \|s\|^2)`, so that no division by zero occurs: a zero
-    vector gives a zero vector and passes back a zero gradient. The norm is taken in float32 (or
-    float64 for float64 input), where vectors shorter than about 1e-19 count as zero and the result
-    holds up to lengths of 1e19.
+    It is evaluated as :math:`s \, \|s\| / (1 + \|s\|^2)`, which never divides by zero: a zero
+    vector gives a zero vector and a zero gradient. The norm is computed in float32 (or float64 for
+    float64 input), where vectors shorter than about 1e-19 count as zero and the result is valid for
+    lengths up to 1e19.
 
     Args:
       s: vectors, ``[..., D]``, any floating dtype.
       axis: the axis of the vector components.
-      epsilon: added to :math:`\|s\|^2` under the root of the norm that divides, as several public
-        implementations do. The paper has none.
+      epsilon: added to :math:`\|s\|^2` under the square root in the denominator, as in several
+        public implementations; the paper uses none.
 
     Returns:
       Array of the shape and dtype of ``s``.
@@ -55,20 +55,20 @@ def squash(s: ArrayLike, axis: int = -1, *, epsilon: float = 0.0) -> jax.Array:
 
 
 def length(v: ArrayLike, axis: int = -1) -> jax.Array:
-    r"""Euclidean length of vectors; after :func:`squash`, the probability of an entity.
+    r"""Euclidean length of vectors; after :func:`squash`, the probability that an entity exists.
 
     .. math::
       \|v\| = \sqrt{\textstyle\sum_d v_d^2}
 
-    A zero vector has length zero and passes back a zero gradient. The sum is taken in float32 (or
-    float64 for float64 input).
+    A zero vector has length zero and a zero gradient. The sum is computed in float32 (or float64
+    for float64 input).
 
     Args:
       v: vectors, ``[..., D]``, any floating dtype.
       axis: the axis of the vector components.
 
     Returns:
-      Array ``[...]``: the shape of ``v`` without ``axis``, its dtype.
+      Array ``[...]``: the shape of ``v`` without ``axis``, in its dtype.
 
     Raises:
       TypeError: ``v`` is not floating point.
@@ -94,9 +94,9 @@ def exponential_squash(s: ArrayLike, axis: int = -1) -> jax.Array:
     .. math::
       v = \bigl(1 - e^{-\|s\|}\bigr) \frac{s}{\|s\|}
 
-    Short vectors keep their length (:func:`squash` squares it), so that gradients of nearly silent
-    capsules do not vanish. A zero vector gives a zero vector and passes back a zero gradient. The
-    norm is taken in float32 (or float64).
+    Short vectors keep their length, which :func:`squash` squares, so that the gradients of nearly
+    silent capsules do not vanish. A zero vector gives a zero vector and a zero gradient. The norm
+    is computed in float32 (or float64 for float64 input).
 
     Args:
       s: vectors, ``[..., D]``, any floating dtype.
@@ -127,6 +127,6 @@ def exponential_squash(s: ArrayLike, axis: int = -1) -> jax.Array:
 
 
 def unit(s: jax.Array, axis: int = -1) -> jax.Array:
-    """Vectors of length one in the same direction; zero, with zero gradient, for a zero vector."""
+    """Normalises vectors to length one; a zero vector stays zero and has a zero gradient."""
     norm = safe_sqrt(jnp.sum(s * s, axis=axis, keepdims=True))
     return s / jnp.where(norm > 0, norm, jnp.inf)

@@ -1,10 +1,10 @@
-"""Convolution that every platform can differentiate at speed.
+"""A convolution with fast gradients on every platform.
 
-XLA's CPU backend computes the gradients of a strided 9 × 9 convolution many times more slowly than
-the matrix products that they amount to, and its TPU backend multiplies by zeros in the gradient of
-the images; cuDNN takes longer than products of Fourier transforms. There are products of
-patches or of transforms for CPUs and NVIDIA's GPUs, a gradient phase by phase for TPUs, and XLA's
-own convolution elsewhere.
+The gradients of a strided 9 × 9 convolution are slow on several platforms: XLA's CPU backend takes
+many times as long as the equivalent matrix products, its TPU backend multiplies by zeros in the
+gradient of the images, and cuDNN takes longer than products of Fourier transforms. This module
+multiplies patches or Fourier transforms on CPUs and NVIDIA GPUs, computes the gradient phase by
+phase on TPUs, and uses XLA's convolution elsewhere.
 """
 
 import math
@@ -39,44 +39,47 @@ def conv_general_dilated(
     *,
     implementation: ConvImplementation | None = None,
 ) -> jax.Array:
-    r"""Drop-in for :func:`jax.lax.conv_general_dilated` that is fast to differentiate on CPU too.
+    r"""Drop-in for :func:`jax.lax.conv_general_dilated` with fast gradients on every platform.
 
     .. math::
       y_{b,p,q,o} = \sum_{h,w,c} x_{b,\, sp+h,\, sq+w,\, c} \; k_{h,w,c,o}
 
-    The signature is that of the ``lax`` function, so that it can be handed to ``nnx.Conv`` and
-    ``linen.Conv`` as ``conv_general_dilated=``.
+    The signature is that of the ``lax`` function, so that ``nnx.Conv`` and ``linen.Conv`` accept it
+    as ``conv_general_dilated=``. Arguments that only XLA supports select ``"xla"``.
 
     Args:
-      lhs: images, ``[B, H, W, C]`` unless XLA convolves.
-      rhs: kernel of the same dtype, ``[KH, KW, C, O]`` unless XLA convolves.
+      lhs: images, ``[B, H, W, C]``; other layouts need XLA.
+      rhs: kernel of the same dtype, ``[KH, KW, C, O]``; other layouts need XLA.
       window_strides: stride per spatial axis.
       padding: ``"SAME"``, ``"VALID"``, or (low, high) per spatial axis.
-      lhs_dilation: as in ``lax``; only XLA knows others than 1.
-      rhs_dilation: as in ``lax``; only XLA knows others than 1.
-      dimension_numbers: as in ``lax``, whose default is NCHW; only XLA knows others than
-        ``("NHWC", "HWIO", "NHWC")``.
-      feature_group_count: as in ``lax``; only XLA knows others than 1.
-      batch_group_count: as in ``lax``; only XLA knows others than 1.
+      lhs_dilation: as in ``lax``; values other than 1 need XLA.
+      rhs_dilation: as in ``lax``; values other than 1 need XLA.
+      dimension_numbers: as in ``lax``, whose default is NCHW; values other than
+        ``("NHWC", "HWIO", "NHWC")`` need XLA.
+      feature_group_count: as in ``lax``; values other than 1 need XLA.
+      batch_group_count: as in ``lax``; values other than 1 need XLA.
       precision: as in ``lax``.
       preferred_element_type: as in ``lax``.
-      out_sharding: as in ``lax``; only XLA knows others than None.
-      implementation: ``"patches"``: shifted copies of the image, concatenated, times the kernel as
-        one matrix product; needs memory for KH·KW/stride² images. ``"fourier"``: products of
-        Fourier transforms, a third of the operations for large kernels on small images; needs
-        memory for the transforms, four to five kernels with the paper's sizes. ``"phases"``: XLA's
-        convolution with a gradient of the images that multiplies by no zeros between numbers.
-        ``"xla"``: :func:`jax.lax.conv_general_dilated`. None: what is best on the platform that the
-        program is compiled for, if the arguments allow it: on CPU the one of the first two that
-        takes less; on NVIDIA's GPUs Fourier transforms where they take less, else XLA; on TPU
-        phases if there is a stride; elsewhere XLA.
+      out_sharding: as in ``lax``; values other than None need XLA.
+      implementation: one of the following, or None for the fastest that supports the arguments on
+        the platform that the program is compiled for.
+
+        * ``"patches"``: concatenates shifted copies of the images and multiplies them with the
+          kernel in one matrix product; needs memory for KH·KW/stride² images. The default on CPU
+          unless Fourier transforms take fewer operations.
+        * ``"fourier"``: multiplies Fourier transforms; takes a third of the operations for large
+          kernels on small images, and needs memory for the transforms, four to five kernels with
+          the paper's sizes. The default on CPU and NVIDIA GPUs where it takes fewer operations.
+        * ``"phases"``: XLA's convolution with a gradient of the images that does not multiply by
+          zeros. The default on TPU if there is a stride.
+        * ``"xla"``: :func:`jax.lax.conv_general_dilated`. The default elsewhere.
 
     Returns:
       ``[B, P, Q, O]``.
 
     Raises:
-      ValueError: the implementation's name is unknown.
-      NotImplementedError: the implementation was named where it cannot run, with the reason.
+      ValueError: the implementation is unknown.
+      NotImplementedError: the named implementation does not support the arguments.
 
     Example:
       >>> import jax.numpy as jnp
@@ -157,7 +160,7 @@ def _why_only_xla(
     preferred_element_type: Any,
     out_sharding: Any,
 ) -> str | None:
-    """Why nothing else can, in words; XLA then computes, or says what is wrong."""
+    """Returns why the arguments need XLA, which also reports invalid ones, or None."""
     if lhs.ndim != 4 or rhs.ndim != 4:
         return f"needs two spatial axes, got shapes {lhs.shape} and {rhs.shape}"
     if lax.conv_dimension_numbers(
@@ -165,14 +168,16 @@ def _why_only_xla(
     ) != lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC):
         return f"needs dimension_numbers={_NHWC}, got {dimension_numbers}"
     if any(d not in (None, (1, 1), [1, 1]) for d in (lhs_dilation, rhs_dilation)):
-        return f"knows no dilation, got lhs_dilation={lhs_dilation} and rhs_dilation={rhs_dilation}"
+        return (
+            f"supports no dilation, got lhs_dilation={lhs_dilation} and rhs_dilation={rhs_dilation}"
+        )
     if feature_group_count != 1 or batch_group_count != 1:
         return (
-            f"knows no groups, got feature_group_count={feature_group_count} and"
+            f"supports no groups, got feature_group_count={feature_group_count} and"
             f" batch_group_count={batch_group_count}"
         )
     if out_sharding is not None:
-        return f"knows no explicit sharding, got out_sharding={out_sharding}"
+        return f"supports no explicit sharding, got out_sharding={out_sharding}"
     if lhs.shape[-1] != rhs.shape[2] or lhs.dtype != rhs.dtype:
         return (
             f"needs images and kernel of the same channels and dtype, got"
@@ -188,7 +193,9 @@ def _why_only_xla(
         lhs.dtype,
         jnp.promote_types(lhs.dtype, jnp.float32),
     ):
-        return f"sums in {lhs.dtype} or float32, got preferred_element_type"
+        return (
+            f"sums in {lhs.dtype} or float32, got preferred_element_type={preferred_element_type}"
+        )
     return None
 
 
@@ -205,7 +212,7 @@ def _conv_by_patches(
     precision: lax.PrecisionLike,
     preferred_element_type: Any,
 ) -> jax.Array:
-    """Copies what the kernel sees at each place, and multiplies once."""
+    """Copies the receptive field of each position and multiplies all with the kernel at once."""
     grid, features = (images.shape[0], *fields.shape), kernel.shape[-1]
     size = fields.size * images.shape[-1]
     product = jnp.matmul(

@@ -1,4 +1,4 @@
-"""Receptive fields on a grid: what a kernel sees at each of its positions."""
+"""Receptive fields of a kernel on a grid."""
 
 import dataclasses
 import functools
@@ -11,19 +11,19 @@ from jax import lax
 
 Padding = str | Sequence[tuple[int, int]]
 
-# From so many channels on what is copied once more costs more than the compilation saves.
+# With this many channels, copying in two steps costs more than it saves in compilation.
 _MANY_CHANNELS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class ReceptiveFields:
-    """The fields of a kernel on a grid; a place of the grid may lie in several of them.
+    """The receptive fields of a kernel on a grid, which may overlap.
 
     Attributes:
       grid: rows H and columns W of the grid.
       kernel: rows KH and columns KW of the kernel.
-      strides: steps of the kernel along both axes.
-      pads: places added before and after the grid along both axes.
+      strides: strides of the kernel along both axes.
+      pads: positions added before and after the grid along both axes.
     """
 
     grid: tuple[int, int]
@@ -47,12 +47,12 @@ class ReceptiveFields:
 
     @property
     def size(self) -> int:
-        """Places in a field, KH · KW."""
+        """Number of positions in a field, KH · KW."""
         return math.prod(self.kernel)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows P and columns Q of fields; below 1 if the kernel is larger than the grid."""
+        """Rows P and columns Q of fields, below 1 if the kernel is larger than the grid."""
         rows, columns = (
             (self.grid[n] + sum(self.pads[n]) - self.kernel[n]) // self.strides[n] + 1
             for n in (0, 1)
@@ -65,7 +65,7 @@ class ReceptiveFields:
         if any(p for pair in self.pads for p in pair):
             x = self._pad(x, fill, [(low, high, 0) for low, high in self.pads])
         if channels < _MANY_CHANNELS:
-            # Columns first and rows of what came out second: KH + KW slices to compile.
+            # Columns first, then rows of the result: only KH + KW slices to compile.
             x = self._shifted(x, [(0, w) for w in range(self.kernel[1])], (1,))
             x = self._shifted(x, [(h, 0) for h in range(self.kernel[0])], (0,))
         else:
@@ -75,7 +75,7 @@ class ReceptiveFields:
     def _shifted(
         self, x: jax.Array, offsets: Sequence[tuple[int, int]], axes: Sequence[int]
     ) -> jax.Array:
-        """Concatenates what all fields hold at these offsets, along rows, columns or both."""
+        """Concatenates the values of all fields at these offsets along rows, columns or both."""
         parts = []
         for offset in offsets:
             part = x
@@ -86,11 +86,11 @@ class ReceptiveFields:
         return jnp.concatenate(parts, axis=-1)
 
     def sum(self, fields: jax.Array) -> jax.Array:
-        """Adds up what the fields ``[..., P, Q, KH * KW, C]`` hold for each place of the grid."""
+        """Sums the values of the fields, ``[..., P, Q, KH * KW, C]``, at each grid position."""
         return self._spread(fields, 0, jnp.add)
 
     def max(self, fields: jax.Array) -> jax.Array:
-        """The largest of what the fields hold for each place; -inf for places in none."""
+        """Largest value of the fields at each grid position; -inf at positions in no field."""
         return self._spread(fields, -jnp.inf, jnp.maximum)
 
     def _spread(
@@ -101,12 +101,12 @@ class ReceptiveFields:
     ) -> jax.Array:
         spread = [
             self._pad(
-                fields[..., place, :],
+                fields[..., position, :],
                 fill,
                 [
                     (
                         offset - self.pads[n][0],
-                        # From the last field's place to the end of the grid.
+                        # From the position in the last field to the end of the grid.
                         self.grid[n]
                         - 1
                         + self.pads[n][0]
@@ -117,7 +117,7 @@ class ReceptiveFields:
                     for n, offset in enumerate(offsets)
                 ],
             )
-            for place, offsets in enumerate(self._offsets())
+            for position, offsets in enumerate(self._offsets())
         ]
         return functools.reduce(combine, spread)
 

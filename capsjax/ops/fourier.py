@@ -1,4 +1,4 @@
-"""Convolution by the convolution theorem: fewer products where kernels are large."""
+"""Convolution by Fourier transforms, which takes fewer products for large kernels."""
 
 import dataclasses
 import math
@@ -12,8 +12,8 @@ from jax import lax
 from capsjax.ops._checks import accumulator
 from capsjax.ops.fields import ReceptiveFields
 
-# Making one number of a transform takes about as long as so many operations of a product; measured
-# on a CPU, see docs/performance.md.
+# One number of a transform costs as much as this many operations of a product, as measured on a CPU
+# (docs/performance.md).
 _TRANSFORM = 200
 
 
@@ -26,26 +26,26 @@ def conv_by_fourier(
 ) -> jax.Array:
     r"""Convolves by products of discrete Fourier transforms.
 
-    Rows and columns of images x and kernel k are sorted by their remainder of division by the
-    stride: phases, of which each is convolved with stride 1.
+    Images x and kernel k are split into phases: the rows and columns with the same remainder modulo
+    the stride. Each phase is convolved with stride 1.
 
     .. math::
       \hat y_{f,b,o} = \sum_{\varphi,c} \hat x_{f,b,\varphi,c} \; \overline{\hat k_{f,\varphi,c,o}}
 
-    Transforms are products with small matrices, over half the frequencies f, as the others are
-    conjugates. They are as long as a phase, so that what wraps around misses the results. With F
-    frequencies and strides S, T the products take 4·F·S·T·C multiplications for each image and
-    feature; the sum over fields takes P·Q·KH·KW·C.
+    Transforms are products with small matrices. They compute half the frequencies f, as the others
+    are conjugates, and are as long as a phase, so that values that wrap around do not reach the
+    results. With F frequencies and strides S, T, the products take 4·F·S·T·C multiplications for
+    each image and feature; the sum over fields takes P·Q·KH·KW·C.
 
     Args:
       images: ``[B, H, W, C]``.
       kernel: ``[KH, KW, C, O]``.
-      fields: of the kernel on the images.
-      precision: of the matrix products; None is the platform's default.
-      preferred_element_type: dtype of the result; None is the images'.
+      fields: receptive fields of the kernel on the images.
+      precision: precision of the matrix products; the platform's default when None.
+      preferred_element_type: dtype of the result; that of the images when None.
 
     Returns:
-      ``[B, P, Q, O]``. Sums are float32 or wider; how factors are rounded, `precision` says.
+      ``[B, P, Q, O]``. Sums are float32 or wider; `precision` determines how factors are rounded.
     """
     sizes = _Sizes.of(fields)
     wide = accumulator(images.dtype)
@@ -53,7 +53,7 @@ def conv_by_fourier(
     inputs = math.prod(fields.strides) * images.shape[-1]
 
     def transform(waves: np.ndarray, x: jax.Array) -> jax.Array:
-        # Of two-dimensional factors XLA:CPU transposes no copies, here and in the gradient.
+        # XLA:CPU makes no transposed copies of two-dimensional factors, nor in the gradient.
         flat = x.reshape(len(x), math.prod(x.shape[1:]))
         flat = jnp.matmul(jnp.asarray(waves, wide), flat, precision=precision)
         return flat.reshape(len(waves), *x.shape[1:])
@@ -67,7 +67,7 @@ def conv_by_fourier(
     k = k.transpose(0, 2, 1, 3, 4, 5).reshape(math.prod(sizes.taps), inputs, features)
     cosines, sines = sizes.waves(sizes.grid)
     x_hat = transform(np.concatenate([cosines, -sines]), x)
-    # Real parts of the whole batch, then imaginary ones: two products with the kernel are all.
+    # Real parts of the batch, then imaginary parts: two products with the kernel suffice.
     x_hat = jnp.concatenate(jnp.split(x_hat, 2), axis=1)
     cosines, sines = sizes.waves(sizes.taps)
     with_real = product(x_hat, transform(cosines, k))
@@ -81,8 +81,8 @@ def conv_by_fourier(
 
 
 def gains_by_fourier(images: jax.Array, kernel: jax.Array, fields: ReceptiveFields) -> bool:
-    """Whether it takes fewer operations than a product with each field, as weighed on CPUs."""
-    # The batch of an exported function may be of any size: taken for a common one.
+    """Whether Fourier transforms cost less than a product with each field, by costs on CPUs."""
+    # An exported function may have a symbolic batch size: assume a common one.
     batch = images.shape[0] if isinstance(images.shape[0], int) else 128
     channels, features = kernel.shape[2:]
     frequencies = len(_Sizes.of(fields).frequencies)
@@ -95,7 +95,7 @@ def gains_by_fourier(images: jax.Array, kernel: jax.Array, fields: ReceptiveFiel
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """Rows and columns of a phase of the images, and of the kernel."""
+    """Rows and columns of a phase of the images and of the kernel."""
 
     grid: tuple[int, int]
     taps: tuple[int, int]
@@ -117,11 +117,11 @@ class _Sizes:
         return [(f, g) for f, g in pairs if (f, g) <= (-f % rows, -g % columns)]
 
     def waves(
-        self, places: tuple[int, int], *, weigh: bool = False
+        self, shape: tuple[int, int], *, weigh: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and sines ``[F, places]``; weighed, they are the inverse transform's."""
+        """Cosines and sines ``[F, positions]``, with the inverse transform's weights if `weigh`."""
         frequencies, periods = np.array(self.frequencies), np.array(self.grid)
-        angles = 2 * math.pi * (frequencies / periods) @ np.indices(places).reshape(2, -1)
+        angles = 2 * math.pi * (frequencies / periods) @ np.indices(shape).reshape(2, -1)
         if not weigh:
             return np.cos(angles), np.sin(angles)
         own_conjugate = np.all(2 * frequencies % periods == 0, axis=1, keepdims=True)

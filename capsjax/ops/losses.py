@@ -1,4 +1,4 @@
-"""Losses of capsule networks: one value per example, the caller takes the mean."""
+"""Losses of capsule networks, one value per example; the caller takes the mean."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,11 +24,11 @@ def margin_loss(
     .. math::
       L = \sum_k T_k \max(0, m^+ - \|v_k\|)^2 + \lambda (1 - T_k) \max(0, \|v_k\| - m^-)^2
 
-    Several classes may be present at once. The sum is taken in float32 (or float64).
+    Several classes may be present at once. The sum is computed in float32 (or float64).
 
     Args:
-      lengths: lengths of the class capsules, ``[..., J]``, any floating dtype. Not logits: they are
-        compared with the margins as they are.
+      lengths: lengths of the class capsules, ``[..., J]``, any floating dtype. They are not logits:
+        no softmax is applied before they are compared with the margins.
       labels: :math:`T`, one-hot or multi-hot, ``[..., J]``, any numeric dtype or bool.
       m_plus: length that a present class should reach.
       m_minus: length that an absent class should stay below.
@@ -41,7 +41,7 @@ def margin_loss(
 
     Raises:
       TypeError: ``lengths`` is not floating point.
-      ValueError: ``labels`` has another shape than ``lengths``.
+      ValueError: ``labels`` does not have the shape of ``lengths``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -80,18 +80,19 @@ def spread_loss(
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    r"""Spread loss: every wrong class should stay a margin below the right one.
+    r"""Spread loss: every wrong class should stay a margin below the correct class.
 
     .. math::
       L = \sum_{i \ne t} \max\bigl(0, m - (a_t - a_i)\bigr)^2
 
-    With several right classes the sum runs over all pairs of a wrong one with a right one. The sum
-    is taken in float32 (or float64).
+    With several correct classes, the sum runs over all pairs of a wrong and a correct class. It is
+    computed in float32 (or float64).
 
     Args:
-      activations: of the class capsules, ``[..., J]``, any floating dtype.
-      labels: one-hot or multi-hot, ``[..., J]``, any numeric dtype or bool; nonzero is right.
-      margin: m, broadcastable to the loss; the paper raises it from 0.2 to 0.9 in training.
+      activations: activations of the class capsules, ``[..., J]``, any floating dtype.
+      labels: one-hot or multi-hot, ``[..., J]``, any numeric dtype or bool; nonzero for the correct
+        classes.
+      margin: m, broadcastable to the loss; the paper raises it from 0.2 to 0.9 during training.
       axis: the class axis.
       where: classes to count, bool, broadcastable to ``[..., J]``; None counts all.
 
@@ -100,7 +101,7 @@ def spread_loss(
 
     Raises:
       TypeError: the activations are not floating point, or ``where`` is not bool.
-      ValueError: the shapes do not go together.
+      ValueError: the shapes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -116,7 +117,8 @@ def spread_loss(
     labels = jnp.asarray(labels)
     if labels.shape != activations.shape:
         raise ValueError(
-            f"labels must have the shape of activations {activations.shape}, got {labels.shape}"
+            f"labels must have the shape of activations, {activations.shape}, got shape"
+            f" {labels.shape}"
         )
     counted = jnp.ones(activations.shape, bool)
     if where is not None:
@@ -143,8 +145,8 @@ def reconstruction_loss(
     .. math::
       L = \sum_p (\hat x_p - x_p)^2
 
-    A **sum** over the pixels, as in the paper, which weighs it by 0.0005; a mean would make it 784
-    times weaker on 28 × 28 pixels. The sum is taken in float32 (or float64).
+    The loss is a **sum** over the pixels, as in the paper, which weights it by 0.0005. A mean would
+    be 784 times smaller on 28 × 28 pixels. The sum is computed in float32 (or float64).
 
     Args:
       reconstruction: pixels, ``[..., P]`` or ``[..., H, W, C]``, any floating dtype, in [0, 1].
@@ -187,10 +189,10 @@ def _sum_of(
     axis: int | tuple[int, ...],
     where: ArrayLike | None,
 ) -> jax.Array:
-    """Sums the terms of the values that `where` lets through."""
+    """Sums the terms of the values where `where` is true."""
     if where is None:
         return jnp.sum(term(values), axis=axis)
     mask = as_mask("where", where, values.shape)
-    # Selected before the term as well, or the gradient of a masked infinity would be 0 · ∞.
+    # Masked before the term as well: the gradient of a masked infinity would be 0 · ∞.
     terms = term(jnp.where(mask, values, 0))
     return jnp.sum(jnp.where(mask, terms, 0), axis=axis)

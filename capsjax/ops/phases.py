@@ -1,4 +1,4 @@
-"""Strided convolution whose input gradient is made phase by phase."""
+"""Strided convolution whose gradient of the images is computed phase by phase."""
 
 import functools
 import itertools
@@ -28,16 +28,16 @@ def conv_by_phases(
     .. math::
       y = \sum_{\varphi} x_\varphi * k_\varphi
 
-    A phase :math:`\varphi` holds the places of one remainder of division by the stride. Of the
-    strided convolution XLA would multiply the kernel with an image-sized gradient in which zeros
-    lie between the numbers; of a phase the gradient has none.
+    A phase :math:`\varphi` holds the positions with the same remainder modulo the stride. The
+    gradient of a strided convolution is dilated with zeros, which XLA would multiply with the
+    kernel; the gradient of a phase is dense.
 
     Args:
       images: ``[B, H, W, C]``.
       kernel: ``[KH, KW, C, O]``.
-      fields: of the kernel on the images.
+      fields: receptive fields of the kernel on the images.
       precision: as in :func:`jax.lax.conv_general_dilated`.
-      preferred_element_type: as there.
+      preferred_element_type: as in :func:`jax.lax.conv_general_dilated`.
 
     Returns:
       ``[B, P, Q, O]``.
@@ -85,7 +85,7 @@ def _sum_of_phases(
 
     def phase(h: int, w: int) -> jax.Array:
         taps = kernel[h::sh, w::sw]
-        # As far as the phase's kernel sees.
+        # The end of the last receptive field of this phase.
         bottom = h + sh * (rows + taps.shape[0] - 2) + 1
         right = w + sw * (columns + taps.shape[1] - 2) + 1
         return lax.conv_general_dilated(
@@ -98,11 +98,11 @@ def _sum_of_phases(
             preferred_element_type=preferred_element_type,
         )
 
-    # Where the stride is larger than the kernel, some phases are never seen.
-    seen = (range(min(s, k)) for s, k in zip(fields.strides, fields.kernel, strict=True))
-    return functools.reduce(jnp.add, (phase(h, w) for h, w in itertools.product(*seen)))
+    # If the stride is larger than the kernel, some phases lie in no receptive field.
+    used = (range(min(s, k)) for s, k in zip(fields.strides, fields.kernel, strict=True))
+    return functools.reduce(jnp.add, (phase(h, w) for h, w in itertools.product(*used)))
 
 
 def gains_by_phases(fields: ReceptiveFields) -> bool:
-    """Whether a gradient with zeros between its numbers would cost a TPU products."""
+    """Whether XLA's gradient of the images would multiply by zeros on a TPU."""
     return math.prod(fields.strides) > 1 and fields.size > 1

@@ -17,15 +17,15 @@ def dense_votes(
 
     Args:
       poses: child poses :math:`u`, ``[..., I, K]``, any floating dtype.
-      weights: one matrix per pair, ``[I, K, J, D]``, floating.
-      precision: of the matrix product, as in :func:`jax.numpy.einsum`.
+      weights: one matrix per pair of child and parent, ``[I, K, J, D]``, any floating dtype.
+      precision: precision of the matrix product, as in :func:`jax.numpy.einsum`.
 
     Returns:
       Votes ``[..., I, J, D]`` in the dtype to which the arguments promote.
 
     Raises:
       TypeError: an argument is not floating point.
-      ValueError: the ranks are off, or I or K differ between the arguments.
+      ValueError: a rank is wrong, or I or K differ between the arguments.
 
     Example:
       >>> import jax.numpy as jnp
@@ -49,19 +49,19 @@ def matrix_votes(
       V_{ij} = M_i W_{ij}
 
     Args:
-      poses: child poses :math:`M`, matrices n × n row by row, ``[..., I, n * n]``, any floating
-        dtype.
-      weights: one matrix per pair, ``[I, n, J, n]``, floating: n · n numbers, where
-        :func:`dense_votes` needs n⁴.
-      precision: of the matrix product, as in :func:`jax.numpy.einsum`.
+      poses: child poses :math:`M`, n × n matrices flattened by rows, ``[..., I, n * n]``, any
+        floating dtype.
+      weights: one matrix per pair of child and parent, ``[I, n, J, n]``, any floating dtype: n²
+        numbers per pair, where :func:`dense_votes` needs n⁴.
+      precision: precision of the matrix product, as in :func:`jax.numpy.einsum`.
 
     Returns:
-      Votes, matrices row by row, ``[..., I, J, n * n]``, in the dtype to which the arguments
+      Votes, matrices flattened by rows, ``[..., I, J, n * n]``, in the dtype to which the arguments
       promote.
 
     Raises:
       TypeError: an argument is not floating point.
-      ValueError: the ranks are off, or the sizes do not go together.
+      ValueError: a rank is wrong, or the sizes do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,8 +79,8 @@ def matrix_votes(
     children, side, parents, _ = weights.shape
     if poses.ndim < 2 or poses.shape[-2:] != (children, side * side):
         raise ValueError(
-            f"poses must have shape [..., I, n * n] = [..., {children}, {side * side}] as the"
-            f" weights {weights.shape} have, got shape {poses.shape}"
+            f"poses must have shape [..., I, n * n] = [..., {children}, {side * side}] to match"
+            f" weights of shape {weights.shape}, got shape {poses.shape}"
         )
     matrices = poses.reshape(*poses.shape[:-1], side, side)
     votes = jnp.einsum("...ipq,iqjr->...ijpr", matrices, weights, precision=precision)
@@ -95,8 +95,7 @@ def check_dense(poses: ArrayLike, weights: ArrayLike) -> tuple[jax.Array, jax.Ar
         raise ValueError(f"weights must have shape [I, K, J, D], got shape {weights.shape}")
     if poses.ndim < 2 or poses.shape[-2:] != weights.shape[:2]:
         raise ValueError(
-            f"poses must have shape [..., I, K] = [..., {weights.shape[0]},"
-            f" {weights.shape[1]}] as the weights {weights.shape} have, got shape"
-            f" {poses.shape}"
+            f"poses must have shape [..., I, K] = [..., {weights.shape[0]}, {weights.shape[1]}] to"
+            f" match weights of shape {weights.shape}, got shape {poses.shape}"
         )
     return poses, weights

@@ -1,28 +1,31 @@
-"""What capsules compute, drawn. Needs ``pip install "capsjax[viz]"``."""
+"""Figures of capsule networks. Needs ``pip install "capsjax[viz]"``."""
 
 try:
     import matplotlib as _matplotlib  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        'capsjax.viz draws with matplotlib: pip install "capsjax[viz]"', name=error.name
+        'capsjax.viz needs matplotlib: pip install "capsjax[viz]"', name=error.name
     ) from None
 
 from capsjax.viz.anatomy import Anatomy, dissect
-from capsjax.viz.diagram import Selection, routing_diagram, select
-from capsjax.viz.figures import (
+from capsjax.viz.capsules import (
     agreement,
     agreement_and_entropy,
-    confusion,
-    confusion_matrix,
     coupling_maps,
     dimensions,
     lengths,
     overlaps,
     reconstructions,
+)
+from capsjax.viz.diagram import routing_diagram
+from capsjax.viz.evaluation import (
+    confusion,
+    confusion_matrix,
     training_curves,
     worst_errors,
 )
 from capsjax.viz.perturb import reconstruct, vary_dimensions
+from capsjax.viz.selection import Selection, select
 
 __all__ = [
     "Anatomy",

@@ -1,4 +1,4 @@
-"""What a capsule network computes for one image, kept."""
+"""The intermediate results of a capsule network for one image."""
 
 from typing import NamedTuple
 
@@ -14,14 +14,14 @@ from capsjax.routing.trace import traced
 
 
 class Anatomy(NamedTuple):
-    """What a :class:`capsjax.models.CapsNet` computes for one image.
+    """Intermediate results of a :class:`capsjax.models.CapsNet` for one image.
 
     Attributes:
       image: pixels in [0, 1], ``[H, W, C]``.
-      children: primary capsules u, ``[I, K]``; rows, columns and types of the grid, in this order.
-      votes: ``[I, J, D]``.
-      trace: of routing these votes; see :func:`capsjax.routing_trace`.
-      bias: inside routing, ``[J, D]``, or None.
+      children: primary capsules u, ``[I, K]``, ordered by row, column and type.
+      votes: votes of the children, ``[I, J, D]``.
+      trace: trace of routing the votes; see :func:`capsjax.routing_trace`.
+      bias: bias inside routing, ``[J, D]``, or None.
     """
 
     image: jax.Array
@@ -42,33 +42,33 @@ class Anatomy(NamedTuple):
 
 
 def check_traced(network: nnx.Module) -> CapsNet:
-    """Raises a ValueError unless the network's routing can be looked at, pass by pass."""
+    """Returns the network, or raises a ValueError if its routing cannot be traced."""
     if not isinstance(network, CapsNet):
         raise ValueError(
-            f"network must be a CapsNet, which routes between two layers of capsules, got"
-            f" {type(network).__name__}"
+            f"network must be a CapsNet to trace its routing, got {type(network).__name__}"
         )
     if network.config.routing not in traced():
         raise ValueError(
-            f"routing must iterate over votes to be traced, one of {', '.join(traced())}; the"
-            f" network's is {network.config.routing!r}"
+            f"network must have a routing that can be traced, one of {', '.join(traced())}, got"
+            f" {network.config.routing!r}"
         )
     return network
 
 
 def dissect(network: CapsNet, image: jax.Array, *, num_iterations: int | None = None) -> Anatomy:
-    """Computes what the network does for one image, and keeps children, votes and routing.
+    """Runs a network on one image and returns its children, votes and routing trace.
 
     Args:
       network: a capsule network whose routing can be traced; see :func:`capsjax.routing_trace`.
       image: pixels in [0, 1], ``[H, W, C]``, floating point.
-      num_iterations: of routing; the network's own when None.
+      num_iterations: number of routing iterations; the network's own when None.
 
     Returns:
       :class:`Anatomy`.
 
     Raises:
-      TypeError, ValueError: the network is another one, or the image has the wrong shape or dtype.
+      TypeError, ValueError: the routing cannot be traced, or the image has the wrong shape or
+        dtype.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,7 +87,7 @@ def dissect(network: CapsNet, image: jax.Array, *, num_iterations: int | None = 
         raise ValueError(f"image must be one image [H, W, C], got shape {image.shape}")
     config, layer = network.config, network.classes
     children = network.primary_capsules(image)
-    assert layer.kernel is not None  # only an algorithm that is not traced makes its own votes
+    assert layer.kernel is not None  # None only with an algorithm that computes its own votes
     dtype = jnp.dtype(config.dtype)
     votes = dense_votes(children.astype(dtype), layer.kernel[...].astype(dtype))
     given = layer.router.arguments()

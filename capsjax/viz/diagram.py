@@ -1,99 +1,25 @@
-"""The connection diagram: children, votes, couplings, sums, parents."""
+"""The routing diagram: children, votes, couplings, sums and parents of one example."""
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from jax.typing import ArrayLike
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from capsjax.routing import RoutingTrace
-from capsjax.viz.theme import Theme, ThemeName, themed
+from capsjax.viz._checks import Array, as_array, as_names
+from capsjax.viz.selection import Selection, select
+from capsjax.viz.theme import Theme, ThemeName, show_image, themed
 
-Array = npt.NDArray[np.float64]
-
-_ROW = 0.56  # inches from child to child
-_STRIP = (1.02, 0.40)  # width and height of a drawn vector
+# Inches.
+_ROW = 0.56  # from child to child
+_STRIP = (1.02, 0.40)  # width and height of a vector
 _PANEL = 1.52  # width of an iteration
 _TOP, _BOTTOM, _MARGIN = 1.32, 0.66, 0.2
-
-
-class Selection(NamedTuple):
-    """Which part of routing a diagram shows.
-
-    Attributes:
-      classes: two parents.
-      children: those that are drawn one by one, in the order of the rows.
-      rest: those that are summed up in the last row.
-      iterations: those that have a column, counted from 0.
-    """
-
-    classes: tuple[int, ...]
-    children: npt.NDArray[np.intp]
-    rest: npt.NDArray[np.intp]
-    iterations: tuple[int, ...]
-
-
-def select(
-    trace: RoutingTrace,
-    *,
-    classes: Sequence[int] | None = None,
-    children: Sequence[int] | None = None,
-    num_children: int = 8,
-    iterations: Sequence[int] | None = None,
-) -> Selection:
-    """Chooses what a diagram shows of a trace without leading axes.
-
-    Args:
-      trace: ``[r, I, J]`` and so on.
-      classes: one parent or two; those with the largest activations when None.
-      children: only from among these; all when None.
-      num_children: how many, those with the largest couplings in the last iteration that is shown,
-        in turn for each of the classes.
-      iterations: counted from 1; all when None.
-
-    Returns:
-      :class:`Selection`.
-
-    Raises:
-      ValueError: the trace has leading axes, or an index is out of range.
-    """
-    if trace.coupling.ndim != 3:
-        raise ValueError(
-            f"trace must be of one example, coupling [r, I, J], got shape {trace.coupling.shape}"
-        )
-    r, i, j = trace.coupling.shape
-    if classes is None:
-        classes = np.argsort(-np.asarray(trace.activations[-1]), kind="stable")[:2].tolist()
-    if not 1 <= len(classes) <= 2 or len(set(classes)) != len(classes):
-        raise ValueError(f"classes must be one class or two different ones, got {list(classes)}")
-    shown = _within("classes", classes, 0, j)
-    among = np.arange(i) if children is None else np.unique(_within("children", children, 0, i))
-    columns = _within("iterations", range(1, r + 1) if iterations is None else iterations, 1, r + 1)
-    if not len(among) or not columns:
-        raise ValueError("children and iterations must not be empty")
-    if num_children < 1:
-        raise ValueError(f"num_children must be at least 1, got {num_children}")
-    coupling = np.asarray(trace.coupling[columns[-1] - 1])
-    ranked = [among[np.argsort(-coupling[among, parent], kind="stable")] for parent in shown]
-    merged = dict.fromkeys(int(child) for turn in zip(*ranked, strict=True) for child in turn)
-    first = list(merged)[:num_children]
-    # Those of the first class above those of the second.
-    first.sort(key=lambda child: -coupling[child, shown[0]] + coupling[child, shown[-1]])
-    rest = np.setdiff1d(np.arange(i), first)
-    return Selection(
-        tuple(shown), np.array(first, np.intp), rest, tuple(column - 1 for column in columns)
-    )
-
-
-def _within(name: str, values: Sequence[int], low: int, high: int) -> list[int]:
-    for value in values:
-        if not low <= value < high:
-            raise ValueError(f"{name} must be from {low} to {high - 1}, got {value}")
-    return [int(value) for value in values]
 
 
 def routing_diagram(
@@ -112,34 +38,35 @@ def routing_diagram(
     child_names: Sequence[str] | None = None,
     theme: ThemeName = "light",
 ) -> Figure:
-    r"""Draws routing by agreement for one example, from true numbers.
+    r"""Draws the routing of one example.
 
-    From left to right: children :math:`u_i`; their votes :math:`\hat u_{j|i} = W_{ij} u_i`; for
-    each iteration the couplings :math:`c_{ij}` as lines whose width is the coupling; the weighted
-    sums :math:`s_j`; the parents :math:`v_j` with their length. A vector is a row of bars, one per
-    component, up for positive. The children with the largest couplings are drawn one by one; the
-    last row sums up all others: their mean coupling, and the sum of their weighted votes.
+    From left to right, the diagram shows the children :math:`u_i`; their votes
+    :math:`\hat u_{j|i} = W_{ij} u_i`; for each iteration, the couplings :math:`c_{ij}` as lines of
+    proportional width; the weighted sums :math:`s_j`; and the parents :math:`v_j` with their
+    lengths. A vector is a row of bars, one per component; positive components point up. The
+    children with the largest couplings are drawn one by one. The last row sums up all others: their
+    mean coupling, and the sum of their weighted votes.
 
     Args:
-      trace: of one example, from :func:`capsjax.routing_trace`.
-      votes: those that were routed, ``[I, J, D]``; without them neither they nor sums are drawn.
-      children: poses ``[I, K]``; not drawn when None.
-      image: that the children see, ``[H, W, C]``, in [0, 1]; not drawn when None.
-      bias: inside routing, ``[J, D]``, part of the sums.
-      routing: name of the algorithm; the equations of dynamic routing are its own.
-      classes: one parent or two; the two with the largest activations when None.
+      trace: trace of one example, from :func:`capsjax.routing_trace`.
+      votes: the routed votes, ``[I, J, D]``; when None, neither votes nor sums are drawn.
+      children: poses of the children, ``[I, K]``; not drawn when None.
+      image: input image, ``[H, W, C]`` in [0, 1]; not drawn when None.
+      bias: bias inside routing, ``[J, D]``, which is added to the sums.
+      routing: name of the algorithm; the equations are drawn for ``"dynamic"`` only.
+      classes: one or two parents; the two with the largest activations when None.
       among: children to choose from; all when None.
-      num_children: how many are drawn one by one.
-      iterations: which have a column, counted from 1; all when None.
-      class_names: of the parents; their numbers when None.
-      child_names: of the children; their numbers when None.
+      num_children: how many children are drawn one by one.
+      iterations: iterations to show, counted from 1; all when None.
+      class_names: names of the parents; their numbers when None.
+      child_names: names of the children; their numbers when None.
       theme: ``"light"`` or ``"dark"``.
 
     Returns:
-      A matplotlib figure. Its artists have ids (``coupling-t-i-j``, ``vote-i-j`` and so on).
+      A matplotlib figure, whose artists have ids such as ``coupling-t-i-j`` and ``vote-i-j``.
 
     Raises:
-      ValueError: a shape or an index does not go with the trace.
+      ValueError: a shape or an index does not match the trace.
 
     Example:
       >>> import jax
@@ -157,46 +84,25 @@ def routing_diagram(
     )
     _, i, j = trace.coupling.shape
     d = trace.poses.shape[-1]
-    u = _array("children", children, (i, None))
-    uhat = _array("votes", votes, (i, j, d))
-    beta = _array("bias", bias, (j, d))
-    parents = _names("class_names", class_names, j)
-    kids = _names("child_names", child_names, i)
+    u = None if children is None else as_array("children", children, i, "K")
+    uhat = None if votes is None else as_array("votes", votes, i, j, d)
+    beta = None if bias is None else as_array("bias", bias, j, d)
+    parent_names = as_names("class_names", class_names, j)
+    kid_names = as_names("child_names", child_names, i)
     with themed(theme) as colours:
-        return _Drawing(trace, chosen, u, uhat, beta, image, routing, parents, kids, colours).figure
-
-
-def _array(name: str, given: ArrayLike | None, shape: tuple[int | None, ...]) -> Array | None:
-    if given is None:
-        return None
-    array = np.asarray(given, np.float64)
-    if array.ndim != len(shape) or any(
-        n is not None and n != m for n, m in zip(shape, array.shape, strict=True)
-    ):
-        wanted = ", ".join("K" if n is None else str(n) for n in shape)
-        raise ValueError(f"{name} must have shape [{wanted}], got shape {array.shape}")
-    return array
-
-
-def _names(name: str, given: Sequence[str] | None, number: int) -> list[str]:
-    if given is None:
-        return [str(n) for n in range(number)]
-    if len(given) != number:
-        raise ValueError(f"{name} must be {number} names, got {len(given)}")
-    return [str(text) for text in given]
+        drawing = _Drawing(trace, chosen, uhat, beta, routing, parent_names, kid_names, colours)
+        return drawing.draw(u, image)
 
 
 class _Drawing:
-    """One diagram while it is drawn, in inches from the lower left corner."""
+    """A diagram; coordinates are inches from the lower left corner."""
 
     def __init__(
         self,
         trace: RoutingTrace,
         chosen: Selection,
-        children: Array | None,
         votes: Array | None,
         bias: Array | None,
-        image: ArrayLike | None,
         routing: str,
         class_names: list[str],
         child_names: list[str],
@@ -221,25 +127,28 @@ class _Drawing:
         self.figure = Figure()
         self.ax: Axes = self.figure.add_axes((0, 0, 1, 1))
         self.ax.set_axis_off()
+
+    def draw(self, children: Array | None, image: ArrayLike | None) -> Figure:
+        """Draws the columns from left to right and returns the figure."""
         x = _MARGIN
         if image is not None:
             x = self._image(x, np.asarray(image, np.float64))
         x = self._children(x, children)
-        if votes is not None:
-            x = self._votes(x, votes, children)
-        for column in chosen.iterations:
-            x = self._iteration(x, column, routing)
-        x = self._parents(x)
-        self.width = x + _MARGIN
-        self.figure.set_size_inches(self.width, self.height)
-        self.ax.set_xlim(0, self.width)
+        if self.votes is not None:
+            x = self._votes(x, self.votes, children)
+        for column in self.chosen.iterations:
+            x = self._iteration(x, column)
+        width = self._parents(x) + _MARGIN
+        self.figure.set_size_inches(width, self.height)
+        self.ax.set_xlim(0, width)
         self.ax.set_ylim(0, self.height)
-        self._footer()
+        self._footer(width)
+        return self.figure
 
-    def _text(self, x: float, y: float, text: str, size: float = 8, **options: object) -> None:
-        options.setdefault("color", self.theme.ink)
-        options.setdefault("va", "center")
-        self.ax.text(x, y, text, fontsize=size, **options)  # type: ignore[arg-type]
+    def _text(self, x: float, y: float, text: str, size: float, **options: Any) -> None:
+        self.ax.text(
+            x, y, text, fontsize=size, **{"color": self.theme.ink, "va": "center", **options}
+        )
 
     def _head(self, x: float, title: str, equation: str, shape: str) -> None:
         self._text(x, self.height - 0.30, title, 9, weight="bold", ha="center")
@@ -249,7 +158,7 @@ class _Drawing:
     def _vector(
         self, x: float, y: float, vector: Array, largest: float, colour: str, gid: str
     ) -> None:
-        """Bars of the components, on a line; the largest component of a column fills the height."""
+        """Draws one bar per component; a component of size `largest` fills the strip."""
         width, height = _STRIP
         pitch = width / len(vector)
         at = x + (np.arange(len(vector)) + 0.5) * pitch
@@ -267,21 +176,17 @@ class _Drawing:
 
     def _image(self, x: float, image: Array) -> float:
         side = 1.2
-        shown = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
         inset = self.ax.inset_axes(
             (x, self.middle - side / 2, side, side), transform=self.ax.transData
         )
-        inset.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest", gid="image")
-        inset.set_xticks([])
-        inset.set_yticks([])
+        show_image(inset, image, gid="image")
         for spine in inset.spines.values():
             spine.set(visible=True, color=self.theme.faint)
-        shape = _shape("x", image.shape)
-        self._head(x + side / 2, "image", "$x$", shape)
+        self._head(x + side / 2, "image", "$x$", _shape("x", image.shape))
         return x + side + 0.12
 
     def _children(self, x: float, children: Array | None) -> float:
-        # Names are set flush right, on the left of what they name.
+        # Names stand to the left of their rows, flush right.
         names = [self.child_names[child] for child in self.chosen.children]
         label = 0.1 + 0.059 * max(map(len, [*names, "others"]))
         for y, name in zip(self.rows, names, strict=False):
@@ -361,7 +266,7 @@ class _Drawing:
             )
         return x + width + 0.2
 
-    def _iteration(self, x: float, column: int, routing: str) -> float:
+    def _iteration(self, x: float, column: int) -> float:
         coupling = self.coupling[column]
         start, end = x + 0.45, x + _PANEL - 0.28
         for n, parent in enumerate(self.chosen.classes):
@@ -387,15 +292,14 @@ class _Drawing:
                     start - 0.05, y + shift, f"{mean}{value:.2f}", 7, ha="right", color=colour
                 )
             present = self.activations[column, parent]
-            self.ax.scatter([end], [self.ends[n]], s=230, color=self.theme.paper, zorder=3)
-            self.ax.scatter([end], [self.ends[n]], s=230, color=colour, alpha=0.15, zorder=3)
-            self.ax.scatter(
-                [end], [self.ends[n]], s=230, facecolor="none", edgecolor=colour, lw=1.3, zorder=4
-            )
+            disc = functools.partial(self.ax.scatter, [end], [self.ends[n]], s=230)
+            disc(color=self.theme.paper, zorder=3)
+            disc(color=colour, alpha=0.15, zorder=3)
+            disc(facecolor="none", edgecolor=colour, lw=1.3, zorder=4)
             self._text(
                 end,
                 self.ends[n],
-                _short(self.class_names[parent]),
+                self.class_names[parent][:2],
                 8,
                 ha="center",
                 weight="bold",
@@ -414,12 +318,9 @@ class _Drawing:
         middle = (start + end) / 2
         self._head(middle, f"iteration {column + 1}", equation, _shape("c", coupling.shape))
         if self.dynamic:
-            update = (
-                r"$b_{ij} = 0$"
-                if not column
-                else r"$b_{ij} \leftarrow b_{ij} + \hat{u}_{j|i}"
-                r"\cdot v_j$"
-            )
+            update = r"$b_{ij} \leftarrow b_{ij} + \hat{u}_{j|i}\cdot v_j$"
+            if not column:
+                update = r"$b_{ij} = 0$"
             self._text(middle, _BOTTOM - 0.16, update, 9, ha="center", color=self.theme.soft)
         return x + _PANEL
 
@@ -481,21 +382,15 @@ class _Drawing:
         self._head(x + width / 2, "class present", f"{name}", shape)
         return x + width
 
-    def _footer(self) -> None:
+    def _footer(self, width: float) -> None:
         bars = "Vectors: one bar per component, all of a column to one scale."
         lines = "Lines: width is the coupling."
         if len(self.chosen.rest):
             lines += " ø, dashed: mean over the others."
         y = self.height - 0.98
-        self.ax.plot([_MARGIN, self.width - _MARGIN], [y, y], color=self.theme.faint, lw=0.8)
-        self._text(
-            self.width - _MARGIN, 0.16, f"{bars} {lines}", 7, ha="right", color=self.theme.soft
-        )
+        self.ax.plot([_MARGIN, width - _MARGIN], [y, y], color=self.theme.faint, lw=0.8)
+        self._text(width - _MARGIN, 0.16, f"{bars} {lines}", 7, ha="right", color=self.theme.soft)
 
 
 def _shape(name: str, shape: tuple[int, ...]) -> str:
     return f"{name} [{', '.join(map(str, shape))}]"
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 2 else name[:2]

@@ -1,4 +1,4 @@
-"""The explorer: a page on the loopback address that shows a live network."""
+"""The explorer: serves a page that shows a trained network, on the loopback address only."""
 
 import dataclasses
 import html
@@ -26,8 +26,8 @@ from capsjax.viz.live import Live
 
 _PAGE = Path(__file__).with_name("explorer.html")
 _HOST = "127.0.0.1"
-_LARGEST = 2 * 2**20  # bytes of a request
-_MOST_PIXELS = 2048**2  # of an upload
+_MAX_BYTES = 2 * 2**20  # of a request
+_MAX_PIXELS = 2048**2  # of an upload
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
     " img-src blob: data:; connect-src 'self'"
@@ -36,52 +36,51 @@ _POLICY = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExploreConfig:
-    """Explore a trained network in the browser, on this machine only; Ctrl-C ends it."""
+    """Explore a trained network in the browser, on this machine only; Ctrl-C stops it."""
 
     run: Path
-    """Directory of the run, or mnist_small, the network in the package."""
+    """Directory of the run, or mnist_small for the network that comes with the package."""
 
     port: int = 8317
-    """Port on the loopback address; 0 for any that is free."""
+    """Port on the loopback address; 0 for any free port."""
 
     checkpoint: str = "last"
-    """Which checkpoint: last, best (by validation error), or a step."""
+    """Checkpoint: last, best (by validation error), or a step."""
 
     export: Path | None = None
-    """Write a page that needs no server to this file, and end."""
+    """HTML file to write instead of serving: the explorer as a page that needs no server."""
 
     examples: tuple[int, ...] = tuple(range(12))
     """Numbers of the test images in the exported page."""
 
     def __post_init__(self) -> None:
-        """Checks every option that can be checked without the run."""
+        """Checks the options that can be checked without the run."""
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"--port must be from 0 to 65535, got {self.port}")
         if self.export is not None and self.export.suffix not in (".html", ".htm"):
             raise ConfigError(f"--export must end in .html, got {self.export}")
         if not self.examples:
-            raise ConfigError("--examples must name a test image")
+            raise ConfigError("--examples must have at least one test image, got none")
 
 
 def explore(config: ExploreConfig) -> None:
     """Serves the explorer until it is interrupted, or writes the page that needs no server.
 
     Raises:
-      ConfigError: the port is in use, or the run does not go with the explorer.
-      capsjax.data.DataError: the data set cannot be had.
+      ConfigError: the port is in use, or the run cannot be explored.
+      capsjax.data.DataError: the data set cannot be loaded.
       CheckpointError: the checkpoint cannot be read.
     """
     if config.export is not None:
-        # Loads first: nothing is written for a run that cannot be explored.
+        # The page is complete before the file is opened: an error leaves no file behind.
         page = export(_live(config), config.examples)
         config.export.write_text(page, encoding="utf-8")
         print(f"wrote {config.export}, {len(page.encode()) / 1e6:.1f} MB")
         return
-    listening = _listen(config.port)
-    with listening:
+    with _listen(config.port) as listening:
         app = make_app(_live(config))
         port = listening.getsockname()[1]
-        print(f"exploring {config.run} at http://{_HOST}:{port} (Ctrl-C ends it)", flush=True)
+        print(f"exploring {config.run} at http://{_HOST}:{port} (Ctrl-C stops it)", flush=True)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
         server.run(sockets=[listening])
 
@@ -97,25 +96,26 @@ def _live(config: ExploreConfig) -> Live:
 
 def _listen(port: int) -> socket.socket:
     listening = socket.socket()
-    # A port that the last explorer has just left is free.
+    # Allows a port that the last explorer has only just released.
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((_HOST, port))
     except OSError as error:
         listening.close()
         raise ConfigError(
-            f"--port {port} cannot be had ({error.strerror}); name another, or 0 for any"
+            f"--port {port} is not available ({error.strerror}); choose another, or 0 for any free"
+            " port"
         ) from None
     listening.listen(256)
     return listening
 
 
 class _TooLarge(Exception):
-    """A request has more bytes than the explorer reads."""
+    """Raised when a request has more bytes than the explorer reads."""
 
 
 def make_app(live: Live) -> Starlette:
-    """The explorer as an ASGI application; it serves its page and answers, and no file."""
+    """Returns the explorer as an ASGI application, which serves the page and answers, no files."""
 
     async def page(_: Request) -> Response:
         text = _with_values(live.about())
@@ -126,12 +126,12 @@ def make_app(live: Live) -> Starlette:
             try:
                 return await run_in_threadpool(work, await _body(request))
             except _TooLarge:
-                error = f"a request must be at most {_LARGEST // 2**20} MB"
+                error = f"request must be at most {_MAX_BYTES // 2**20} MB"
                 return JSONResponse({"error": error}, 413, {"Connection": "close"})
             except (ValueError, TypeError, KeyError, OverflowError) as error:
                 missing = isinstance(error, KeyError)
-                said = f"the request lacks {error}" if missing else str(error)
-                return JSONResponse({"error": said}, 400)
+                message = f"request must have {error}" if missing else str(error)
+                return JSONResponse({"error": message}, 400)
 
         return answer
 
@@ -160,7 +160,7 @@ def make_app(live: Live) -> Starlette:
         ("diagram", diagram),
     ):
         routes.append(Route(f"/api/{name}", answering(work), methods=["POST"]))
-    # Pages of other sites could otherwise reach it under a name of their own.
+    # Refuses pages of other sites, which could reach the server through a host name of their own.
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[_HOST, "localhost"])
     return Starlette(routes=routes, middleware=[hosts])
 
@@ -169,7 +169,7 @@ async def _body(request: Request) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > _LARGEST:
+        if len(body) > _MAX_BYTES:
             raise _TooLarge
     return bytes(body)
 
@@ -178,51 +178,56 @@ def _values(body: bytes) -> dict[str, Any]:
     try:
         values = json.loads(body)
     except (ValueError, RecursionError):
-        raise ValueError("the request must be a JSON object") from None
+        values = None
     if not isinstance(values, dict):
-        raise ValueError("the request must be a JSON object")
+        raise ValueError("request must be a JSON object")
     return values
 
 
 def _image(live: Live, values: dict[str, Any]) -> np.ndarray:
-    """The image that a request draws, or names by the numbers of test images."""
+    """Returns the image of a request, which holds its pixels or the numbers of test images."""
     if "test" in values:
         numbers = values["test"], values.get("other")
         if any(isinstance(n, bool) or not isinstance(n, int | None) for n in numbers):
-            raise ValueError("test images are named by integers")
+            raise ValueError(f"test images must be integers, got {list(numbers)}")
         return live.test_image(*numbers)
     shape = live.network.config.image_shape
     pixels = np.asarray(values["pixels"])
     if pixels.size != np.prod(shape) or pixels.dtype.kind not in "iu":
         raise ValueError(f"pixels must be {int(np.prod(shape))} integers, got {pixels.size}")
     if pixels.min() < 0 or pixels.max() > 255:
-        raise ValueError("pixels must be from 0 to 255")
+        raise ValueError(
+            f"pixels must be from 0 to 255, got {int(pixels.min())} to {int(pixels.max())}"
+        )
     return pixels.astype(np.uint8).reshape(shape)
 
 
 def read_image(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """Decodes an upload to uint8 ``[H, W, C]``; a ValueError unless it is an image of this size."""
+    """Decodes an upload to uint8 ``[H, W, C]``; raises a ValueError if the size is another."""
     try:
         with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "GIF", "WEBP", "BMP"]) as image:
-            # Of the header, before a small file is unpacked into many pixels.
-            if image.width * image.height > _MOST_PIXELS:
-                raise ValueError(f"the image has {image.width} x {image.height} pixels, too many")
+            # The size is in the header: a small file may unpack into very many pixels.
+            if image.width * image.height > _MAX_PIXELS:
+                raise ValueError(
+                    f"image must have at most {_MAX_PIXELS:,} pixels, got {image.width} x"
+                    f" {image.height}"
+                )
             if (image.height, image.width) != shape[:2]:
                 raise ValueError(
-                    f"the image must be {shape[1]} x {shape[0]} pixels, got {image.width} x"
+                    f"image must be {shape[1]} x {shape[0]} pixels, got {image.width} x"
                     f" {image.height}"
                 )
             return np.asarray(image.convert("L" if shape[2] == 1 else "RGB")).reshape(shape)
     except (OSError, SyntaxError, Image.DecompressionBombError):
-        raise ValueError("the upload is no PNG, JPEG, GIF, WebP or BMP image") from None
+        raise ValueError("upload must be a PNG, JPEG, GIF, WebP or BMP image") from None
 
 
 def export(live: Live, examples: tuple[int, ...]) -> str:
-    """A page of chosen test images, and each of them with the next on it, that needs no server."""
+    """Returns a page with the examples and overlays of successive ones, which needs no server."""
     about = live.about()
     chosen: list[dict[str, Any]] = []
     pairs: list[tuple[int, int | None]] = [(n, None) for n in examples]
-    pairs += [(a, b) for a, b in itertools.pairwise(examples)][:4]
+    pairs += list(itertools.pairwise(examples))[:4]
     for index, other in pairs:
         image = live.test_image(index, other)
         name = f"test image {index}" + (f" and {other}" if other is not None else "")
@@ -233,7 +238,7 @@ def export(live: Live, examples: tuple[int, ...]) -> str:
 
 
 def _with_values(about: dict[str, Any]) -> str:
-    """The page with values in it, in which nothing can end the script that holds them."""
+    """Returns the page with the values in its script, escaped so that they cannot end it."""
     text = json.dumps(about).replace("<", "\\u003c")
     title = html.escape(f"Explorer: capsules on {about['dataset']}")
     page = _PAGE.read_text(encoding="utf-8")

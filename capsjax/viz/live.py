@@ -1,4 +1,4 @@
-"""A network that answers the explorer's page: JSON values out of arrays."""
+"""The explorer's network: answers the page's requests with JSON values."""
 
 import base64
 import io
@@ -18,10 +18,10 @@ from capsjax.viz.theme import ThemeName
 
 
 class Live:
-    """Answers for one trained network; one computation at a time, whatever thread asks.
+    """Answers requests for one trained network, from any thread, one computation at a time.
 
     Args:
-      loaded: network and data set of a run.
+      loaded: the network and the data set of a run.
 
     Raises:
       ValueError: the network has no decoder, or its routing cannot be traced.
@@ -35,12 +35,12 @@ class Live:
         self._lock = threading.Lock()
         self._dissect = nnx.jit(dissect)
         self._reconstruct = nnx.jit(reconstruct)
-        # Compiles all of it, so that the first answer is no slower than the others.
+        # Compiles both functions, so that the first answer is as fast as the others.
         self.look(np.zeros(self.network.config.image_shape, np.uint8))
         self.decode([0.0] * self.network.config.class_features, 0)
 
     def about(self) -> dict[str, Any]:
-        """What the page needs to know before it asks anything."""
+        """Returns what the page needs before its first request."""
         config = self.network.config
         return {
             "dataset": self.dataset.name,
@@ -56,22 +56,22 @@ class Live:
         }
 
     def test_image(self, index: int, other: int | None = None) -> np.ndarray:
-        """A test image, or two on each other, uint8."""
+        """Returns a test image, or two test images overlaid, uint8."""
         images = self.test.images
         for number in (index, other):
             if number is not None and not 0 <= number < len(images):
-                raise ValueError(f"test images are numbered 0 to {len(images) - 1}, got {number}")
+                raise ValueError(f"test image must be from 0 to {len(images) - 1}, got {number}")
         return images[index] if other is None else overlay(images[index], images[other])
 
     def _anatomy(self, image: np.ndarray) -> Anatomy:
         shape = self.network.config.image_shape
         if image.shape != shape:
-            came, expected = (" x ".join(map(str, s)) for s in (image.shape, shape))
-            raise ValueError(f"the image must be {expected} pixels, got {came}")
+            got, expected = (" x ".join(map(str, s)) for s in (image.shape, shape))
+            raise ValueError(f"image must be {expected} pixels, got {got}")
         return self._dissect(self.network, jnp.asarray(image, jnp.float32) / 255)
 
     def look(self, image: np.ndarray) -> dict[str, Any]:
-        """What the network computes for a uint8 image ``[H, W, C]``."""
+        """Returns the network's results for a uint8 image ``[H, W, C]``."""
         with self._lock:
             anatomy = self._anatomy(image)
             number = anatomy.poses.shape[0]
@@ -90,22 +90,22 @@ class Live:
         }
 
     def decode(self, pose: list[float], parent: int) -> list[int]:
-        """The reconstruction from one class capsule, as pixels of 0 to 255."""
+        """Returns the reconstruction from one class capsule, as pixels from 0 to 255."""
         config = self.network.config
         values = np.asarray(pose, np.float32)
         if values.shape != (config.class_features,) or not np.isfinite(values).all():
-            raise ValueError(f"pose must be {config.class_features} finite numbers")
+            raise ValueError(f"pose must be {config.class_features} finite numbers, got {pose}")
         if not isinstance(parent, int) or not 0 <= parent < config.num_classes:
             raise ValueError(f"class must be from 0 to {config.num_classes - 1}, got {parent}")
         poses = np.zeros((config.num_classes, config.class_features), np.float32)
         poses[parent] = values
         with self._lock:
-            made = self._reconstruct(self.network, jnp.asarray(poses), jnp.asarray(parent))
-        pixels: list[int] = _pixels(made).ravel().tolist()
+            image = self._reconstruct(self.network, jnp.asarray(poses), jnp.asarray(parent))
+        pixels: list[int] = _pixels(image).ravel().tolist()
         return pixels
 
     def diagram(self, image: np.ndarray, classes: list[int] | None, theme: ThemeName) -> str:
-        """The routing diagram as SVG."""
+        """Returns the routing diagram of a uint8 image as SVG."""
         with self._lock:
             anatomy = self._anatomy(image)
             figure = diagram_of(
@@ -121,10 +121,10 @@ class Live:
         return buffer.getvalue()
 
     def decoder_weights(self) -> list[dict[str, Any]]:
-        """Kernels and biases of the decoder as base64 of float32, for a page without a server."""
+        """Returns the decoder's parameters in base64, for a page that works without a server."""
         weights = []
         for layer in decoder_of(self.network).layers:
-            assert layer.bias is not None  # the decoder's layers all have one
+            assert layer.bias is not None  # all layers of the decoder have a bias
             kernel, bias = layer.kernel[...], layer.bias[...]
             weights.append(
                 {"shape": list(kernel.shape), "kernel": _base64(kernel), "bias": _base64(bias)}
@@ -133,7 +133,7 @@ class Live:
 
 
 def _values(array: jax.Array) -> Any:
-    """Nested lists, exact in float32, that JSON writes with seven digits."""
+    """Converts an array to nested lists of numbers with seven digits, as many as float32 holds."""
     flat = np.asarray(array, np.float32)
     return np.array([float(f"{x:.7g}") for x in flat.ravel()]).reshape(flat.shape).tolist()
 

@@ -1,4 +1,4 @@
-"""Reconstructions from class capsules that are moved or chosen."""
+"""Reconstructions from chosen or perturbed class capsules."""
 
 from collections.abc import Sequence
 
@@ -12,17 +12,15 @@ OFFSETS = tuple(round(-0.25 + 0.05 * n, 2) for n in range(11))
 
 
 def decoder_of(network: nnx.Module) -> Decoder:
-    """The network's decoder; a ValueError if it has none."""
+    """Returns the network's decoder, or raises a ValueError if it has none."""
     decoder = getattr(network, "decoder", None)
     if not isinstance(decoder, Decoder):
-        raise ValueError(
-            f"network must have a decoder to reconstruct, this {type(network).__name__} has none"
-        )
+        raise ValueError(f"network must have a decoder, got a {type(network).__name__} without one")
     return decoder
 
 
 def reconstruct(network: nnx.Module, poses: jax.Array, parent: jax.Array | int) -> jax.Array:
-    """Reconstructs from one class capsule: ``[..., J, D]`` to ``[..., H, W, C]``."""
+    """Reconstructs images from one class capsule: ``[..., J, D]`` to ``[..., H, W, C]``."""
     target = jax.nn.one_hot(parent, poses.shape[-2])
     target = jnp.broadcast_to(target, poses.shape[:-1])
     return decoder_of(network)(poses, target).astype(jnp.float32)
@@ -31,16 +29,16 @@ def reconstruct(network: nnx.Module, poses: jax.Array, parent: jax.Array | int) 
 def vary_dimensions(
     network: nnx.Module, poses: jax.Array, parent: int, offsets: Sequence[float] = OFFSETS
 ) -> jax.Array:
-    """Adds each offset to each dimension of a class capsule, and reconstructs.
+    """Adds each offset to each dimension of a class capsule and reconstructs the images.
 
     Args:
-      network: with a decoder.
+      network: a network with a decoder.
       poses: class capsules of one image, ``[J, D]``.
-      parent: the class whose capsule is varied, and reconstructed.
-      offsets: N numbers; −0.25 to 0.25 in steps of 0.05, as in the paper.
+      parent: the class whose capsule is varied.
+      offsets: N offsets; −0.25 to 0.25 in steps of 0.05 by default, as in the paper.
 
     Returns:
-      Images, ``[D, N, H, W, C]``.
+      Reconstructions, ``[D, N, H, W, C]``.
 
     Raises:
       ValueError: the network has no decoder, or the class is out of range.

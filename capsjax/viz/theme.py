@@ -1,12 +1,15 @@
-"""Colours and type of every figure, light and dark."""
+"""Colours, type and images of every figure, light and dark."""
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
 from cycler import cycler
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ThemeName = Literal["light", "dark"]
@@ -18,12 +21,11 @@ class Theme:
 
     Attributes:
       paper: background.
-      ink: text and what matters.
+      ink: main text and marks.
       soft: secondary text.
       faint: rules and frames.
-      accents: of the first class, the second class and others that are compared.
-      sequential: colour map of what is positive.
-      diverging: colour map of what has a sign.
+      accents: colours of the classes or runs that are compared, in order.
+      sequential: colour map for positive values.
     """
 
     paper: str
@@ -32,10 +34,9 @@ class Theme:
     faint: str
     accents: tuple[str, ...]
     sequential: str
-    diverging: str
 
 
-# Accents in the order of Okabe and Ito's palette, which colour-blind readers can tell apart.
+# Accents follow the order of Okabe and Ito's palette, which is safe for colour-blind readers.
 THEMES = {
     "light": Theme(
         "#ffffff",
@@ -44,7 +45,6 @@ THEMES = {
         "#d5dbe1",
         ("#0069b4", "#c94f00", "#00805e", "#a8447f", "#7a6a00", "#3f88a8"),
         "Blues",
-        "RdBu_r",
     ),
     "dark": Theme(
         "#0d1117",
@@ -53,21 +53,20 @@ THEMES = {
         "#333c47",
         ("#62b6f7", "#ff9d4d", "#3ecf9f", "#e794c4", "#e0cf4f", "#9fd3e8"),
         "cividis",
-        "RdBu_r",
     ),
 }
 
 
 def theme_of(name: ThemeName) -> Theme:
-    """The theme of this name; a ValueError if there is none."""
-    if name not in get_args(ThemeName):
+    """Returns the theme with this name, or raises a ValueError."""
+    if name not in THEMES:
         raise ValueError(f"theme must be one of {', '.join(THEMES)}, got {name!r}")
     return THEMES[name]
 
 
 @contextlib.contextmanager
 def themed(name: ThemeName) -> Iterator[Theme]:
-    """Matplotlib's settings in this theme, for as long as the context lasts."""
+    """Applies a theme's matplotlib settings within the context."""
     theme = theme_of(name)
     settings: Any = {
         "figure.facecolor": theme.paper,
@@ -98,5 +97,15 @@ def themed(name: ThemeName) -> Iterator[Theme]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of this size in inches that no window and no global state knows of."""
+    """Returns a figure of this size in inches, outside of pyplot's global state."""
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def show_image(ax: Axes, image: npt.NDArray[np.float64], **options: Any) -> None:
+    """Draws an image in [0, 1], ``[H, W, C]``, without ticks or frame; one channel is grey."""
+    image = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
+    ax.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest", **options)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(False)

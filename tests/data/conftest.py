@@ -1,4 +1,4 @@
-"""Where the tests' data comes from; what they write goes to temporary directories."""
+"""Data for the tests, which write to temporary directories only."""
 
 import gzip
 import http.server
@@ -14,7 +14,7 @@ SHARED = Path(__file__).parents[2].parent / "shared"
 
 @pytest.fixture(autouse=True)
 def cache_home(tmp_path_factory, monkeypatch) -> Path:
-    """A cache of the test's own: the user's is neither read nor written."""
+    """A temporary cache: the user's is neither read nor written."""
     home = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     return home
@@ -38,7 +38,7 @@ def originals() -> Path:
 
 
 def read_original(path: Path) -> np.ndarray:
-    """Reads an IDX file with none of the package's code."""
+    """Reads an IDX file without the package's code."""
     data = gzip.decompress(path.read_bytes())
     axes = data[3]
     shape = np.frombuffer(data, ">u4", count=axes, offset=4)
@@ -46,7 +46,7 @@ def read_original(path: Path) -> np.ndarray:
 
 
 class Server:
-    """Serves bytes by path on the loopback address."""
+    """A server on the loopback address, with its files in memory."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}

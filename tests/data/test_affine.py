@@ -15,14 +15,14 @@ def keys(number, seed=0):
 
 
 def digit():
-    """A plausible digit: a blob off the centre, zero around it."""
+    """An image like a digit: random pixels off the centre, zeros around them."""
     image = np.zeros((28, 28), np.uint8)
     image[6:22, 9:17] = np.random.default_rng(0).integers(1, 256, (16, 8))
     return image
 
 
 def by_scipy(image, matrix, place, size):
-    """The same map by SciPy, whose axes are (y, x)."""
+    """The same transformation in SciPy, whose axes are (y, x)."""
     flipped = matrix[::-1, ::-1]
     inverse = np.linalg.inv(flipped)
     centre = (np.array(image.shape) - 1) / 2
@@ -45,13 +45,13 @@ def test_is_the_affine_map_of_scipy():
         place = _draw_place(two, jnp.asarray(image[..., None]), matrix, 40)
         got = _warp(jnp.asarray(image[..., None], jnp.float32), matrix, place, 40)[..., 0]
         expected = by_scipy(image, *(np.asarray(x, np.float64) for x in (matrix, place)), 40)
-        # Where a pixel's place rounds to another cell, neighbours a few grey levels apart differ.
+        # Rounding may move a pixel to the next cell, where grey levels differ a little.
         np.testing.assert_allclose(got, expected, atol=0.05)
 
 
 def test_matrices_have_the_ranges_that_they_are_drawn_from():
     matrices = np.asarray(jax.vmap(lambda k: _draw_matrix(k, AffineRanges()))(keys(4000)))
-    # A = R S D: undone from its first column, which is a R e_x.
+    # The first column of A = R S D is a R e_x.
     angles = np.rad2deg(np.arctan2(matrices[:, 1, 0], matrices[:, 0, 0]))
     across = np.linalg.norm(matrices[:, :, 0], axis=1)
     down = np.linalg.det(matrices) / across
@@ -66,7 +66,7 @@ def test_matrices_have_the_ranges_that_they_are_drawn_from():
         width = high - low
         assert low - 1e-3 * width <= values.min() < low + 0.01 * width
         assert high - 0.01 * width < values.max() <= high + 1e-3 * width
-        # Uniform: mean and deviation within five standard errors.
+        # Mean and deviation of a uniform distribution, within five standard errors.
         assert abs(values.mean() - (low + high) / 2) < 5 * width / np.sqrt(12 * 4000)
         assert abs(values.std() - width / np.sqrt(12)) < 0.03 * width
 
@@ -79,10 +79,10 @@ def test_nothing_falls_out_and_every_place_is_reached():
     assert out.shape == (2000, 40, 40, 1)
     assert out.dtype == np.uint8
     totals = out.sum((1, 2, 3), dtype=np.int64)
-    # Between pixels the grey levels are shared out and rounded.
+    # Interpolation distributes and rounds the grey levels.
     np.testing.assert_allclose(totals, image.sum(dtype=np.int64), rtol=0.01)
     columns = (out > 0).any((1, 3)).argmax(1)
-    assert set(range(32)) <= set(columns)  # 8 columns of ink fit into 40 at 33 places
+    assert set(range(32)) <= set(columns)  # 8 columns fit into 40 at 33 positions
     distorted = np.asarray(random_affine(keys(200, 1), images[:200], size=40)).astype(np.float64)
     assert (distorted.sum((1, 2, 3)) > 0.55 * image.sum()).all()
 
@@ -109,7 +109,7 @@ def test_bad_arguments_are_named():
 
 
 def write_batches(folder, counts):
-    """Files as they are published: a struct whose matrix has an image in each column."""
+    """Writes files in the published format: a struct whose matrix has one image per column."""
     folder.mkdir(parents=True)
     rng, kept = np.random.default_rng(0), []
     for number, count in enumerate(counts, 1):
@@ -132,7 +132,7 @@ def test_affnist_s_files(tmp_path):
     np.testing.assert_array_equal(load("affnist", data_dir=tmp_path).train.images[..., 0], trained)
 
 
-def test_what_is_wrong_with_affnist_is_one_line(tmp_path):
+def test_errors_of_affnist_are_one_line(tmp_path):
     with pytest.raises(DataError, match="affnist needs --data-dir"):
         load("affnist")
     with pytest.raises(DataError, match=r"expects \*.mat files in .*test_batches, got none"):

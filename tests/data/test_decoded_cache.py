@@ -14,7 +14,7 @@ def directory(tmp_path):
 
 
 class Decoder:
-    """Counts how often it is asked."""
+    """Counts its calls."""
 
     def __init__(self):
         self.calls = 0
@@ -29,7 +29,7 @@ def entries(cache_home):
     return sorted((cache_home / "capsjax").iterdir())
 
 
-def test_the_second_time_nothing_is_decoded(directory, cache_home):
+def test_a_second_call_does_not_decode(directory, cache_home):
     decode = Decoder()
     first, second = (cached(directory, "set-1.0.0", decode) for _ in range(2))
     assert decode.calls == 1
@@ -107,7 +107,7 @@ def test_a_failed_write_leaves_nothing(directory, cache_home, monkeypatch):
     assert entries(cache_home) == []
 
 
-def test_what_decoding_raises_is_passed_on(directory):
+def test_errors_of_decoding_are_passed_on(directory):
     def fail():
         raise ValueError("damaged shard")
 

@@ -7,7 +7,7 @@ Image = pytest.importorskip("PIL.Image")
 
 
 def make(root, *, mode="L", size=(6, 5), classes=("cat", "dog"), suffix="png", number=2):
-    """Writes a folder data set; `size` is width x height, as Pillow has it."""
+    """Writes a folder data set; `size` is width x height, as in Pillow."""
     for split in ("train", "test"):
         for label, name in enumerate(classes):
             folder = root / split / name
@@ -73,7 +73,7 @@ def test_hidden_and_other_files_are_passed_over(tmp_path):
 def test_no_directory_given():
     assert (
         refusal(None)
-        == "image_folder needs --data-dir, a directory that holds train/<class>/ and test/<class>/"
+        == "image_folder needs --data-dir, a directory with train/<class>/ and test/<class>/"
     )
 
 
@@ -134,7 +134,7 @@ def test_thirty_two_bits_are_refused(tmp_path):
     make(tmp_path)
     odd = tmp_path / "train" / "cat" / "0.png"
     Image.new("F", (6, 5)).save(odd, format="TIFF")
-    assert "32 bits wide" in refusal(tmp_path)
+    assert "pixels must have 8 or 16 bits, got 32 bits" in refusal(tmp_path)
 
 
 def test_without_pillow(tmp_path, monkeypatch):

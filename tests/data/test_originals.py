@@ -1,4 +1,4 @@
-"""Sets other than MNIST's siblings: small files in the real formats, served on the loopback."""
+"""CIFAR-10, SVHN and smallNORB, from small files in the original formats on a local server."""
 
 import gzip
 import hashlib
@@ -20,7 +20,7 @@ def numbers(*shape, most=256, seed=0):
 
 
 def cifar_archive():
-    """The archive of the binary version: six files of records, and the classes' names."""
+    """The archive of the binary version: six files of records and the names of the classes."""
     contents, images, labels = {}, [], []
     files = [f"data_batch_{n}.bin" for n in range(1, 6)] + ["test_batch.bin"]
     for seed, file in enumerate(files):
@@ -61,14 +61,14 @@ def binary_matrix(array):
 
 
 def norb_files():
-    """Binary matrices of pairs [N, 2, 96, 96], categories [N], and what varies [N, 4]."""
+    """Binary matrices of pairs [N, 2, 96, 96], categories [N] and conditions [N, 4]."""
     files, splits = {}, {}
     stems = {
         "train": "smallnorb-5x46789x9x18x6x2x96x96-training",
         "test": "smallnorb-5x01235x9x18x6x2x96x96-testing",
     }
     for seed, (split, stem) in enumerate(stems.items()):
-        # Blocks of four equal pixels, whose means are exact.
+        # Blocks of four equal pixels have exact means.
         small = numbers(7, 2, 48, 48, seed=seed)
         category = (np.arange(7) % 5).astype("<i4")
         info = np.stack([np.arange(7) % 10, np.arange(7), 2 * np.arange(7), np.arange(7) % 6], 1)
@@ -88,7 +88,7 @@ SETS = {"cifar10": cifar_archive, "svhn_cropped": svhn_files, "smallnorb": norb_
 
 @pytest.fixture
 def serve(server, monkeypatch):
-    """Serves a set's files, and points its stock builder at them."""
+    """Serves a set's files and points its stock builder at the server."""
     tfds = pytest.importorskip("tensorflow_datasets")
     from tensorflow_datasets.core.download import checksums
 
@@ -127,7 +127,7 @@ def test_is_prepared_from_its_own_files_without_tensorflow(name, serve, tmp_path
     assert dataset.class_names == tuple(names)
     for split, (images, labels) in ((dataset.train, train), (dataset.test, test)):
         assert split.images.shape == images.shape
-        # TFDS stores records in an order of its own.
+        # TFDS stores records in a different order.
         ours = sorted((i.tobytes(), int(n)) for i, n in zip(*split, strict=True))
         assert ours == sorted((i.tobytes(), int(n)) for i, n in zip(images, labels, strict=True))
     again = load(name, data_dir=tmp_path, download=False)
@@ -149,7 +149,7 @@ def test_damaged_files_are_one_line_and_nothing_is_left(name, serve, server, tmp
     ("name", "shape"),
     [("cifar10", (24, 24, 3)), ("svhn_cropped", (32, 32, 3)), ("smallnorb", (32, 32, 2))],
 )
-def test_networks_are_shown_what_the_paper_shows_them(name, shape, serve, tmp_path):
+def test_the_inputs_of_the_network_are_those_of_the_paper(name, shape, serve, tmp_path):
     import jax
     import jax.numpy as jnp
 

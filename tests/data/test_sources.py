@@ -39,7 +39,7 @@ def test_an_unknown_name_is_answered_with_the_closest(name, closest):
     )
 
 
-def test_a_name_like_none_gets_no_suggestion():
+def test_a_name_unlike_all_others_gets_no_suggestion():
     with pytest.raises(DataError, match="image_folder$"):
         load("zzzz")
 

@@ -18,7 +18,7 @@ FILES = {"train": "train", "test": "t10k"}
 
 
 def refusal(name, data_dir, **options):
-    """Returns the one line that the user sees."""
+    """Returns the message of the DataError, which is one line."""
     with pytest.raises(DataError) as error:
         load(name, data_dir=data_dir, **options)
     assert "\n" not in str(error.value)
@@ -27,7 +27,7 @@ def refusal(name, data_dir, **options):
 
 @pytest.fixture(scope="session")
 def decoded(prepared, tmp_path_factory):
-    """Both real sets, decoded once, and the cache that was left."""
+    """Both prepared sets, decoded once, and the resulting cache."""
     home = tmp_path_factory.mktemp("shared_cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home))
@@ -43,7 +43,7 @@ def assert_same_as_originals(dataset, folder):
         assert ours.images.dtype == np.uint8
         assert ours.labels.dtype == np.int32
         np.testing.assert_array_equal(np.bincount(ours.labels), np.bincount(labels))
-        # TFDS stores records in its own order: compare what each class sums to.
+        # TFDS stores records in a different order: compare the sums of each class.
         for label in range(10):
             assert ours.images[ours.labels == label].sum() == images[labels == label].sum()
 
@@ -137,7 +137,7 @@ def test_nothing_prepared_and_no_download(prepared, tmp_path, exists):
 
 
 def test_default_directory_comes_from_the_environment(prepared, tmp_path):
-    # TFDS reads it when it is imported.
+    # TFDS reads the variable when it is imported.
     code = (
         "from capsjax.data import DataError, load\n"
         "try: load('kmnist', download=False)\n"
@@ -163,7 +163,7 @@ def test_without_optional_packages(tmp_path, monkeypatch, missing):
 
 
 def point_at(server, monkeypatch, name="MNIST"):
-    """Lets a stock builder download from `server`, with the checksums it has registered."""
+    """Makes a stock builder download from `server`, with its registered checksums."""
     from tensorflow_datasets.image_classification import mnist
 
     stock = getattr(mnist, name)
@@ -210,11 +210,11 @@ def test_a_corrupted_download_is_refused_and_nothing_is_left(serving_mnist, tmp_
     if damage != "missing":
         assert "checksum" in first.lower()
     assert not (tmp_path / "mnist" / VERSION).exists()
-    # A second call does not take what the first has left for good.
+    # A second call does not mistake leftovers of the first for a prepared set.
     assert refusal("mnist", tmp_path)
 
 
-def test_nobody_listens(prepared, server, tmp_path, monkeypatch):
+def test_a_server_that_is_down(prepared, server, tmp_path, monkeypatch):
     point_at(server, monkeypatch)
     server.http.server_close()
     started = time.monotonic()
@@ -242,7 +242,7 @@ def test_a_server_that_never_answers(prepared, tmp_path, monkeypatch):
 
 
 def test_a_directory_that_cannot_be_made(serving_mnist):
-    # /dev/null is no directory whoever asks, root included.
+    # /dev/null is not a directory, even for root.
     text = refusal("mnist", "/dev/null/tfds")
     assert "/dev/null/tfds" in text
 

@@ -23,7 +23,7 @@ def test_every_pixel_value_is_a_255th():
 
 
 def shifted_by(image, row, column):
-    """Zeros move in; nothing wraps around."""
+    """Shifts an image, filling with zeros."""
     out = np.zeros_like(image)
     height, width = image.shape[:2]
     for y in range(height):

@@ -45,7 +45,7 @@ def test_squash_and_length_over_shapes_axes_and_dtypes(shape, data, dtype, magni
     assert longest <= 1 + float(jnp.finfo(dtype).eps)
 
 
-def test_squash_runs_over_the_axis_it_is_told():
+def test_squash_runs_over_the_given_axis():
     s = jnp.array([[3.0, 0], [4.0, 1.0]])
     np.testing.assert_allclose(squash(s, 0)[:, 0], np.array([3, 4]) / 5 * 25 / 26, rtol=1e-6)
     np.testing.assert_allclose(squash(s, 0)[:, 1], [0, 0.5], rtol=1e-6)
@@ -97,7 +97,7 @@ def test_gradients(function):
     )
 
 
-def test_epsilon_stands_under_the_root_of_the_divisor():
+def test_epsilon_is_added_under_the_square_root():
     s = np.random.default_rng(2).normal(size=(3, 5))
     squared = (s**2).sum(-1, keepdims=True)
     expected = squared / (1 + squared) * s / np.sqrt(squared + 0.5)

@@ -78,7 +78,7 @@ def test_all_agree_in_value_and_gradients(size, kernel_size, strides, padding):
     terms = kernel_size[0] * kernel_size[1] * 3 * size[0] * size[1]
     for result in results[:-1]:
         for a, b in zip(*map(jax.tree.leaves, (result, results[-1])), strict=True):
-            # What adds up to nearly nothing is rounded as what was added.
+            # Sums that nearly cancel have the rounding errors of their terms.
             assert_close(a, b, terms=terms, scale=max(1.0, float(np.abs(b).max(initial=0))))
 
 
@@ -96,7 +96,7 @@ def lowered_for(platform, implementation=None):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_what_ran_can_be_told_from_the_lowered_text(platform):
+def test_the_lowered_text_shows_the_implementation(platform):
     def counts(implementation):
         text = lowered_for(platform, implementation)
         return text.count("stablehlo.convolution"), text.count("stablehlo.dot_general")
@@ -184,14 +184,14 @@ def test_goes_into_flax_convolutions(strides):
 
 CANNOT = [
     ({"dimension_numbers": None}, "needs dimension_numbers="),
-    ({"rhs_dilation": (2, 2)}, r"knows no dilation, got .*rhs_dilation=\(2, 2\)"),
-    ({"lhs_dilation": (2, 2)}, r"knows no dilation, got lhs_dilation=\(2, 2\)"),
-    ({"feature_group_count": 3}, "knows no groups, got feature_group_count=3"),
+    ({"rhs_dilation": (2, 2)}, r"supports no dilation, got .*rhs_dilation=\(2, 2\)"),
+    ({"lhs_dilation": (2, 2)}, r"supports no dilation, got lhs_dilation=\(2, 2\)"),
+    ({"feature_group_count": 3}, "supports no groups, got feature_group_count=3"),
 ]
 
 
 @pytest.mark.parametrize(("options", "reason"), CANNOT, ids=[r for _, r in CANNOT])
-def test_what_only_xla_can_do(options, reason):
+def test_arguments_that_need_xla(options, reason):
     images, kernel = arrays(3, 7, 7, 3, 3, 3, 3)
     options = {"dimension_numbers": NHWC, **options}
     if options["dimension_numbers"] is None:

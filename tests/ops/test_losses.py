@@ -26,7 +26,7 @@ def test_margin_loss_terms():
 
 
 def test_margin_loss_does_not_normalise_the_lengths():
-    # Lengths that all reach the margin cost nothing; put through a softmax, they would.
+    # All lengths reach the margin, so the loss is zero; after a softmax it would not be.
     assert margin_loss(jnp.array([0.95, 0.95]), jnp.array([1, 1])) == 0
 
 
@@ -89,11 +89,11 @@ def test_masked_pixels_have_no_loss_and_no_gradient():
 
 
 SPREAD = [
-    # One right class: 0.5 above the first, 0.8 above the second.
+    # One correct class: 0.5 above the first wrong class, 0.8 above the second.
     ([0.8, 0.3, 0.0], [1, 0, 0], 0.9, 0.4**2 + 0.1**2),
     ([0.8, 0.3, 0.0], [1, 0, 0], 0.2, 0.0),
     ([0.1, 0.9], [1, 0], 0.9, 1.7**2),
-    # Two right classes: every pair of a wrong one with a right one.
+    # Two correct classes: all pairs of a wrong and a correct class.
     ([0.5, 0.5, 0.2], [1, 1, 0], 0.9, 2 * 0.6**2),
 ]
 
@@ -135,7 +135,7 @@ def test_bad_arguments_are_named_while_tracing():
     lengths = jnp.ones((2, 3))
     with pytest.raises(ValueError, match=r"labels must be one-hot.*\(2, 3\), got shape \(2,\)"):
         jax.jit(margin_loss)(lengths, jnp.array([0, 1]))
-    with pytest.raises(ValueError, match=r"labels must have the shape of activations \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"labels must have the shape of activations, \(2, 3\)"):
         spread_loss(lengths, jnp.array([0, 1]))
     with pytest.raises(TypeError, match="lengths must be a floating-point array, got dtype int32"):
         margin_loss(jnp.ones((2, 3), int), lengths)

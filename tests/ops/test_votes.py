@@ -18,7 +18,7 @@ SIZE = st.integers(1, 5)
     leading=st.lists(st.integers(1, 3), max_size=2),
     dtype=st.sampled_from(FLOATS),
 )
-def test_every_child_votes_by_a_matrix_of_its_own(sizes, leading, dtype):
+def test_every_pair_has_its_own_matrix(sizes, leading, dtype):
     children, k, parents, d = sizes
     rng = np.random.default_rng(0)
     poses = rng.normal(size=(*leading, children, k)).astype(jnp.dtype(dtype))
@@ -77,6 +77,6 @@ def test_bad_matrices_are_named():
     ):
         matrix_votes(jnp.ones((3, 4)), jnp.ones((3, 2, 4, 5)))
     with pytest.raises(
-        ValueError, match=r"poses must have shape .*3, 4\] as the weights .*\(3, 5\)"
+        ValueError, match=r"poses must have shape .*3, 4\] to match weights .*\(3, 5\)"
     ):
         matrix_votes(jnp.ones((3, 5)), jnp.ones((3, 2, 4, 2)))

@@ -1,4 +1,4 @@
-"""A run's directory, a tiny network of random weights, and an explorer that serves it."""
+"""A tiny network with random weights, its run directory, and an explorer that serves it."""
 
 import threading
 import time
@@ -33,7 +33,7 @@ def loaded() -> Loaded:
     few = Split(full.test.images[:40], full.test.labels[:40])
     dataset = Dataset("mnist_5k", few, few, full.class_names)
     network = models.build(TINY, rngs=nnx.Rngs(0))
-    # Votes so long that couplings change from iteration to iteration, as after training.
+    # With long votes the couplings change from iteration to iteration, as after training.
     network.classes.kernel[...] *= 8
     return Loaded(network, dataset, few, 7)
 
@@ -45,7 +45,7 @@ def image(loaded):
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory, loaded):
-    """The directory of a run as training leaves it, with the tiny network in it."""
+    """A run directory of the tiny network, as training leaves it."""
     directory = RunDirectory(tmp_path_factory.mktemp("runs") / "short")
     options = TrainConfig(validation=0)
     directory.create()

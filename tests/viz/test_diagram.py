@@ -1,4 +1,4 @@
-"""Every number of the diagram is one of the trace."""
+"""The diagram draws the numbers of the trace."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def artists(figure):
 
 
 def bars(collection):
-    """Heights of the bars of a drawn vector, in inches from its line."""
+    """Heights of a vector's bars, in inches from its baseline."""
     return np.array([tip - base for (_, base), (_, tip) in collection.get_segments()])
 
 

@@ -1,4 +1,4 @@
-"""The explorer's answers equal direct calls; what is wrong is said; the server stays up."""
+"""The explorer's answers equal direct calls; bad requests get an error; the server stays up."""
 
 import dataclasses
 import io
@@ -43,23 +43,25 @@ def png(height, width, value=0):
 def test_a_look_equals_direct_calls(address, loaded, image):
     status, body = ask(f"{address}/api/look", {"test": 3})
     assert status == 200
-    said = json.loads(body)
+    answered = json.loads(body)
     anatomy = dissect(loaded.network, image)
-    np.testing.assert_allclose(said["lengths"], loaded.network(image).scores, atol=1e-5)
-    np.testing.assert_allclose(said["poses"], anatomy.poses, atol=1e-5)
-    np.testing.assert_allclose(said["coupling"], anatomy.trace.coupling, atol=1e-5)
-    np.testing.assert_allclose(said["activations"], anatomy.trace.activations, atol=1e-5)
+    np.testing.assert_allclose(answered["lengths"], loaded.network(image).scores, atol=1e-5)
+    np.testing.assert_allclose(answered["poses"], anatomy.poses, atol=1e-5)
+    np.testing.assert_allclose(answered["coupling"], anatomy.trace.coupling, atol=1e-5)
+    np.testing.assert_allclose(answered["activations"], anatomy.trace.activations, atol=1e-5)
     for parent in (0, 9):
         made = loaded.network.decoder(anatomy.poses, jnp.arange(10) == parent)
         np.testing.assert_allclose(
-            np.array(said["reconstructions"][parent]) / 255, made.ravel(), atol=0.51 / 255
+            np.array(answered["reconstructions"][parent]) / 255, made.ravel(), atol=0.51 / 255
         )
     # Drawn or uploaded, the same pixels get the same answer.
     pixels = loaded.test.images[3]
-    assert json.loads(ask(f"{address}/api/look", {"pixels": pixels.ravel().tolist()})[1]) == said
+    assert (
+        json.loads(ask(f"{address}/api/look", {"pixels": pixels.ravel().tolist()})[1]) == answered
+    )
     out = io.BytesIO()
     Image.fromarray(pixels[..., 0]).save(out, "PNG")
-    assert json.loads(ask(f"{address}/api/upload", out.getvalue())[1]) == said
+    assert json.loads(ask(f"{address}/api/upload", out.getvalue())[1]) == answered
 
 
 def test_decoding_equals_a_direct_call(address, loaded):
@@ -81,20 +83,25 @@ def test_the_diagram_is_svg(address):
 @pytest.mark.parametrize(
     ("where", "data", "status", "message"),
     [
-        ("upload", b"this is no image", 400, "the upload is no PNG"),
-        ("upload", png(28, 28)[:40], 400, "the upload is no PNG"),
-        ("upload", png(30, 40), 400, "the image must be 28 x 28 pixels, got 40 x 30"),
-        ("upload", png(3000, 3000), 400, "too many"),
-        ("upload", bytes(50 * 2**20), 413, "a request must be at most 2 MB"),
-        ("look", b"[1]", 400, "the request must be a JSON object"),
-        ("look", b"\xff\xfe", 400, "the request must be a JSON object"),
-        ("look", {}, 400, "the request lacks 'pixels'"),
+        ("upload", b"this is no image", 400, "upload must be a PNG"),
+        ("upload", png(28, 28)[:40], 400, "upload must be a PNG"),
+        ("upload", png(30, 40), 400, "image must be 28 x 28 pixels, got 40 x 30"),
+        (
+            "upload",
+            png(3000, 3000),
+            400,
+            "image must have at most 4,194,304 pixels, got 3000 x 3000",
+        ),
+        ("upload", bytes(50 * 2**20), 413, "request must be at most 2 MB"),
+        ("look", b"[1]", 400, "request must be a JSON object"),
+        ("look", b"\xff\xfe", 400, "request must be a JSON object"),
+        ("look", {}, 400, "request must have 'pixels'"),
         ("look", {"pixels": [0] * 5}, 400, "pixels must be 784 integers, got 5"),
-        ("look", {"pixels": [300] * 784}, 400, "pixels must be from 0 to 255"),
+        ("look", {"pixels": [300] * 784}, 400, "pixels must be from 0 to 255, got 300 to 300"),
         ("look", {"pixels": [[1], [1, 2]]}, 400, ""),
-        ("look", {"test": 40}, 400, "test images are numbered 0 to 39, got 40"),
-        ("look", {"test": "a"}, 400, "test images are named by integers"),
-        ("decode", {"pose": [1, 2], "class": 1}, 400, "pose must be 5 finite numbers"),
+        ("look", {"test": 40}, 400, "test image must be from 0 to 39, got 40"),
+        ("look", {"test": "a"}, 400, "test images must be integers, got ['a', None]"),
+        ("decode", {"pose": [1, 2], "class": 1}, 400, "pose must be 5 finite numbers, got [1, 2]"),
         ("decode", {"pose": [0] * 5, "class": 10}, 400, "class must be from 0 to 9, got 10"),
         ("diagram", {"test": 1, "classes": [77]}, 400, "classes must be from 0 to 9, got 77"),
         ("diagram", {"test": 1, "theme": "pink"}, 400, "theme must be one of light, dark"),
@@ -143,7 +150,7 @@ def test_the_exported_page_needs_no_server(live, loaded, image):
     np.testing.assert_allclose(
         about["examples"][0]["lengths"], loaded.network(image).scores, atol=1e-5
     )
-    assert "<svg" not in page  # what is inside of the script cannot end it
+    assert "<svg" not in page  # no value in the script can end it
     assert 'src="http' not in page
     assert len(about["decoder"]) == 2
 
@@ -153,11 +160,14 @@ def test_the_exported_page_needs_no_server(live, loaded, image):
     [
         (models.configure("baseline"), "network must be a CapsNet.*got BaselineCNN"),
         (models.configure("small", decoder_features=()), "network must have a decoder"),
-        (models.configure("small", routing="uniform"), "routing must iterate over votes"),
+        (
+            models.configure("small", routing="uniform"),
+            "must have a routing that can be traced",
+        ),
     ],
 )
 def test_networks_that_cannot_be_explored(loaded, config, message):
-    # Of shapes alone: the baseline has 35 million parameters.
+    # Shapes are enough: the baseline has 35 million parameters.
     network = nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=message):
         Live(dataclasses.replace(loaded, network=network))
@@ -171,7 +181,7 @@ def test_a_port_in_use(run, capsys):
         with pytest.raises(SystemExit) as stopped:
             main(["explore", str(run), "--port", str(port)])
     assert stopped.value.code == 2
-    assert f"--port {port} cannot be had (Address already in use)" in capsys.readouterr().err
+    assert f"--port {port} is not available (Address already in use)" in capsys.readouterr().err
 
 
 def test_explore_needs_a_run(capsys, tmp_path):

@@ -1,4 +1,4 @@
-"""Every number of a figure is one that it was given, or follows from it."""
+"""The figures draw the numbers that they were given."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +9,6 @@ from capsjax.cli import main
 from capsjax.training import load_network
 from capsjax.training.run_directory import RunDirectory
 from capsjax.viz.draw import DrawConfig, make_figure
-from capsjax.viz.figures import agreement_and_entropy, confusion_matrix
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def test_coupling_maps(loaded, anatomy):
     assert len(images) == 2 * 2 * 3
     for t in (1, 3):
         for kind in range(3):
-            # The capsule at this place of the grid, by its number.
+            # The number of the capsule at this position of the grid.
             for row, column in ((0, 0), (1, 2), (rows - 1, columns - 1)):
                 child = (row * columns + column) * 3 + kind
                 drawn = images[f"coupling-{t}-{kind}-7"].get_array()[row, column]
@@ -35,7 +34,7 @@ def test_coupling_maps(loaded, anatomy):
 
 def test_agreement_and_entropy(anatomy):
     trace = anatomy.trace
-    means, entropy = agreement_and_entropy(trace)
+    means, entropy = viz.agreement_and_entropy(trace)
     votes, coupling = np.asarray(anatomy.votes), np.asarray(trace.coupling)
     for t in range(3):
         along = np.einsum("ijd,jd->ij", votes, trace.poses[t])
@@ -88,7 +87,7 @@ def test_confusion():
     labels = np.array([0, 1, 2, 2, 1])
     scores = np.eye(3)[[0, 1, 1, 2, 0]] * np.array([[1.0], [1], [0.6], [1], [0.9]])
     np.testing.assert_array_equal(
-        confusion_matrix(labels, scores), [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+        viz.confusion_matrix(labels, scores), [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     )
     assert viz.worst_errors(labels, scores).tolist() == [4, 2]
     figure = viz.confusion(labels, scores, images=np.zeros((5, 4, 4, 1)))

@@ -33,10 +33,10 @@ def browser():
 
 @pytest.fixture(params=[1280, 390])
 def page(browser, request):
-    """A page whose console must stay without errors."""
+    """A page; fails if an error appears on its console."""
     opened = browser.new_page(viewport={"width": request.param, "height": 900})
     errors = []
-    opened.on("console", lambda said: said.type == "error" and errors.append(said.text))
+    opened.on("console", lambda entry: entry.type == "error" and errors.append(entry.text))
     opened.on("pageerror", lambda error: errors.append(str(error)))
     opened.set_default_timeout(20_000)
     yield opened
@@ -49,7 +49,7 @@ def pixels(page, selector):
 
 
 def until(page, holds, arg=None):
-    """Waits for a condition; Playwright's own way would need eval, which the page forbids."""
+    """Waits for a condition; Playwright's own wait needs eval, which the page forbids."""
     limit = time.monotonic() + 20
     while not page.evaluate(holds, arg):
         assert time.monotonic() < limit, holds
@@ -57,7 +57,7 @@ def until(page, holds, arg=None):
 
 
 def changes(page, selector, before):
-    """Waits until a canvas shows another picture."""
+    """Waits until a canvas has changed."""
     until(
         page,
         "([selector, before]) => document.querySelector(selector).toDataURL() !== before",
@@ -68,19 +68,19 @@ def changes(page, selector, before):
 def test_the_page(page, address):
     page.goto(address)
     page.wait_for_selector("#diagram img")
-    # Nothing is wider than the screen.
+    # The page does not scroll sideways.
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
-    said = page.inner_text("#lengths")
+    lengths = page.inner_text("#lengths")
     page.click("#clear")
     box = page.locator("#draw").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 20)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] - 20, steps=8)
     page.mouse.up()
-    until(page, "said => document.querySelector('#lengths').innerText !== said", said)
+    until(page, "before => document.querySelector('#lengths').innerText !== before", lengths)
 
-    # With the keyboard alone, from here on.
+    # From here on, with the keyboard alone.
     before = pixels(page, "#draw")
     page.focus("#draw")
     for key in ("ArrowLeft", "ArrowLeft", "ArrowLeft", "ArrowUp", " "):
@@ -118,14 +118,14 @@ def test_everything_has_a_name(page, address):
     assert unnamed == []
 
 
-def test_an_upload_that_is_no_image_is_told(browser, address, tmp_path):
+def test_an_upload_that_is_no_image_shows_an_error(browser, address, tmp_path):
     wrong = tmp_path / "wrong.png"
     wrong.write_bytes(b"no image")
     page = browser.new_page()
     page.goto(address)
     page.wait_for_selector("#diagram img")
     page.set_input_files("#upload", wrong)
-    until(page, "document.querySelector('#error').textContent.includes('no PNG')")
+    until(page, "document.querySelector('#error').textContent.includes('must be a PNG')")
     page.close()
 
 
@@ -134,7 +134,7 @@ def test_the_exported_page(page, live, tmp_path):
     path.write_text(export(live, (3, 5)), encoding="utf-8")
     page.goto(path.as_uri())
     page.wait_for_selector("#diagram img")
-    # The decoder in the page makes what the network's made.
+    # The page's decoder computes the same images as the network's.
     page.locator("#sliders input").first.focus()
     before = pixels(page, "#reconstruction")
     page.keyboard.press("ArrowRight")
