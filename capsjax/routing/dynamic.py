@@ -1,7 +1,5 @@
 """Routing by agreement: Sabour, Frosst, Hinton, NIPS 2017."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,6 +7,7 @@ from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
 from capsjax.routing._passes import Inputs, Passes, as_logits, inputs
+from capsjax.routing.fused import dense_capsules
 from capsjax.routing.record import Algorithm, register
 from capsjax.routing.routed import Routed
 
@@ -116,12 +115,6 @@ def _leaky_softmax(logits: jax.Array) -> jax.Array:
     return exponentials / (jnp.exp(-highest) + jnp.sum(exponentials, axis=-1, keepdims=True))
 
 
-def _fused(poses: jax.Array, weights: jax.Array, **options: Any) -> Routed:
-    from capsjax.routing.fused import dense_capsules  # it imports this file
-
-    return dense_capsules(poses, weights, **options)
-
-
 DYNAMIC = register(
     Algorithm(
         name="dynamic",
@@ -132,6 +125,6 @@ DYNAMIC = register(
         has_bias=True,
         takes_logits=True,
         squash=squash,
-        fused=_fused,
+        fused=dense_capsules,
     )
 )

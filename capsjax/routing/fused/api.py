@@ -15,7 +15,6 @@ from capsjax.ops import dense_votes, length
 from capsjax.ops._checks import accumulator, as_floating, as_mask, zeros
 from capsjax.ops.votes import check_dense
 from capsjax.routing._passes import as_iterations
-from capsjax.routing.dynamic import dynamic_routing
 from capsjax.routing.fused.blocked import Blocks
 from capsjax.routing.fused.lanes import Lanes
 from capsjax.routing.fused.recurrence import Sweeps, route
@@ -158,7 +157,7 @@ class _Options:
 
 
 def _store(options: _Options, poses: jax.Array, weights: jax.Array) -> Routed:
-    return dynamic_routing(
+    return algorithm("dynamic").function(
         dense_votes(poses, weights, precision=options.precision),
         num_iterations=options.num_iterations,
         bias=options.bias,
