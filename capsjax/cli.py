@@ -110,7 +110,8 @@ def _bench(config: Any, arguments: Sequence[str]) -> None:
     from capsjax.bench import CompareConfig, run_benchmark, run_comparison
 
     compares = isinstance(config, CompareConfig)
-    sys.exit(run_comparison(config) if compares else run_benchmark(config))
+    if code := run_comparison(config) if compares else run_benchmark(config):
+        sys.exit(code)
 
 
 def _draw(config: Any, arguments: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Eight CPU devices, strict rank promotion, and where real data come from."""
 
 import atexit
+import gc
 import importlib.metadata
 import logging
 import os
@@ -29,6 +30,8 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The heap grows to gigabytes of traced programs, which each full collection walks.
+gc.set_threshold(100_000, 20, 100)
 
 # Examples are the same in every run, and few: each new shape is a compilation. One that fails is
 # not made smaller, which would take minutes.

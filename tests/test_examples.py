@@ -13,8 +13,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def run(name, folder, *arguments, timeout=180):
     """What the example prints."""
+    quick = "--steps" in arguments
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)
+    if not quick:
+        environment.pop("XLA_FLAGS", None)  # which make compiling fast and programs slow
     # Warnings are errors here, too; the folder is not that of the repository.
     command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
     done = subprocess.run(

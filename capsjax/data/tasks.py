@@ -264,9 +264,10 @@ class Sampler:
       >>> digits = Batch(jnp.zeros((4, 28, 28, 1), jnp.uint8), jnp.array([0, 0, 1, 2]))
       >>> sampler = Sampler(Pairs(), num_classes=3)
       >>> first_two = jnp.arange(2)
-      >>> sampler.train(digits, jax.random.key(0), first_two, indices=first_two).images.shape
+      >>> sample = jax.jit(sampler.train)(digits, jax.random.key(0), first_two, first_two)
+      >>> sample.images.shape
       (2, 36, 36, 1)
-      >>> sampler.test(digits, jnp.arange(8)).drawings.shape
+      >>> jax.eval_shape(sampler.test, digits, jnp.arange(8)).drawings.shape
       (8, 2, 36, 36, 1)
     """
 

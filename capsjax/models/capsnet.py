@@ -117,11 +117,11 @@ class CapsNet(CapsuleNetwork):
       rngs: random streams; uses ``params``.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from capsjax import models
       >>> from flax import nnx
       >>> network = models.create("small", rngs=nnx.Rngs(0))
-      >>> prediction = network(jnp.zeros((2, 28, 28, 1)))
+      >>> prediction = jax.eval_shape(network, jnp.zeros((2, 28, 28, 1)))
       >>> prediction.scores.shape, prediction.poses.shape, prediction.reconstruction.shape
       ((2, 10), (2, 10, 16), (2, 28, 28, 1))
 

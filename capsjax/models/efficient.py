@@ -111,12 +111,12 @@ class EfficientCapsNet(CapsuleNetwork):
       rngs: random streams; uses ``params``.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from capsjax import models
       >>> from flax import nnx
       >>> network = models.create("efficient_capsnet", rngs=nnx.Rngs(0))
       >>> network.eval()  # batch normalisation with its running statistics
-      >>> network(jnp.zeros((2, 28, 28, 1))).poses.shape
+      >>> jax.eval_shape(network, jnp.zeros((2, 28, 28, 1))).poses.shape
       (2, 10, 16)
 
     Reference:

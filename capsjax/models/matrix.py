@@ -89,11 +89,11 @@ class MatrixCapsNet(CapsuleNetwork):
       rngs: random streams; uses ``params``.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from capsjax import models
       >>> from flax import nnx
       >>> network = models.create("matrix_capsnet_small", rngs=nnx.Rngs(0))
-      >>> prediction = network(jnp.zeros((2, 28, 28, 1)))
+      >>> prediction = jax.eval_shape(network, jnp.zeros((2, 28, 28, 1)))
       >>> prediction.scores.shape, prediction.poses.shape
       ((2, 10), (2, 10, 16))
 

@@ -143,12 +143,12 @@ def create(preset: str, *, rngs: nnx.Rngs, **overrides: Any) -> Network:
       ValueError: the preset or a field is unknown, or a value is invalid.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from capsjax import models
       >>> from flax import nnx
       >>> network = models.create(
       ...     "small", rngs=nnx.Rngs(0), image_shape=(32, 32, 3), num_classes=5)
-      >>> network(jnp.zeros((1, 32, 32, 3))).scores.shape
+      >>> jax.eval_shape(network, jnp.zeros((1, 32, 32, 3))).scores.shape
       (1, 5)
     """
     return build(configure(preset, **overrides), rngs=rngs)

@@ -355,7 +355,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
         (["--output", str(there)], "exists already"),
         (["--output", "none/rows.jsonl"], "no directory none"),
         (["--workload", "nowhere:f", "--shape", "f32[3]"], "No module named 'nowhere'"),
-        (["nosuch"], "invalid choice 'nosuch'"),
+        (["nosuch"], "pod, got 'nosuch'"),
     ):
         with pytest.raises(SystemExit) as done:
             main(["bench", *arguments])

@@ -247,12 +247,11 @@ def test_conv_capsules_take_every_routing_and_have_finite_gradients(name):
     layer = conv(name, padding="SAME")
     poses = normal(2, 4, 3, 2, 4)
 
-    @nnx.jit
     def loss(layer, poses):
         routed = layer(poses)
         return routed.poses.sum() + routed.activations.sum()
 
-    grads, poses_grad = nnx.grad(loss, argnums=(0, 1))(layer, poses)
+    grads, poses_grad = nnx.jit(nnx.grad(loss, argnums=(0, 1)))(layer, poses)
     for leaf in jax.tree.leaves((grads, poses_grad)):
         assert jnp.isfinite(leaf).all()
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads["kernel"]))

@@ -179,7 +179,7 @@ def test_one_iteration_is_uniform_coupling(name):
 
 
 @every_algorithm
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     leading=st.lists(st.integers(1, 2), max_size=2),
     sizes=st.tuples(*[st.integers(1, 5)] * 3),
@@ -255,11 +255,18 @@ def grad_of(function):
     return jax.jit(jax.grad(loss))
 
 
+@functools.cache
+def without_the_last_child(name):
+    """The algorithm with a mask, and its gradient, each compiled once."""
+    where = jnp.arange(CHILDREN) != CHILDREN - 1
+    function = functools.partial(ALGORITHMS[name][0], where=where)
+    return jax.jit(function), grad_of(function)
+
+
 @every_algorithm
 @pytest.mark.parametrize("masked", [jnp.nan, 1e30, 7.0])
 def test_masked_children_have_no_influence_and_no_gradient(name, masked):
-    where = jnp.arange(CHILDREN) != CHILDREN - 1
-    function = functools.partial(ALGORITHMS[name][0], where=where)
+    function, gradient = without_the_last_child(name)
     votes = votes_of()
     broken = votes.at[-1].set(masked)
     routed, expected = function(broken), function(votes)
@@ -270,28 +277,28 @@ def test_masked_children_have_no_influence_and_no_gradient(name, masked):
         assert_close(expected.poses, ALGORITHMS[name][0](votes[:-1]).poses, terms=CHILDREN)
     # The activations and logits of some are read off the broken votes by the test itself.
     if name not in ("self", "em", "variational") or jnp.isfinite(masked):
-        np.testing.assert_array_equal(grad_of(function)(broken)[-1], 0)
+        np.testing.assert_array_equal(gradient(broken)[-1], 0)
 
 
 @every_algorithm
-@settings(max_examples=8)
+@settings(max_examples=3)
 @given(
-    kind=st.sampled_from([0.0, 1e-8, 1e4, "equal", "normal"]),
     children=st.sampled_from([1, 6]),
     parents=st.sampled_from([1, 4]),
     dtype=st.sampled_from(FLOATS),
     num_iterations=st.sampled_from([1, 3, 10]),
 )
-def test_values_and_gradients_are_finite(name, kind, children, parents, dtype, num_iterations):
+def test_values_and_gradients_are_finite(name, children, parents, dtype, num_iterations):
     function = ALGORITHMS[name][0]
     if name in ITERATIVE:
         function = functools.partial(function, num_iterations=num_iterations)
     shape = (children, parents, FEATURES)
     normal = np.random.default_rng(0).normal(size=shape)
-    votes = {"equal": np.ones(shape), "normal": normal}.get(kind)
-    votes = jnp.asarray(normal * kind if votes is None else votes, dtype)
-    for x in (*jax.jit(function)(votes), grad_of(function)(votes)):
-        assert np.isfinite(np.asarray(x, np.float32)).all()
+    values, gradient = jax.jit(function), grad_of(function)
+    for kind in (0 * normal, 1e-8 * normal, normal, 1e4 * normal, np.ones(shape)):
+        votes = jnp.asarray(kind, dtype)
+        for x in (*values(votes), gradient(votes)):
+            assert np.isfinite(np.asarray(x, np.float32)).all()
 
 
 @every_algorithm
@@ -303,7 +310,7 @@ def test_gradients(name):
 
 
 @every_algorithm
-@pytest.mark.parametrize("sizes", [(4, 16, 5, 16), (64, 16, 5, 16), (16, 40, 5, 16)], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 16, 5, 16), (64, 16, 5, 16)], ids=str)
 def test_gradients_under_a_leading_axis_of_one(name, sizes):
     # Such programs XLA:CPU of jaxlib 0.10.2 computes wrongly, by orders of magnitude.
     batch, *shape = sizes
@@ -313,7 +320,7 @@ def test_gradients_under_a_leading_axis_of_one(name, sizes):
         signs = jnp.cos(jnp.arange(16.0)).reshape((1,) * (votes.ndim - 2) + (16,))
         return jax.grad(lambda v: jnp.sum(ALGORITHMS[name][0](v).poses * signs))(votes)
 
-    expected = gradient(votes[0])
+    expected = jax.jit(gradient)(votes[0])
     scale = float(jnp.abs(expected).max())
     for function in (gradient, jax.vmap(gradient)):
         np.testing.assert_allclose(jax.jit(function)(votes)[0], expected, atol=1e-2 * scale)
