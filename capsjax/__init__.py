@@ -12,12 +12,23 @@ from typing import TYPE_CHECKING, Any
 from capsjax.version import __version__
 
 if TYPE_CHECKING:
-    from capsjax import bench, data, models, nn, ops, reproduce, routing, training, viz
+    from capsjax import bench, data, errors, models, nn, ops, reproduce, routing, training, viz
     from capsjax.models import load_pretrained
     from capsjax.ops import *
     from capsjax.routing import *
 
-_ROOMS = ("bench", "data", "models", "nn", "ops", "reproduce", "routing", "training", "viz")
+_ROOMS = (
+    "bench",
+    "data",
+    "errors",
+    "models",
+    "nn",
+    "ops",
+    "reproduce",
+    "routing",
+    "training",
+    "viz",
+)
 
 
 def __getattr__(name: str) -> Any:

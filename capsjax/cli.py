@@ -16,6 +16,7 @@ import shlex
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 import tyro
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         run = _parse(prog, arguments)
         _quieten_libraries()
-        run(arguments)
+        run()
     except CapsjaxError as error:
         _report(prog, str(error))
         if isinstance(error, CheckpointError):
@@ -58,19 +59,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         _exit_at_once(_INTERRUPTED)
 
 
-def _train(config: Any, arguments: Sequence[str]) -> None:
+def _train(config: Any) -> None:
     """Train a capsule network on a set of images.
 
     The run directory receives the configuration, metrics as JSON lines and for TensorBoard,
     checkpoints, the test result, and a picture of test images over their reconstructions.
     """
-    from capsjax.training import TrainConfig, train
-    from capsjax.training.run_directory import RunDirectory
+    from capsjax.training import train
 
-    if config.resume:
-        # Parsed again over the run's own options, so that only what is given may differ.
-        started = RunDirectory(config.run_dir).read_config().train
-        config = tyro.cli(TrainConfig, args=arguments[1:], default=started, config=_TYRO)
     result = train(config)
     if result.stopped_by is not None:
         command = f"capsjax train --resume --run-dir {shlex.quote(str(result.run_dir))}"
@@ -82,7 +78,7 @@ def _train(config: Any, arguments: Sequence[str]) -> None:
     _print_result(result)
 
 
-def _evaluate(config: Any, arguments: Sequence[str]) -> None:
+def _evaluate(config: Any) -> None:
     """Evaluate a run's checkpoint on the whole test set."""
     from capsjax.training import evaluate
 
@@ -91,7 +87,7 @@ def _evaluate(config: Any, arguments: Sequence[str]) -> None:
     print(f"loss {evaluated.test.loss:.4f}; checkpoint of step {evaluated.step:,}")
 
 
-def _reproduce(config: Any, arguments: Sequence[str]) -> None:
+def _reproduce(config: Any) -> None:
     """Train the rows of a published table with several seeds.
 
     Writes mean and standard deviation of their errors. Finished runs are not trained again; the
@@ -105,7 +101,7 @@ def _reproduce(config: Any, arguments: Sequence[str]) -> None:
         print(f"{row.title}, {row.dataset}, {row.steps:,} steps: error {row.text} %")
 
 
-def _bench(config: Any, arguments: Sequence[str]) -> None:
+def _bench(config: Any) -> None:
     """Benchmark XLA compilation, or compare two benchmarks (compare OLD NEW)."""
     from capsjax.bench import CompareConfig, run_benchmark, run_comparison
 
@@ -114,15 +110,15 @@ def _bench(config: Any, arguments: Sequence[str]) -> None:
         sys.exit(code)
 
 
-def _draw(config: Any, arguments: Sequence[str]) -> None:
+def _draw(config: Any) -> None:
     """Draw what a trained network computes: NAME RUN, or curves RUN RUN ... to compare runs."""
     from capsjax.viz.draw import draw
 
     print(*draw(config), sep="\n")
 
 
-def _explore(config: Any, arguments: Sequence[str]) -> None:
-    """Explore a trained network in the browser, on this machine only; Ctrl-C ends it."""
+def _explore(config: Any) -> None:
+    """Explore a trained network in the browser, on this machine only; Ctrl-C stops it."""
     from capsjax.viz.explorer import explore
 
     explore(config)
@@ -141,6 +137,18 @@ def _imported(name: str, extra: str | None = None) -> Any:
         ) from None
 
 
+def _resumed_options(arguments: Sequence[str]) -> Any:
+    """The options of the run that is to be resumed, of which the arguments change some."""
+    if "--resume" not in arguments:
+        return None
+    given = re.search(r"\0--run[-_]dir[=\0]([^\0]+)", "\0".join(arguments))
+    if given is None:
+        return None
+    return (
+        _imported("capsjax.training.run_directory:RunDirectory")(Path(given[1])).read_config().train
+    )
+
+
 def _bench_options() -> Any:
     """The options of a benchmark, or after ``compare`` those of a comparison."""
     run, compare = (_imported(f"capsjax.bench:{name}Config") for name in ("Bench", "Compare"))
@@ -154,27 +162,25 @@ class _Command(NamedTuple):
     """A subcommand.
 
     Attributes:
-      run: called with the options and all arguments.
+      run: called with the options.
       options: imports the type of the options.
-      default: imports the options that are meant where the arguments do not choose between types.
+      default: makes the options that the arguments change; None for those of the type.
     """
 
-    run: Callable[[Any, Sequence[str]], None]
+    run: Callable[[Any], None]
     options: Callable[[], Any]
-    default: Callable[[], Any] | None = None
+    default: Callable[[Sequence[str]], Any] | None = None
 
 
-def _command(
-    run: Callable[[Any, Sequence[str]], None], options: str, extra: str | None = None
-) -> _Command:
+def _command(run: Callable[[Any], None], options: str, extra: str | None = None) -> _Command:
     return _Command(run, functools.partial(_imported, options, extra))
 
 
 _COMMANDS = {
-    "train": _command(_train, "capsjax.training:TrainConfig"),
+    "train": _command(_train, "capsjax.training:TrainConfig")._replace(default=_resumed_options),
     "evaluate": _command(_evaluate, "capsjax.training:EvaluateConfig"),
     "reproduce": _command(_reproduce, "capsjax.reproduce:ReproduceConfig"),
-    "bench": _Command(_bench, _bench_options, lambda: _imported("capsjax.bench:BenchConfig")()),
+    "bench": _Command(_bench, _bench_options, lambda _: _imported("capsjax.bench:BenchConfig")()),
     "draw": _command(_draw, "capsjax.viz.draw:DrawConfig", "viz"),
     "explore": _command(_explore, "capsjax.viz.explorer:ExploreConfig", "explore"),
 }
@@ -185,37 +191,45 @@ def _complete(arguments: list[str]) -> list[str]:
     arguments = [re.sub(r"^--model(?==|$)", "--preset", argument) for argument in arguments]
     if arguments[:1] != ["bench"]:
         return arguments
-    named = arguments[1:2] and not arguments[1].startswith("-")
-    if named and arguments[1] not in ("run", "compare"):
-        arguments.insert(1, "--suite")
+    first = 2 if arguments[1:2] == ["run"] else 1
+    if arguments[first : first + 1] != ["compare"] and _is_value(arguments[first : first + 1]):
+        arguments.insert(first, "--suite")
     # Flags of XLA begin with dashes, as options do: with a space before them they are values.
     after = False
     for n, argument in enumerate(arguments):
         is_flag = argument.startswith("--xla_")
         if after and is_flag:
             arguments[n] = f" {argument}"
-        after = argument == "--xla-flag" or (after and (is_flag or not argument.startswith("-")))
+        after = argument in ("--xla-flag", "--xla_flag") or (
+            after and (is_flag or not argument.startswith("-"))
+        )
     return arguments
 
 
-def _parse(prog: str, arguments: Sequence[str]) -> Callable[[Sequence[str]], None]:
+def _is_value(arguments: Sequence[str]) -> bool:
+    return bool(arguments) and not arguments[0].startswith("-")
+
+
+def _parse(prog: str, arguments: Sequence[str]) -> Callable[[], None]:
     """Returns the chosen command with its options."""
 
     def choice(command: _Command) -> Callable[..., Any]:
-        def choose(config: Any) -> Callable[[Sequence[str]], None]:
+        def choose(config: Any) -> Callable[[], None]:
             return functools.partial(command.run, config)
 
         options = tyro.conf.arg(name="", constructor_factory=command.options)
         choose.__annotations__["config"] = Annotated[Any, options]
         choose.__doc__ = command.run.__doc__
-        if command.default is not None and [command] == [_COMMANDS.get(a) for a in arguments[:1]]:
-            choose.__defaults__ = (command.default(),)
+        chosen = [command] == [_COMMANDS.get(a) for a in arguments[:1]]
+        default = command.default(arguments) if chosen and command.default else None
+        if default is not None:
+            choose.__defaults__ = (default,)
         return choose
 
     # The hook is not a part of tyro's stable interface: without it tyro prints errors in its way.
     hook = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
     with hook(functools.partial(_refuse, prog, arguments)):
-        run: Callable[[Sequence[str]], None] = tyro.extras.subcommand_cli_from_dict(
+        run: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
             {name: choice(command) for name, command in _COMMANDS.items()},
             prog="capsjax",
             description=f"Capsule networks for JAX, version {__version__} (--version).",
@@ -238,6 +252,11 @@ def _refuse(prog: str, arguments: Sequence[str], event: Any) -> None:
             message = f"{_name(event.argument)} must be one of {known}, got {event.value!r}"
         case "BadValue":
             message = f"{_name(event.argument)} needs a value: {_kind(event.argument)}"
+            flags = {"--help", *_flags(arguments[0])}
+            options = [a.partition("=")[0] for a in arguments if a.startswith("--")]
+            unknown = [option for option in options if option not in flags]
+            if unknown:  # which is what keeps a positional argument from its value
+                message = _unknown(unknown[0], arguments)
         case "InstantiationFailure" if event.argument is None:
             message = event.message  # of the options' own checks
         case "InstantiationFailure":
@@ -267,7 +286,13 @@ def _flags(command: str) -> list[str]:
     """The options of a command, as they are written."""
     types = typing.get_args(_COMMANDS[command].options()) or (_COMMANDS[command].options(),)
     kinds = [getattr(kind, "__origin__", kind) for kind in types]
-    return [f"--{f.name.replace('_', '-')}" for kind in kinds for f in dataclasses.fields(kind)]
+    flags = ["--model"] if command == "train" else []
+    for field in (field for kind in kinds for field in dataclasses.fields(kind)):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            continue  # by its position
+        name = field.name.replace("_", "-")
+        flags += [f"--{name}", f"--no-{name}"] if field.type is bool else [f"--{name}"]
+    return flags
 
 
 def _kind(argument: Any) -> str:
@@ -305,7 +330,7 @@ def _duration(seconds: float) -> str:
 
 
 def _quieten_libraries() -> None:
-    """What matters of other libraries' messages reaches the user as an error of ours."""
+    """Silences other libraries, whose failures are reported as errors of capsjax."""
     ours = logging.getLogger("capsjax")
     if not ours.handlers:
         ours.addHandler(logging.StreamHandler())

@@ -152,11 +152,13 @@ def test_resuming_keeps_the_run_s_options_and_may_lengthen_it(uninterrupted, tmp
     assert [r["step"] for r in records if r["split"] == "test"] == [44]
     finished = call(capsys, "train", "--resume", "--run-dir", run)
     assert finished.returncode == 2
-    assert "is finished at step 44; more --epochs or --steps" in one_line(
+    assert "is finished at step 44; raise --epochs or --steps" in one_line(
         finished.stderr, "capsjax train"
     )
     epochs = call(capsys, "train", "--resume", "--run-dir", run, "--epochs", 30)
     assert "--epochs has no effect on the run" in one_line(epochs.stderr, "capsjax train")
+    goal = call(capsys, "train", "--resume", f"--run-dir={run}", "--until-error", "x")
+    assert "--until-error must be a number, got 'x'" in one_line(goal.stderr, "capsjax train")
     refused = call(capsys, "train", "--resume", "--run-dir", run, "--seed", 1)
     assert refused.returncode == 2
     assert "--seed must stay 0 to resume the run" in one_line(refused.stderr, "capsjax train")
@@ -260,6 +262,8 @@ BAD = [
     (["train", "--steps", "x"], "--steps must be an integer, got 'x'"),
     (["train", "--steps"], "--steps needs a value: an integer"),
     (["train", "5"], "unknown: 5"),
+    (["train", "--no-reconstructoin"], "perhaps you meant --no-reconstruction"),
+    (["evaluate", "--run-dri", "x"], "unknown: --run-dri"),
     (["train", "--test-size", "5"], "--test-size is for data sets whose images are made"),
     (["train", "--no-reconstruction", "--preset", "baseline"], "baseline has no decoder anyway"),
     (["train", "--max-shift", "28"], "--max-shift must be below the images' 28 pixels, got 28"),

@@ -1,6 +1,7 @@
 """What ``capsjax bench`` and ``capsjax bench compare`` do."""
 
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -38,7 +39,8 @@ def run_benchmark(config: BenchConfig) -> int:
             run_cells(cells, plan, on_start=display.start, on_row=display.row)
     except KeyboardInterrupt:
         if plan.output.exists():
-            print(f"stopped; continue with the same options and: --resume --output {plan.output}")
+            path = shlex.quote(str(plan.output))
+            print(f"stopped; continue with the same options and: --resume --output {path}")
         raise
     print(f"rows: {plan.output}")
     rows = read_rows(plan.output)

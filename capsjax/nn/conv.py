@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from capsjax.nn.router import Router
 from capsjax.ops import ReceptiveFields, dense_votes
+from capsjax.ops._checks import as_mask
 from capsjax.ops.fields import Padding
 from capsjax.routing import Children, Routed, Sizes, algorithm
 from capsjax.routing.fused import Implementation, check_implementation
@@ -145,7 +146,7 @@ class ConvCapsules(nnx.Module):
           ValueError: an argument has the wrong shape, the kernel is larger than the grid, or there
             is no such implementation.
         """
-        check_grid(poses, self.in_types, self.sizes.in_features)
+        where = check_grid(poses, activations, where, self.in_types, self.sizes.in_features)
         poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
         grid = poses.shape[-4:-2]
         fields = ReceptiveFields.of(grid, self.kernel_size, self.strides, self.padding)
@@ -165,7 +166,7 @@ class ConvCapsules(nnx.Module):
             collect(jnp.ones((*grid, self.in_types), bool)), field_poses.shape[:-1]
         )
         if where is not None:
-            where = inside & collect(jnp.broadcast_to(where, poses.shape[:-1]))
+            where = inside & collect(where)
 
         def normalize(logits: jax.Array) -> jax.Array:
             # What lies outside has no responsibilities, but must not spoil the gradients.
@@ -182,7 +183,7 @@ class ConvCapsules(nnx.Module):
             lambda: self._make_votes(field_poses, kernel),
             weights=self._dense_weights(kernel),
             precision=self.precision,
-            implementation=implementation or self.implementation,
+            implementation=self.implementation if implementation is None else implementation,
         )
 
     def _kernel_shape(self, sizes: Sizes) -> tuple[int, ...]:
@@ -202,13 +203,22 @@ def check_shares_weights(routing: str) -> None:
         raise ValueError(f"routing {routing!r} makes its own votes, which places cannot share")
 
 
-def check_grid(poses: jax.Array, in_types: int, in_features: int) -> None:
-    """Raises a ValueError unless poses are ``[..., H, W, in_types, in_features]``."""
+def check_grid(
+    poses: jax.Array,
+    activations: jax.Array | None,
+    where: ArrayLike | None,
+    in_types: int,
+    in_features: int,
+) -> jax.Array | None:
+    """Checks poses ``[..., H, W, I, K]`` and activations; returns the mask ``[..., H, W, I]``."""
     if poses.ndim < 4 or poses.shape[-2:] != (in_types, in_features):
         raise ValueError(
             f"poses must have shape [..., H, W, I, K] = [..., H, W, {in_types}, {in_features}],"
             f" got shape {poses.shape}"
         )
+    if activations is not None and activations.shape != poses.shape[:-1]:
+        raise ValueError(f"activations must have shape {poses.shape[:-1]}, got {activations.shape}")
+    return None if where is None else as_mask("where", where, poses.shape[:-1])
 
 
 def _softmax_over_fields(fields: ReceptiveFields, logits: jax.Array) -> jax.Array:

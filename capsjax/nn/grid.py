@@ -129,10 +129,10 @@ class GridCapsules(nnx.Module):
         Raises:
           ValueError: an argument has the wrong shape, or there is no such implementation.
         """
-        check_grid(poses, *self.sizes[:2])
+        where = check_grid(poses, activations, where, *self.sizes[:2])
         poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
         if where is not None:
-            where = _flat(jnp.broadcast_to(where, poses.shape[:-1]), 0)
+            where = _flat(where, 0)
 
         def make_votes() -> jax.Array:
             votes = self._make_votes(poses, kernel)
@@ -147,7 +147,7 @@ class GridCapsules(nnx.Module):
             make_votes,
             weights=None if self.coordinates else self._dense_weights(kernel),
             precision=self.precision,
-            implementation=implementation or self.implementation,
+            implementation=self.implementation if implementation is None else implementation,
             places=math.prod(poses.shape[-4:-2]),
         )
 

@@ -15,7 +15,7 @@ from capsjax.routing.fused import Implementation, check_implementation
 class Router(nnx.Module):
     """Routing by an algorithm, with its options and the parameters that it learns.
 
-    What an algorithm learns, and how that is initialised, its record says:
+    The algorithm's record lists the parameters and their initialisers:
     :attr:`capsjax.routing.Algorithm.parameters`. With ``use_bias`` it learns a ``bias`` ``[J, D]``
     besides.
 
@@ -47,7 +47,7 @@ class Router(nnx.Module):
         record = algorithm(name)
         record.check_options(options, use_bias=use_bias)
         self.name = name
-        learned = record.parameters(sizes)
+        learned = dict(record.parameters(sizes))
         self.per_child = tuple(key for key, parameter in learned.items() if parameter.per_child)
         if use_bias:
             learned["bias"] = Parameter(sizes[2:], bias_init)
@@ -76,7 +76,7 @@ class Router(nnx.Module):
         weights: jax.Array | None = None,
         precision: PrecisionLike = None,
         implementation: Implementation | None = None,
-        places: int = 1,
+        places: int | None = None,
     ) -> Routed:
         """Routes the children's votes, by a function that need not store them if there is one.
 
@@ -88,8 +88,8 @@ class Router(nnx.Module):
             :func:`capsjax.dense_capsules` can make them; None if not.
           precision: of that product.
           implementation: of votes and routing; ``"reference"`` stores the votes.
-          places: of a grid, that share weights and parameters; the first axis of the children is
-            places first, and within one of them what the layer has.
+          places: number of places of a grid that share weights and parameters, each with as many
+            children as the layer has; None for a layer that shares nothing.
 
         Raises:
           ValueError: the algorithm has no such implementation, or these votes are made otherwise.
@@ -99,21 +99,21 @@ class Router(nnx.Module):
         stores = implementation in (None, "reference")
         fused = None if children.logits is not None else record.fused
         # Weights that places share would have to be copied, which costs more than to store votes.
-        if fused is not None and weights is not None and not (stores and places != 1):
+        if fused is not None and weights is not None and not (stores and places is not None):
             return fused(
                 children.poses,
-                _repeat(weights, places),
+                _repeat(weights, places or 1),
                 where=children.where,
                 precision=precision,
                 implementation=implementation,
-                **self.arguments(places),
+                **self.arguments(places or 1),
             )
         if not stores:
             raise ValueError(
                 f"implementation {implementation!r} stores no votes, which these need; it must be"
                 " None or 'reference'"
             )
-        return record.route(make_votes(), children, self.arguments(places))
+        return record.route(make_votes(), children, self.arguments(places or 1))
 
 
 def _repeat(x: jax.Array, places: int) -> jax.Array:

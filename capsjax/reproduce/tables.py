@@ -136,14 +136,14 @@ def reproduce(config: ReproduceConfig, *, say: Callable[[str], None] = print) ->
         row.check()
         while row.missing():
             if time.monotonic() >= deadline:
-                say("the time is over; the same command goes on")
+                say("time limit reached; run the same command to continue")
                 return _rows(config)
             with row.claimed() as seeds:
                 if not seeds:
                     say(f"{recipe.name}: another command trains seeds {row.missing()}")
                     break
                 if not row.train(seeds, deadline):
-                    say("the time is over; the same command goes on")
+                    say("time limit reached; run the same command to continue")
                     return _rows(config)
                 for seed in seeds:
                     say(row.finish(seed, together=len(seeds)))
@@ -202,15 +202,26 @@ class _Row:
         most = 1 if self.recipe.until_error is not None else self.config.together
         with contextlib.ExitStack() as locks:
             seeds: list[int] = []
+            common: set[int] = set()
             for seed in self.missing():
-                # Those that have begun are resumed together, not with new ones.
-                if len(seeds) == most or (seeds and self._begun(seed) != self._begun(seeds[0])):
+                # Runs that have begun are resumed together from a checkpoint that all have.
+                steps = self._checkpoints(seed)
+                same = not seeds or self._begun(seed) == self._begun(seeds[0])
+                apart = seeds and (common or steps) and not common & steps
+                if len(seeds) == most or not same or apart:
                     break
+                common = common & steps if seeds else steps
                 with contextlib.suppress(Timeout):
                     locks.enter_context(FileLock(f"{self.run_dir(seed)}.lock", blocking=False))
                     if seed in self.missing():  # read again: the other command may have ended
                         seeds.append(seed)
             yield seeds
+
+    def _checkpoints(self, seed: int) -> set[int]:
+        """The steps of its checkpoints."""
+        folder = RunDirectory(self.run_dir(seed)).checkpoints
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return {int(name) for name in names if name.isdecimal()}
 
     def _begun(self, seed: int) -> tuple[bool, bool]:
         """Whether its run has begun, and whether it is finished."""

@@ -12,11 +12,9 @@ from capsjax.training.programs import DriverName
 
 if TYPE_CHECKING:
     PresetName = str
-    RoutingName = str
     DatasetName = str
-else:  # what is registered when this module is imported
+else:
     PresetName = Literal[models.presets()]
-    RoutingName = Literal[routing.algorithms()]
     DatasetName = Literal[data.names()]
 
 
@@ -36,8 +34,10 @@ class TrainConfig:
     matrix_capsnet_small (the small one of that paper), efficient_capsnet (self-attention
     routing)."""
 
-    routing: RoutingName | None = None
-    """Routing algorithm of the capsule layers; the network's own if not given."""
+    routing: str | None = None
+    """Routing algorithm of the capsule layers: attention, dynamic, efficient, em, heinsen, kmeans,
+    random, self, uniform, variational, or one that a module of yours registers; the network's own
+    if not given."""
 
     reconstruction: bool = True
     """Train with a decoder that reconstructs the images, if the network has one."""
@@ -99,8 +99,8 @@ class TrainConfig:
     given, of overlapping digits 4, which then are shifted in test too."""
 
     test_size: int | None = None
-    """Test images to make, of data sets whose images are made; as many as the set has digits if
-    not given."""
+    """Number of test images to generate, for multi_mnist, expanded_mnist and affine_mnist; that of
+    the set if not given."""
 
     validation: int | None = None
     """Training images held out to choose the best checkpoint; a tenth of them if not given, 0 for
@@ -134,6 +134,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Checks every option that can be checked without data and devices."""
+        if self.routing is not None and self.routing not in routing.algorithms():
+            names = ", ".join(routing.algorithms())
+            raise ConfigError(f"--routing must be one of {names}, got {self.routing!r}")
         require_at_least(self, 1, "epochs", "steps", "batch_size", "num_iterations", "test_size")
         require_at_least(self, 1, "decay_steps", "devices", "steps_per_dispatch", "log_every")
         require_at_least(self, 1, "checkpoint_every", "keep")
@@ -213,8 +216,8 @@ class EvaluateConfig:
     """Directory of prepared data sets; the run's own if not given."""
 
     test_size: int | None = None
-    """Test images to make, of data sets whose images are made; as many as the set has digits if
-    not given."""
+    """Number of test images to generate, for multi_mnist, expanded_mnist and affine_mnist; that of
+    the set if not given."""
 
     batch_size: int = 100
     """Examples in a batch, over all devices together; rounded up to a multiple of their number."""

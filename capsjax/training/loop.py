@@ -173,7 +173,8 @@ def _advance(run: Run, progress: Progress, target: int, pace: Pace, window: _Win
         seconds, completed = now - completed, now
         pace.observe(number, seconds)
         if (bad_step := int(np.min(sums.bad_step))) != NEVER:
-            _diverged(run, bad_step, "the loss is not finite")
+            number = int(np.argmin(np.atleast_1d(sums.bad_step)))
+            _diverged(run, bad_step, "the loss is not finite", number)
         window.steps += number
         window.loss = window.loss + np.atleast_1d(sums.loss)
         window.error = window.error + np.atleast_1d(sums.error)
@@ -254,7 +255,13 @@ def begin(
     setup: Setup, directories: Sequence[RunDirectory], checkpoints: Sequence[Checkpoints]
 ) -> Progress:
     """Returns where the runs go on: the last step of which all have a checkpoint, or the first."""
-    step = max(set.intersection(*(set(each.steps()) for each in checkpoints)), default=0)
+    saved = [set(each.steps()) for each in checkpoints]
+    step = max(set.intersection(*saved), default=0)
+    if not step and any(saved):
+        raise ConfigError(
+            f"the runs in {', '.join(str(d.path) for d in directories)} have no checkpoint of the"
+            " same step; resume each by itself"
+        )
     state = setup.initial
     if step:
         like = setup.driver.replicate(unstack(state, len(checkpoints))[0])
@@ -288,8 +295,8 @@ def _check_finite(run: Run, progress: Progress) -> None:
         _diverged(run, progress.step, "the parameters are not finite")
 
 
-def _diverged(run: Run, step: int, what: str) -> NoReturn:
-    checkpoints = run.checkpoints[0]
+def _diverged(run: Run, step: int, what: str, number: int = 0) -> NoReturn:
+    checkpoints = run.checkpoints[number]
     for each in run.checkpoints:
         each.finish()
     steps = checkpoints.steps()

@@ -281,8 +281,8 @@ def _check_unfinished(setup: Setup, directories: Sequence[RunDirectory]) -> None
     ends = [r.step for r in results if r and is_over(setup, r.step, [r.validation_error])]
     if len(ends) == len(directories):
         raise ConfigError(
-            f"the run in {directories[0].path} is finished at step {ends[0]:,}; more --epochs or"
-            " --steps go on with it"
+            f"the run in {directories[0].path} is finished at step {ends[0]:,}; raise --epochs or"
+            " --steps to continue"
         )
 
 

@@ -143,6 +143,9 @@ def test_votes_of_dynamic_routing_need_not_be_stored(kind):
         assert_close(a, b, terms=1000)
     # Weights that places share would have to be copied, unless votes are stored.
     assert (layer(poses).coupling is None) == (kind == "conv")
+    assert (layer(poses[:, :3, :2]).coupling is None) == (kind == "conv")
+    if kind == "grid":
+        assert layer(poses[:, :1, :1]).coupling is not None  # also of a single place
     assert vector_layer(kind, implementation="reference")(poses).coupling is not None
 
 
@@ -470,6 +473,14 @@ def test_logits_are_for_dynamic_routing():
         ),
         (lambda: conv()(normal(5, 4, 3, 4)), r"poses must have shape .*, 2, 4\], got .*\(5, 4, 3"),
         (lambda: conv()(normal(2, 4, 2, 4)), r"at least as large as the kernel .* got 2 rows"),
+        (
+            lambda: conv("em")(normal(5, 4, 2, 4), activations=jnp.ones((5, 4))),
+            r"activations must have shape \(5, 4, 2\), got \(5, 4\)",
+        ),
+        (
+            lambda: vector_layer("grid")(normal(5, 4, 2, 4), where=jnp.ones((3,), bool)),
+            r"where must broadcast to \(5, 4, 2\), got shape \(3,\)",
+        ),
     ],
 )
 def test_bad_sizes_are_named(make, match):

@@ -5,7 +5,7 @@ import typing
 
 import pytest
 
-from capsjax import data, models, routing
+from capsjax import data, models
 from capsjax.training import ConfigError, TrainConfig, config
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
 
@@ -111,6 +111,5 @@ def test_a_metrics_record_needs_its_keys_and_the_last_may_be_cut_short(directory
 
 
 def test_choices_are_what_is_registered():
-    assert typing.get_args(config.RoutingName) == routing.algorithms()
     assert typing.get_args(config.PresetName) == models.presets()
     assert typing.get_args(config.DatasetName) == data.names()
