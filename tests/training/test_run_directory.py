@@ -48,7 +48,7 @@ def change(values, *keys, to):
     [
         (("train", "batch_size"), "128", r"Expected `int`, got `str` - at `\$.train.batch_size`"),
         (("train", "batch_size"), 0, r"--batch-size must be at least 1, got 0 - at `\$.train`"),
-        (("train", "routing"), "none", r"Invalid enum value 'none' - at `\$.train.routing`"),
+        (("train", "routing"), "none", r"--routing must be one of .*, got 'none' - at `\$.train`"),
         (("train", "data_dir"), 5, r"Expected a path, got 5 - at `\$.train.data_dir`"),
         (("train",), None, r"Expected `object`, got `null` - at `\$.train`"),
         (
