@@ -61,11 +61,11 @@ def test_another_prepared_set_holds_the_originals(prepared, originals):
 
 
 def test_second_load_does_not_decode(decoded, prepared, monkeypatch):
-    datasets, home = decoded
+    dataset, home = decoded
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     monkeypatch.setattr(tfds_source, "_decode", lambda builder: pytest.fail("decoded again"))
     again = load("mnist", data_dir=prepared)
-    np.testing.assert_array_equal(again.train.images, datasets["mnist"].train.images)
+    np.testing.assert_array_equal(again.train.images, dataset.train.images)
 
 
 @pytest.fixture

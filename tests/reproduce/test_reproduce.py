@@ -247,7 +247,7 @@ def test_the_time_is_kept_and_the_same_command_goes_on(table, tmp_path, monkeypa
     config = options(tmp_path, rows=("one",), seeds=1, steps=40, seconds=1e-9)
     said = []
     assert reproduce(config, say=said.append) == []
-    assert "the same command goes on" in said[-1]
+    assert "run the same command to continue" in said[-1]
     (row,) = reproduce(dataclasses.replace(config, seconds=None), say=said.append)
     assert row.steps == 40
 
