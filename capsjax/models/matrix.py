@@ -15,7 +15,7 @@ from capsjax.models.network import (
     make_decoder,
 )
 from capsjax.nn import MatrixConvCapsules, MatrixGridCapsules, MatrixPrimaryCapsules
-from capsjax.nn.conv import check_shares_weights
+from capsjax.nn.shared import check_shares_weights
 from capsjax.routing import Routed
 from capsjax.routing.fused import Implementation
 

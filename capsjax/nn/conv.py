@@ -11,20 +11,14 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.typing import ArrayLike
 
-from capsjax.nn.router import Router
-from capsjax.ops import ReceptiveFields, dense_votes
-from capsjax.ops._checks import as_mask
+from capsjax.nn.shared import SharedWeights, kernel_init_per_child
+from capsjax.ops import ReceptiveFields
 from capsjax.ops.fields import Padding
-from capsjax.routing import Children, Routed, Sizes, algorithm
-from capsjax.routing.fused import Implementation, check_implementation
-
-# Votes of the size of the poses, whatever the number of children.
-kernel_init_per_child = nnx.initializers.variance_scaling(
-    1.0, "fan_in", "normal", in_axis=-3, out_axis=(-2, -1), batch_axis=(-4,)
-)
+from capsjax.routing import Children, Routed, Sizes
+from capsjax.routing.fused import Implementation
 
 
-class ConvCapsules(nnx.Module):
+class ConvCapsules(SharedWeights):
     r"""Capsules on a grid: children of one receptive field vote for the parents at its place.
 
     .. math::
@@ -97,27 +91,23 @@ class ConvCapsules(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        check_shares_weights(routing)
-        check_implementation(implementation, routing)
         self.kernel_size = _pair(kernel_size)
         self.strides = _pair(strides)
         self.padding = padding
-        self.in_types = in_types
-        self.dtype = dtype
-        self.precision = precision
-        self.implementation = implementation
-        sizes = Sizes(math.prod(self.kernel_size) * in_types, in_features, out_types, out_features)
-        self.sizes = sizes
-        shape = self._kernel_shape(sizes)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
-        self.router = Router(
-            routing,
-            sizes,
-            options=options,
+        children = math.prod(self.kernel_size) * in_types
+        super().__init__(
+            in_types,
+            Sizes(children, in_features, out_types, out_features),
+            routing=routing,
             use_bias=use_bias,
-            bias_init=bias_init,
+            dtype=dtype,
             param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            implementation=implementation,
             rngs=rngs,
+            options=options,
         )
 
     def __call__(
@@ -146,7 +136,7 @@ class ConvCapsules(nnx.Module):
           ValueError: an argument has the wrong shape, the kernel is larger than the grid, or there
             is no such implementation.
         """
-        where = check_grid(poses, activations, where, self.in_types, self.sizes.in_features)
+        where = self._check_inputs(poses, activations, where)
         poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
         grid = poses.shape[-4:-2]
         fields = ReceptiveFields.of(grid, self.kernel_size, self.strides, self.padding)
@@ -185,40 +175,6 @@ class ConvCapsules(nnx.Module):
             precision=self.precision,
             implementation=self.implementation if implementation is None else implementation,
         )
-
-    def _kernel_shape(self, sizes: Sizes) -> tuple[int, ...]:
-        return tuple(sizes)
-
-    def _make_votes(self, poses: jax.Array, kernel: jax.Array) -> jax.Array:
-        return dense_votes(poses, kernel, precision=self.precision)
-
-    def _dense_weights(self, kernel: jax.Array) -> jax.Array | None:
-        """The kernel, if votes are its product with the poses, as of :func:`dense_votes`."""
-        return kernel
-
-
-def check_shares_weights(routing: str) -> None:
-    """Raises a ValueError if an algorithm takes no votes, whose weights a layer could share."""
-    if algorithm(routing).makes_votes:
-        raise ValueError(f"routing {routing!r} makes its own votes, which places cannot share")
-
-
-def check_grid(
-    poses: jax.Array,
-    activations: jax.Array | None,
-    where: ArrayLike | None,
-    in_types: int,
-    in_features: int,
-) -> jax.Array | None:
-    """Checks poses ``[..., H, W, I, K]`` and activations; returns the mask ``[..., H, W, I]``."""
-    if poses.ndim < 4 or poses.shape[-2:] != (in_types, in_features):
-        raise ValueError(
-            f"poses must have shape [..., H, W, I, K] = [..., H, W, {in_types}, {in_features}],"
-            f" got shape {poses.shape}"
-        )
-    if activations is not None and activations.shape != poses.shape[:-1]:
-        raise ValueError(f"activations must have shape {poses.shape[:-1]}, got {activations.shape}")
-    return None if where is None else as_mask("where", where, poses.shape[:-1])
 
 
 def _softmax_over_fields(fields: ReceptiveFields, logits: jax.Array) -> jax.Array:

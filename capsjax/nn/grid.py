@@ -11,14 +11,12 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.typing import ArrayLike
 
-from capsjax.nn.conv import check_grid, check_shares_weights, kernel_init_per_child
-from capsjax.nn.router import Router
-from capsjax.ops import dense_votes
+from capsjax.nn.shared import SharedWeights, kernel_init_per_child
 from capsjax.routing import Children, Routed, Sizes
-from capsjax.routing.fused import Implementation, check_implementation
+from capsjax.routing.fused import Implementation
 
 
-class GridCapsules(nnx.Module):
+class GridCapsules(SharedWeights):
     r"""Children at all places of a grid vote for one set of parents by weights they share.
 
     .. math::
@@ -84,25 +82,22 @@ class GridCapsules(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        check_shares_weights(routing)
-        check_implementation(implementation, routing)
         if coordinates and out_features < 2:
             raise ValueError(f"coordinates need two out_features, got {out_features}")
         self.coordinates = coordinates
-        self.dtype = dtype
-        self.precision = precision
-        self.implementation = implementation
-        self.sizes = Sizes(in_types, in_features, out_capsules, out_features)
-        shape = self._kernel_shape(self.sizes)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
-        self.router = Router(
-            routing,
-            self.sizes,
-            options=options,
+        super().__init__(
+            in_types,
+            Sizes(in_types, in_features, out_capsules, out_features),
+            routing=routing,
             use_bias=use_bias,
-            bias_init=bias_init,
+            dtype=dtype,
             param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            implementation=implementation,
             rngs=rngs,
+            options=options,
         )
 
     def __call__(
@@ -129,7 +124,7 @@ class GridCapsules(nnx.Module):
         Raises:
           ValueError: an argument has the wrong shape, or there is no such implementation.
         """
-        where = check_grid(poses, activations, where, *self.sizes[:2])
+        where = self._check_inputs(poses, activations, where)
         poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
         if where is not None:
             where = _flat(where, 0)
@@ -150,16 +145,6 @@ class GridCapsules(nnx.Module):
             implementation=self.implementation if implementation is None else implementation,
             places=math.prod(poses.shape[-4:-2]),
         )
-
-    def _kernel_shape(self, sizes: Sizes) -> tuple[int, ...]:
-        return tuple(sizes)
-
-    def _make_votes(self, poses: jax.Array, kernel: jax.Array) -> jax.Array:
-        return dense_votes(poses, kernel, precision=self.precision)
-
-    def _dense_weights(self, kernel: jax.Array) -> jax.Array | None:
-        """The kernel, if votes are its product with the poses, as of :func:`dense_votes`."""
-        return kernel
 
     def _coordinate_components(self) -> tuple[int, int]:
         return 0, 1

@@ -11,6 +11,7 @@ from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
 from capsjax.nn.conv import ConvCapsules
 from capsjax.nn.grid import GridCapsules
+from capsjax.nn.shared import SharedWeights
 from capsjax.ops import conv_general_dilated, matrix_votes
 from capsjax.ops.fields import Padding
 from capsjax.routing import Sizes
@@ -99,10 +100,8 @@ class MatrixPrimaryCapsules(nnx.Module):
         return poses, jax.nn.sigmoid(activations)
 
 
-class _MatrixVotes(nnx.Module):
+class _MatrixVotes(SharedWeights):
     """Votes of matrix poses, which are always stored."""
-
-    precision: PrecisionLike
 
     def _kernel_shape(self, sizes: Sizes) -> tuple[int, ...]:
         children, features, parents, _ = sizes

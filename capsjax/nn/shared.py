@@ -1,0 +1,99 @@
+"""The part that layers on a grid have in common: places share weights, votes and routing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.typing import Dtype, Initializer, PrecisionLike
+from jax.typing import ArrayLike
+
+from capsjax.nn.router import Router
+from capsjax.ops import dense_votes
+from capsjax.ops._checks import as_mask
+from capsjax.routing import Sizes, algorithm
+from capsjax.routing.fused import Implementation, check_implementation
+
+# Votes of the size of the poses, whatever the number of children.
+kernel_init_per_child = nnx.initializers.variance_scaling(
+    1.0, "fan_in", "normal", in_axis=-3, out_axis=(-2, -1), batch_axis=(-4,)
+)
+
+
+class SharedWeights(nnx.Module):
+    """Weights and a router that serve all places of a grid.
+
+    Args:
+      in_types: types of child capsules at every place.
+      sizes: of the votes of one parent's children.
+      options: of the routing function.
+
+    The other arguments are those of :class:`capsjax.nn.ConvCapsules`.
+    """
+
+    def __init__(
+        self,
+        in_types: int,
+        sizes: Sizes,
+        *,
+        routing: str,
+        use_bias: bool,
+        dtype: Dtype | None,
+        param_dtype: Dtype,
+        precision: PrecisionLike,
+        kernel_init: Initializer,
+        bias_init: Initializer,
+        implementation: Implementation | None,
+        rngs: nnx.Rngs,
+        options: Mapping[str, Any],
+    ):
+        check_shares_weights(routing)
+        check_implementation(implementation, routing)
+        self.in_types = in_types
+        self.sizes = sizes
+        self.dtype = dtype
+        self.precision = precision
+        self.implementation = implementation
+        shape = self._kernel_shape(sizes)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        self.router = Router(
+            routing,
+            sizes,
+            options=options,
+            use_bias=use_bias,
+            bias_init=bias_init,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+    def _kernel_shape(self, sizes: Sizes) -> tuple[int, ...]:
+        return tuple(sizes)
+
+    def _make_votes(self, poses: jax.Array, kernel: jax.Array) -> jax.Array:
+        return dense_votes(poses, kernel, precision=self.precision)
+
+    def _dense_weights(self, kernel: jax.Array) -> jax.Array | None:
+        """The kernel, if votes are its product with the poses, as of :func:`dense_votes`."""
+        return kernel
+
+    def _check_inputs(
+        self, poses: jax.Array, activations: jax.Array | None, where: ArrayLike | None
+    ) -> jax.Array | None:
+        """Checks poses ``[..., H, W, I, K]`` and activations, and returns the mask."""
+        types, features = self.in_types, self.sizes.in_features
+        if poses.ndim < 4 or poses.shape[-2:] != (types, features):
+            raise ValueError(
+                f"poses must have shape [..., H, W, I, K] = [..., H, W, {types}, {features}],"
+                f" got shape {poses.shape}"
+            )
+        if activations is not None and activations.shape != poses.shape[:-1]:
+            raise ValueError(
+                f"activations must have shape {poses.shape[:-1]}, got {activations.shape}"
+            )
+        return None if where is None else as_mask("where", where, poses.shape[:-1])
+
+
+def check_shares_weights(routing: str) -> None:
+    """Raises a ValueError if an algorithm takes no votes, whose weights a layer could share."""
+    if algorithm(routing).makes_votes:
+        raise ValueError(f"routing {routing!r} makes its own votes, which places cannot share")
