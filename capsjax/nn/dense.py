@@ -28,18 +28,17 @@ class DenseCapsules(nnx.Module):
       out_features: dimension D of a parent's pose.
       routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`; the layer owns
         what that learns, see :class:`capsjax.nn.Router`.
-      use_bias: whether :math:`s_j` has a bias ``[J, D]``, added in every iteration; for dynamic,
-        k-means, uniform and random routing.
+      use_bias: whether :math:`s_j` has a bias ``[J, D]``, added in every iteration; for an
+        algorithm whose record ``has_bias``.
       dtype: dtype of the computation; the promotion of inputs and parameters when None. Routing
         sums are float32.
       param_dtype: dtype of the parameters.
-      precision: of the votes' matrix product; see :func:`capsjax.dense_capsules` for dynamic
-        routing.
+      precision: of the votes' matrix product, as in :func:`capsjax.dense_capsules`.
       kernel_init: initialiser of the weights ``[I, K, J, D]``.
       bias_init: initialiser of the bias.
-      implementation: of votes and dynamic routing, as in :func:`capsjax.dense_capsules`.
-        ``"reference"`` is needed for the coupling, and for forward-mode derivatives. Other
-        algorithms store their votes and return the coupling.
+      implementation: of votes and routing, for an algorithm whose record has ``fused``, as in
+        :func:`capsjax.dense_capsules`: ``"reference"`` is needed for the coupling, and for
+        forward-mode derivatives. The others store their votes and return the coupling.
       rngs: random streams; uses ``params``.
       **options: of the routing function, such as ``num_iterations``.
 
@@ -112,17 +111,16 @@ class DenseCapsules(nnx.Module):
 
         Args:
           poses: child poses, ``[..., I, K]``.
-          activations: of the children, ``[..., I]``, for algorithms that weigh by them (EM,
-            variational, self-routing); the lengths of the poses when None.
-          logits: prior logits of dynamic routing, broadcastable to ``[..., I, J]``; with them the
-            votes are stored.
+          activations: of the children, ``[..., I]``, for an algorithm whose record
+            ``takes_activations``; the lengths of the poses when None.
+          logits: prior logits, broadcastable to ``[..., I, J]``, for an algorithm whose record
+            ``takes_logits``; with them the votes are stored.
           where: children that take part, bool, broadcastable to ``[..., I]``.
           implementation: instead of the layer's own; ``"reference"`` for the coupling.
 
         Returns:
           :class:`capsjax.Routed`: poses ``[..., J, D]``, activations ``[..., J]``, and the coupling
-          ``[..., I, J]``; of dynamic routing without ``logits`` only if the implementation is
-          ``"reference"``, else None.
+          ``[..., I, J]``, which is None where the votes are not stored.
 
         Raises:
           ValueError: an argument has the wrong shape, or the routing algorithm or the

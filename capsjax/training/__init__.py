@@ -5,9 +5,9 @@ from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.choices import hold_out
 from capsjax.training.config import EvaluateConfig, TrainConfig
 from capsjax.training.evaluation import (
-    Evaluated,
+    CheckpointEvaluation,
     Evaluation,
-    Loaded,
+    TrainedNetwork,
     evaluate,
     load_network,
     predict_test,
@@ -33,18 +33,18 @@ from capsjax.training.step import (
 
 __all__ = [
     "CheckpointError",
+    "CheckpointEvaluation",
     "Checkpoints",
     "ConfigError",
     "DivergedError",
     "Driver",
     "EvaluateConfig",
-    "Evaluated",
     "Evaluation",
-    "Loaded",
     "Result",
     "StepMetrics",
     "TrainConfig",
     "TrainState",
+    "TrainedNetwork",
     "Variables",
     "binary_cross_entropy_loss",
     "cross_entropy_loss",

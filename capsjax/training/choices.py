@@ -123,6 +123,20 @@ def choose_task(dataset: Dataset, max_shift: int | None) -> Task:
     return dataclasses.replace(task, max_shift=max_shift)
 
 
+def count_batches(train: Split, batch_size: int) -> int:
+    """Returns the number of whole batches of training images.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if batch_size > len(train.labels):
+        raise ConfigError(
+            f"--batch-size must be at most the number of training images, {len(train.labels)}, got"
+            f" {batch_size}"
+        )
+    return len(train.labels) // batch_size
+
+
 def choose_driver(name: str, devices: int | None, batch_size: int | None = None) -> Driver:
     """Returns the driver over the first so many devices, all of them when None.
 

@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from typing_extensions import Doc
 
 from capsjax import data, models, routing
 from capsjax.errors import ConfigError
@@ -16,6 +19,11 @@ if TYPE_CHECKING:
 else:
     PresetName = Literal[models.presets()]
     DatasetName = Literal[data.names()]
+_ROUTING = (
+    f"Routing algorithm of the capsule layers: {', '.join(routing.algorithms())}, or one that a"
+    " module of yours registers; the network's own if not given."
+)
+RoutingName = Annotated[str | None, Doc(_ROUTING)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,10 +42,7 @@ class TrainConfig:
     matrix_capsnet_small (the small one of that paper), efficient_capsnet (self-attention
     routing)."""
 
-    routing: str | None = None
-    """Routing algorithm of the capsule layers: attention, dynamic, efficient, em, heinsen, kmeans,
-    random, self, uniform, variational, or one that a module of yours registers; the network's own
-    if not given."""
+    routing: RoutingName = None
 
     reconstruction: bool = True
     """Train with a decoder that reconstructs the images, if the network has one."""
@@ -179,6 +184,18 @@ class TrainConfig:
                 raise ConfigError(
                     f"{option} must stay {then} to resume the run in {self.run_dir}, got {now}"
                 )
+
+
+def check_together(configs: Sequence[TrainConfig]) -> None:
+    """Raises a ConfigError unless these runs can be trained at once."""
+    if len(configs) == 1:
+        return
+    if len({dataclasses.replace(c, seed=0, run_dir=Path()) for c in configs}) > 1:
+        raise ConfigError("runs that train together must differ in --seed and --run-dir only")
+    if configs[0].until_error is not None:
+        raise ConfigError("--until-error is for one run: several would end at different steps")
+    if len({c.run_dir for c in configs} - {None}) < len(configs):
+        raise ConfigError("runs that train together need a --run-dir each")
 
 
 _OF_THE_CALL = ("run_dir", "resume")

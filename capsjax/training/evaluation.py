@@ -43,7 +43,7 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluated:
+class CheckpointEvaluation:
     """An evaluation and its subject.
 
     Attributes:
@@ -59,7 +59,7 @@ class Evaluated:
     test: Evaluation
 
 
-def evaluate(config: EvaluateConfig, *, dataset: Dataset | None = None) -> Evaluated:
+def evaluate(config: EvaluateConfig, *, dataset: Dataset | None = None) -> CheckpointEvaluation:
     """Evaluates a run's checkpoint on a whole test set.
 
     Args:
@@ -86,7 +86,7 @@ def evaluate(config: EvaluateConfig, *, dataset: Dataset | None = None) -> Evalu
         batch_size=opened.batch_size,
     )
     assert found is not None  # only a request to stop ends it early, and there is none
-    return Evaluated(config.run_dir, opened.step, opened.name, found[0])
+    return CheckpointEvaluation(config.run_dir, opened.step, opened.name, found[0])
 
 
 def predict_test(
@@ -239,7 +239,7 @@ def count_errors(
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class TrainedNetwork:
     """A trained network and the data set that it was trained on.
 
     Attributes:
@@ -255,7 +255,7 @@ class Loaded:
     step: int
 
 
-def load_network(run_dir: Path, checkpoint: str | int = "last") -> Loaded:
+def load_network(run_dir: Path, checkpoint: str | int = "last") -> TrainedNetwork:
     """Reads a run's network, and the data set that goes with it.
 
     Args:
@@ -264,7 +264,7 @@ def load_network(run_dir: Path, checkpoint: str | int = "last") -> Loaded:
       checkpoint: ``"last"``, ``"best"`` (by validation error), or a step.
 
     Returns:
-      :class:`Loaded`; the network normalises with the running statistics.
+      :class:`TrainedNetwork`; the network normalises with the running statistics.
 
     Raises:
       ConfigError: the directory holds no run, the data set is not the run's, or the network's
@@ -274,7 +274,7 @@ def load_network(run_dir: Path, checkpoint: str | int = "last") -> Loaded:
     """
     if not run_dir.exists() and str(run_dir) in models.pretrained():
         digits = load("mnist_5k")
-        return Loaded(models.load_pretrained(str(run_dir)), digits, digits.test, 0)
+        return TrainedNetwork(models.load_pretrained(str(run_dir)), digits, digits.test, 0)
     if not run_dir.exists():
         raise ConfigError(
             f"{run_dir} is no run directory, and no network that comes with the package"
@@ -290,7 +290,7 @@ def load_network(run_dir: Path, checkpoint: str | int = "last") -> Loaded:
     for values in variables:
         nnx.update(network, values)
     network.eval()
-    return Loaded(network, dataset, _as_shown(dataset), step)
+    return TrainedNetwork(network, dataset, _as_shown(dataset), step)
 
 
 def _as_shown(dataset: Dataset) -> Split:

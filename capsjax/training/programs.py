@@ -13,6 +13,7 @@ that function works on. Everything else is the same code.
 import abc
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -114,19 +115,18 @@ class Pmap(Driver):
 
         # pmap needs one argument that is mapped; the state stays replicated and unstacked.
         @functools.wraps(function)
-        def mapped(_: jax.Array, first: Any, rest: tuple[Any, ...]) -> Any:
-            return function(first, *rest)
+        def mapped(_: jax.Array, *arguments: Any) -> Any:
+            return function(*arguments)
 
         compiled = jax.pmap(
             mapped,
             axis_name=AXIS,
-            in_axes=(0, None, None),
+            in_axes=(0, *[None for _ in inspect.signature(function).parameters]),
             out_axes=None,
             devices=self.devices,
             donate_argnums=(1,) if donate else (),
         )
-        shards = np.arange(len(self.devices))
-        return lambda first, *rest: compiled(shards, first, rest)
+        return functools.partial(compiled, np.arange(len(self.devices)))
 
     def batch_positions(self, batch_size: int) -> jax.Array:
         """The device's part."""
@@ -212,8 +212,34 @@ class EvaluationSums(NamedTuple):
     examples: jax.Array
 
 
+Step = Callable[..., tuple[TrainState, StepMetrics]]
 RunSteps = Callable[..., tuple[TrainState, StepSums]]
 Evaluate = Callable[..., EvaluationSums]
+
+
+def make_step(train_step: TrainStep, sampler: Sampler, driver: Driver, *, batch_size: int) -> Step:
+    """Returns ``step(state, examples, order, key) -> (state, metrics)``, for a driver to compile.
+
+    Step t takes the examples at positions ``t % (N // B) * B`` and following of the epoch's order,
+    and the key ``fold_in(key, t)``.
+
+    Args:
+      train_step: from :func:`make_train_step` with the driver's axis name.
+      sampler: makes the samples from the examples.
+      driver: where it runs.
+      batch_size: B, examples in the whole batch.
+    """
+
+    def step(
+        state: TrainState, examples: Batch, order: jax.Array, key: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
+        first = state.step % (order.shape[0] // batch_size) * batch_size
+        positions = driver.batch_positions(batch_size)
+        step_key = jax.random.fold_in(key, state.step)
+        sample = sampler.train(examples, step_key, positions, order[first + positions])
+        return train_step(state, sample)
+
+    return step
 
 
 def make_run_steps(
@@ -226,29 +252,24 @@ def make_run_steps(
 ) -> RunSteps:
     """Compiles ``run_steps(state, examples, order, key, num_steps) -> (state, sums)``.
 
-    The state is donated. Step t takes the examples at positions ``t % (N // B) * B`` and following
-    of the epoch's order, and the key ``fold_in(key, t)``; calls must not cross the end of an epoch.
+    The steps are those of :func:`make_step`, whose arguments these are too. The state is donated.
+    Calls must not cross the end of an epoch.
 
     Args:
-      train_step: from :func:`make_train_step` with the driver's axis name.
-      sampler: makes the samples from the examples.
-      driver: where it runs.
-      batch_size: B, examples in the whole batch.
+      train_step: as in :func:`make_step`.
+      sampler: as in :func:`make_step`.
+      driver: as in :func:`make_step`.
+      batch_size: as in :func:`make_step`.
       several_seeds: whether state, order, key and sums have a leading axis over seeds.
     """
+    step = make_step(train_step, sampler, driver, batch_size=batch_size)
 
     def run_steps(
         state: TrainState, examples: Batch, order: jax.Array, key: jax.Array, num_steps: jax.Array
     ) -> tuple[TrainState, StepSums]:
-        steps_per_epoch = order.shape[0] // batch_size
-
         def body(_: jax.Array, carry: tuple[TrainState, StepSums]) -> tuple[TrainState, StepSums]:
             state, sums = carry
-            first = state.step % steps_per_epoch * batch_size
-            positions = driver.batch_positions(batch_size)
-            step_key = jax.random.fold_in(key, state.step)
-            sample = sampler.train(examples, step_key, positions, order[first + positions])
-            next_state, metrics = train_step(state, sample)
+            next_state, metrics = step(state, examples, order, key)
             return next_state, _add(sums, metrics, state.step)
 
         zero = jnp.zeros((), jnp.float32)

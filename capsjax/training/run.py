@@ -19,7 +19,7 @@ from capsjax.data import Dataset, Sampler, epoch_order, load
 from capsjax.errors import ConfigError
 from capsjax.training import choices
 from capsjax.training.checkpoints import Checkpoints
-from capsjax.training.config import TrainConfig
+from capsjax.training.config import TrainConfig, check_together
 from capsjax.training.evaluation import Evaluation
 from capsjax.training.files import write_json
 from capsjax.training.loop import Progress, Run, Setup, begin, is_over, train_and_test
@@ -110,7 +110,7 @@ def train_seeds(
         which may end the runs at different steps.
     """
     started = time.monotonic()
-    _check_together(configs)
+    check_together(configs)
     config = configs[0]
     directories = [RunDirectory(_run_dir(each)) for each in configs]
     resumed = [directory.read_config() for directory in directories] if config.resume else []
@@ -180,12 +180,7 @@ def set_up(configs: Sequence[TrainConfig], model: models.ModelConfig, dataset: D
     objective = choices.choose_objective(config.loss, config.preset, model, task)
     driver = choices.choose_driver(config.driver, config.devices, config.batch_size)
     choices.check_test_size(dataset, config.test_size)
-    steps_per_epoch = len(train.labels) // config.batch_size
-    if not steps_per_epoch:
-        raise ConfigError(
-            f"--batch-size must be at most the number of training images, {len(train.labels)}, got"
-            f" {config.batch_size}"
-        )
+    steps_per_epoch = choices.count_batches(train, config.batch_size)
     sampler = Sampler(task, model.num_classes)
     optimizer = choices.make_optimizer(config)
     keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
@@ -261,18 +256,6 @@ def _write_results(run: Run, progress: Progress, results: Sequence[Result]) -> N
             "seconds": round(result.seconds, 1),
         }
         write_json(directory.result, values)
-
-
-def _check_together(configs: Sequence[TrainConfig]) -> None:
-    """Raises a ConfigError unless these runs can be trained at once."""
-    if len(configs) == 1:
-        return
-    if len({dataclasses.replace(c, seed=0, run_dir=Path()) for c in configs}) > 1:
-        raise ConfigError("runs that train together must differ in --seed and --run-dir only")
-    if configs[0].until_error is not None:
-        raise ConfigError("--until-error is for one run: several would end at different steps")
-    if len({c.run_dir for c in configs} - {None}) < len(configs):
-        raise ConfigError("runs that train together need a --run-dir each")
 
 
 def _check_unfinished(setup: Setup, directories: Sequence[RunDirectory]) -> None:

@@ -100,7 +100,7 @@ class _StoredConfig(msgspec.Struct):
 
 
 class _StoredModel(msgspec.Struct):
-    kind: Literal["capsnet", "matrix_capsnet", "efficient_capsnet", "baseline"]
+    kind: Literal[tuple(_MODELS)]  # type: ignore[valid-type]
 
 
 @dataclasses.dataclass(frozen=True)

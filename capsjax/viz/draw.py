@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from capsjax import models
 from capsjax.data import scale_pixels
-from capsjax.training import ConfigError, Loaded, load_network
+from capsjax.training import ConfigError, TrainedNetwork, load_network
 from capsjax.training.run_directory import RunDirectory
 from capsjax.viz import capsules, evaluation
 from capsjax.viz.anatomy import Anatomy, check_traced, dissect
@@ -76,7 +76,7 @@ def diagram_of(
     )
 
 
-def _load(config: "DrawConfig") -> Loaded:
+def _load(config: "DrawConfig") -> TrainedNetwork:
     loaded = load_network(config.runs[0], config.checkpoint)
     count = len(loaded.test.labels)
     if config.index >= count:
@@ -86,7 +86,7 @@ def _load(config: "DrawConfig") -> Loaded:
     return loaded
 
 
-def _anatomy(loaded: Loaded, index: int) -> tuple[models.CapsNet, Anatomy]:
+def _anatomy(loaded: TrainedNetwork, index: int) -> tuple[models.CapsNet, Anatomy]:
     network = check_traced(loaded.network)
     return network, dissect(network, scale_pixels(jnp.asarray(loaded.test.images[index])))
 
@@ -140,7 +140,7 @@ def _predict(network: models.Network, images: jax.Array) -> models.Prediction:
     return network(scale_pixels(images))
 
 
-def _capsules(loaded: Loaded, images: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def _capsules(loaded: TrainedNetwork, images: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Scores and class capsules of uint8 images."""
     prediction = _predict(loaded.network, jnp.asarray(images))
     if prediction.poses is None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from capsjax.training import Loaded
+from capsjax.training import TrainedNetwork
 from capsjax.viz.anatomy import Anatomy, check_traced, dissect
 from capsjax.viz.draw import diagram_of, overlay, save
 from capsjax.viz.perturb import decoder_of, reconstruct
@@ -27,7 +27,7 @@ class Live:
       ValueError: the network has no decoder, or its routing cannot be traced.
     """
 
-    def __init__(self, loaded: Loaded):
+    def __init__(self, loaded: TrainedNetwork):
         self.network = check_traced(loaded.network)
         decoder_of(self.network)
         self.dataset, self.test = loaded.dataset, loaded.test

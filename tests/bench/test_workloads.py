@@ -95,7 +95,7 @@ def test_collectives_of_the_pmapped_step_are_the_parameters():
     assert built.devices == 8
     text = built.function.lower(*built.arguments).compile().as_text()
     reduced = read_program(text).collectives["all-reduce"]
-    parameters = sum(x.size * 4 for x in jax.tree.leaves(built.arguments[0].params))
+    parameters = sum(x.size * 4 for x in jax.tree.leaves(built.arguments[1].params))
     # And the loss and the error, float32 each.
     assert reduced.bytes == parameters + 8
 

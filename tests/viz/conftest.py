@@ -10,7 +10,7 @@ from flax import nnx
 
 from capsjax import models
 from capsjax.data import Dataset, Split, load
-from capsjax.training import Checkpoints, Loaded, TrainConfig, init_state, split_network
+from capsjax.training import Checkpoints, TrainConfig, TrainedNetwork, init_state, split_network
 from capsjax.training.choices import make_optimizer
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
 from capsjax.viz.explorer import make_app
@@ -28,14 +28,14 @@ TINY = models.CapsNetConfig(
 
 
 @pytest.fixture(scope="session")
-def loaded() -> Loaded:
+def loaded() -> TrainedNetwork:
     full = load("mnist_5k")
     few = Split(full.test.images[:40], full.test.labels[:40])
     dataset = Dataset("mnist_5k", few, few, full.class_names)
     network = models.build(TINY, rngs=nnx.Rngs(0))
     # With long votes the couplings change from iteration to iteration, as after training.
     network.classes.kernel[...] *= 8
-    return Loaded(network, dataset, few, 7)
+    return TrainedNetwork(network, dataset, few, 7)
 
 
 @pytest.fixture(scope="session")

@@ -266,8 +266,8 @@ def _caller(
 
         def call() -> Any:
             result = compiled(*arguments)
-            if built.donated:
-                arguments[0] = result[0]
+            if built.donated is not None:
+                arguments[built.donated] = result[0]
             return result
 
         return call

@@ -71,9 +71,7 @@ class TrainingStep(_Network):
         """Makes the function."""
         if self.implementation in _TORCH:
             return self._torch(devices[0])
-        step, make_arguments = _make_step(self)
-        arguments = placed(jax.eval_shape(make_arguments), devices[0])
-        return JaxFunction(jax.jit(step, donate_argnums=0), arguments, make_arguments, donated=True)
+        return _compiled_step(self, "jit", devices[:1])
 
     def _torch(self, device: jax.Device) -> Peer:
         config, name = self.configure(), {"cpu": "cpu", "gpu": "cuda"}.get(device.platform)
@@ -100,23 +98,7 @@ class PmappedTrainingStep(_Network):
 
     def build(self, devices: Sequence[jax.Device]) -> JaxFunction:
         """Makes the function."""
-        step, make_one = _make_step(self, axis_name="batch")
-        function = jax.pmap(
-            step,
-            axis_name="batch",
-            in_axes=(None, 0, None),
-            out_axes=None,
-            devices=list(devices),
-            donate_argnums=0,
-        )
-
-        def make_arguments() -> tuple[Any, ...]:
-            state, batch, key = make_one()
-            parts = jax.tree.map(lambda x: jnp.stack([x] * len(devices)), batch)
-            return state, parts, key
-
-        arguments = jax.eval_shape(make_arguments)
-        return JaxFunction(function, arguments, make_arguments, donated=True, devices=len(devices))
+        return _compiled_step(self, "pmap", devices)
 
 
 def _abstract(config: models.ModelConfig) -> Any:
@@ -131,28 +113,36 @@ def _make_batch(size: int, config: models.ModelConfig) -> tuple[jax.Array, jax.A
     return images, jax.random.randint(keys[1], (size,), 0, config.num_classes)
 
 
-def _make_step(
-    workload: _Network, axis_name: str | None = None
-) -> tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]:
-    """The train step, images shifted, and a function that makes its state, batch and key."""
+def _compiled_step(workload: _Network, driver: str, devices: Sequence[jax.Device]) -> JaxFunction:
+    """The step that training repeats, images shifted, as this driver compiles it."""
     # Only here: what trains needs packages that other workloads do without.
+    from capsjax import training
     from capsjax.data import Batch, Sampler, Shifted
-    from capsjax.training import init_state, make_train_step, paper_optimizer, split_network
     from capsjax.training.objectives import LOSSES, choose_loss
+    from capsjax.training.programs import make_step
 
-    config, optimizer = workload.configure(), paper_optimizer()
-    apply, _ = split_network(_abstract(config))
+    config, optimizer = workload.configure(), training.paper_optimizer()
+    apply, _ = training.split_network(_abstract(config))
     objective = LOSSES[choose_loss(None, workload.preset, config)]
-    train_step = make_train_step(apply, optimizer, objective, axis_name=axis_name)
-    sampler, indices = Sampler(Shifted(), config.num_classes), jnp.arange(workload.batch)
+    batch_size = workload.batch * len(devices)
+    on = training.make_driver(driver, batch_size=batch_size, devices=devices)
+    train_step = training.make_train_step(apply, optimizer, objective, axis_name=on.axis_name)
+    sampler = Sampler(Shifted(), config.num_classes)
+    step = make_step(train_step, sampler, on, batch_size=batch_size)
 
-    def step(state: Any, batch: Batch, key: jax.Array) -> Any:
-        first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * workload.batch
-        return train_step(state, sampler.train(batch, key, first + indices, indices))
+    compiled = on.compile(step, donate=True)
+    # The argument that pmap maps over is bound in what the driver returns: compiling needs it.
+    function, bound = getattr(compiled, "func", compiled), getattr(compiled, "args", ())
 
     def make_arguments() -> tuple[Any, ...]:
-        _, variables = split_network(models.build(config, rngs=nnx.Rngs(0)))
-        state = init_state(variables, optimizer)
-        return state, Batch(*_make_batch(workload.batch, config)), jax.random.key(0)
+        _, variables = training.split_network(models.build(config, rngs=nnx.Rngs(0)))
+        state = training.init_state(variables, optimizer)
+        examples = Batch(*_make_batch(batch_size, config))
+        return *bound, state, examples, jnp.arange(batch_size), jax.random.key(0)
 
-    return step, make_arguments
+    arguments = jax.eval_shape(make_arguments)
+    if len(devices) == 1:
+        arguments = placed(arguments, devices[0])
+    return JaxFunction(
+        function, arguments, make_arguments, donated=len(bound), devices=len(devices)
+    )

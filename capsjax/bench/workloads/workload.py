@@ -18,15 +18,15 @@ class JaxFunction(NamedTuple):
       function: what ``jax.jit`` or ``jax.pmap`` returns.
       arguments: shapes of its arguments, with their shardings.
       make_arguments: makes arguments of these shapes; None for random numbers.
-      donated: whether the first argument is donated. The first result then replaces it in the next
-        call.
+      donated: position of the argument that is donated, or None. The first result replaces it in
+        the next call.
       devices: number of devices that the program runs on.
     """
 
     function: Any
     arguments: tuple[Any, ...]
     make_arguments: Callable[[], tuple[Any, ...]] | None = None
-    donated: bool = False
+    donated: int | None = None
     devices: int = 1
 
 
