@@ -83,8 +83,17 @@ def _evaluate(config: Any) -> None:
     from capsjax.training import evaluate
 
     evaluated = evaluate(config)
-    _print_error(f"{evaluated.dataset} test error", evaluated.test)
-    print(f"loss {evaluated.test.loss:.4f}; checkpoint of step {evaluated.step:,}")
+    test = evaluated.test
+    _print_error(f"{evaluated.dataset} test error", test)
+    print(f"balanced error, the mean over the classes: {test.balanced_error:.2%}")
+    for name, wrong, count in zip(
+        evaluated.class_names, test.class_wrong, test.class_count, strict=True
+    ):
+        share = f"{wrong / count:.2%}" if count else "none"
+        print(f"  {name}: {share} ({wrong:,} of {count:,} wrong)")
+    print(f"loss {test.loss:.4f}; checkpoint of step {evaluated.step:,}")
+    if config.predictions is not None:
+        print(f"predictions: {config.predictions}")
 
 
 def _reproduce(config: Any) -> None:
@@ -144,9 +153,8 @@ def _resumed_options(arguments: Sequence[str]) -> Any:
     given = re.search(r"\0--run[-_]dir[=\0]([^\0]+)", "\0".join(arguments))
     if given is None:
         return None
-    return (
-        _imported("capsjax.training.run_directory:RunDirectory")(Path(given[1])).read_config().train
-    )
+    directory = _imported("capsjax.training.run_directory:RunDirectory")
+    return directory(Path(given[1]).expanduser()).read_config().train
 
 
 def _bench_options() -> Any:

@@ -300,10 +300,10 @@ def _diverged(run: Run, step: int, what: str, number: int = 0) -> NoReturn:
     for each in run.checkpoints:
         each.finish()
     steps = checkpoints.steps()
-    good = f"the last good checkpoint is of step {steps[-1]}" if steps else "no checkpoint yet"
-    raise DivergedError(
-        f"{what} at step {step}; {good}, in {checkpoints.path}; a lower --learning-rate may help"
-    )
+    good = "there is no checkpoint yet"
+    if steps:
+        good = f"the last good checkpoint is of step {steps[-1]}, in {checkpoints.path}"
+    raise DivergedError(f"{what} at step {step}; {good}; a lower --learning-rate may help")
 
 
 def _next_multiple(step: int, every: int) -> int:

@@ -185,7 +185,7 @@ def test_training_ends_where_the_validation_error_is_small_enough(
         table[0], until_error=0.95, steps=1000, also_tested_on="expanded_mnist"
     )
     monkeypatch.setitem(TABLES, "small", (row,))
-    rows = reproduce(options(tmp_path, seeds=1, together=3), say=quiet)
+    rows = reproduce(options(tmp_path, seeds=1), say=quiet)
     assert [each.dataset for each in rows] == ["mnist_5k", "placed"]
     assert rows[0].steps < 1000
 

@@ -10,6 +10,7 @@ from capsjax.bench.results.columns import COLUMNS, NOTE, cycles_of
 from capsjax.bench.results.rows import Row
 from capsjax.bench.workloads import WORKLOADS
 from capsjax.errors import ConfigError
+from capsjax.files import write_text
 
 
 def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench") -> None:
@@ -70,7 +71,7 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
         environments=_environments(rows),
         contributors=_contributors(rows),
     )
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any]], Any]]:
