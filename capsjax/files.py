@@ -69,6 +69,13 @@ def expand_paths(options: Any, *names: str) -> None:
         object.__setattr__(options, name, paths if several else paths[0])
 
 
+def require_folder(options: Any, name: str) -> None:
+    """Raises a ConfigError if the folder of a file that is to be written does not exist."""
+    path = getattr(options, name)
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ConfigError(f"--{name.replace('_', '-')}: no directory {path.parent}")
+
+
 def _expanded(option: str, path: str | os.PathLike[str]) -> Path:
     # pathlib takes "gs://bucket" for a folder "gs:" with a bucket in it.
     if address := re.match(r"([a-z][a-z0-9+.-]+):/+", str(path), re.IGNORECASE):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from capsjax.errors import ConfigError
+from capsjax.files import expand_paths
 
 Suite = Literal["quick", "routing", "hotos", "train", "pod"]
 
@@ -18,8 +19,8 @@ class BenchConfig:
     beside it. Compare two files with: capsjax bench compare OLD NEW
     """
 
-    suite: Suite = "quick"
-    """Suite to measure, if no workload is named."""
+    suite: Suite | None = None
+    """Suite to measure; quick if neither it nor a workload is named."""
 
     target: tuple[str, ...] = ()
     """What to compile for: cpu, cpu:8, gpu, tpu, or an absent TPU such as v5e-256, v5p-128 or
@@ -69,6 +70,11 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         """Checks options that depend on each other."""
+        expand_paths(self, "output", "hlo")
+        if self.suite is not None and self.workload is not None:
+            raise ConfigError(f"--suite {self.suite} has no effect with --workload {self.workload}")
+        if self.output is not None and self.output.suffix in (".html", ".htm"):
+            raise ConfigError(f"--output is for rows, the report is a page, got {self.output}")
         if self.repetitions is not None and self.repetitions < 1:
             raise ConfigError(f"--repetitions must be at least 1, got {self.repetitions}")
         if self.run_seconds < 0:

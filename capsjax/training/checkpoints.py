@@ -162,20 +162,22 @@ class Checkpoints:
         except Exception as error:
             raise self._unreadable(step, error) from None
         self._check_run(step)
-        checksums = self._about(step).get("checksums", {})
-        restored_checksums = _checksums(restored)
-        for name in checksums:
-            if restored_checksums.get(name) != checksums[name]:
-                raise self._unreadable(step, ValueError(f"{name} has another checksum"))
+        if about := self._about(step):
+            expected_checksums = about.get("checksums", {})
+            for name, checksum in _checksums(restored).items():
+                if expected_checksums.get(name) != checksum:
+                    raise self._unreadable(step, ValueError(f"{name} has another checksum"))
         return restored
 
     def _about(self, step: int) -> Mapping[str, Any]:
         """What was written with a checkpoint; nothing by an earlier version."""
         try:
-            about = self._manager.metadata(step).custom_metadata or {}
+            metadata = self._manager.metadata(step)
         except Exception as error:
             raise self._unreadable(step, error) from None
-        return cast(Mapping[str, Any], about)
+        if metadata.init_timestamp_nsecs is None:  # as Orbax returns it of a damaged file
+            raise self._unreadable(step, ValueError("its description cannot be read"))
+        return cast(Mapping[str, Any], metadata.custom_metadata or {})
 
     def _check_metrics(self, step: int) -> None:
         """Raises a CheckpointError unless the validation error is the one that was written."""

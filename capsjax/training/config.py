@@ -10,7 +10,7 @@ from typing_extensions import Doc
 
 from capsjax import data, models, routing
 from capsjax.errors import ConfigError
-from capsjax.files import expand_paths
+from capsjax.files import expand_paths, require_folder
 from capsjax.training.objectives import LossName
 from capsjax.training.programs import DriverName
 
@@ -275,8 +275,7 @@ class EvaluateConfig:
         """Checks every option that can be checked without data and devices."""
         expand_paths(self, "run_dir", "data_dir", "predictions")
         require_at_least(self, 1, "batch_size", "devices", "test_size")
-        if self.predictions is not None and not self.predictions.absolute().parent.is_dir():
-            raise ConfigError(f"--predictions: no directory {self.predictions.parent}")
+        require_folder(self, "predictions")
 
 
 def require(config: Any, name: str, holds: bool, expected: str) -> None:

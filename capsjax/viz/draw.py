@@ -16,16 +16,18 @@ from matplotlib.figure import Figure
 
 from capsjax import models
 from capsjax.data import Dataset, scale_pixels
-from capsjax.files import expand_paths, replacing
+from capsjax.files import expand_paths, replacing, require_folder
 from capsjax.training import ConfigError, TrainedNetwork, load_network
 from capsjax.training.run_directory import RunDirectory
 from capsjax.viz import capsules, evaluation
+from capsjax.viz._checks import as_indices
 from capsjax.viz.anatomy import Anatomy, check_traced, dissect
 from capsjax.viz.diagram import routing_diagram
 from capsjax.viz.perturb import OFFSETS, reconstruct, vary_dimensions
 from capsjax.viz.theme import ThemeName
 
 _BATCH = 250  # images per prediction of the test set
+_NUM_CHILDREN = 8
 
 
 def child_names(model: models.CapsNetConfig) -> list[str]:
@@ -98,6 +100,10 @@ def _anatomy(loaded: TrainedNetwork, index: int) -> tuple[models.CapsNet, Anatom
 def _diagram(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
     """Routing of one image, from the children to the classes."""
     network, anatomy = _anatomy(loaded, config.index)
+    among = children_of(network.config, config.types)
+    most = network.config.num_primary if among is None else len(among)
+    if config.num_children > max(most, _NUM_CHILDREN):
+        raise ConfigError(f"--num-children must be at most {most}, got {config.num_children}")
     return diagram_of(
         network,
         anatomy,
@@ -181,7 +187,9 @@ def _dimensions(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
     """Reconstructions of one image with each dimension of its capsule varied by up to 0.25."""
     n = config.index
     scores, poses = _capsules(loaded, loaded.test.images[n : n + 1])
-    parent = config.classes[0] if config.classes else int(jnp.argmax(scores[0]))
+    parent = int(jnp.argmax(scores[0]))
+    if config.classes is not None:
+        (parent,) = as_indices("classes", config.classes, 0, scores.shape[-1] - 1)
     images = vary_dimensions(loaded.network, poses[0], parent)
     return capsules.dimensions(images, OFFSETS, theme=config.theme)
 
@@ -305,7 +313,7 @@ class DrawConfig:
     iterations: tuple[int, ...] | None = None
     """Routing iterations to show, counted from 1; all if not given."""
 
-    num_children: int = 8
+    num_children: int = _NUM_CHILDREN
     """Number of children that the diagram draws one by one; the others are summed up."""
 
     checkpoint: str = "last"
@@ -317,6 +325,7 @@ class DrawConfig:
     def __post_init__(self) -> None:
         """Checks the options that can be checked without the run."""
         expand_paths(self, "runs", "out", "data_dir")
+        require_folder(self, "out")
         used = ["name", "runs", "out", "theme"]
         if self.name != "curves":
             used += ["checkpoint", "data_dir", *_FIGURES[self.name].options]

@@ -22,7 +22,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from capsjax.data import Dataset
-from capsjax.files import expand_paths, write_text
+from capsjax.files import expand_paths, require_folder, write_text
 from capsjax.training import ConfigError, load_network
 from capsjax.viz.live import Live
 
@@ -61,6 +61,7 @@ class ExploreConfig:
     def __post_init__(self) -> None:
         """Checks the options that can be checked without the run."""
         expand_paths(self, "run", "data_dir", "export")
+        require_folder(self, "export")
         if self.export is not None and self.port != 8317:
             raise ConfigError("--port has no effect with --export, which serves nothing")
         if self.export is None and self.examples is not None:

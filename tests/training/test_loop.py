@@ -10,20 +10,18 @@ from tensorboard_events import scalars
 
 from capsjax.data import Dataset, Split
 from capsjax.training import (
-    CheckpointError,
     Checkpoints,
     ConfigError,
     DivergedError,
     EvaluateConfig,
     TrainConfig,
-    evaluate,
     choices,
+    evaluate,
     hold_out,
-    load_network,
     paper_optimizer,
-    predict_test,
     train,
 )
+from capsjax.training.picture import reconstruction_grid
 from capsjax.training.reporting import Report
 from capsjax.training.stopping import StopRequest
 
@@ -105,6 +103,9 @@ def test_evaluate_repeats_the_run_s_test_result(finished, digits, monkeypatch):
     monkeypatch.setattr("capsjax.training.evaluation.load", lambda *_, **__: digits)
     evaluated = evaluate(EvaluateConfig(run_dir=run, batch_size=16))
     assert (evaluated.step, evaluated.test.wrong) == (23, result.test.wrong)
+    assert evaluated.test.class_wrong == result.test.class_wrong
+    assert evaluated.test.class_count == tuple(np.bincount(digits.test.labels))
+    assert sum(evaluated.test.class_wrong) == result.test.wrong
     np.testing.assert_allclose(evaluated.test.loss, result.test.loss, rtol=1e-5)
     best = evaluate(EvaluateConfig(run_dir=run, batch_size=16, checkpoint="best"))
     assert best.step in (7, 14, 21, 23)
@@ -283,6 +284,11 @@ def test_validation_images_are_never_trained_on(digits):
         ({"batch_size": 800, "driver": "jit"}, "--batch-size must be at most .* 160, got 800"),
         ({"validation": 180}, "--validation must be less than .* 180, got 180"),
         ({"devices": 99}, "--devices must be at most 8, the number of cpu devices, got 99"),
+        ({"epochs": 3}, "--epochs has no effect with --steps 23"),
+        ({"epochs": 10**9, "steps": None}, "--epochs must make fewer than 2147483648 steps"),
+        ({"decay_rate": 1.0, "decay_steps": 5}, "--decay-steps has no effect with --decay-rate 1"),
+        ({"routing": "em"}, "--routing has no effect on a network whose configuration is given"),
+        ({"dtype": "bfloat16"}, "--dtype has no effect on a network .* float32, got bfloat16"),
         ({"loss": "cross_entropy"}, "must be paper, official or spread, got 'cross_entropy'"),
     ],
 )
@@ -314,6 +320,26 @@ def test_images_that_the_network_does_not_take_are_named(finished, digits, monke
     monkeypatch.setattr("capsjax.training.evaluation.load", lambda *_, **__: fewer)
     with pytest.raises(ConfigError, match="has 2 classes, the network has 10"):
         evaluate(EvaluateConfig(run_dir=run, batch_size=16))
+
+
+def test_the_result_does_not_wait_for_the_picture(tmp_path, digits, tiny, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("capsjax.training.run.draw_reconstructions", fail)
+    with pytest.raises(OSError, match="No space"):
+        train(config(tmp_path, steps=1, driver="jit"), model=tiny, dataset=digits)
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_pictures_of_any_number_of_channels(channels):
+    pixels = np.linspace(0, 1, 6 * channels).reshape(1, 2, 3, channels)
+    grid = reconstruction_grid([pixels, pixels])
+    shown = pixels if channels == 3 else pixels[..., :1]
+    factor = grid.shape[0] // 10
+    found = grid[::factor, ::factor][2:4, 2:5]
+    np.testing.assert_array_equal(found, np.broadcast_to(np.round(255 * shown[0]), (2, 3, 3)))
 
 
 def test_a_network_without_a_decoder_draws_nothing(tmp_path, digits, tiny):
