@@ -33,3 +33,8 @@ class DivergedError(CapsjaxError):
     """Raised when the loss or the parameters are no longer finite; the message names the step."""
 
     exit_code = 1
+
+
+def how_to_install(extra: str) -> str:
+    """Returns the command that installs the packages of an extra."""
+    return f'pip install -e ".[{extra}]" in a clone of capsjax'

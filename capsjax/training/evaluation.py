@@ -18,7 +18,7 @@ from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import EvaluateConfig, TrainConfig
 from capsjax.training.objectives import Objective
 from capsjax.training.programs import Driver, Evaluate, Pace, as_batch, make_evaluate
-from capsjax.training.run_directory import DataDescription, RunDirectory
+from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
 from capsjax.training.step import Apply, Variables, init_state, split_network
 
 
@@ -47,14 +47,14 @@ class CheckpointEvaluation:
     """An evaluation and its subject.
 
     Attributes:
-      run_dir: the run's directory.
-      step: of the checkpoint.
+      run_dir: the run's directory, or the name of a network that comes with the package.
+      step: of the checkpoint; None for a network that comes with the package.
       dataset: name of the data set whose test images were used.
       test: the evaluation.
     """
 
     run_dir: Path
-    step: int
+    step: int | None
     dataset: str
     test: Evaluation
 
@@ -138,12 +138,11 @@ class _Opened:
     name: str
     test: Split
     number: int
-    step: int
+    step: int | None
 
 
 def _open(config: EvaluateConfig, dataset: Dataset | None) -> _Opened:
-    directory = RunDirectory(config.run_dir)
-    started, model, data = directory.read_config()
+    started, model, data = _read_config(config.run_dir)
     name = config.dataset or started.dataset
     own = name == started.dataset
     driver = choices.choose_driver(config.driver, config.devices)
@@ -163,7 +162,7 @@ def _open(config: EvaluateConfig, dataset: Dataset | None) -> _Opened:
     # Pairs are shifted in test too, by as much as the run's.
     task = choices.choose_task(dataset, started.max_shift if own else None)
     network = models.build(model, rngs=nnx.Rngs(0))
-    apply, step, variables = _restore(directory, config.checkpoint, started, network, driver)
+    apply, step, variables = _restore(config.run_dir, config.checkpoint, started, network, driver)
     return _Opened(
         apply=apply,
         variables=variables,
@@ -180,17 +179,42 @@ def _open(config: EvaluateConfig, dataset: Dataset | None) -> _Opened:
     )
 
 
+def _is_packaged(run_dir: Path) -> bool:
+    """Whether this is no directory but the name of a network that comes with the package."""
+    return not run_dir.exists() and str(run_dir) in models.pretrained()
+
+
+def _read_config(run_dir: Path) -> RunConfig:
+    """The configuration of a run, or of a network that comes with the package."""
+    if _is_packaged(run_dir):
+        about, digits = models.about_pretrained(str(run_dir)), load("mnist_5k")
+        model = models.configure(about.preset, **about.overrides)
+        train = TrainConfig(preset=about.preset, dataset="mnist_5k")
+        return RunConfig(train, model, DataDescription.of(digits))
+    if not run_dir.exists():
+        raise ConfigError(
+            f"{run_dir} is no run directory, and no network that comes with the package"
+            f" ({', '.join(models.pretrained())})"
+        )
+    return RunDirectory(run_dir).read_config()
+
+
 def _restore(
-    directory: RunDirectory,
+    run_dir: Path,
     which: str | int,
     started: TrainConfig,
     network: models.Network,
     driver: Driver,
-) -> tuple[Apply, int, Variables]:
+) -> tuple[Apply, int | None, Variables]:
     """The network as a function, and the step and the arrays of a checkpoint."""
+    if _is_packaged(run_dir):
+        if which != "last":
+            raise ConfigError(f"{run_dir} comes without checkpoints, got --checkpoint {which}")
+        apply, variables = split_network(models.load_pretrained(str(run_dir)))
+        return apply, None, driver.replicate(variables)
     apply, variables = split_network(network)
     like = driver.replicate(init_state(variables, choices.make_optimizer(started)))
-    checkpoints = Checkpoints(directory.checkpoints, read_only=True)
+    checkpoints = Checkpoints(RunDirectory(run_dir).checkpoints, read_only=True)
     try:
         step = checkpoints.choose(which)
         return apply, step, checkpoints.restore(step, like).variables
@@ -246,13 +270,13 @@ class TrainedNetwork:
       network: with the parameters of the checkpoint.
       dataset: the run's.
       test: the network's test images; single ones for a network for pairs.
-      step: of the checkpoint; 0 for a network that comes with the package.
+      step: of the checkpoint; None for a network that comes with the package.
     """
 
     network: models.Network
     dataset: Dataset
     test: Split
-    step: int
+    step: int | None
 
 
 def load_network(run_dir: Path, checkpoint: str | int = "last") -> TrainedNetwork:
@@ -272,21 +296,13 @@ def load_network(run_dir: Path, checkpoint: str | int = "last") -> TrainedNetwor
       capsjax.data.DataError: the data set is missing or damaged.
       CheckpointError: the checkpoint cannot be read.
     """
-    if not run_dir.exists() and str(run_dir) in models.pretrained():
-        digits = load("mnist_5k")
-        return TrainedNetwork(models.load_pretrained(str(run_dir)), digits, digits.test, 0)
-    if not run_dir.exists():
-        raise ConfigError(
-            f"{run_dir} is no run directory, and no network that comes with the package"
-            f" ({', '.join(models.pretrained())})"
-        )
-    started, model, data = RunDirectory(run_dir).read_config()
+    started, model, data = _read_config(run_dir)
     dataset = load(started.dataset, data_dir=started.data_dir)
     choices.check_dataset(dataset, model)
     data.check(DataDescription.of(dataset))
     network = models.build(model, rngs=nnx.Rngs(0))
     driver = choices.choose_driver("jit", None)
-    _, step, variables = _restore(RunDirectory(run_dir), checkpoint, started, network, driver)
+    _, step, variables = _restore(run_dir, checkpoint, started, network, driver)
     for values in variables:
         nnx.update(network, values)
     network.eval()

@@ -302,7 +302,8 @@ def _diverged(run: Run, step: int, what: str, number: int = 0) -> NoReturn:
     steps = checkpoints.steps()
     good = f"the last good checkpoint is of step {steps[-1]}" if steps else "no checkpoint yet"
     raise DivergedError(
-        f"{what} at step {step}; {good}, in {checkpoints.path}; a lower --learning-rate may help"
+        f"{what} at step {step}; {good}, in {checkpoints.path}; a new run with a lower"
+        " --learning-rate may help"
     )
 
 

@@ -133,7 +133,8 @@ def train_seeds(
             directory.create()
         # A resumed run may have become longer, and may have to be resumed again.
         directory.write_config(RunConfig(each, model, data))
-    with StopRequest(deadline) as stop, contextlib.ExitStack() as opened:
+    # The request ends first: while files are closed, a signal ends the process.
+    with contextlib.ExitStack() as opened, StopRequest(deadline) as stop:
         checkpoints = [Checkpoints(d.checkpoints, keep=config.keep) for d in directories]
         for saved in checkpoints:
             opened.enter_context(contextlib.closing(saved))
