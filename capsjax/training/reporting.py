@@ -11,7 +11,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from capsjax.training.files import naming
+from capsjax.errors import naming
 from capsjax.training.run_directory import RunDirectory
 
 _FLUSH_SECONDS = 10.0  # between two writes of events to the disk

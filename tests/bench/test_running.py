@@ -2,10 +2,12 @@
 
 import dataclasses
 import importlib
+import math
 import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -129,6 +131,23 @@ def test_what_fails_is_a_row_with_its_reason(in_this_process, importable, tmp_pa
     assert dataclasses.astuple(row.error) == ("trace", "ValueError", "no such luck")
 
 
+def test_a_failure_is_an_exit_code_and_is_tried_again(
+    in_this_process, importable, tmp_path, capsys
+):
+    output, module = tmp_path / "rows.jsonl", "failing_for_bench"
+    importable(module, "def f(x):\n    raise ValueError('no such luck')\n")
+    options = ["--workload", f"{module}:f", "--shape", "f32[3]", "--output", str(output)]
+    options += ["--no-report", "--repetitions", "1", "--run-seconds", "0"]
+    with pytest.raises(SystemExit) as done:
+        main(["bench", *options])
+    assert done.value.code == 1
+    sys.modules[module].f = lambda x: x + 1
+    main(["bench", *options, "--resume"])
+    (row,) = read_rows(output)
+    assert row.status == "ok"
+    capsys.readouterr()
+
+
 def test_a_process_that_dies_has_its_reason():
     found = runner._call(signal.raise_signal, signal.SIGKILL, dict(os.environ), 60)
     assert (found.stage, found.type) == ("process", "died")
@@ -247,7 +266,7 @@ def test_a_donated_argument_is_replaced_by_the_result():
     function = jax.jit(lambda state, x: (state + x, state.sum()), donate_argnums=0)
     shape = jax.ShapeDtypeStruct((3,), jnp.float32)
     make = lambda: (jnp.zeros(3), jnp.ones(3))  # noqa: E731
-    built = JaxFunction(function, (shape, shape), make, donated=True)
+    built = JaxFunction(function, (shape, shape), make, donated=0)
     target = runner.parse_target("cpu")
     call = measure._caller(built, function, target, measure.Measurement())()
     assert [float(call()[1]) for _ in range(3)] == [0, 3, 6]
@@ -320,6 +339,10 @@ def test_suites_and_options_that_do_not_go_together():
         ({"resume": True}, "--resume needs --output"),
         ({"repetitions": 0}, "--repetitions must be at least 1, got 0"),
         ({"workload": "squash", "shape": ("f32[3]",)}, "--shape goes with --workload module"),
+        ({"run_seconds": math.nan}, "--run-seconds must be finite, at least 0, got nan"),
+        ({"run_seconds": -1.0}, "--run-seconds must be finite, at least 0, got -1"),
+        ({"timeout": math.inf}, "--timeout must be finite and positive, got inf"),
+        ({"output": Path("zz.html")}, "--output is for rows, .* got zz.html"),
     ):
         with pytest.raises(ConfigError, match=message):
             BenchConfig(**options)
@@ -347,8 +370,12 @@ def test_sets_of_flags_are_swept_though_they_begin_with_dashes(monkeypatch, tmp_
 
 def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    there = tmp_path / "there.jsonl"
+    there, page = tmp_path / "there.jsonl", tmp_path / "page.html"
     there.write_text("")
+    page.write_text("precious")
+    (tmp_path / "exits_for_bench.py").write_text("import sys\nsys.exit()\n")
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     for arguments, message in (
         (["--workload", "rooting"], "workload must be one of"),
         (["--target", "v9-8"], "among v4"),
@@ -356,14 +383,17 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
         (["--output", "none/rows.jsonl"], "no directory none"),
         (["--workload", "nowhere:f", "--shape", "f32[3]"], "No module named 'nowhere'"),
         (["nosuch"], "pod, got 'nosuch'"),
+        (["--output", "page.jsonl"], "the report page.html exists already"),
+        (["--workload", "exits_for_bench:f"], "module 'exits_for_bench' calls sys.exit"),
     ):
         with pytest.raises(SystemExit) as done:
             main(["bench", *arguments])
-        assert done.value.code not in (0, None)
+        assert done.value.code == 2
         error = capsys.readouterr().err
         assert len(error.strip().splitlines()) == 1
         assert message in error
-    assert list(tmp_path.iterdir()) == [there]
+    assert page.read_text() == "precious"
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.fixture

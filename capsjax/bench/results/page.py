@@ -25,6 +25,8 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
     Raises:
       ConfigError: the extra ``bench`` is not installed.
     """
+    from capsjax.training.files import write_atomically  # measuring does without training
+
     try:
         import jinja2
         import plotly.graph_objects as go
@@ -70,7 +72,7 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
         environments=_environments(rows),
         contributors=_contributors(rows),
     )
-    path.write_text(text, encoding="utf-8")
+    write_atomically(path, text)
 
 
 def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any]], Any]]:
