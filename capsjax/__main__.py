@@ -12,9 +12,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         # While Python imports, and when the command is over, Ctrl-C ends the process quietly.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     _open_standard_streams()
-    from capsjax import cli
+    from capsjax.cli import main as run
 
-    cli.main(argv)
+    run(argv)
 
 
 def _open_standard_streams() -> None:
