@@ -13,35 +13,38 @@ import logging
 import os
 import re
 import shlex
+import shutil
+import signal
 import sys
+import threading
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 import tyro
 
-from capsjax.errors import CapsjaxError, CheckpointError, ConfigError
+from capsjax.errors import CapsjaxError, CheckpointError, ConfigError, how_to_install
 from capsjax.version import __version__
 
 if TYPE_CHECKING:
     from capsjax.training import Evaluation, Result
 
 _TYRO = (tyro.conf.PositionalRequiredArgs, tyro.conf.CascadeSubcommandArgs)
-_INTERRUPTED = 130
+# The narrowest terminal that help is printed for: tyro never ends where no word fits.
+_NARROWEST = 40
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs ``capsjax``; the arguments are those of the process when None."""
     arguments = _complete(list(sys.argv[1:] if argv is None else argv))
-    if arguments == ["--version"]:
-        print(f"capsjax {__version__}")
-        return
     prog = " ".join(["capsjax", *(a for a in arguments[:1] if a in _COMMANDS)])
     try:
-        run = _parse(prog, arguments)
-        _quieten_libraries()
-        run()
+        try:
+            _run(prog, arguments)
+        finally:
+            sys.stdout.flush()
     except CapsjaxError as error:
         _report(prog, str(error))
         if isinstance(error, CheckpointError):
@@ -49,14 +52,66 @@ def main(argv: Sequence[str] | None = None) -> None:
             # down.
             _exit_at_once(error.exit_code)
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader of the output has left, as `head` does; what is still buffered goes nowhere.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, sys.stderr.fileno())
+        sys.exit(1)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         _report(prog, f"{error.strerror or error}{where}")
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         _report(prog, "interrupted")
         # XLA may still be compiling in another thread, which Python must not be taken from.
-        _exit_at_once(_INTERRUPTED)
+        _exit_at_once(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
+
+
+def _run(prog: str, arguments: Sequence[str]) -> None:
+    if arguments == ["--version"]:
+        print(f"capsjax {__version__}")
+        return
+    run = _parse(prog, arguments)
+    _quieten_libraries()
+    with _interruptible():
+        run()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raises KeyboardInterrupt for signals that would otherwise end the process on the spot."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _find_devices() -> None:
+    """Initialises JAX's devices; raises a ConfigError if those that are asked for are missing."""
+    import jax
+
+    # JAX skips the metadata of a TPU where there is no TPU. There libtpu, if it is installed,
+    # prints errors about what the metadata would tell it.
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "no such device is visible"
+        platforms = os.environ.get("JAX_PLATFORMS", "not set")
+        raise ConfigError(f"JAX finds no device, JAX_PLATFORMS is {platforms}: {reason}") from None
 
 
 def _train(config: Any) -> None:
@@ -67,6 +122,7 @@ def _train(config: Any) -> None:
     """
     from capsjax.training import train
 
+    _find_devices()
     result = train(config)
     if result.stopped_by is not None:
         command = f"capsjax train --resume --run-dir {shlex.quote(str(result.run_dir))}"
@@ -82,6 +138,7 @@ def _evaluate(config: Any) -> None:
     """Evaluate a run's checkpoint on the whole test set."""
     from capsjax.training import evaluate
 
+    _find_devices()
     evaluated = evaluate(config)
     test = evaluated.test
     _print_error(f"{evaluated.dataset} test error", test)
@@ -91,7 +148,9 @@ def _evaluate(config: Any) -> None:
     ):
         share = f"{wrong / count:.2%}" if count else "none"
         print(f"  {name}: {share} ({wrong:,} of {count:,} wrong)")
-    print(f"loss {test.loss:.4f}; checkpoint of step {evaluated.step:,}")
+    step = evaluated.step
+    source = "network of the package" if step is None else f"checkpoint of step {step:,}"
+    print(f"loss {test.loss:.4f}; {source}")
     if config.predictions is not None:
         print(f"predictions: {config.predictions}")
 
@@ -106,6 +165,7 @@ def _reproduce(config: Any) -> None:
     """
     from capsjax.reproduce import reproduce
 
+    _find_devices()
     for row in reproduce(config):
         print(f"{row.title}, {row.dataset}, {row.steps:,} steps: error {row.text} %")
 
@@ -123,6 +183,7 @@ def _draw(config: Any) -> None:
     """Draw what a trained network computes: NAME RUN, or curves RUN RUN ... to compare runs."""
     from capsjax.viz.draw import draw
 
+    _find_devices()
     print(*draw(config), sep="\n")
 
 
@@ -130,6 +191,7 @@ def _explore(config: Any) -> None:
     """Explore a trained network in the browser, on this machine only; Ctrl-C stops it."""
     from capsjax.viz.explorer import explore
 
+    _find_devices()
     explore(config)
 
 
@@ -141,9 +203,7 @@ def _imported(name: str, extra: str | None = None) -> Any:
     except ModuleNotFoundError as error:
         if extra is None:
             raise
-        raise ConfigError(
-            f'needs the package {error.name}: pip install "capsjax[{extra}]"'
-        ) from None
+        raise ConfigError(f"needs the package {error.name}: {how_to_install(extra)}") from None
 
 
 def _resumed_options(arguments: Sequence[str]) -> Any:
@@ -197,7 +257,15 @@ _COMMANDS = {
 def _complete(arguments: list[str]) -> list[str]:
     """Spells out what may be abbreviated."""
     arguments = [re.sub(r"^--model(?==|$)", "--preset", argument) for argument in arguments]
-    if arguments[:1] != ["bench"]:
+    command = arguments[0] if arguments else ""
+    if command in ("evaluate", "explore"):
+        given = (re.sub(r"^--run[-_]dir(=|$)", "", argument) for argument in arguments)
+        return [argument for argument in given if argument]
+    if command == "train" and "--resume" in arguments:
+        after = arguments.index("--resume") + 1
+        if _is_value(arguments[after : after + 1]):
+            arguments.insert(after, "--run-dir")
+    if command != "bench":
         return arguments
     first = 2 if arguments[1:2] == ["run"] else 1
     if arguments[first : first + 1] != ["compare"] and _is_value(arguments[first : first + 1]):
@@ -236,7 +304,7 @@ def _parse(prog: str, arguments: Sequence[str]) -> Callable[[], None]:
 
     # The hook is not a part of tyro's stable interface: without it tyro prints errors in its way.
     hook = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
-    with hook(functools.partial(_refuse, prog, arguments)):
+    with hook(functools.partial(_refuse, prog, arguments)), _wide_enough():
         run: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
             {name: choice(command) for name, command in _COMMANDS.items()},
             prog="capsjax",
@@ -245,6 +313,20 @@ def _parse(prog: str, arguments: Sequence[str]) -> Callable[[], None]:
             config=_TYRO,
         )
     return run
+
+
+@contextlib.contextmanager
+def _wide_enough() -> Iterator[None]:
+    """Makes a very narrow terminal look wider."""
+    given = os.environ.get("COLUMNS")
+    if shutil.get_terminal_size().columns < _NARROWEST:
+        os.environ["COLUMNS"] = str(_NARROWEST)
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if given is not None:
+            os.environ["COLUMNS"] = given
 
 
 _KINDS = {"INT": "an integer", "FLOAT": "a number", "PATH": "a path", "STR": "a text"}

@@ -1,5 +1,8 @@
 """The errors that commands report in one line; all other exceptions are bugs or wrong arguments."""
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -33,3 +36,19 @@ class DivergedError(CapsjaxError):
     """Raised when the loss or the parameters are no longer finite; the message names the step."""
 
     exit_code = 1
+
+
+def how_to_install(extra: str) -> str:
+    """Returns the command that installs the packages of an extra."""
+    return f'pip install -e ".[{extra}]" in a clone of capsjax'
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the file's name to an error of the operating system, which writes and reads lack."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

@@ -15,7 +15,7 @@ from pathlib import Path
 import uvicorn
 
 from capsjax.training import load_network
-from capsjax.viz.explorer import make_app
+from capsjax.viz.explorer import Server, make_app
 from capsjax.viz.live import Live
 
 ROUNDS = 200
@@ -26,7 +26,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python scripts/benchmark_explorer.py RUN")
     live = Live(load_network(Path(sys.argv[1])))
-    server = uvicorn.Server(uvicorn.Config(make_app(live), log_level="warning", lifespan="off"))
+    server = Server(uvicorn.Config(make_app(live), log_level="warning", lifespan="off"))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()

@@ -2,7 +2,7 @@
 
 import sys
 
-from capsjax.cli import main
+from capsjax.__main__ import main
 
 if __name__ == "__main__":
     main(["reproduce", *sys.argv[1:]])

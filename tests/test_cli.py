@@ -1,13 +1,17 @@
 """The commands as a user runs them: real processes, real signals, real bad input."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -15,6 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
+from capsjax import cli
 from capsjax.cli import main
 from capsjax.data import Split, load, save_npz
 
@@ -102,30 +107,44 @@ def test_evaluate_tells_the_same_error(uninterrupted, capsys):
     assert told == done.stdout.splitlines()[0]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+# A run that waits at step 20 for a line on its standard input.
+WAITING = """
+import sys
+from capsjax.__main__ import main
+from capsjax.training import loop
+
+def advance(run, progress, *rest):
+    if progress.step == 20:
+        sys.stdin.readline()
+    started(run, progress, *rest)
+
+started, loop._advance = loop._advance, advance
+main(["train", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_was_stopped_resumes_to_the_same_bits(uninterrupted, options, tmp_path, how):
     whole, _ = uninterrupted
     run = tmp_path / "run"
     arguments = [*options, "--steps", "40", "--checkpoint-every", "10", "--run-dir", str(run)]
-    # One step in a call of the devices, so that the signal finds the run in its middle.
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPTS / "train.py"), *arguments, "--steps-per-dispatch", "1"],
+        [sys.executable, "-c", WAITING, *arguments],
         env=environment(),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if (run / "checkpoints" / "10" / "commit_success.txt").exists():
-                break
+        while not (run / "checkpoints" / "20" / "commit_success.txt").exists():
+            assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.send_signal(how)
-        stdout, _ = process.communicate(timeout=120)
+        stdout, _ = process.communicate("\n", timeout=300)
     finally:
         process.kill()
-    assert not (run / "result.json").exists(), "the run ended before the signal came"
+    assert not (run / "result.json").exists()
     if how == signal.SIGKILL:
         assert process.returncode == -how
     else:
@@ -311,7 +330,11 @@ BAD = [
     (["train", "--run-dir", "/proc/none"], "--run-dir /proc/none cannot be made"),
     (["train", "--dataset", "image_folder"], "needs --data-dir"),
     (["train", "--dataset", "image_folder", "--data-dir", "missing"], "missing.*does not exist"),
-    (["evaluate", "missing"], "run directory missing does not exist"),
+    (["evaluate", "missing"], "missing is no run directory, and no network that comes with"),
+    (["evaluate", "--run-dir", "missing"], "missing is no run directory"),
+    (["evaluate", "--run-dir=missing"], "missing is no run directory"),
+    (["evaluate", "mnist_small", "--checkpoint", "9"], "without checkpoints, got --checkpoint 9"),
+    (["train", "--resume", "missing"], "run directory missing does not exist"),
     (["evaluate"], "needs run_dir"),
     (["evaluate", "a", "b"], "unknown: b"),
     (["bench", "compare", "a"], "needs new"),
@@ -327,8 +350,6 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "match"), BAD, ids=[" ".join(a) or "none" for a, _ in BAD])
 def test_bad_input_is_one_line_and_exit_code_two(arguments, match, capsys, tmp_path, monkeypatch):
-    import re
-
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -338,6 +359,130 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments, match, capsys, tmp_p
     prog = " ".join(["capsjax", *[a for a in arguments[:1] if a not in ("fit", "--verbose")]])
     assert re.search(match, one_line(told.err, prog))
     assert list(tmp_path.iterdir()) == []
+
+
+# Runs commands one after the other, each followed by its exit code.
+IN_TURN = """
+import json, sys
+from capsjax.__main__ import main
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as stopped:
+        print(stopped.code)
+"""
+
+
+def test_on_a_terminal_an_error_is_the_same_line(tmp_path):
+    terminal, there = pty.openpty()
+    commands = json.dumps([arguments for arguments, _ in BAD])
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_TURN, commands],
+        cwd=tmp_path,
+        env={**os.environ, "TERM": "xterm-256color"},
+        stdin=there,
+        stdout=there,
+        stderr=there,
+    )
+    os.close(there)
+    written = b""
+    with contextlib.suppress(OSError):  # how a terminal ends whose other side is closed
+        while read := os.read(terminal, 4096):
+            written += read
+    os.close(terminal)
+    assert process.wait() == 0
+    lines = written.decode().splitlines()
+    assert lines[1::2] == ["2"] * len(BAD)
+    for line, (_, match) in zip(lines[::2], BAD, strict=True):
+        assert re.fullmatch(rf"capsjax( \w+)?: error: .*{match}.*", line)
+
+
+def test_devices_that_are_missing_are_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    environ = {**os.environ, "JAX_PLATFORMS": "tpu", "TPU_SKIP_MDS_QUERY": "1"}
+    monkeypatch.setattr(os, "environ", environ)
+    for error, reason in (
+        (AssertionError(), "no such device is visible"),
+        (RuntimeError("Unable to initialize backend\nmore"), "Unable to initialize backend"),
+    ):
+        monkeypatch.setattr(jax, "devices", Mock(side_effect=error))
+        for arguments in (
+            ["train"],
+            ["evaluate", "run"],
+            ["reproduce", "small"],
+            ["draw", "lengths", "run"],
+            ["explore", "run"],
+        ):
+            failed = call(capsys, *arguments)
+            assert failed.returncode == 2
+            line = one_line(failed.stderr, f"capsjax {arguments[0]}")
+            assert line.endswith(f"JAX finds no device, JAX_PLATFORMS is tpu: {reason}")
+    # Without these libtpu prints errors where there is no TPU.
+    assert {"TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"} <= environ.keys()
+
+
+def test_signals_end_a_command_in_one_line(capsys, monkeypatch):
+    def exit_at_once(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(cli, "_exit_at_once", exit_at_once)
+    monkeypatch.setattr(cli, "_run", lambda *_: signal.raise_signal(signal.SIGINT))
+    stopped = call(capsys, "evaluate", "run")
+    assert (stopped.returncode, stopped.stderr) == (130, "capsjax evaluate: error: interrupted\n")
+    with cli._interruptible(), pytest.raises(KeyboardInterrupt) as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+    assert interrupt.value.args == (signal.SIGTERM,)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_before_a_command_runs_ctrl_c_ends_the_process_quietly():
+    code = """
+import builtins, signal, sys
+from capsjax.__main__ import main
+
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == "capsjax.cli":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+main([])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_closed_streams_are_the_null_device(tmp_path):
+    code = """
+import os, sys
+from capsjax.__main__ import main
+start = main
+def main(argv):
+    print("lost", file=sys.stderr)
+    print("lost")
+    null = os.stat(os.devnull).st_rdev
+    open(sys.argv[1], "w").write(str([os.fstat(n).st_rdev == null for n in range(3)]))
+sys.modules["capsjax.cli"] = sys.modules["__main__"]
+start([])
+"""
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code]
+    subprocess.run([*command, tmp_path / "found"], check=True)
+    assert (tmp_path / "found").read_text() == "[True, True, True]"
+
+
+def test_a_closed_pipe_ends_the_command_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "capsjax", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_help_on_a_terminal_narrower_than_its_words(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "3")
+    assert call(capsys, "--help").returncode == 0
+    assert os.environ["COLUMNS"] == "3"
 
 
 def test_a_damaged_configuration_is_one_line(uninterrupted, tmp_path, capsys):

@@ -15,12 +15,15 @@ from capsjax.bench.results.rows import Row, read_rows
 from capsjax.bench.workloads import choices, import_function
 from capsjax.errors import ConfigError
 
+_WORSE = 3  # exit code of a comparison; 1 and 2 are those of errors
+
 
 def run_benchmark(config: BenchConfig) -> int:
     """Measures cells, shows a table, and writes rows and a report.
 
     Returns:
-      The exit code, 0; cells that fail are rows with their reason.
+      The exit code: 1 if a cell failed, except where its target has no such implementation, or if
+      none succeeded; else 0.
 
     Raises:
       ConfigError: an option is invalid, or this machine cannot serve a target.
@@ -30,13 +33,15 @@ def run_benchmark(config: BenchConfig) -> int:
 
     sys.path.insert(0, os.getcwd())  # where the user's own functions are
     cells, plan = select_cells(config), make_plan(config)
-    rows = []
+    missing, rows = cells, []
     if plan.output.exists():
-        cells, rows = remaining(cells, plan), read_rows(plan.output)
-    check_targets(cells)
+        missing = remaining(cells, plan)
+        again = {cell.key for cell in missing}
+        rows = [row for row in read_rows(plan.output) if row.cell not in again]
+    check_targets(missing)
     try:
-        with Display(len(cells), rows) as display:
-            run_cells(cells, plan, on_start=display.start, on_row=display.row)
+        with Display(len(missing), rows) as display:
+            run_cells(missing, plan, on_start=display.start, on_row=display.row)
     except KeyboardInterrupt:
         if plan.output.exists():
             path = shlex.quote(str(plan.output))
@@ -46,20 +51,23 @@ def run_benchmark(config: BenchConfig) -> int:
     rows = read_rows(plan.output)
     if config.report and rows:
         _report(rows, plan.output)
-    if failed := sum(row.status != "ok" for row in rows):
-        print(f"{failed} of {len(rows)} cells failed")
-    return 0
+    if count := sum(row.status != "ok" for row in rows):
+        print(f"{count} of {len(rows)} cells failed")
+    asked = {cell.key for cell in cells}
+    errors = [row.error for row in rows if row.cell in asked]
+    failed = any(error and not error.is_unsupported for error in errors)
+    return int(failed or (bool(errors) and None not in errors))
 
 
 def run_comparison(config: CompareConfig) -> int:
     """Compares two files of rows and prints what changed.
 
     Returns:
-      The exit code: 1 if a measure is worse than the threshold allows, or a cell fails now.
+      The exit code: 3 if a measure is worse than the threshold allows, or a cell fails now; else 0.
 
     Raises:
       ConfigError: a measure is unknown, or the files have no cell in common.
-      DataError: a file holds something else.
+      DataError: a file holds something else, or its last line is cut off.
     """
     from capsjax.bench.results.table import comparison_table, console, is_telling, summary
 
@@ -67,7 +75,8 @@ def run_comparison(config: CompareConfig) -> int:
     if unknown := set(config.measure).difference(known):
         raise ConfigError(f"--measure must be among {', '.join(known)}, got {min(unknown)}")
     measures = config.measure or known
-    comparison = compare_rows(read_rows(config.old), read_rows(config.new), measures=measures)
+    old, new = (read_rows(path, complete=True) for path in (config.old, config.new))
+    comparison = compare_rows(old, new, measures=measures)
     if not comparison.ratios and not comparison.broken:
         raise ConfigError(f"{config.old} and {config.new} have no cell in common")
     shown = [ratio for ratio in comparison.ratios if config.all or is_telling(ratio)]
@@ -76,7 +85,7 @@ def run_comparison(config: CompareConfig) -> int:
     for cell in comparison.broken:
         print(f"fails now: {cell}")
     print(summary(comparison, config.threshold))
-    return int(bool(comparison.broken or comparison.worse(config.threshold)))
+    return _WORSE if comparison.broken or comparison.worse(config.threshold) else 0
 
 
 def select_cells(config: BenchConfig) -> list[Cell]:
@@ -108,9 +117,9 @@ def make_plan(config: BenchConfig) -> Plan:
         raise ConfigError(f"--output: {output} exists already; --resume continues it")
     if config.resume and not output.exists():
         raise ConfigError(f"--resume: no file {output}")
-    page = output.with_suffix(".html")
+    page = _page(output)
     if config.report and page.exists() and not config.resume:
-        raise ConfigError(f"--output: the report {page} exists already; --no-report makes none")
+        raise ConfigError(f"--output: the report {page} exists already; name another file")
     few = config.alternate or (config.workload is None and suite in ("quick", "pod"))
     return Plan(
         output=output,
@@ -142,8 +151,12 @@ def _setting(text: str) -> tuple[str, list[str]]:
     return name.strip(), [value for value in values.split(",") if value]
 
 
+def _page(output: Path) -> Path:
+    return output.with_suffix(".html")
+
+
 def _report(rows: list[Row], output: Path) -> None:
-    page = output.with_suffix(".html")
+    page = _page(output)
     try:
         write_report(rows, page, title=f"capsjax bench: {output.stem}")
     except ConfigError as error:

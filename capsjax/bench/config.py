@@ -1,6 +1,7 @@
 """Options of ``capsjax bench`` and ``capsjax bench compare``."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,9 @@ class BenchConfig:
     Without a workload a suite is measured: quick (under 2 minutes on 2 cores), routing, hotos,
     train, or pod (minutes, needs libtpu). Rows go to a file of JSON lines, and an HTML report
     beside it. Compare two files with: capsjax bench compare OLD NEW
+
+    Exit code 1 if a cell failed, except where the target has no such implementation, or if none
+    succeeded.
     """
 
     suite: Suite | None = None
@@ -60,7 +64,7 @@ class BenchConfig:
     """File for the rows; bench-SUITE-TIME.jsonl if not given."""
 
     resume: bool = False
-    """Continue the file --output: cells that have a row are not measured again."""
+    """Continue the file --output: only cells without a row, and those that failed, are measured."""
 
     hlo: Path | None = None
     """Directory for the StableHLO and the compiled HLO of each cell."""
@@ -77,21 +81,25 @@ class BenchConfig:
             raise ConfigError(f"--output is for rows, the report is a page, got {self.output}")
         if self.repetitions is not None and self.repetitions < 1:
             raise ConfigError(f"--repetitions must be at least 1, got {self.repetitions}")
-        if self.run_seconds < 0:
-            raise ConfigError(f"--run-seconds must not be negative, got {self.run_seconds}")
-        if self.timeout <= 0:
-            raise ConfigError(f"--timeout must be positive, got {self.timeout}")
+        if not 0 <= self.run_seconds < math.inf:
+            raise ConfigError(f"--run-seconds must be finite, at least 0, got {self.run_seconds}")
+        if not 0 < self.timeout < math.inf:
+            raise ConfigError(f"--timeout must be finite and positive, got {self.timeout}")
         if self.set and self.workload is None:
             raise ConfigError("--set goes with --workload")
         if self.shape and ":" not in (self.workload or ""):
             raise ConfigError("--shape goes with --workload module:function")
         if self.resume and self.output is None:
             raise ConfigError("--resume needs --output, the file to continue")
+        if self.output is not None and self.output.suffix.lower() in (".html", ".htm"):
+            raise ConfigError(
+                f"--output is for rows, the report gets its name with .html; got {self.output}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Compare two files of rows; exit code 1 if a measure is worse than the threshold allows."""
+    """Compare two files of rows; exit code 3 if a measure is worse than the threshold allows."""
 
     old: Path
     """Rows of the run to compare with."""
@@ -109,3 +117,8 @@ class CompareConfig:
 
     all: bool = False
     """Print every ratio, not only those beyond 2 % or the interval."""
+
+    def __post_init__(self) -> None:
+        """Checks the threshold."""
+        if not 0 < self.threshold < math.inf:
+            raise ConfigError(f"--threshold must be finite and positive, got {self.threshold}")

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import jax
 
-from capsjax.errors import ConfigError
+from capsjax.errors import ConfigError, how_to_install
 
 Platform = Literal["cpu", "gpu", "tpu"]
 
@@ -112,7 +112,7 @@ class Target:
             extra = {"gpu": "cuda", "tpu": "tpu"}.get(self.platform, self.platform)
             raise ConfigError(
                 f"target {self.name!r} needs a {self.platform.upper()} in this machine; if there is"
-                f' one: pip install "capsjax[{extra}]"'
+                f" one: {how_to_install(extra)}"
             ) from None
         if len(found) < (self.count or 1):
             raise ConfigError(
@@ -230,7 +230,7 @@ def _near(family: str) -> str:
 def _absent_devices(name: str, topology: str) -> tuple[jax.Device, ...]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
-            f'target {name!r} needs the TPU compiler, which comes with: pip install "capsjax[tpu]"'
+            f"target {name!r} needs the TPU compiler, which comes with: {how_to_install('tpu')}"
         )
     from jax.experimental import topologies
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capsjax.data.dataset import Dataset, Split
-from capsjax.errors import DataError
+from capsjax.errors import DataError, how_to_install
 
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png")
 
@@ -104,7 +104,7 @@ def _decode(file: Path) -> npt.NDArray[np.uint8]:
         from PIL import Image
     except ImportError as error:
         raise DataError(
-            'image_folder needs Pillow, which is not installed: pip install "capsjax[data]"'
+            f"image_folder needs Pillow, which is not installed: {how_to_install('data')}"
         ) from error
     try:
         with Image.open(file) as image:

@@ -21,7 +21,7 @@ from capsjax.data.dataset import Dataset, Split
 from capsjax.data.decoded_cache import cached
 from capsjax.data.originals import ORIGINALS
 from capsjax.data.tasks import Cropped, Shifted, Task
-from capsjax.errors import DataError
+from capsjax.errors import DataError, how_to_install
 
 NAMES = tuple(ORIGINALS)
 
@@ -223,7 +223,7 @@ def _import_tfds() -> Any:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise DataError(
-            f'data set needs {error.name}, which is not installed: pip install "capsjax[data]"'
+            f"data set needs {error.name}, which is not installed: {how_to_install('data')}"
         ) from None
     return tfds
 

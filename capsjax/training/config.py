@@ -244,7 +244,7 @@ class EvaluateConfig:
     """Evaluate a run's checkpoint on the whole test set."""
 
     run_dir: Path
-    """Directory of the run."""
+    """Directory of the run, or mnist_small for the network that comes with the package."""
 
     checkpoint: str = "last"
     """Which checkpoint: last, best (by validation error), or a step."""

@@ -30,7 +30,7 @@ from capsjax.errors import ConfigError
 from capsjax.files import write_text
 from capsjax.training import choices
 from capsjax.training.checkpoints import Checkpoints
-from capsjax.training.config import EvaluateConfig
+from capsjax.training.config import EvaluateConfig, TrainConfig
 from capsjax.training.objectives import Objective
 from capsjax.training.programs import Driver, Evaluate, Pace, as_batch, make_evaluate
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
@@ -77,15 +77,15 @@ class CheckpointEvaluation:
     """An evaluation and its subject.
 
     Attributes:
-      run_dir: the run's directory.
-      step: of the checkpoint.
+      run_dir: the run's directory, or the name of a network that comes with the package.
+      step: of the checkpoint; None for a network that comes with the package.
       dataset: name of the data set whose test images were used.
       test: the evaluation.
       class_names: names of the network's classes.
     """
 
     run_dir: Path
-    step: int
+    step: int | None
     dataset: str
     test: Evaluation
     class_names: tuple[str, ...]
@@ -201,12 +201,11 @@ class _Opened:
     class_names: tuple[str, ...]
     test: Split
     number: int
-    step: int
+    step: int | None
 
 
 def _open(config: EvaluateConfig, dataset: Dataset | None) -> _Opened:
-    directory = RunDirectory(config.run_dir)
-    run = directory.read_config()
+    run = _read_config(config.run_dir)
     started, model = run.train, run.model
     driver = choices.choose_driver(config.driver, config.devices)
     share = len(driver.devices)
@@ -216,7 +215,7 @@ def _open(config: EvaluateConfig, dataset: Dataset | None) -> _Opened:
     # Pairs are shifted in test too, by as much as the run's.
     task = choices.choose_task(dataset, started.max_shift if own else None)
     network = models.build(model, rngs=nnx.Rngs(0))
-    apply, step, variables = _restore(directory, config.checkpoint, run, network, driver)
+    apply, step, variables = _restore(config.run_dir, config.checkpoint, run, network, driver)
     number = len(dataset.test.labels) if config.test_size is None else config.test_size
     return _Opened(
         apply=apply,
@@ -277,16 +276,42 @@ def _images(
     return dataset
 
 
+def _is_packaged(run_dir: Path) -> bool:
+    """Whether this is no directory but the name of a network that comes with the package."""
+    return not run_dir.exists() and str(run_dir) in models.pretrained()
+
+
+def _read_config(run_dir: Path) -> RunConfig:
+    """The configuration of a run, or of a network that comes with the package."""
+    if _is_packaged(run_dir):
+        about, digits = models.about_pretrained(str(run_dir)), load("mnist_5k")
+        model = models.configure(about.preset, **about.overrides)
+        train = TrainConfig(preset=about.preset, dataset="mnist_5k")
+        return RunConfig(train, model, DataDescription.of(digits))
+    if not run_dir.exists():
+        raise ConfigError(
+            f"{run_dir} is no run directory, and no network that comes with the package"
+            f" ({', '.join(models.pretrained())})"
+        )
+    return RunDirectory(run_dir).read_config()
+
+
 def _restore(
-    directory: RunDirectory,
+    run_dir: Path,
     which: str | int,
     run: RunConfig,
     network: models.Network,
     driver: Driver,
-) -> tuple[Apply, int, Variables]:
+) -> tuple[Apply, int | None, Variables]:
     """The network as a function, and the step and the arrays of a checkpoint."""
+    if _is_packaged(run_dir):
+        if which != "last":
+            raise ConfigError(f"{run_dir} comes without checkpoints, got --checkpoint {which}")
+        apply, variables = split_network(models.load_pretrained(str(run_dir)))
+        return apply, None, driver.replicate(variables)
     apply, variables = split_network(network)
     like = driver.replicate(init_state(variables, choices.make_optimizer(run.train)))
+    directory = RunDirectory(run_dir)
     checkpoints = Checkpoints(directory.checkpoints, read_only=True, run=run.shaping())
     try:
         step = checkpoints.choose(which)
@@ -350,13 +375,13 @@ class TrainedNetwork:
       network: with the parameters of the checkpoint.
       dataset: the run's.
       test: the network's test images; single ones for a network for pairs.
-      step: of the checkpoint; 0 for a network that comes with the package.
+      step: of the checkpoint; None for a network that comes with the package.
     """
 
     network: models.Network
     dataset: Dataset
     test: Split
-    step: int
+    step: int | None
 
 
 def load_network(
@@ -384,22 +409,11 @@ def load_network(
       capsjax.data.DataError: the data set is missing or damaged.
       CheckpointError: the checkpoint cannot be read.
     """
-    if not run_dir.exists() and str(run_dir) in models.pretrained():
-        network, about = models.load_pretrained(str(run_dir)), models.about_pretrained(str(run_dir))
-        choices.check_data_dir("mnist_5k", data_dir)
-        dataset = choices.match_classes(dataset or load("mnist_5k"), about.classes)
-        choices.check_dataset(dataset, network.config)
-        return TrainedNetwork(network, dataset, _as_shown(dataset), 0)
-    if not run_dir.exists():
-        raise ConfigError(
-            f"{run_dir} is no run directory, and no network that comes with the package"
-            f" ({', '.join(models.pretrained())})"
-        )
-    run = RunDirectory(run_dir).read_config()
+    run = _read_config(run_dir)
     dataset = _images(run, dataset, data_dir=data_dir)
     network = models.build(run.model, rngs=nnx.Rngs(0))
     driver = choices.choose_driver("jit", None)
-    _, step, variables = _restore(RunDirectory(run_dir), checkpoint, run, network, driver)
+    _, step, variables = _restore(run_dir, checkpoint, run, network, driver)
     for values in variables:
         nnx.update(network, values)
     network.eval()

@@ -303,7 +303,9 @@ def _diverged(run: Run, step: int, what: str, number: int = 0) -> NoReturn:
     good = "there is no checkpoint yet"
     if steps:
         good = f"the last good checkpoint is of step {steps[-1]}, in {checkpoints.path}"
-    raise DivergedError(f"{what} at step {step}; {good}; a lower --learning-rate may help")
+    raise DivergedError(
+        f"{what} at step {step}; {good}; a new run with a lower --learning-rate may help"
+    )
 
 
 def _next_multiple(step: int, every: int) -> int:

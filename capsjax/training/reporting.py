@@ -4,13 +4,17 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from capsjax.errors import naming
 from capsjax.training.run_directory import RunDirectory
+
+_FLUSH_SECONDS = 10.0  # between two writes of events to the disk
 
 
 class Report:
@@ -36,14 +40,8 @@ class Report:
     ):
         self._directories = directories
         self._started = time.monotonic()
-        self._writers: list[Any] = []
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._writers = [
-                SummaryWriter(str(directory.tensorboard), purge_step=step + 1)
-                for directory in directories
-            ]
+        written = directories if tensorboard else ()
+        self._events = [_Events(directory.tensorboard, step) for directory in written]
         self._console = console or Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -73,10 +71,10 @@ class Report:
     ) -> None:
         """Stops the bar and closes the event files."""
         self._progress.stop()
-        for writer in self._writers:
+        for events in self._events:
             # A full disk has been reported where it first showed; a second report adds nothing.
             with contextlib.suppress(OSError):
-                writer.close()
+                events.close()
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
@@ -100,6 +98,38 @@ class Report:
         for directory, values in zip(self._directories, metrics, strict=True):
             finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
             directory.append_metrics({"split": split, "step": step, "seconds": seconds, **finite})
-        for writer, values in zip(self._writers, metrics, strict=False):
-            for name, value in values.items():
-                writer.add_scalar(f"{split}/{name}", value, step)
+        for events, values in zip(self._events, metrics, strict=False):
+            events.add({f"{split}/{name}": value for name, value in values.items()}, step)
+
+
+class _Events:
+    """TensorBoard's event file of a run, which this process and thread write themselves."""
+
+    def __init__(self, directory: Path, step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory
+        self._writer = EventsWriter(str(directory / "events"))
+        self._flushed = time.monotonic()
+        # Hides what a resumed run does again.
+        self._write(step + 1, session_log={"status": "START"})
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        """Adds scalars; TensorBoard shows them after some seconds."""
+        scalars = [{"tag": tag, "simple_value": value} for tag, value in values.items()]
+        self._write(step, summary={"value": scalars})
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            with naming(self._path):
+                self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._writer.close()
+
+    def _write(self, step: int, **fields: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        with naming(self._path):
+            self._writer.write_event(Event(wall_time=time.time(), step=step, **fields))

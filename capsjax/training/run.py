@@ -195,7 +195,8 @@ def _run(
 ) -> list[Result]:
     """Trains to the end, or until the runs are stopped."""
     config = setup.config
-    with StopRequest(deadline) as stop, contextlib.ExitStack() as opened:
+    # The request ends first: while files are closed, a signal ends the process.
+    with contextlib.ExitStack() as opened, StopRequest(deadline) as stop:
         checkpoints = [
             Checkpoints(directory.checkpoints, keep=config.keep, run=each.shaping())
             for directory, each in zip(directories, stored, strict=True)

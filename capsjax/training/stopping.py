@@ -1,5 +1,6 @@
 """Stopping a run from outside: the first signal asks, a second one insists; or a deadline asks."""
 
+import contextlib
 import math
 import os
 import signal
@@ -56,4 +57,5 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
         # Past Python's buffers, which the signal may have come in the middle of.
-        os.write(2, b"\nstopping: what is done will be saved; once more to quit at once\n")
+        with contextlib.suppress(OSError):  # the terminal, or the next program, may be gone
+            os.write(2, b"\nstopping: what is done will be saved; once more to quit at once\n")

@@ -1,10 +1,12 @@
-"""Figures of capsule networks. Needs ``pip install "capsjax[viz]"``."""
+"""Figures of capsule networks. Needs the extra ``viz``."""
+
+from capsjax.errors import how_to_install
 
 try:
     import matplotlib as _matplotlib  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        'capsjax.viz needs matplotlib: pip install "capsjax[viz]"', name=error.name
+        f"capsjax.viz needs matplotlib: {how_to_install('viz')}", name=error.name
     ) from None
 
 from capsjax.viz.anatomy import Anatomy, dissect

@@ -1,5 +1,7 @@
 """The explorer: serves a page that shows a trained network, on the loopback address only."""
 
+import asyncio
+import contextlib
 import dataclasses
 import html
 import io
@@ -17,7 +19,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
@@ -29,10 +31,11 @@ from capsjax.viz.live import Live
 _PAGE = Path(__file__).with_name("explorer.html")
 _HOST = "127.0.0.1"
 _MAX_BYTES = 2 * 2**20  # of a request
+_MAX_SECONDS = 10.0  # until a request has arrived
 _MAX_PIXELS = 2048**2  # of an upload
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
-    " img-src blob: data:; connect-src 'self'"
+    " img-src blob: data:; connect-src 'self'; frame-ancestors 'none'"
 )
 
 
@@ -103,8 +106,9 @@ def explore(config: ExploreConfig, *, dataset: Dataset | None = None) -> None:
         app = make_app(_live(config, dataset))
         port = listening.getsockname()[1]
         print(f"exploring {config.run} at http://{_HOST}:{port} (Ctrl-C stops it)", flush=True)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-        server.run(sockets=[listening])
+        server = Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        with contextlib.suppress(KeyboardInterrupt):  # which ends the command as it should
+            server.run(sockets=[listening])
 
 
 def _live(config: ExploreConfig, dataset: Dataset | None) -> Live:
@@ -134,6 +138,16 @@ def _listen(port: int) -> socket.socket:
     return listening
 
 
+class Server(uvicorn.Server):
+    """A server that ends without waiting for clients."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Cancels requests that have not arrived; those under way take milliseconds."""
+        for task in self.server_state.tasks:
+            task.cancel()
+        await super().shutdown(sockets)
+
+
 class _TooLarge(Exception):
     """Raised when a request has more bytes than the explorer reads."""
 
@@ -147,11 +161,22 @@ def make_app(live: Live) -> Starlette:
 
     def answering(work: Callable[[bytes], Response]) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
+            # Pages of other sites may send requests, though they cannot read the answers.
+            origin = request.headers.get("origin")
+            if origin not in (None, f"http://{request.headers['host']}"):
+                return _refusal(403, f"requests of {origin} are not answered")
             try:
-                return await run_in_threadpool(work, await _body(request))
+                async with asyncio.timeout(_MAX_SECONDS):
+                    body = await _body(request)
+                return await run_in_threadpool(work, body)
             except _TooLarge:
-                error = f"request must be at most {_MAX_BYTES // 2**20} MB"
-                return JSONResponse({"error": error}, 413, {"Connection": "close"})
+                return _refusal(413, f"request must be at most {_MAX_BYTES // 2**20} MB")
+            except TimeoutError:
+                return _refusal(408, f"request must arrive within {_MAX_SECONDS:g} seconds")
+            except ClientDisconnect:
+                return _refusal(400, "the client has left")
+            except asyncio.CancelledError:
+                return _refusal(503, "the explorer has ended")
             except (ValueError, TypeError, KeyError, OverflowError) as error:
                 missing = isinstance(error, KeyError)
                 message = f"request must have {error}" if missing else str(error)
@@ -187,6 +212,11 @@ def make_app(live: Live) -> Starlette:
     # Refuses pages of other sites, which could reach the server through a host name of their own.
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[_HOST, "localhost"])
     return Starlette(routes=routes, middleware=[hosts])
+
+
+def _refusal(status: int, message: str) -> Response:
+    """An answer to a request whose body has not been read to its end."""
+    return JSONResponse({"error": message}, status, {"Connection": "close"})
 
 
 async def _body(request: Request) -> bytes:

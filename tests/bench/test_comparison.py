@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,14 +85,14 @@ def test_the_command_s_exit_code_tells(tmp_path, capsys):
     assert "1 cells in both; 0 measures worse than 1.1" in capsys.readouterr().out
     with pytest.raises(SystemExit) as done:
         main(["bench", "compare", old, slower])
-    assert done.value.code == 1
+    assert done.value.code == 3
     assert "worse" in capsys.readouterr().out
     main(["bench", "compare", old, slower, "--threshold", "3"])
     main(["bench", "compare", old, slower, "--measure", "flops"])
     broken = write(tmp_path / "broken.jsonl", row(failed=True))
     with pytest.raises(SystemExit) as done:
         main(["bench", "compare", old, broken])
-    assert done.value.code == 1
+    assert done.value.code == 3
     assert "fails now: squash @ cpu" in capsys.readouterr().out
 
 
@@ -102,16 +103,21 @@ def test_bad_files_are_one_line(tmp_path, capsys):
     text.write_text("hello\n")
     newer = tmp_path / "newer.jsonl"
     newer.write_text(json.dumps({"schema": "capsjax.bench", "version": 99}) + "\n")
-    for arguments, message in (
-        ([old, other], "have no cell in common"),
-        ([old, str(text)], "text.jsonl"),
-        ([old, str(newer)], "99"),
-        ([old, str(tmp_path / "none.jsonl")], "none.jsonl"),
-        ([old, old, "--measure", "beauty"], "--measure must be among .*, got beauty"),
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text(Path(old).read_text()[:-30])
+    for arguments, code, message in (
+        ([old, other], 2, "have no cell in common"),
+        ([old, str(text)], 2, "text.jsonl"),
+        ([old, str(newer)], 2, "99"),
+        ([old, str(cut)], 2, "cut.jsonl:1 is cut off; --resume --output"),
+        ([old, str(tmp_path / "none.jsonl")], 1, "none.jsonl"),
+        ([old, str(tmp_path)], 1, f"Is a directory: {tmp_path}"),
+        ([old, old, "--measure", "beauty"], 2, "--measure must be among .*, got beauty"),
+        ([old, old, "--threshold", "nan"], 2, "--threshold must be finite and positive, got nan"),
     ):
         with pytest.raises(SystemExit) as done:
             main(["bench", "compare", *arguments])
-        assert done.value.code != 0
+        assert done.value.code == code
         error = capsys.readouterr().err
         assert len(error.strip().splitlines()) == 1
         assert re.search(message, error), error

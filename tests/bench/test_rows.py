@@ -67,8 +67,16 @@ def test_a_line_that_a_kill_cut_off_is_left_out_and_not_continued(tmp_path, leng
     whole = path.read_text()
     path.write_text(whole + whole[:length])
     assert [each.cell for each in read_rows(path)] == ["a"]
+    with pytest.raises(DataError, match=":2 is cut off"):
+        read_rows(path, complete=True)
     append_rows(path, [row("b")])
     assert [each.cell for each in read_rows(path)] == ["a", "b"]
+
+
+def test_a_cell_that_was_measured_again_counts_once(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [row("a", repetitions=1), row("b"), row("a", repetitions=2)])
+    assert [(each.cell, each.repetitions) for each in read_rows(path)] == [("a", 2), ("b", 0)]
 
 
 HEADER = {"schema": "capsjax.bench", "version": 1}
@@ -76,6 +84,9 @@ RUN = {**HEADER, "cell": "a", "workload": "squash", "parameters": {}, "target": 
 DAMAGED = [
     (b"hello", ":2 is not JSON"),
     (b"\xff\xfe", ":2 is not JSON"),
+    (b'{"schema": capsjax.bench"}', ":2 is not JSON"),
+    (b"[" * 100_000, ":2 is not"),
+    (b'{"schema": "capsjax.bench", "x": ' + b"[" * 100_000, ":2 is not a row"),
     (b"[1]", ":2 is not a row of capsjax.bench"),
     (b'{"schema": "other"}', ":2 is not a row of capsjax.bench"),
     (json.dumps({**HEADER, "version": 99}).encode(), ":2 is of version 99, this capsjax reads 1"),

@@ -2,10 +2,13 @@
 
 import dataclasses
 import importlib
+import math
 import os
 import re
 import shutil
 import signal
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -15,7 +18,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from capsjax import routing
+from capsjax import cli, routing
 from capsjax.bench import (
     Cost,
     Cycles,
@@ -25,7 +28,6 @@ from capsjax.bench import (
     Row,
     append_rows,
     read_rows,
-    run_benchmark,
     run_cells,
     suite_cells,
     write_report,
@@ -110,7 +112,7 @@ def test_stages_add_up_and_cold_is_cold(measured):
     for number, wall in enumerate(row.wall_seconds):
         # The program is read in the first process only.
         stages = {name: v[number] for name, v in row.stages.items() if number < len(v)}
-        assert sum(stages.values()) == pytest.approx(wall, abs=5e-3)
+        assert sum(stages.values()) == pytest.approx(wall, abs=1e-6)
         assert min(stages.values()) >= 0
     assert {"trace", "lower", "compile", "load", "run"} <= set(row.stages)
     assert row.cache["hits_cold"] == 0
@@ -127,6 +129,23 @@ def test_what_fails_is_a_row_with_its_reason(in_this_process, importable, tmp_pa
     (row,) = read_rows(tmp_path / "rows.jsonl")
     assert (row.status, row.repetitions) == ("failed", 0)
     assert dataclasses.astuple(row.error) == ("trace", "ValueError", "no such luck")
+
+
+def test_a_failure_is_an_exit_code_and_is_tried_again(
+    in_this_process, importable, tmp_path, capsys
+):
+    output, module = tmp_path / "rows.jsonl", "failing_for_bench"
+    importable(module, "def f(x):\n    raise ValueError('no such luck')\n")
+    options = ["--workload", f"{module}:f", "--shape", "f32[3]", "--output", str(output)]
+    options += ["--no-report", "--repetitions", "1", "--run-seconds", "0"]
+    with pytest.raises(SystemExit) as done:
+        main(["bench", *options])
+    assert done.value.code == 1
+    sys.modules[module].f = lambda x: x + 1
+    main(["bench", *options, "--resume"])
+    (row,) = read_rows(output)
+    assert row.status == "ok"
+    capsys.readouterr()
 
 
 def test_a_process_that_dies_has_its_reason():
@@ -247,7 +266,7 @@ def test_a_donated_argument_is_replaced_by_the_result():
     function = jax.jit(lambda state, x: (state + x, state.sum()), donate_argnums=0)
     shape = jax.ShapeDtypeStruct((3,), jnp.float32)
     make = lambda: (jnp.zeros(3), jnp.ones(3))  # noqa: E731
-    built = JaxFunction(function, (shape, shape), make, donated=True)
+    built = JaxFunction(function, (shape, shape), make, donated=0)
     target = runner.parse_target("cpu")
     call = measure._caller(built, function, target, measure.Measurement())()
     assert [float(call()[1]) for _ in range(3)] == [0, 3, 6]
@@ -277,36 +296,37 @@ def f(x):
 """
 
 
-def test_stopped_half_way_nothing_is_left_running(
+def test_stopped_half_way_nothing_is_left_behind(
     measured, importable, tmp_path, monkeypatch, capsys
 ):
-    marker, output = tmp_path / "marker", tmp_path / "rows.jsonl"
+    marker, output, folders = (tmp_path / name for name in ("marker", "rows.jsonl", "folders"))
+    folders.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folders))
     importable("blocking_for_bench", BLOCKING.format(marker=str(marker)))
     output.write_text((measured[0] / "rows.jsonl").read_text())
     monkeypatch.setattr(runner, "_call", without_roofline)
 
-    def interrupt():
+    def stop():
         while not (marker.exists() and marker.read_text()):
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        threading.Thread(target=interrupt, daemon=True).start()
-        config = BenchConfig(
-            workload="blocking_for_bench:f",
-            shape=("f32[3]",),
-            output=output,
-            resume=True,
-            timeout=100,
-        )
-        with pytest.raises(KeyboardInterrupt):
-            run_benchmark(config)
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    def exit_at_once(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(cli, "_exit_at_once", exit_at_once)
+    threading.Thread(target=stop, daemon=True).start()
+    workload = ["--workload", "blocking_for_bench:f", "--shape", "f32[3]"]
+    with pytest.raises(SystemExit) as done:
+        main(["bench", *workload, "--resume", "--output", str(output)])
+    assert done.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with pytest.raises(ProcessLookupError):
         os.kill(int(marker.read_text()), 0)
-    assert f"--resume --output {output}" in capsys.readouterr().out
+    assert list(folders.iterdir()) == []
+    told = capsys.readouterr()
+    assert f"--resume --output {output}" in told.out
+    assert told.err == "capsjax bench: error: interrupted\n"
     assert len(read_rows(output)) == 1
 
 
@@ -320,6 +340,10 @@ def test_suites_and_options_that_do_not_go_together():
         ({"resume": True}, "--resume needs --output"),
         ({"repetitions": 0}, "--repetitions must be at least 1, got 0"),
         ({"workload": "squash", "shape": ("f32[3]",)}, "--shape goes with --workload module"),
+        ({"run_seconds": math.nan}, "--run-seconds must be finite, at least 0, got nan"),
+        ({"run_seconds": -1.0}, "--run-seconds must be finite, at least 0, got -1"),
+        ({"timeout": math.inf}, "--timeout must be finite and positive, got inf"),
+        ({"output": Path("zz.html")}, "--output is for rows, .* got zz.html"),
     ):
         with pytest.raises(ConfigError, match=message):
             BenchConfig(**options)
@@ -347,8 +371,12 @@ def test_sets_of_flags_are_swept_though_they_begin_with_dashes(monkeypatch, tmp_
 
 def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    there = tmp_path / "there.jsonl"
+    there, page = tmp_path / "there.jsonl", tmp_path / "page.html"
     there.write_text("")
+    page.write_text("precious")
+    (tmp_path / "exits_for_bench.py").write_text("import sys\nsys.exit()\n")
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     for arguments, message in (
         (["--workload", "rooting"], "workload must be one of"),
         (["--target", "v9-8"], "among v4"),
@@ -356,14 +384,17 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
         (["--output", "none/rows.jsonl"], "no directory none"),
         (["--workload", "nowhere:f", "--shape", "f32[3]"], "No module named 'nowhere'"),
         (["nosuch"], "pod, got 'nosuch'"),
+        (["--output", "page.jsonl"], "the report page.html exists already"),
+        (["--workload", "exits_for_bench:f"], "module 'exits_for_bench' calls sys.exit"),
     ):
         with pytest.raises(SystemExit) as done:
             main(["bench", *arguments])
-        assert done.value.code not in (0, None)
+        assert done.value.code == 2
         error = capsys.readouterr().err
         assert len(error.strip().splitlines()) == 1
         assert message in error
-    assert list(tmp_path.iterdir()) == [there]
+    assert page.read_text() == "precious"
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.fixture

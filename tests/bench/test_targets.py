@@ -57,14 +57,14 @@ def test_devices_of_this_machine():
 
 
 def test_a_gpu_that_is_not_there_is_one_line_with_what_to_install():
-    with pytest.raises(ConfigError, match=r'needs a GPU .* pip install "capsjax\[cuda\]"') as error:
+    with pytest.raises(ConfigError, match=r"needs a GPU .* pip install .*\[cuda\]") as error:
         parse_target("gpu").devices()
     assert "\n" not in str(error.value)
 
 
 def test_a_tpu_without_its_compiler_is_one_line_with_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"'v5e-8' needs the TPU compiler.*capsjax\[tpu\]"):
+    with pytest.raises(ConfigError, match=r"'v5e-8' needs the TPU compiler.*\[tpu\]"):
         parse_target("v5e-8").devices()
 
 
@@ -76,15 +76,16 @@ def test_the_second_waits_for_the_first(tmp_path, monkeypatch):
     def hold():
         with libtpu_lock():
             entered.set()
-            leave.wait(30)
+            leave.wait()
 
     other = threading.Thread(target=hold)
     other.start()
-    assert entered.wait(30)
-    message = "another process has been using libtpu"
-    with pytest.raises(ConfigError, match=message), libtpu_lock(timeout=0.3):
-        pass
-    leave.set()
-    with libtpu_lock(timeout=30):
-        other.join(30)
-    assert not other.is_alive()
+    entered.wait()
+    try:
+        message = "another process has been using libtpu"
+        with pytest.raises(ConfigError, match=message), libtpu_lock(timeout=0):
+            pass
+    finally:
+        leave.set()
+    with libtpu_lock():
+        other.join()

@@ -22,17 +22,23 @@ def test_programs_run_in_turn_after_a_call_that_is_not_counted():
     assert {name: len(each.seconds) for name, each in times.items()} == {"a": 2, "b": 2}
 
 
-def test_times_are_seconds():
-    (sleep,) = alternate({"sleep": lambda: time.sleep(0.02)}, rounds=2).values()
-    assert min(sleep.seconds) >= 0.02
+@pytest.fixture
+def work(monkeypatch):
+    """A call that takes two seconds by the clock, and none in truth."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return lambda: now.__setitem__(0, now[0] + 2)
 
 
-def test_rounds_end_with_the_time_but_not_before_three():
+def test_times_are_seconds(work):
+    assert alternate({"work": work}, rounds=2)["work"].seconds == (2, 2)
+
+
+def test_rounds_end_with_the_time_but_not_before_three(work):
     def count(seconds):
-        calls = {"sleep": lambda: time.sleep(0.01)}
-        return len(alternate(calls, rounds=6, seconds=seconds)["sleep"].seconds)
+        return len(alternate({"work": work}, rounds=6, seconds=seconds)["work"].seconds)
 
-    assert [count(0.0), count(60.0)] == [3, 6]
+    assert [count(0.0), count(7.0), count(60.0)] == [3, 4, 6]
 
 
 def test_no_rounds_are_named():

@@ -140,4 +140,4 @@ def test_thirty_two_bits_are_refused(tmp_path):
 def test_without_pillow(tmp_path, monkeypatch):
     make(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
-    assert refusal(tmp_path).endswith('pip install "capsjax[data]"')
+    assert refusal(tmp_path).endswith('pip install -e ".[data]" in a clone of capsjax')

@@ -161,7 +161,7 @@ def test_without_optional_packages(tmp_path, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     text = refusal("mnist", tmp_path)
     assert missing in text
-    assert 'pip install "capsjax[data]"' in text
+    assert 'pip install -e ".[data]"' in text
 
 
 def point_at(server, monkeypatch, name="MNIST"):

@@ -1,7 +1,12 @@
 import contextlib
 import dataclasses
 import json
+import multiprocessing
+import os
 import signal
+import threading
+from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -23,6 +28,7 @@ from capsjax.training import (
 )
 from capsjax.training.picture import reconstruction_grid
 from capsjax.training.reporting import Report
+from capsjax.training.run_directory import RunDirectory
 from capsjax.training.stopping import StopRequest
 
 
@@ -109,6 +115,37 @@ def test_evaluate_repeats_the_run_s_test_result(finished, digits, monkeypatch):
     np.testing.assert_allclose(evaluated.test.loss, result.test.loss, rtol=1e-5)
     best = evaluate(EvaluateConfig(run_dir=run, batch_size=16, checkpoint="best"))
     assert best.step in (7, 14, 21, 23)
+
+
+def test_a_network_of_the_package_is_evaluated_as_a_run_is(digits):
+    packaged = EvaluateConfig(run_dir=Path("mnist_small"), driver="jit", batch_size=101)
+    evaluated = evaluate(packaged, dataset=digits)
+    assert evaluated.step is None
+    assert (evaluated.test.count, evaluated.test.wrong <= 5) == (101, True)
+
+
+def test_a_report_starts_neither_threads_nor_processes(tmp_path, monkeypatch):
+    # Where they have to be waited for, a run that is complete may never end.
+    for kind in (threading.Thread, multiprocessing.Process, os):
+        monkeypatch.setattr(kind, "fork" if kind is os else "start", None)
+    directory = RunDirectory(tmp_path)
+    with Report([directory], total_steps=3, step=1, tensorboard=True) as report:
+        report.record("train", 2, [{"loss": 1.5, "error": 0.5}])
+    assert scalars(directory.tensorboard, "train/loss") == [(2, 1.5)]
+
+
+def test_a_stop_request_survives_a_terminal_that_is_gone(monkeypatch):
+    monkeypatch.setattr(os, "write", Mock(side_effect=BrokenPipeError))
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.signal == signal.SIGTERM
+
+
+def test_while_files_are_closed_a_signal_is_obeyed(tmp_path, digits, tiny, monkeypatch):
+    monkeypatch.setattr("capsjax.training.run.train_and_test", lambda *_: None)
+    monkeypatch.setattr(Checkpoints, "close", lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path, driver="jit", steps=1), model=tiny, dataset=digits)
 
 
 def test_the_step_is_compiled_once_in_a_run(tmp_path, digits, tiny, caplog):

@@ -13,7 +13,7 @@ from capsjax.data import Dataset, Split, load
 from capsjax.training import Checkpoints, TrainConfig, TrainedNetwork, init_state, split_network
 from capsjax.training.choices import make_optimizer
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
-from capsjax.viz.explorer import make_app
+from capsjax.viz.explorer import Server, make_app
 from capsjax.viz.live import Live
 
 TINY = models.CapsNetConfig(
@@ -68,7 +68,7 @@ def live(loaded):
 @pytest.fixture(scope="session")
 def address(live):
     config = uvicorn.Config(make_app(live), port=0, log_level="warning", lifespan="off")
-    server = uvicorn.Server(config)
+    server = Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     limit = time.monotonic() + 30

@@ -1,10 +1,13 @@
 """The explorer's answers equal direct calls; bad requests get an error; the server stays up."""
 
+import asyncio
 import dataclasses
 import io
 import json
 import os
 import socket
+import threading
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import uvicorn
 from flax import nnx
 from PIL import Image
 
 from capsjax import models
 from capsjax.cli import main
-from capsjax.viz import dissect
-from capsjax.viz.explorer import export
+from capsjax.viz import dissect, explorer
+from capsjax.viz.explorer import Server, export, make_app
 from capsjax.viz.live import Live
 
 
@@ -128,6 +132,67 @@ def test_no_file_is_served(address, path):
 
 def test_other_hosts_names_are_refused(address):
     assert ask(address, headers={"Host": "elsewhere.example"})[0] == 400
+
+
+async def answer(live, path="look", headers=(), messages=(), cancel=False):
+    """The status that the application sends, without a server; the body never ends by itself."""
+    sent, waiting = [], list(messages)
+
+    async def receive():
+        return waiting.pop() if waiting else await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": f"/api/{path}",
+        "query_string": b"",
+        "headers": [(b"host", b"localhost:1"), *headers],
+    }
+    task = asyncio.ensure_future(make_app(live)(scope, receive, send))
+    await asyncio.sleep(0)
+    if cancel:
+        task.cancel()
+    await task
+    return sent[0]["status"]
+
+
+def test_clients_that_do_not_end_their_request(live, monkeypatch):
+    half = {"type": "http.request", "body": b"{", "more_body": True}
+    gone = {"type": "http.disconnect"}
+    assert asyncio.run(answer(live, messages=[gone, half])) == 400
+    assert asyncio.run(answer(live, messages=[half], cancel=True)) == 503
+    monkeypatch.setattr(explorer, "_MAX_SECONDS", 0.01)
+    assert asyncio.run(answer(live, messages=[half])) == 408
+
+
+@pytest.mark.parametrize("origin", ["http://elsewhere.example", "http://localhost:2", "null"])
+def test_pages_of_other_origins_get_no_answer(live, origin):
+    assert asyncio.run(answer(live, headers=[(b"origin", origin.encode())])) == 403
+
+
+def test_the_page_itself_gets_answers_and_cannot_be_framed(address):
+    assert ask(f"{address}/api/look", {"test": 3}, {"Origin": address})[0] == 200
+    with urllib.request.urlopen(address, timeout=60) as page:
+        assert "frame-ancestors 'none'" in page.headers["Content-Security-Policy"]
+
+
+def test_a_request_under_way_does_not_hold_the_server_up(live):
+    server = Server(uvicorn.Config(make_app(live), port=0, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    with socket.create_connection(server.servers[0].sockets[0].getsockname()) as client:
+        client.sendall(b"POST /api/look HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+        while not server.server_state.tasks:
+            time.sleep(0.01)
+        server.should_exit = True
+        assert client.recv(100).startswith(b"HTTP/1.1 503")
+        thread.join(30)
+    assert not thread.is_alive()
 
 
 def test_a_hundred_requests_at_once(address):

@@ -61,13 +61,15 @@ class Plan:
 
 
 def remaining(cells: Sequence[Cell], plan: Plan) -> list[Cell]:
-    """Returns the cells of groups that the plan's file does not have all rows of.
+    """Returns the cells of groups that the plan's file lacks a row of, or has a failure of.
+
+    Cells that their target has no implementation of are not tried again.
 
     Raises:
       DataError: the file holds something else, or was measured in another environment.
       OSError: the file cannot be read.
     """
-    rows = read_rows(plan.output)
+    rows = [row for row in read_rows(plan.output) if not row.error or row.error.is_unsupported]
     here = dataclasses.asdict(read_environment())
     for row in rows:
         for name in _VERSIONS:

@@ -9,7 +9,7 @@ from typing import Any
 from capsjax.bench.results.columns import COLUMNS, NOTE, cycles_of
 from capsjax.bench.results.rows import Row
 from capsjax.bench.workloads import WORKLOADS
-from capsjax.errors import ConfigError
+from capsjax.errors import ConfigError, how_to_install
 from capsjax.files import write_text
 
 
@@ -32,7 +32,7 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
         import plotly.io
         import plotly.offline
     except ImportError:
-        raise ConfigError('the HTML report needs: pip install "capsjax[bench]"') from None
+        raise ConfigError(f"the HTML report needs: {how_to_install('bench')}") from None
     figures = []
     for number, (heading, note, traces, axes) in enumerate(_figures(rows)):
         figure = go.Figure(traces)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from capsjax.bench.programs.program import Program
-from capsjax.errors import DataError
+from capsjax.errors import DataError, naming
 
 SCHEMA = "capsjax.bench"
 VERSION = 1
@@ -27,6 +27,11 @@ class Failure:
     stage: str
     type: str
     message: str
+
+    @property
+    def is_unsupported(self) -> bool:
+        """Whether the target has no such implementation."""
+        return self.type == NotImplementedError.__name__
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,14 +203,18 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
     lines = [json.dumps(header | dataclasses.asdict(row), allow_nan=False) for row in rows]
     # A killed process may have left a line without its end.
     broken = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write("\n" * broken + "".join(f"{line}\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Reads the rows of a file; a line that was cut off by a kill is left out.
+def read_rows(path: Path, *, complete: bool = False) -> list[Row]:
+    """Reads the rows of a file; of a cell that was measured again, the last.
+
+    Args:
+      path: of the file.
+      complete: whether to refuse a file whose last line a kill has cut off; left out otherwise.
 
     Raises:
       DataError: a line is not a row, or of an unknown version; the message has its number.
@@ -214,8 +223,9 @@ def read_rows(path: Path) -> list[Row]:
     # Only here: measuring does without it.
     import msgspec
 
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    rows: dict[str, Row] = {}
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -226,10 +236,15 @@ def read_rows(path: Path) -> list[Row]:
                 raise DataError(
                     f"{path}:{number} is of version {header.version}, this capsjax reads {VERSION}"
                 )
-            rows.append(msgspec.json.decode(line, type=Row))
-        except msgspec.ValidationError as error:
+            row = msgspec.json.decode(line, type=Row)
+            rows[row.cell] = row
+        except (msgspec.ValidationError, RecursionError) as error:
             raise DataError(f"{path}:{number} is not a row of {SCHEMA}: {error}") from None
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            if not line.startswith(b'{"schema"'[: len(line)]):
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            if not line.startswith(b'{"schema"'[: len(line)]) or "truncated" not in str(error):
                 raise DataError(f"{path}:{number} is not JSON") from None
-    return rows
+            if complete and number == len(lines):
+                raise DataError(
+                    f"{path}:{number} is cut off; --resume --output measures what is missing"
+                ) from None
+    return list(rows.values())

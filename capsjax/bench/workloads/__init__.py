@@ -95,6 +95,8 @@ def import_function(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
         found = importlib.import_module(module)
+    except SystemExit as error:
+        raise ConfigError(f"workload {name!r}: module {module!r} calls sys.exit") from error
     except Exception as error:  # whatever the user's module does
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"workload {name!r}: {message}") from error
