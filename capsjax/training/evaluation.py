@@ -152,7 +152,12 @@ def _open(config: EvaluateConfig, dataset: Dataset | None) -> _Opened:
         # A run's own directory goes with its own data set only, or with what is made of the same.
         same_source = source_of(name) == source_of(started.dataset)
         data_dir = config.data_dir or (started.data_dir if same_source else None)
-        dataset = load(name, data_dir=data_dir)
+        dataset = load(
+            name,
+            data_dir=data_dir,
+            image_size=config.image_size or (started.image_size if own else None),
+            channels=config.channels or (started.channels if own else None),
+        )
     choices.check_dataset(dataset, model)
     choices.check_test_size(dataset, config.test_size)
     if own and dataset.class_names != data.class_names:
@@ -281,7 +286,12 @@ def load_network(run_dir: Path, checkpoint: str | int = "last") -> TrainedNetwor
             f" ({', '.join(models.pretrained())})"
         )
     started, model, data = RunDirectory(run_dir).read_config()
-    dataset = load(started.dataset, data_dir=started.data_dir)
+    dataset = load(
+        started.dataset,
+        data_dir=started.data_dir,
+        image_size=started.image_size,
+        channels=started.channels,
+    )
     choices.check_dataset(dataset, model)
     data.check(DataDescription.of(dataset))
     network = models.build(model, rngs=nnx.Rngs(0))
@@ -306,5 +316,4 @@ def _as_shown(dataset: Dataset) -> Split:
         )
     sampler = Sampler(dataset.task, dataset.num_classes)
     sample = sampler.test(as_batch(dataset.test), jnp.arange(len(labels)))
-    shown = jnp.round(sample.images * 255).astype(jnp.uint8)
-    return Split(np.asarray(shown), np.asarray(sample.labels))
+    return Split(np.asarray(sample.images), np.asarray(sample.labels))

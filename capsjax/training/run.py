@@ -121,7 +121,12 @@ def train_seeds(
         for directory in directories:
             directory.check_new()  # before anything is loaded
     if dataset is None:
-        dataset = load(config.dataset, data_dir=config.data_dir)
+        dataset = load(
+            config.dataset,
+            data_dir=config.data_dir,
+            image_size=config.image_size,
+            channels=config.channels,
+        )
     data = DataDescription.of(dataset)
     for before in resumed:
         before.data.check(data)
@@ -176,12 +181,12 @@ def set_up(configs: Sequence[TrainConfig], model: models.ModelConfig, dataset: D
     config = configs[0]
     choices.check_dataset(dataset, model)
     train, validation = choices.hold_out(dataset.train, config.validation)
-    task = choices.choose_task(dataset, config.max_shift)
+    task = choices.choose_task(dataset, config.max_shift, config.fill)
     objective = choices.choose_objective(config.loss, config.preset, model, task)
     driver = choices.choose_driver(config.driver, config.devices, config.batch_size)
     choices.check_test_size(dataset, config.test_size)
     steps_per_epoch = choices.count_batches(train, config.batch_size)
-    sampler = Sampler(task, model.num_classes)
+    sampler = Sampler(task, model.num_classes, config.flip)
     optimizer = choices.make_optimizer(config)
     keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
     networks = [split_network(models.build(model, rngs=nnx.Rngs(init))) for init, _, _ in keys]
