@@ -257,6 +257,10 @@ _COMMANDS = {
 def _complete(arguments: list[str]) -> list[str]:
     """Spells out what may be abbreviated."""
     arguments = [re.sub(r"^--model(?==|$)", "--preset", argument) for argument in arguments]
+    # A file of arrays may be named as the data set that it holds.
+    text = "".join(f"\0{argument}" for argument in arguments)
+    file = r"\0--dataset[=\0]([^\0]+\.npz)(?=\0|$)"
+    arguments = re.sub(file, r"\0--dataset\0npz\0--data-dir\0\1", text).split("\0")[1:]
     command = arguments[0] if arguments else ""
     if command in ("evaluate", "explore"):
         given = (re.sub(r"^--run[-_]dir(=|$)", "", argument) for argument in arguments)

@@ -17,11 +17,15 @@ from capsjax.data.tasks import (
     is_right,
 )
 from capsjax.data.transforms import (
+    Fill,
+    Flip,
     crop_images,
     epoch_order,
+    random_flip,
     random_placement,
     random_shift,
     scale_pixels,
+    white_of,
 )
 from capsjax.errors import DataError
 
@@ -32,6 +36,8 @@ __all__ = [
     "DataError",
     "Dataset",
     "Distorted",
+    "Fill",
+    "Flip",
     "Pairs",
     "Placed",
     "Sample",
@@ -45,9 +51,11 @@ __all__ = [
     "load",
     "names",
     "random_affine",
+    "random_flip",
     "random_placement",
     "random_shift",
     "save_npz",
     "scale_pixels",
     "source_of",
+    "white_of",
 ]

@@ -27,7 +27,7 @@ def load_affnist(data_dir: str | os.PathLike[str] | None) -> Dataset:
     """
     if data_dir is None:
         raise DataError("affnist needs --data-dir, a directory with test_batches/*.mat")
-    root = Path(data_dir).expanduser()
+    root = Path(data_dir)
     splits = {name: _read_folder(root / folder) for name, folder in _FOLDERS.items()}
     if not len(splits["test"].labels):
         raise DataError(f"affnist expects *.mat files in {root / _FOLDERS['test']}, got none")

@@ -1,7 +1,7 @@
 """The type that every data source returns."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +13,11 @@ class Split(NamedTuple):
     """One split of a data set, entirely in memory.
 
     Attributes:
-      images: uint8 ``[N, H, W, C]``, values 0 to 255.
+      images: ``[N, H, W, C]``: uint8 from 0 to 255, uint16 from 0 to 65535, or float32 in [0, 1].
       labels: int32 ``[N]``, class indices.
     """
 
-    images: npt.NDArray[np.uint8]
+    images: npt.NDArray[Any]
     labels: npt.NDArray[np.int32]
 
 
@@ -33,9 +33,9 @@ class Dataset:
       task: how the network's inputs and targets are made from the images.
 
     Raises:
-      ValueError: shapes or dtypes are not those of :class:`Split`, the images of the two splits
-        differ in shape, a label has no class name, or the task draws pairs and a split is not
-        sorted by class.
+      ValueError: shapes, dtypes or pixels are not those of :class:`Split`, the images of the two
+        splits differ in shape or do not suit the task, a label has no class name, or the task draws
+        pairs and a split is not sorted by class.
 
     Example:
       >>> import numpy as np
@@ -54,11 +54,17 @@ class Dataset:
     def __post_init__(self) -> None:
         for split_name in ("train", "test"):
             images, labels = getattr(self, split_name)
-            if images.dtype != np.uint8 or images.ndim != 4:
+            if images.dtype not in (np.uint8, np.uint16, np.float32) or images.ndim != 4:
                 raise ValueError(
-                    f"{split_name}.images must be uint8 [N, H, W, C], "
+                    f"{split_name}.images must be uint8, uint16 or float32 [N, H, W, C], "
                     f"got {images.dtype} {list(images.shape)}"
                 )
+            if images.dtype == np.float32 and images.size:
+                low, high = images.min(), images.max()
+                if not (low >= 0 and high <= 1):  # or one of them is not a number
+                    raise ValueError(
+                        f"{split_name}.images must lie in [0, 1] as float32, got {low}..{high}"
+                    )
             if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
                 raise ValueError(
                     f"{split_name}.labels must be int32 {[len(images)]}, "
@@ -75,6 +81,7 @@ class Dataset:
                 f" {list(self.train.images.shape[1:])}, "
                 f"got {list(self.test.images.shape[1:])}"
             )
+        self.task.image_shape(self.train.images.shape[1:])
         if self.task.classes_per_image > 1:
             for split_name in ("train", "test"):
                 labels = getattr(self, split_name).labels

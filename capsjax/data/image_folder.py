@@ -1,6 +1,9 @@
 """A data set from folders of images, one folder per class."""
 
+import logging
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,42 +11,159 @@ import numpy as np
 import numpy.typing as npt
 
 from capsjax.data.dataset import Dataset, Split
+from capsjax.data.transforms import white_of
 from capsjax.errors import DataError, how_to_install
 
-_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png")
+_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_SPLITS = ("train", "test")
+# What others call the folders of the splits.
+_SPLIT_NAMES = {*_SPLITS, "training", "testing", "val", "valid", "validation"}
+_HELD_OUT = 10  # one image in so many is for test where there is no folder of test images
+_CHANNELS = (1, 3, 4)
+
+_log = logging.getLogger(__name__)
+_File = tuple[Path, int]
 
 
-def load_image_folder(data_dir: str | os.PathLike[str] | None) -> Dataset:
-    """Reads ``data_dir/train/<class>/*`` and ``data_dir/test/<class>/*`` (png, jpg, jpeg, bmp).
+def load_image_folder(
+    data_dir: str | os.PathLike[str] | None,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+) -> Dataset:
+    """Reads the images in ``data_dir/train/<class>/`` and ``data_dir/test/<class>/``.
 
-    Classes and files are sorted by name. Grayscale images keep one channel (16-bit images keep
-    their upper 8 bits), all others become RGB; transparency is dropped.
+    Classes and files are sorted by name; folders inside of a class are read too. Without ``test``,
+    a tenth of the images of each class is for test, chosen by a fixed seed; without ``train``
+    either, the folders of the classes are those in ``data_dir``. Files that are not used are
+    counted in a warning.
+
+    Images are turned as their EXIF orientation says. 16-bit and floating-point grayscale images
+    keep their precision, and the others of a split are scaled to it. Transparent images are laid
+    on white unless `channels` is 4.
+
+    Args:
+      data_dir: the directory.
+      image_size: rows and columns; each image is scaled and its longer side cropped at both ends.
+        Their own when None, which must be the same for all.
+      channels: 1 (gray), 3 (RGB) or 4 (with transparency). When None, 1 for grayscale images and 3
+        for others, which must be the same for all.
 
     Raises:
       DataError: a folder is missing or empty, the classes of the splits differ, a file cannot be
         read, or an image differs from the first in size or channels.
+      ValueError: `image_size` is not positive, or `channels` is another number.
     """
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    if channels is not None and channels not in _CHANNELS:
+        raise ValueError(f"channels must be 1, 3 or 4, got {channels}")
     if data_dir is None:
         raise DataError(
             "image_folder needs --data-dir, a directory with train/<class>/ and test/<class>/"
         )
-    root = Path(data_dir).expanduser()
+    root = Path(data_dir)
     try:
-        classes = _class_names(root / "train")
-        _expect_same_classes(classes, root)
-        files = {split: _image_files(root / split, classes) for split in ("train", "test")}
-        expected = _decode(files["train"][0][0]).shape
-        train, test = (_read_split(files[split], expected) for split in ("train", "test"))
+        folders = _split_folders(root)
+        classes = _class_names(folders["train"])
+        if "test" in folders:
+            _expect_same_classes(classes, root)
+        files = {split: _image_files(folder, classes) for split, folder in folders.items()}
+        _report_skipped(root, {file for split in files.values() for file, _ in split})
+        if "test" not in files:
+            files = _hold_out(files["train"], root)
+        read = _Reader(image_size, channels)
+        train, test = (read.split(files[split]) for split in _SPLITS)
+        read.report(root)
     except OSError as error:
         raise DataError(f"image_folder cannot read {error.filename}: {error.strerror}") from error
     return Dataset("image_folder", train, test, class_names=classes)
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
-    if not folder.is_dir():
+def image_pixels(
+    image: Any, *, size: int | None = None, channels: int | None = None
+) -> npt.NDArray[Any]:
+    """Returns the pixels of a Pillow image, uint8, uint16 or float32 ``[H, W, C]``.
+
+    Args:
+      image: as it was opened.
+      size: as `image_size` of :func:`load_image_folder`.
+      channels: as in :func:`load_image_folder`.
+
+    Raises:
+      ValueError: pixels are integers of 32 bits, or floating-point and not in [0, 1].
+    """
+    from PIL import Image, ImageOps
+
+    mode = image.mode
+    # Some formats and versions of Pillow widen 16 bits.
+    has_16_bits = mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM"))
+    image = ImageOps.exif_transpose(image)
+    if has_16_bits or mode == "F":
+        pixels = np.asarray(image).astype(np.float32)
+        if not (has_16_bits or (pixels.min() >= 0 and pixels.max() <= 1)):
+            raise ValueError(
+                f"floating-point pixels must lie in [0, 1], got {pixels.min()}..{pixels.max()}"
+            )
+        if size is not None:
+            pixels = np.asarray(_fitted(Image.fromarray(pixels), size))
+        if has_16_bits:
+            pixels = np.round(pixels).astype(np.uint16)
+        white = white_of(pixels.dtype)
+        planes = [pixels] * min(channels or 1, 3)
+        planes += [np.full_like(pixels, white)] * (channels == 4)
+        return np.stack([np.minimum(plane, white) for plane in planes], axis=-1)
+    if mode == "I":
+        raise ValueError("pixels must have 8 or 16 bits or be floating-point, got 32-bit integers")
+    channels = channels or (1 if mode in ("1", "L", "LA") else 3)
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if channels < 4:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+    pixels = np.asarray(image if size is None else _fitted(image, size))
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _fitted(image: Any, size: int) -> Any:
+    """Scales and crops an image to a square."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """Returns the folders of the splits; raises a DataError if they cannot be these."""
+    expected = f"image_folder expects train/<class>/ and test/<class>/ in {root}"
+    if not root.is_dir():
+        what = "is not a directory" if root.exists() else "does not exist"
+        raise DataError(f"{expected}, which {what}")
+    if (root / "train").is_dir():
+        return {split: root / split for split in _SPLITS if (root / split).is_dir()}
+    entries = sorted(entry for entry in root.iterdir() if entry.name[0] != ".")
+    folders = [entry for entry in entries if entry.is_dir()]
+    names = ", ".join(folder.name for folder in folders)
+    if root.name in _SPLITS and any((root.parent / x).is_dir() for x in _SPLITS if x != root.name):
+        raise DataError(f"{expected}, got {names or 'no folders'}; did you mean {root.parent}?")
+    for folder in folders:
+        if (folder / "train").is_dir():
+            raise DataError(f"{expected}, got {names}; did you mean {folder}?")
+    if any(folder.name.lower() in _SPLIT_NAMES for folder in folders):
+        raise DataError(f"{expected}, got {names}")
+    if any("-ubyte" in entry.name for entry in entries):
         raise DataError(
-            f"image_folder expects one folder per class in {folder}, which does not exist"
+            f"{expected}, got files in the idx format of MNIST; use --dataset mnist, or store their"
+            " arrays in an .npz file and use --dataset npz"
         )
+    if not folders:
+        above = root.parent.parent if root.parent.name in _SPLITS else root.parent
+        has_images = any(entry.suffix.lower() in _SUFFIXES for entry in entries)
+        hint = f"; did you mean {above}?" if has_images else ""
+        raise DataError(f"{expected}, got no folders{hint}")
+    return {"train": root}
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
     classes = tuple(
         sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
     )
@@ -64,65 +184,127 @@ def _expect_same_classes(classes: tuple[str, ...], root: Path) -> None:
         )
 
 
-def _image_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
+def _files(folder: Path) -> Iterator[Path]:
+    """The files in a folder and in the folders inside of it, without hidden ones, in order."""
+    here = folder.resolve()
+    for entry in sorted(entry for entry in folder.iterdir() if entry.name[0] != "."):
+        if not entry.is_dir():
+            yield entry
+        elif entry.resolve() not in (here, *here.parents):  # a link back would never end
+            yield from _files(entry)
+
+
+def _image_files(folder: Path, classes: tuple[str, ...]) -> list[_File]:
     """Returns the paths of all images of a split with their labels."""
-    files: list[tuple[Path, int]] = []
+    files: list[_File] = []
     for label, name in enumerate(classes):
-        images = sorted(
-            file
-            for file in (folder / name).iterdir()
-            if file.suffix.lower() in _SUFFIXES and file.name[0] != "." and file.is_file()
-        )
+        images = [file for file in _files(folder / name) if file.suffix.lower() in _SUFFIXES]
         if not images:
-            raise DataError(
-                f"image_folder expects png, jpg or bmp files in {folder / name}, got none"
-            )
+            kinds = ", ".join(suffix[1:] for suffix in _SUFFIXES)
+            raise DataError(f"image_folder expects images ({kinds}) in {folder / name}, got none")
         files += [(file, label) for file in images]
     return files
 
 
-def _read_split(files: list[tuple[Path, int]], expected: tuple[int, ...]) -> Split:
-    images = np.empty((len(files), *expected), np.uint8)
-    for index, (file, _) in enumerate(files):
-        image = _decode(file)
-        if image.shape != expected:
+def _report_skipped(root: Path, used: set[Path]) -> None:
+    """Warns of the files that are no images or in no class's folder."""
+    skipped = [file for file in _files(root) if file not in used]
+    if skipped:
+        kinds = Counter(file.suffix.lower() or "without suffix" for file in skipped)
+        _log.warning(
+            "image_folder skips %s of %s files in %s: %s; the first is %s",
+            f"{len(skipped):,}",
+            f"{len(skipped) + len(used):,}",
+            root,
+            ", ".join(f"{number:,} {kind}" for kind, number in kinds.most_common()),
+            skipped[0].relative_to(root),
+        )
+
+
+def _hold_out(files: list[_File], root: Path) -> dict[str, list[_File]]:
+    """Splits images for test off each class."""
+    rng, test = np.random.default_rng(0), set()
+    for label in range(files[-1][1] + 1):
+        own = [file for file in files if file[1] == label]
+        number = max(1, len(own) // _HELD_OUT) if len(own) > 1 else 0
+        test |= {own[n] for n in rng.permutation(len(own))[:number]}
+    if not test:
+        raise DataError(
+            f"image_folder expects test images in {root / 'test'}, or several images of a class to"
+            " split them off, got one of each"
+        )
+    _log.info(
+        "image_folder tests on %s of %s images, a tenth of each class, as there is no %s",
+        f"{len(test):,}",
+        f"{len(files):,}",
+        root / "test",
+    )
+    kept = [file for file in files if file not in test]
+    return {"train": kept, "test": [file for file in files if file in test]}
+
+
+class _Reader:
+    """Decodes images of one shape, and counts those of which a part is lost."""
+
+    def __init__(self, size: int | None, channels: int | None):
+        self._size, self._channels = size, channels
+        self._expected: tuple[int, ...] | None = None
+        self._lost: Counter[str] = Counter()
+
+    def split(self, files: list[_File]) -> Split:
+        """Reads the images of a split, in the widest of their dtypes."""
+        images: npt.NDArray[Any] | None = None
+        for index, (file, _) in enumerate(files):
+            image = self._decode(file)
+            self._expected = self._expected or image.shape
+            if image.shape != self._expected:
+                raise DataError(
+                    f"image_folder expects every image as height x width x channels"
+                    f" {_text(self._expected)} like the first, got {_text(image.shape)} in {file};"
+                    " --image-size and --channels make them alike"
+                )
+            if images is None:
+                images = np.empty((len(files), *image.shape), image.dtype)
+            widest = np.result_type(images, image)
+            images = _widened(images, widest)
+            images[index] = _widened(image, widest)
+        assert images is not None  # an empty split has been refused
+        return Split(images, np.array([label for _, label in files], np.int32))
+
+    def report(self, root: Path) -> None:
+        """Warns of images of which a part is lost."""
+        for what, number in self._lost.items():
+            _log.warning("image_folder reads %s: %s files in %s", what, f"{number:,}", root)
+
+    def _decode(self, file: Path) -> npt.NDArray[Any]:
+        try:
+            from PIL import Image
+        except ImportError as error:
             raise DataError(
-                f"image_folder expects every image as height x width x channels {_text(expected)} "
-                f"like the first, got {_text(image.shape)} in {file}"
-            )
-        images[index] = image
-    return Split(images, np.array([label for _, label in files], np.int32))
+                f"image_folder needs Pillow, which is not installed: {how_to_install('data')}"
+            ) from error
+        try:
+            with Image.open(file) as image:
+                if getattr(image, "n_frames", 1) > 1:
+                    self._lost["only the first image of each file of several"] += 1
+                if image.mode in ("RGB", "RGBA", "LA") and ";16" in str(image.tile):
+                    self._lost["16-bit colours as 8-bit ones, as Pillow does"] += 1
+                return image_pixels(image, size=self._size, channels=self._channels)
+        except PermissionError:
+            raise
+        # Pillow raises any of these for a damaged file.
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"image_folder cannot read {file} as an image: {error}") from error
 
 
 def _text(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _decode(file: Path) -> npt.NDArray[np.uint8]:
-    """Returns one image, uint8 ``[H, W, 1]`` or ``[H, W, 3]``."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise DataError(
-            f"image_folder needs Pillow, which is not installed: {how_to_install('data')}"
-        ) from error
-    try:
-        with Image.open(file) as image:
-            return _pixels(image)
-    except PermissionError:
-        raise
-    # Pillow raises any of these for a damaged file.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"image_folder cannot read {file} as an image: {error}") from error
-
-
-def _pixels(image: Any) -> npt.NDArray[np.uint8]:
-    mode: str = image.mode
-    if mode.startswith("I;16"):
-        # Pillow's conversion to 8 bits clips at 255, which turns most images white.
-        return (np.asarray(image) >> 8).astype(np.uint8)[..., None]
-    if mode in ("I", "F"):
-        raise ValueError(f"pixels must have 8 or 16 bits, got 32 bits (mode {mode})")
-    if mode in ("1", "L", "LA"):
-        return np.asarray(image.convert("L"))[..., None]
-    return np.asarray(image.convert("RGB"))
+def _widened(pixels: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Scales pixels to the white of a dtype that holds all of their values."""
+    if pixels.dtype == dtype:
+        return pixels
+    if dtype == np.uint16:
+        return pixels.astype(np.uint16) * np.uint16(257)
+    return pixels.astype(np.float32) / np.float32(white_of(pixels.dtype))

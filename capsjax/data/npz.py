@@ -1,21 +1,31 @@
-"""Data sets in one NumPy file, for machines without TFDS."""
+"""Data sets in one NumPy file: your own arrays, or a copy of a set for machines without TFDS."""
 
+import logging
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from capsjax.data.dataset import Dataset, Split
-from capsjax.data.tasks import Task
+from capsjax.data.tasks import Shifted, Task
 from capsjax.errors import DataError
 from capsjax.files import replacing
 
+_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+_OPTIONAL = ("class_names", "name")
+
+_log = logging.getLogger(__name__)
+
 
 def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
-    """Writes a data set to a compressed file, which ``load(name, data_dir=path)`` reads.
+    """Writes a data set to a compressed file, which ``load("npz", data_dir=path)`` reads.
 
-    The file holds the name, the images, the labels and the class names, but not the task.
+    The file holds the arrays ``train_images``, ``train_labels``, ``test_images``, ``test_labels``
+    and ``class_names``, and the set's ``name``, but not the task. ``load`` reads it under that name
+    too, and then knows the task.
 
     Raises:
       ValueError: the path does not end in ``.npz``.
@@ -23,14 +33,14 @@ def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
     Example:
       >>> import dataclasses, pathlib, tempfile
       >>> from capsjax.data import load, save_npz
-      >>> digits = dataclasses.replace(load("mnist_5k"), name="mnist")
+      >>> digits = dataclasses.replace(load("mnist_5k"), name="digits")
       >>> with tempfile.TemporaryDirectory() as folder:
       ...   path = pathlib.Path(folder, "digits.npz")
       ...   save_npz(digits, path)
-      ...   load("mnist", data_dir=path)
-      Dataset('mnist': 4000 train and 1000 test images of 28x28x1, 10 classes)
+      ...   load("npz", data_dir=path)
+      Dataset('digits': 4000 train and 1000 test images of 28x28x1, 10 classes)
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if path.suffix != ".npz":
         raise ValueError(f"path must end in .npz, got {path}")
     arrays = {
@@ -43,23 +53,76 @@ def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def load_npz(name: str, path: Path, task: Task) -> Dataset:
-    """Reads a file of :func:`save_npz`.
+def load_npz(path: Path, name: str | None = None, task: Task | None = None) -> Dataset:
+    """Reads a file of arrays with the names that :func:`save_npz` gives them.
+
+    Args:
+      path: the file.
+      name: of the set that the file must hold; any when None.
+      task: of the set; shifted images when None.
 
     Raises:
-      DataError: the file is missing or damaged, or holds another data set.
+      DataError: the file is missing or damaged, holds another data set, or arrays that are none.
     """
     try:
-        if path.exists() and not zipfile.is_zipfile(path):
+        if path.is_file() and not zipfile.is_zipfile(path):
             raise ValueError("file must be an .npz file")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            found = str(stored["name"])
-            if found != name:
-                raise ValueError(f"file must hold {name}, got {found}")
+            found = str(stored["name"]) if "name" in stored else path.stem
+            if name not in (None, found):
+                raise ValueError(
+                    f"file must hold {name}, got {found}; --dataset npz reads files of any name"
+                )
+            if missing := [array for array in _ARRAYS if array not in stored]:
+                raise ValueError(
+                    f"file must hold the arrays {', '.join(_ARRAYS)}, and may hold class_names:"
+                    f" {', '.join(missing)} missing, got {', '.join(stored) or 'none'}"
+                )
             train, test = (
-                Split(stored[f"{split}_images"], stored[f"{split}_labels"])
-                for split in ("train", "test")
+                Split(_images(stored[images]), _labels(labels, stored[labels]))
+                for images, labels in (_ARRAYS[:2], _ARRAYS[2:])
             )
-            return Dataset(name, train, test, tuple(map(str, stored["class_names"])), task)
+            if "class_names" in stored:
+                names = tuple(map(str, stored["class_names"]))
+            else:
+                names = _numbers(np.concatenate([train.labels, test.labels]))
+            unused = [array for array in stored if array not in (*_ARRAYS, *_OPTIONAL)]
+        dataset = Dataset(found, train, test, names, task or Shifted())
     except Exception as error:  # a damaged zip raises nearly any exception
-        raise DataError(f"data set {name} cannot be read from {path}: {error}") from None
+        raise DataError(f"data set {name or 'npz'} cannot be read from {path}: {error}") from None
+    if unused:
+        _log.warning("npz does not use the arrays %s in %s", ", ".join(unused), path)
+    return dataset
+
+
+def _images(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Adds the axis of a single channel, and converts to the machine's byte order and float32."""
+    if images.ndim == 3:
+        images = images[..., None]
+    kind = np.dtype(np.float32) if images.dtype.kind == "f" else images.dtype.newbyteorder("=")
+    return images.astype(kind, copy=False)
+
+
+def _labels(name: str, labels: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    """Converts whole numbers of any dtype, ``[N]`` or ``[N, 1]``, to int32 ``[N]``."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    with np.errstate(invalid="ignore"):  # a float that is no number differs from its conversion
+        whole = labels.astype(np.int32) if labels.dtype.kind in "biuf" else None
+    if whole is None or (whole != labels).any():
+        raise ValueError(
+            f"{name} must be whole numbers, those of the classes, got {labels.dtype}"
+            f" {list(labels.shape)} such as {labels[:3].tolist()}"
+        )
+    return whole
+
+
+def _numbers(labels: npt.NDArray[np.int32]) -> tuple[str, ...]:
+    """The numbers of the classes as their names."""
+    number = int(labels.max(initial=0)) + 1
+    if number > max(len(labels), 2):
+        raise ValueError(
+            f"file must hold class_names, as the labels of {len(labels)} images go up to"
+            f" {number - 1}"
+        )
+    return tuple(map(str, range(number)))

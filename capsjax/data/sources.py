@@ -22,7 +22,7 @@ _MADE: dict[str, Task] = {
     "expanded_mnist": Placed(),
     "affine_mnist": Distorted(),
 }
-_NAMES = ("mnist_5k", *TFDS_NAMES, *_MADE, "affnist", "image_folder")
+_NAMES = ("mnist_5k", *TFDS_NAMES, *_MADE, "affnist", "image_folder", "npz")
 
 
 def names() -> tuple[str, ...]:
@@ -32,7 +32,7 @@ def names() -> tuple[str, ...]:
       >>> from capsjax.data import names
       >>> names()
       ('mnist_5k', 'mnist', 'fashion_mnist', 'kmnist', 'cifar10', 'svhn_cropped', 'smallnorb',
-       'multi_mnist', 'expanded_mnist', 'affine_mnist', 'affnist', 'image_folder')
+       'multi_mnist', 'expanded_mnist', 'affine_mnist', 'affnist', 'image_folder', 'npz')
     """
     return _NAMES
 
@@ -42,8 +42,10 @@ def load(
     *,
     data_dir: str | os.PathLike[str] | None = None,
     download: bool = True,
+    image_size: int | None = None,
+    channels: int | None = None,
 ) -> Dataset:
-    """Loads a data set into memory, as uint8 images and int32 labels.
+    """Loads a data set into memory.
 
     * ``mnist_5k`` comes with the package.
     * ``mnist``, ``fashion_mnist``, ``kmnist``, ``cifar10``, ``svhn_cropped`` and ``smallnorb``
@@ -55,46 +57,69 @@ def load(
       (:class:`Pairs`); one digit at a random position of 40x40 (:class:`Placed`); the same under
       random affine transformations with the ranges of affNIST (:class:`Distorted`).
     * ``affnist`` reads the published images of affNIST.
-    * ``image_folder`` reads ``data_dir/train/<class>/`` and ``data_dir/test/<class>/``.
+    * ``image_folder`` reads the images in ``data_dir/train/<class>/`` and
+      ``data_dir/test/<class>/`` (png, jpg, tif, webp, bmp, gif, pgm, ppm), also in folders inside
+      of these. Without ``test``, a tenth of each class is for test; without ``train`` either, the
+      folders of the classes are those in ``data_dir``. Images are turned as their EXIF orientation
+      says; 16-bit and floating-point grayscale images keep their precision; transparent images are
+      laid on white unless `channels` is 4. Files that are not used are counted in a warning.
+    * ``npz`` reads your own arrays from the NumPy file ``data_dir``, as ``numpy.savez`` or
+      :func:`save_npz` writes it: ``train_images``, ``train_labels``, ``test_images``,
+      ``test_labels``, and ``class_names`` unless the classes have none. Images are uint8, uint16
+      or floating-point in [0, 1], ``[N, H, W, C]`` or ``[N, H, W]``; labels are whole numbers from
+      0, ``[N]`` or ``[N, 1]``.
 
     Args:
       name: one of :func:`names`.
       data_dir: for TFDS sets, the directory of prepared sets, by default ``$TFDS_DATA_DIR`` or
         ``~/tensorflow_datasets``; for ``image_folder``, the directory with ``train`` and ``test``;
-        for ``affnist``, the directory with ``test_batches``. It may also be an ``.npz`` file in
-        which :func:`save_npz` stored the set, or ``mnist`` for the sets made from it. ``mnist_5k``
-        ignores it.
+        for ``affnist``, the directory with ``test_batches``; for ``npz``, the file. For all of them
+        it may also be an ``.npz`` file in which :func:`save_npz` stored the set, or ``mnist`` for
+        the sets made from it. ``mnist_5k`` ignores it.
       download: whether to download a TFDS set that is not prepared yet.
+      image_size: for ``image_folder``, rows and columns to which each image is scaled, its longer
+        side cropped at both ends; their own, the same for all, when None.
+      channels: for ``image_folder``, 1 (gray), 3 (RGB) or 4 (with transparency); when None, 1 for
+        grayscale images and 3 for others, the same for all.
 
     Returns:
       The data set.
 
     Raises:
-      DataError: the name is unknown, or the data are missing, damaged or out of reach.
+      DataError: the name is unknown, or the data are missing, damaged or out of reach; or
+        `image_size` or `channels` is given for another set than ``image_folder``.
 
     Example:
       >>> from capsjax.data import load
       >>> load().image_shape
       (28, 28, 1)
     """
+    if name in _NAMES and name != "image_folder" and (image_size or channels):
+        raise DataError(f"--image-size and --channels are for image_folder, not for {name}")
     if name == "mnist_5k":
         return load_mnist_5k()
-    path = None if data_dir is None else Path(data_dir)
+    path = None if data_dir is None else Path(os.path.expanduser(data_dir))
+    if name == "npz":
+        if path is None:
+            raise DataError("npz needs --data-dir, an .npz file of arrays")
+        return load_npz(path)
     if path is not None and path.suffix == ".npz" and name in _NAMES and name not in _MADE:
-        return load_npz(name, path, task_of(name))
+        return load_npz(path, name, task_of(name))
     if name in TFDS_NAMES:
         return load_tfds(name, path, download=download)
     if name in _MADE:
-        digits = load("mnist", data_dir=data_dir, download=download)
+        digits = load("mnist", data_dir=path, download=download)
         train, test = (_by_class(split) for split in (digits.train, digits.test))
         try:
             return Dataset(name, train, test, digits.class_names, _MADE[name])
         except ValueError as error:
-            raise DataError(f"{name} cannot be made from {data_dir}: {error}") from None
+            raise DataError(f"{name} cannot be made from {path}: {error}") from None
     if name == "affnist":
-        return load_affnist(data_dir)
+        return load_affnist(path)
     if name == "image_folder":
-        return load_image_folder(data_dir)
+        return load_image_folder(path, image_size=image_size, channels=channels)
+    if name.endswith(".npz"):
+        raise DataError(f"unknown data set {name!r}; a file is data set npz with data_dir={name!r}")
     closest = difflib.get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.5)
     hint = f"; did you mean {closest[0]!r}?" if closest else ""
     raise DataError(f"unknown data set {name!r}, expected one of {', '.join(_NAMES)}{hint}")

@@ -15,17 +15,28 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from capsjax.data.affine import random_affine
-from capsjax.data.transforms import crop_images, random_placement, random_shift, scale_pixels
+from capsjax.data.transforms import (
+    Fill,
+    Flip,
+    crop_images,
+    random_flip,
+    random_placement,
+    random_shift,
+    scale_pixels,
+    white_of,
+)
 
 _TEST = 2017  # seed of the test samples
-_SELECT = 2  # stream of the keys that select images: `split` of a key uses 0 and 1
+# Streams of an example's key: `split` of a key uses 0 and 1.
+_SELECT = 2
+_FLIP = 3
 
 
 class Batch(NamedTuple):
     """Images and labels on the devices: a batch, or a whole split.
 
     Attributes:
-      images: uint8 ``[B, H, W, C]``; ``[B, 2, H, W, C]`` in a batch of pairs.
+      images: uint8, uint16 or float32 ``[B, H, W, C]``; ``[B, 2, H, W, C]`` in a batch of pairs.
       labels: int32 ``[B]``; ``[B, 2]`` in a batch of pairs.
     """
 
@@ -68,7 +79,11 @@ class Task:
     is_made: ClassVar[bool] = False
 
     def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Returns the shape of the network's input for images of a shape."""
+        """Returns the shape of the network's input for images of a shape.
+
+        Raises:
+          ValueError: nothing can be made of images of this shape.
+        """
         return shape
 
     def select(self, keys: jax.Array, split: Batch, indices: jax.Array) -> Batch:
@@ -114,20 +129,49 @@ class Shifted(Task):
 
     Attributes:
       max_shift: in pixels, along both axes.
+      fill: the pixels that move in, from 0 (black) to 1 (white), or ``"edge"`` to repeat the
+        border of the image.
+
+    Raises:
+      ValueError: `fill` is neither.
     """
 
     max_shift: int = 2
+    fill: Fill = 0.0
+
+    def __post_init__(self) -> None:
+        if self.fill != "edge" and not (isinstance(self.fill, int | float) and 0 <= self.fill <= 1):
+            raise ValueError(
+                f"fill must be 'edge' or from 0 (black) to 1 (white), got {self.fill!r}"
+            )
 
     def render(
         self, keys: jax.Array, images: jax.Array, *, train: bool
     ) -> tuple[jax.Array, jax.Array]:
         """Shifts for training only."""
-        images = random_shift(keys, images, max_shift=self.max_shift if train else 0)
+        if train:
+            white = white_of(images.dtype)
+            fill = self.fill if self.fill == "edge" or white == 1 else round(self.fill * white)
+            images = random_shift(keys, images, max_shift=self.max_shift, fill=fill)
         return super().render(keys, images, train=train)
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed(_Resized):
+class _Canvas(_Resized):
+    """Base of the tasks that put whole images on a larger canvas."""
+
+    def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Returns `size` rows and columns."""
+        if max(shape[:2]) > self.size:
+            raise ValueError(
+                f"images must be at most {self.size} x {self.size}, the size of the canvas, got"
+                f" {shape[0]} x {shape[1]}"
+            )
+        return super().image_shape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed(_Canvas):
     """Single images, each somewhere on a larger canvas, in training and test.
 
     Attributes:
@@ -181,6 +225,15 @@ class Cropped(_Resized):
     brightness: float = 63 / 255
     contrast: tuple[float, float] = (0.2, 1.8)
 
+    def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Returns `size` rows and columns."""
+        if min(shape[:2]) < self.size:
+            raise ValueError(
+                f"images must be at least {self.size} x {self.size}, the part that is cropped, got"
+                f" {shape[0]} x {shape[1]}"
+            )
+        return super().image_shape(shape)
+
     def render(
         self, keys: jax.Array, images: jax.Array, *, train: bool
     ) -> tuple[jax.Array, jax.Array]:
@@ -198,7 +251,7 @@ class Cropped(_Resized):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs(_Resized):
+class Pairs(_Canvas):
     """Two images of different classes in one: each shifted, added, clipped at the maximum.
 
     The second is drawn uniformly from all images of the split that are of another class.
@@ -236,7 +289,8 @@ class Pairs(_Resized):
             ],
             axis=1,
         )
-        total = jnp.minimum(parts.astype(jnp.int32).sum(1), 255).astype(jnp.uint8)
+        wide = jnp.float32 if jnp.issubdtype(parts.dtype, jnp.floating) else jnp.int32
+        total = jnp.minimum(parts.astype(wide).sum(1), white_of(parts.dtype)).astype(parts.dtype)
         return scale_pixels(total), scale_pixels(parts)
 
     def singly(self, images: jax.Array) -> jax.Array:
@@ -257,6 +311,7 @@ class Sampler:
     Attributes:
       task: what is made of the images.
       num_classes: J.
+      flip: how training images are mirrored, see :func:`random_flip`; not at all when None.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -273,6 +328,7 @@ class Sampler:
 
     task: Task
     num_classes: int
+    flip: Flip | None = None
 
     def train(
         self, split: Batch, key: jax.Array, positions: jax.Array, indices: jax.Array
@@ -303,6 +359,10 @@ class Sampler:
         select_keys = jax.vmap(lambda key: jax.random.fold_in(key, _SELECT))(keys)
         task_keys, network_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         batch = self.task.select(select_keys, split, indices)
+        if self.flip is not None:
+            flip_keys = jax.vmap(lambda key: jax.random.fold_in(key, _FLIP))(keys)
+            flipped = random_flip(flip_keys, batch.images, direction=self.flip)
+            batch = batch._replace(images=flipped)
         return self._sample(task_keys, batch, network_keys, train=True)
 
     def test(self, split: Batch, numbers: jax.Array) -> Sample:

@@ -1,7 +1,14 @@
-"""Transformations on the device: order of examples, shift, placement, crop, scale."""
+"""Transformations on the device: order of examples, flip, shift, placement, crop, scale."""
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+Fill = float | Literal["edge"]
+Flip = Literal["horizontal", "vertical", "both"]
 
 
 def epoch_order(key: jax.Array, num_examples: int) -> jax.Array:
@@ -17,10 +24,10 @@ def epoch_order(key: jax.Array, num_examples: int) -> jax.Array:
 
 
 def scale_pixels(images: jax.Array) -> jax.Array:
-    """Converts uint8 images to float32 in [0, 1].
+    """Converts images to float32 in [0, 1]; floating-point images are in it already.
 
     Raises:
-      TypeError: the images are not uint8.
+      TypeError: the images are neither uint8 nor uint16 nor floating-point.
 
     Example:
       >>> import jax.numpy as jnp
@@ -28,13 +35,72 @@ def scale_pixels(images: jax.Array) -> jax.Array:
       >>> print(scale_pixels(jnp.array([0, 51, 255], jnp.uint8)))
       [0.  0.2 1. ]
     """
-    if images.dtype != jnp.uint8:
-        raise TypeError(f"images must be uint8, got {images.dtype}")
-    return images.astype(jnp.float32) / 255
+    white = white_of(images.dtype)
+    pixels = images.astype(jnp.float32)
+    return pixels if white == 1 else pixels / white
 
 
-def random_shift(keys: jax.Array, images: jax.Array, *, max_shift: int) -> jax.Array:
-    """Shifts each image by up to `max_shift` pixels along both axes, filling with zeros.
+def white_of(dtype: DTypeLike) -> int:
+    """Returns the value of a white pixel: 255 in uint8, 65535 in uint16, 1 in floating point.
+
+    Raises:
+      TypeError: images cannot have this dtype.
+
+    Example:
+      >>> from capsjax.data import white_of
+      >>> white_of("uint16")
+      65535
+    """
+    dtype = np.dtype(dtype)
+    if dtype in (np.uint8, np.uint16):
+        return int(np.iinfo(dtype).max)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return 1
+    raise TypeError(f"images must be uint8, uint16 or floating-point, got {dtype}")
+
+
+def random_flip(keys: jax.Array, images: jax.Array, *, direction: Flip) -> jax.Array:
+    """Mirrors each image with probability 1/2.
+
+    Args:
+      keys: one random key per example, ``[B]``.
+      images: ``[B, ..., H, W, C]``, any dtype; further axes hold several images of an example, each
+        of which is mirrored or not on its own.
+      direction: ``"horizontal"`` exchanges left and right, ``"vertical"`` top and bottom,
+        ``"both"`` does either independently.
+
+    Returns:
+      The images, with the same shape and dtype.
+
+    Raises:
+      ValueError: the direction is unknown, or there is not one key per example.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from capsjax.data import random_flip
+      >>> keys = jax.random.split(jax.random.key(0), 2)
+      >>> random_flip(keys, jnp.ones((2, 28, 28, 1)), direction="horizontal").shape
+      (2, 28, 28, 1)
+    """
+    axes = {"vertical": (0,), "horizontal": (1,), "both": (0, 1)}
+    if direction not in axes:
+        raise ValueError(f"direction must be one of {', '.join(axes)}, got {direction!r}")
+    if keys.shape != images.shape[:1]:
+        raise ValueError(
+            f"keys must have one key per example, shape {images.shape[:1]}, got shape {keys.shape}"
+        )
+    shape = (2, *images.shape[1:-3])
+    drawn = jax.vmap(lambda key: jax.random.bernoulli(key, shape=shape))(keys)
+    for axis in axes[direction]:
+        mirrored = drawn[:, axis, ..., None, None, None]
+        images = jnp.where(mirrored, jnp.flip(images, axis - 3), images)
+    return images
+
+
+def random_shift(
+    keys: jax.Array, images: jax.Array, *, max_shift: int, fill: Fill = 0
+) -> jax.Array:
+    """Shifts each image by up to `max_shift` pixels along both axes.
 
     All whole-pixel shifts are equally likely: 25 if `max_shift` is 2. The shift of an image depends
     on its key only, not on the rest of the batch.
@@ -43,6 +109,8 @@ def random_shift(keys: jax.Array, images: jax.Array, *, max_shift: int) -> jax.A
       keys: one random key per image, ``[B]``.
       images: ``[B, H, W, C]``, any dtype.
       max_shift: largest shift in pixels, at least 0.
+      fill: value of the pixels that move in, in the images' dtype, or ``"edge"`` to repeat the
+        border.
 
     Returns:
       The shifted images, with the same shape and dtype.
@@ -67,7 +135,7 @@ def random_shift(keys: jax.Array, images: jax.Array, *, max_shift: int) -> jax.A
         return images
     offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, 2 * max_shift + 1))(keys)
     for axis in (1, 2):
-        images = _cut(images, offsets[:, axis - 1], max_shift, images.shape[axis], axis)
+        images = _cut(images, offsets[:, axis - 1], max_shift, images.shape[axis], axis, fill)
     return images
 
 
@@ -157,12 +225,17 @@ def check_keys(keys: jax.Array, images: jax.Array) -> None:
         )
 
 
-def _cut(images: jax.Array, offsets: jax.Array, margin: int, size: int, axis: int) -> jax.Array:
-    """Pads an axis with zeros and slices `size` positions from each image's offset."""
+def _cut(
+    images: jax.Array, offsets: jax.Array, margin: int, size: int, axis: int, fill: Fill = 0
+) -> jax.Array:
+    """Pads an axis and slices `size` positions from each image's offset."""
     # Selects among all slices: slicing each image at its offset would be a loop on TPUs.
     padding = [(0, 0)] * images.ndim
     padding[axis] = (margin, margin)
-    padded = jnp.pad(images, padding)
+    if fill == "edge":
+        padded = jnp.pad(images, padding, mode="edge")
+    else:
+        padded = jnp.pad(images, padding, constant_values=fill)
     shifted = [
         jax.lax.slice_in_dim(padded, offset, offset + size, axis=axis)
         for offset in range(padded.shape[axis] - size + 1)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from capsjax import models
-from capsjax.data import Dataset, Pairs, Shifted, Split, Task
+from capsjax.data import Dataset, Fill, Pairs, Shifted, Split, Task
 from capsjax.errors import ConfigError
 from capsjax.routing import algorithm
 from capsjax.training.config import TrainConfig
@@ -135,13 +135,19 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def choose_task(dataset: Dataset, max_shift: int | None) -> Task:
-    """Returns the data set's task, with another largest shift if there is one.
+def choose_task(dataset: Dataset, max_shift: int | None, fill: Fill | None = None) -> Task:
+    """Returns the data set's task, with another largest shift and fill if there are.
 
     Raises:
-      ConfigError: images of this data set are not shifted, or not so far.
+      ConfigError: images of this data set are not shifted, or not so far, or are not filled.
     """
     task = dataset.task
+    if fill is not None:
+        if not isinstance(task, Shifted):
+            raise ConfigError(
+                f"--fill is for training images that are shifted, not for data set {dataset.name}"
+            )
+        task = dataclasses.replace(task, fill=fill)
     if max_shift is None:
         return task
     if not isinstance(task, Shifted | Pairs):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 else:
     PresetName = Literal[models.presets()]
     DatasetName = Literal[data.names()]
+ChannelsNumber = Literal[1, 3, 4]
 _ROUTING = (
     f"Routing algorithm of the capsule layers: {', '.join(routing.algorithms())}, or one that a"
     " module of yours registers; the network's own if not given."
@@ -54,11 +55,22 @@ class TrainConfig:
     dataset: DatasetName = "mnist_5k"
     """Data set: mnist_5k is part of the package; multi_mnist (two overlapping digits),
     expanded_mnist (a digit somewhere on 40x40) and affine_mnist (also rotated, sheared and scaled)
-    are made of mnist on the device; image_folder reads DATA_DIR/train/CLASS/*.png and
-    DATA_DIR/test/CLASS/*.png."""
+    are made of mnist on the device; image_folder reads images (png, jpg, tif, webp and others) in
+    DATA_DIR/train/CLASS and DATA_DIR/test/CLASS, or in DATA_DIR/CLASS, and splits off test images
+    if there are none; npz reads the arrays train_images, train_labels, test_images, test_labels
+    and class_names of the file DATA_DIR, and may be given as --dataset FILE.npz."""
 
     data_dir: Path | None = None
-    """Directory of prepared data sets; TFDS's own default if not given."""
+    """Directory of prepared data sets, of images, or an .npz file; TFDS's own default if not
+    given."""
+
+    image_size: int | None = None
+    """Rows and columns to which the images of image_folder are scaled, their longer side cropped;
+    their own, the same for all, if not given."""
+
+    channels: ChannelsNumber | None = None
+    """Channels of the images of image_folder: 1 (gray), 3 (RGB), 4 (with transparency, which is
+    laid on white otherwise); 1 for grayscale images and 3 for others if not given."""
 
     run_dir: Path | None = None
     """Run directory; runs/DATASET-PRESET-TIME if not given."""
@@ -101,8 +113,16 @@ class TrainConfig:
     """The learning rate never falls below this."""
 
     max_shift: int | None = None
-    """Training images are shifted by up to this many pixels along both axes, zero-padded; 2 if not
-    given, of overlapping digits 4, which then are shifted in test too."""
+    """Training images are shifted by up to this many pixels along both axes; 2 if not given, of
+    overlapping digits 4, which then are shifted in test too."""
+
+    fill: data.Fill | None = None
+    """Pixels that shifts move in: edge repeats the border of the image, a number is a grey from 0
+    (black) to 1 (white); 0 if not given."""
+
+    flip: data.Flip | None = None
+    """Mirror training images at random: horizontal (left and right), vertical, or both; not if not
+    given."""
 
     test_size: int | None = None
     """Number of test images to generate, for multi_mnist, expanded_mnist and affine_mnist; that of
@@ -147,12 +167,15 @@ class TrainConfig:
         require_at_least(self, 1, "epochs", "steps", "batch_size", "num_iterations", "test_size")
         require_at_least(self, 1, "decay_steps", "devices", "steps_per_dispatch", "log_every")
         require_at_least(self, 1, "checkpoint_every", "keep")
+        require_at_least(self, 1, "image_size")
         require_at_least(self, 0, "validation", "max_shift")
         few = self.num_iterations is None or self.num_iterations <= 1000
         require(self, "num_iterations", few, "at most 1000")
         for name in ("steps", "batch_size", "decay_steps", "steps_per_dispatch"):
             value = getattr(self, name)
             require(self, name, value is None or value < 2**31, "below 2147483648")
+        grey = isinstance(self.fill, int | float) and 0 <= self.fill <= 1
+        require(self, "fill", self.fill in (None, "edge") or grey, "edge or from 0 to 1")
         require(self, "seed", 0 <= self.seed < 2**32, "between 0 and 4294967295")
         for name in ("learning_rate", "min_learning_rate"):
             value = getattr(self, name)
@@ -255,6 +278,12 @@ class EvaluateConfig:
     data_dir: Path | None = None
     """Directory of prepared data sets; the run's own if not given."""
 
+    image_size: int | None = None
+    """Rows and columns of images of image_folder; the run's own if not given."""
+
+    channels: ChannelsNumber | None = None
+    """Channels of images of image_folder; the run's own if not given."""
+
     test_size: int | None = None
     """Number of test images to generate, for multi_mnist, expanded_mnist and affine_mnist; that of
     the set if not given."""
@@ -274,7 +303,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         """Checks every option that can be checked without data and devices."""
         expand_paths(self, "run_dir", "data_dir", "predictions")
-        require_at_least(self, 1, "batch_size", "devices", "test_size")
+        require_at_least(self, 1, "batch_size", "devices", "test_size", "image_size")
         require_folder(self, "predictions")
 
 

@@ -23,7 +23,6 @@ from capsjax.data import (
     Shifted,
     Split,
     load,
-    names,
     source_of,
 )
 from capsjax.errors import ConfigError
@@ -209,7 +208,14 @@ def _open(config: EvaluateConfig, dataset: Dataset | None) -> _Opened:
     started, model = run.train, run.model
     driver = choices.choose_driver(config.driver, config.devices)
     share = len(driver.devices)
-    dataset = _images(run, dataset, name=config.dataset, data_dir=config.data_dir)
+    dataset = _images(
+        run,
+        dataset,
+        name=config.dataset,
+        data_dir=config.data_dir,
+        image_size=config.image_size,
+        channels=config.channels,
+    )
     choices.check_test_size(dataset, config.test_size)
     own = dataset.name == run.data.name
     # Pairs are shifted in test too, by as much as the run's.
@@ -234,20 +240,39 @@ def _open(config: EvaluateConfig, dataset: Dataset | None) -> _Opened:
     )
 
 
-def load_own(run: RunConfig, data_dir: Path | None = None) -> Dataset:
+def load_own(
+    run: RunConfig,
+    data_dir: Path | None = None,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+) -> Dataset:
     """Loads the data set that a run was trained on, from another directory if one is given.
 
     Raises:
       ConfigError: it was not loaded by name.
       capsjax.data.DataError: it is missing or damaged.
     """
-    if run.data.name not in names():
+    name = _loaded_name(run)
+    if name is None:
         raise ConfigError(
             f"the run in {run.train.run_dir} was trained on data of its own, {run.data.name}, which"
             " have to be given: dataset=..."
         )
-    choices.check_data_dir(run.data.name, data_dir)
-    return load(run.data.name, data_dir=data_dir or run.train.data_dir)
+    choices.check_data_dir(name, data_dir)
+    return load(
+        name,
+        data_dir=data_dir or run.train.data_dir,
+        image_size=image_size or run.train.image_size,
+        channels=channels or run.train.channels,
+    )
+
+
+def _loaded_name(run: RunConfig) -> str | None:
+    """The name by which a run's data set is loaded; None if it was given."""
+    if run.train.dataset in ("npz", run.data.name):  # a file of arrays gives the set its name
+        return run.train.dataset
+    return run.data.name if run.data.name in names() else None
 
 
 def _images(
@@ -256,18 +281,21 @@ def _images(
     *,
     name: str | None = None,
     data_dir: Path | None = None,
+    image_size: int | None = None,
+    channels: int | None = None,
 ) -> Dataset:
     """The images that are given or named, with the run's classes; otherwise the run's own."""
     own = dataset is None and name is None and data_dir is None
-    if dataset is None and (name is None or name == run.data.name):
-        dataset = load_own(run, data_dir)
+    if dataset is None and name in (None, _loaded_name(run)):
+        dataset = load_own(run, data_dir, image_size=image_size, channels=channels)
     elif dataset is None:
         assert name is not None
         choices.check_data_dir(name, data_dir)
         # A run's own directory goes with its own data set only, or with what is made of the same.
-        if data_dir is None and source_of(name) == source_of(run.data.name):
+        known = _loaded_name(run)
+        if data_dir is None and known is not None and source_of(name) == source_of(known):
             data_dir = run.train.data_dir
-        dataset = load(name, data_dir=data_dir)
+        dataset = load(name, data_dir=data_dir, image_size=image_size, channels=channels)
     if not own:
         dataset = choices.match_classes(dataset, run.data.class_names)
     choices.check_dataset(dataset, run.model)
@@ -433,5 +461,4 @@ def _as_shown(dataset: Dataset) -> Split:
         )
     sampler = Sampler(dataset.task, dataset.num_classes)
     sample = sampler.test(as_batch(dataset.test), jnp.arange(len(labels)))
-    shown = jnp.round(sample.images * 255).astype(jnp.uint8)
-    return Split(np.asarray(shown), np.asarray(sample.labels))
+    return Split(np.asarray(sample.images), np.asarray(sample.labels))

@@ -149,7 +149,12 @@ def _start(
     config.check_effect()
     if dataset is None:
         choices.check_data_dir(config.dataset, config.data_dir)
-        dataset = load(config.dataset, data_dir=config.data_dir)
+        dataset = load(
+            config.dataset,
+            data_dir=config.data_dir,
+            image_size=config.image_size,
+            channels=config.channels,
+        )
     if model is None:
         model = choices.choose_model(config, dataset)
     else:
@@ -253,7 +258,7 @@ def set_up(
             "--until-error needs validation images, a tenth of"
             f" {len(dataset.train.labels)} training images is none"
         )
-    task = choices.choose_task(dataset, config.max_shift)
+    task = choices.choose_task(dataset, config.max_shift, config.fill)
     objective = choices.choose_objective(config.loss, config.preset, model, task)
     driver = choices.choose_driver(config.driver, config.devices, config.batch_size)
     choices.check_test_size(dataset, config.test_size)
@@ -261,7 +266,7 @@ def set_up(
     total_steps = config.steps or (config.epochs or _EPOCHS) * steps_per_epoch
     if total_steps >= 2**31:
         raise ConfigError(f"--epochs must make fewer than 2147483648 steps, got {total_steps}")
-    sampler = Sampler(task, model.num_classes)
+    sampler = Sampler(task, model.num_classes, config.flip)
     optimizer = choices.make_optimizer(config)
     keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
     networks = [split_network(models.build(model, rngs=nnx.Rngs(init))) for init, _, _ in keys]

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from capsjax.data import DataError, Dataset, Split
+from capsjax.data import Cropped, DataError, Dataset, Pairs, Placed, Split
 
 
 def split(number=2, size=4, dtype=np.uint8):
@@ -22,7 +22,13 @@ def test_properties():
 @pytest.mark.parametrize(
     ("train", "test", "text"),
     [
-        (split(dtype=np.float32), split(), "train.images must be uint8"),
+        (
+            split(dtype=np.int64),
+            split(),
+            "train.images must be uint8, uint16 or float32 .*, got int",
+        ),
+        (Split(split().images - np.float32(1), split().labels), split(), r"\[0, 1\] .* -1.0..-1.0"),
+        (split(), Split(split().images * np.float32("nan"), split().labels), r"got nan..nan"),
         (split(), split(3), r"test.labels must lie in 0..1, got 0..2"),
         (split(), split(size=5), "test images must have the shape"),
         (split(), Split(split().images, np.zeros(2, np.int64)), "test.labels must be int32"),
@@ -32,6 +38,19 @@ def test_properties():
 def test_wrong_arrays_are_named(train, test, text):
     with pytest.raises(ValueError, match=text):
         Dataset("tiny", train, test, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("task", "text"),
+    [
+        (Pairs(3), "images must be at most 3 x 3, the size of the canvas, got 4 x 4"),
+        (Placed(3), "images must be at most 3 x 3"),
+        (Cropped(5), "images must be at least 5 x 5, the part that is cropped, got 4 x 4"),
+    ],
+)
+def test_images_that_do_not_suit_the_task_are_refused(task, text):
+    with pytest.raises(ValueError, match=text):
+        Dataset("tiny", split(), split(), ("a", "b"), task)
 
 
 def test_an_error_is_one_line():

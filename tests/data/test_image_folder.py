@@ -1,7 +1,10 @@
+import shutil
+
 import numpy as np
 import pytest
 
 from capsjax.data import DataError, load
+from capsjax.data.image_folder import image_pixels
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -34,9 +37,11 @@ def test_classes_and_files_come_in_the_order_of_their_names(tmp_path):
     assert dataset.train.images[:, 0, 0, 0].tolist() == [10, 11, 0, 1]
 
 
-@pytest.mark.parametrize("suffix", ["png", "PNG", "jpg", "jpeg", "bmp"])
+@pytest.mark.parametrize("suffix", ["png", "PNG", "jpg", "jpeg", "bmp", "tif", "webp", "gif"])
 def test_suffixes(tmp_path, suffix):
-    assert load("image_folder", data_dir=make(tmp_path, suffix=suffix)).image_shape == (5, 6, 1)
+    channels = 3 if suffix in ("gif", "webp") else 1  # which know no grayscale
+    shape = load("image_folder", data_dir=make(tmp_path, suffix=suffix)).image_shape
+    assert shape == (5, 6, channels)
 
 
 @pytest.mark.parametrize(
@@ -53,21 +58,132 @@ def test_channels(tmp_path, mode, channels):
     assert load("image_folder", data_dir=tmp_path).image_shape == (5, 6, channels)
 
 
-def test_sixteen_bits_keep_the_upper_eight(tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_sixteen_bits_keep_all_and_bytes_beside_them_their_values(tmp_path, suffix):
     make(tmp_path)
-    pixels = np.full((5, 6), 0xABCD, np.uint16)
-    for file in tmp_path.rglob("*.png"):
-        Image.fromarray(pixels).save(file)
-    images = load("image_folder", data_dir=tmp_path).train.images
-    assert np.unique(images).tolist() == [0xAB]
+    deep = tmp_path / "train" / "dog" / f"1.{suffix}"
+    (tmp_path / "train" / "dog" / "1.png").unlink()
+    Image.fromarray(np.full((5, 6), 0xABCD, np.uint16)).save(deep)
+    dataset = load("image_folder", data_dir=tmp_path)
+    assert dataset.train.images.dtype == np.uint16
+    assert dataset.train.images[:, 0, 0, 0].tolist() == [0, 0x0101, 0x0A0A, 0xABCD]
+    assert dataset.test.images.dtype == np.uint8
+    # In floating point too, and scaled without the loss.
+    Image.new("F", (6, 5), 0.25).save(tmp_path / "train" / "dog" / "2.tif")
+    train = load("image_folder", data_dir=tmp_path, image_size=4, channels=3).train.images
+    assert (train.dtype, train.shape) == (np.float32, (5, 4, 4, 3))
+    np.testing.assert_allclose(train[3:, 0, 0, 2], [0xABCD / 0xFFFF, 0.25])
+    assert train[2, 0, 0, 0] == np.float32(10) / np.float32(255)
 
 
-def test_hidden_and_other_files_are_passed_over(tmp_path):
+def test_orientation_is_that_of_exif(tmp_path):
+    image = Image.fromarray(np.arange(30, dtype=np.uint8).reshape(5, 6))
+    image.getexif()[0x0112] = 6  # to be turned by 90 degrees
+    image.save(tmp_path / "turned.png", exif=image.getexif())
+    with Image.open(tmp_path / "turned.png") as opened:
+        pixels = image_pixels(opened)
+    np.testing.assert_array_equal(pixels[..., 0], np.rot90(np.asarray(image), -1))
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
+def test_transparency_is_laid_on_white_or_kept(tmp_path, mode):
+    path = tmp_path / "a.png"
+    if mode == "P":
+        Image.new("P", (2, 2)).save(path, transparency=0)
+    else:
+        Image.new(mode, (2, 2), (0,) * len(mode)).save(path)
+    for channels, pixel in (
+        (None, [255] if mode == "LA" else [255] * 3),
+        (1, [255]),
+        (3, [255] * 3),
+        (4, [0] * 4),
+    ):
+        with Image.open(path) as image:
+            assert image_pixels(image, channels=channels)[0, 0].tolist() == pixel
+
+
+def test_what_is_not_used_is_counted_and_named(tmp_path, caplog):
     make(tmp_path)
     (tmp_path / "train" / "cat" / "._0.png").write_bytes(b"not an image")
     (tmp_path / "train" / "cat" / "notes.txt").write_text("notes")
     (tmp_path / "train" / ".thumbnails").mkdir()
-    assert len(load("image_folder", data_dir=tmp_path).train.labels) == 4
+    load("image_folder", data_dir=tmp_path)
+    (line,) = caplog.messages
+    assert line.endswith(
+        f"skips 1 of 9 files in {tmp_path}: 1 .txt; the first is train/cat/notes.txt"
+    )
+    caplog.clear()
+    (tmp_path / "val" / "cat").mkdir(parents=True)
+    for n in range(2):
+        (tmp_path / "val" / "cat" / f"{n}.png").touch()
+    frames = [Image.new("L", (6, 5), n) for n in range(3)]
+    frames[0].save(tmp_path / "train" / "cat" / "2.tif", save_all=True, append_images=frames[1:])
+    assert len(load("image_folder", data_dir=tmp_path).train.labels) == 5
+    assert "skips 3 of 12 files" in caplog.messages[0]
+    assert ": 2 .png, 1 .txt; the first is" in caplog.messages[0]
+    assert "reads only the first image of each file of several: 1 files" in caplog.messages[1]
+
+
+def test_folders_inside_of_a_class_are_read(tmp_path):
+    make(tmp_path)
+    inside = tmp_path / "train" / "cat" / "0-more" / "still"
+    inside.mkdir(parents=True)
+    Image.new("L", (6, 5), 99).save(inside / "a.png")
+    (inside / "back").symlink_to(tmp_path / "train" / "cat")  # which would never end
+    train = load("image_folder", data_dir=tmp_path).train
+    assert train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert train.images[:, 0, 0, 0].tolist() == [99, 0, 1, 10, 11]
+
+
+@pytest.mark.parametrize("inside", ["train", "."])
+def test_without_test_images_a_tenth_is_split_off(tmp_path, inside, caplog):
+    make(tmp_path, number=12)
+    shutil.rmtree(tmp_path / "test")
+    caplog.set_level("INFO")
+    folder = tmp_path / "train" if inside == "." else tmp_path
+    dataset = load("image_folder", data_dir=folder)
+    assert dataset.class_names == ("cat", "dog")
+    assert dataset.train.labels.tolist() == [0] * 11 + [1] * 11
+    assert dataset.test.labels.tolist() == [0, 1]
+    seen = {*dataset.train.images[:, 0, 0, 0].tolist(), *dataset.test.images[:, 0, 0, 0].tolist()}
+    assert seen == {*range(12), *range(10, 22)}
+    assert "image_folder tests on 2 of 24 images, a tenth of each class" in caplog.text
+    again = load("image_folder", data_dir=folder)
+    np.testing.assert_array_equal(again.test.images, dataset.test.images)
+
+
+def test_mixed_sizes_and_modes_are_made_alike(tmp_path):
+    make(tmp_path)
+    Image.new("RGB", (9, 20), "white").save(tmp_path / "train" / "cat" / "0.png")
+    dataset = load("image_folder", data_dir=tmp_path, image_size=8, channels=1)
+    assert dataset.image_shape == (8, 8, 1)
+    assert dataset.train.images.max((1, 2, 3)).tolist() == [255, 1, 10, 11]
+    for options, text in (
+        ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"channels": 2}, "channels must be 1, 3 or 4, got 2"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            load("image_folder", data_dir=tmp_path, **options)
+
+
+def test_a_directory_one_level_off_is_hinted_at(tmp_path):
+    root = make(tmp_path / "pets")
+    for given, text in (
+        (root / "train", f"got cat, dog; did you mean {root}?"),
+        (root / "test", f"got cat, dog; did you mean {root}?"),
+        (root / "train" / "cat", f"got no folders; did you mean {root}?"),
+        (tmp_path, f"got pets; did you mean {root}?"),
+        (root / "train" / "cat" / "0.png", "which is not a directory"),
+    ):
+        assert refusal(given) == (
+            f"image_folder expects train/<class>/ and test/<class>/ in {given}, {text}"
+        )
+    (root / "train").rename(root / "Training")
+    assert refusal(root).endswith(f"in {root}, got Training, test")
+    idx = tmp_path / "idx"
+    idx.mkdir()
+    (idx / "train-images-idx3-ubyte.gz").touch()
+    assert "got files in the idx format of MNIST; use --dataset mnist, or" in refusal(idx)
 
 
 def test_no_directory_given():
@@ -79,7 +195,7 @@ def test_no_directory_given():
 
 def test_missing_directory(tmp_path):
     assert refusal(tmp_path / "no") == (
-        f"image_folder expects one folder per class in {tmp_path / 'no' / 'train'}, "
+        f"image_folder expects train/<class>/ and test/<class>/ in {tmp_path / 'no'}, "
         "which does not exist"
     )
 
@@ -93,7 +209,7 @@ def test_class_without_images(tmp_path):
     make(tmp_path)
     for file in (tmp_path / "test" / "dog").iterdir():
         file.unlink()
-    assert refusal(tmp_path).endswith(f"files in {tmp_path / 'test' / 'dog'}, got none")
+    assert refusal(tmp_path).endswith(f"webp) in {tmp_path / 'test' / 'dog'}, got none")
 
 
 @pytest.mark.parametrize(("having", "lacking"), [("train", "test"), ("test", "train")])
@@ -112,7 +228,7 @@ def test_the_first_image_that_differs_is_named(tmp_path, mode, size):
     got = f"{size[1]} x {size[0]} x {3 if mode == 'RGB' else 1}"
     text = refusal(tmp_path)
     assert "5 x 6 x 1 like the first" in text
-    assert text.endswith(f"got {got} in {odd}")
+    assert f"got {got} in {odd}; --image-size and --channels make them alike" in text
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
@@ -133,8 +249,10 @@ def test_truncated_image(tmp_path):
 def test_thirty_two_bits_are_refused(tmp_path):
     make(tmp_path)
     odd = tmp_path / "train" / "cat" / "0.png"
-    Image.new("F", (6, 5)).save(odd, format="TIFF")
-    assert "pixels must have 8 or 16 bits, got 32 bits" in refusal(tmp_path)
+    Image.new("I", (6, 5)).save(odd, format="TIFF")
+    assert "pixels must have 8 or 16 bits or be floating-point, got 32-bit in" in refusal(tmp_path)
+    Image.new("F", (6, 5), 2.0).save(odd, format="TIFF")
+    assert "floating-point pixels must lie in [0, 1], got 2.0..2.0" in refusal(tmp_path)
 
 
 def test_without_pillow(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ def test_names():
         "affine_mnist",
         "affnist",
         "image_folder",
+        "npz",
     )
 
 
@@ -40,8 +41,17 @@ def test_an_unknown_name_is_answered_with_the_closest(name, closest):
 
 
 def test_a_name_unlike_all_others_gets_no_suggestion():
-    with pytest.raises(DataError, match="image_folder$"):
+    with pytest.raises(DataError, match="npz$"):
         load("zzzz")
+
+
+def test_options_of_folders_are_refused_elsewhere():
+    with pytest.raises(DataError, match="--image-size and --channels are for image_folder, not"):
+        load("mnist_5k", image_size=28)
+    with pytest.raises(DataError, match=r"'own.npz'; a file is data set npz with data_dir='own.n"):
+        load("own.npz")
+    with pytest.raises(DataError, match="npz needs --data-dir"):
+        load("npz")
 
 
 def test_embedded_set_is_balanced():

@@ -96,9 +96,11 @@ def test_targets_and_masks_are_those_of_the_labels(task):
     np.testing.assert_array_equal(labels[:, 0], split().labels[3:9])
 
 
-@pytest.mark.parametrize("task", [Shifted(), Pairs(12, 2)], ids=["single", "pairs"])
-def test_a_training_sample_depends_on_step_position_and_image_alone(task):
-    digits, sampler, key = split(), Sampler(task, CLASSES), keys(1)[0]
+@pytest.mark.parametrize(
+    ("task", "flip"), [(Shifted(), None), (Pairs(12, 2), "both")], ids=["single", "pairs"]
+)
+def test_a_training_sample_depends_on_step_position_and_image_alone(task, flip):
+    digits, sampler, key = split(), Sampler(task, CLASSES, flip), keys(1)[0]
     make = jax.jit(lambda key, at, indices: sampler.train(digits, key, at, indices))
     whole = make(key, jnp.arange(16), jnp.arange(16))
     part = make(key, jnp.arange(8, 16), jnp.arange(8, 16))
@@ -163,6 +165,42 @@ def test_test_images_are_not_shifted():
     digits = split()
     sample = Sampler(Shifted(3), CLASSES).test(digits, jnp.arange(16))
     np.testing.assert_array_equal(np.round(np.asarray(sample.images) * 255), digits.images)
+
+
+@pytest.mark.parametrize(
+    ("task", "dtype"),
+    [(Shifted(1, 0.5), np.uint16), (Pairs(9, 1), np.uint16), (Pairs(9, 1), np.float32)],
+)
+def test_pixels_of_other_dtypes_are_those_of_bytes(task, dtype):
+    images = np.random.default_rng(0).integers(0, 256, (4, 2, 8, 8, 1), np.uint8)
+    images = images if isinstance(task, Pairs) else images[:, 0]
+    other = (images / 255 * (1 if dtype == np.float32 else 65535)).astype(dtype)
+    for a, b in zip(
+        *(task.render(keys(4), jnp.asarray(x), train=True) for x in (images, other)), strict=True
+    ):
+        assert b.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, atol=0.51 / 255)
+
+
+def test_a_fill_is_a_grey_or_the_edge():
+    with pytest.raises(ValueError, match="fill must be 'edge' or from 0 .* to 1 .*, got 255"):
+        Shifted(fill=255)
+
+
+def test_flips_leave_all_else_as_it_was():
+    digits = Batch(jax.random.randint(keys(1)[0], (16, 4, 4, 1), 0, 256, jnp.uint8), split().labels)
+    first, key = jnp.arange(16), keys(1)[0]
+    plain, flipped = (
+        Sampler(Shifted(0), CLASSES, flip).train(digits, key, first, first)
+        for flip in (None, "horizontal")
+    )
+    straight = (plain.images == flipped.images).all((1, 2, 3))
+    np.testing.assert_array_equal(
+        flipped.images,
+        jnp.where(straight[:, None, None, None], plain.images, plain.images[:, :, ::-1]),
+    )
+    assert 0 < straight.sum() < 16
+    np.testing.assert_array_equal(*(jax.random.key_data(x.keys) for x in (plain, flipped)))
 
 
 def test_a_pair_is_right_only_if_both_are():

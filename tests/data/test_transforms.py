@@ -1,9 +1,11 @@
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from capsjax.data import epoch_order, random_shift, scale_pixels
+from capsjax.data import epoch_order, random_flip, random_shift, scale_pixels
 
 
 def test_epochs_visit_every_example_once_each_in_an_order_of_its_own():
@@ -18,13 +20,19 @@ def test_every_pixel_value_is_a_255th():
     scaled = scale_pixels(jnp.arange(256, dtype=jnp.uint8))
     assert scaled.dtype == jnp.float32
     np.testing.assert_allclose(scaled, np.arange(256) / 255, rtol=1e-7)
-    with pytest.raises(TypeError, match="images must be uint8, got float32"):
-        scale_pixels(scaled)
+    with pytest.raises(TypeError, match="images must be uint8, uint16 or float.*, got int32"):
+        scale_pixels(jnp.arange(3))
 
 
-def shifted_by(image, row, column):
-    """Shifts an image, filling with zeros."""
-    out = np.zeros_like(image)
+def test_sixteen_bits_and_floats_lose_nothing():
+    deep = scale_pixels(jnp.arange(2**16, dtype=jnp.uint16))
+    np.testing.assert_array_equal(np.round(np.asarray(deep, np.float64) * 65535), np.arange(2**16))
+    assert scale_pixels(deep) is deep
+
+
+def shifted_by(image, row, column, fill=0):
+    """Shifts an image, filling with a value."""
+    out = np.full_like(image, fill)
     height, width = image.shape[:2]
     for y in range(height):
         for x in range(width):
@@ -65,9 +73,48 @@ def test_no_shift_leaves_images_alone():
     assert random_shift(keys, images, max_shift=0) is images
 
 
+def test_shifts_move_in_what_they_are_told():
+    image = np.arange(1, 37, dtype=np.uint8).reshape(6, 6, 1)
+    keys, many = jax.random.split(jax.random.key(0), 64), jnp.asarray(np.stack([image] * 64))
+    black, grey, edge = (
+        np.asarray(random_shift(keys, many, max_shift=1, fill=fill)) for fill in (0, 200, "edge")
+    )
+    np.testing.assert_array_equal(grey, np.where(black == 0, 200, black))
+    repeated = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    possible = {repeated[r : r + 6, c : c + 6].tobytes() for r in range(3) for c in range(3)}
+    assert {result.tobytes() for result in edge} == possible
+    np.testing.assert_array_equal(edge[black > 0], black[black > 0])
+
+
+@pytest.mark.parametrize(("direction", "number"), [("horizontal", 2), ("vertical", 2), ("both", 4)])
+def test_flips_are_equally_likely_and_each_image_s_own(direction, number):
+    images = jnp.arange(12).reshape(1, 1, 2, 3, 2).repeat(400, 0).repeat(2, 1)
+    keys = jax.random.split(jax.random.key(0), 400)
+    flipped = np.asarray(random_flip(keys, images, direction=direction))
+    image = np.asarray(images[0, 0])
+    possible = {
+        "horizontal": [image, image[:, ::-1]],
+        "vertical": [image, image[::-1]],
+        "both": [image, image[:, ::-1], image[::-1], image[::-1, ::-1]],
+    }[direction]
+    counts = Counter(each.tobytes() for each in flipped.reshape(800, 2, 3, 2))
+    assert set(counts) == {each.tobytes() for each in possible}
+    assert max(abs(count - 800 / number) for count in counts.values()) < 90
+    assert any(a.tobytes() != b.tobytes() for a, b in flipped)
+    np.testing.assert_array_equal(
+        random_flip(keys[7:8], images[7:8], direction=direction), flipped[7:8]
+    )
+
+
 def test_bad_arguments_are_named():
     keys, images = jax.random.split(jax.random.key(1), 2), jnp.ones((3, 8, 8, 1))
     with pytest.raises(ValueError, match="max_shift must not be negative, got -1"):
         random_shift(keys, images, max_shift=-1)
     with pytest.raises(ValueError, match=r"one key per image, shape \(3,\), got shape \(2,\)"):
         random_shift(keys, images, max_shift=2)
+    with pytest.raises(ValueError, match="one key per example"):
+        random_flip(keys, images, direction="both")
+    with pytest.raises(
+        ValueError, match="direction must be one of vertical, horizontal, both, got"
+    ):
+        random_flip(keys, images, direction="up")

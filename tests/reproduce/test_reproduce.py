@@ -70,7 +70,7 @@ def _table(digits):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TABLES, "small", rows)
         for module in ("reproduce.tables", "training.evaluation"):
-            patch.setattr(f"capsjax.{module}.load", lambda name, data_dir=None: digits)
+            patch.setattr(f"capsjax.{module}.load", lambda name, **_: digits)
         yield rows
 
 
@@ -187,7 +187,7 @@ def test_training_ends_where_the_validation_error_is_small_enough(
     placed = Dataset("placed", *digits_of(digits), digits.class_names, Placed(28))
     monkeypatch.setattr(
         "capsjax.reproduce.tables.load",
-        lambda name, data_dir=None: placed if name == "expanded_mnist" else digits,
+        lambda name, **_: placed if name == "expanded_mnist" else digits,
     )
     row = dataclasses.replace(
         table[0], until_error=0.95, steps=1000, also_tested_on="expanded_mnist"
@@ -207,7 +207,7 @@ def test_results_that_were_trained_differently_are_refused(filled, monkeypatch, 
     inverse = Split(255 - digits.train.images, digits.train.labels)
     other = dataclasses.replace(digits, train=inverse)
     with monkeypatch.context() as patch:
-        patch.setattr("capsjax.reproduce.tables.load", lambda name, data_dir=None: other)
+        patch.setattr("capsjax.reproduce.tables.load", lambda name, **_: other)
         with pytest.raises(ConfigError, match="results.jsonl is of data .* another --output"):
             reproduce(config, say=quiet)
         config.results.unlink()  # the runs are checked as well
