@@ -23,6 +23,7 @@ from capsjax.data import (
     Shifted,
     Split,
     load,
+    names,
     source_of,
 )
 from capsjax.errors import ConfigError
