@@ -199,14 +199,18 @@ def sigmoid(x):
 
 
 def convolution(images, kernel, strides, pads):
-    """Cross-correlation of [B, H, W, C] with [KH, KW, C, O], one output pixel at a time."""
-    images = np.pad(images, ((0, 0), *pads, (0, 0)))
-    (_, height, width, _), (kh, kw, _, features) = images.shape, kernel.shape
-    rows, columns = (height - kh) // strides[0] + 1, (width - kw) // strides[1] + 1
-    out = np.zeros((len(images), rows, columns, features))
-    for row in range(rows):
-        for column in range(columns):
-            top, left = row * strides[0], column * strides[1]
-            patch = images[:, top : top + kh, left : left + kw]
-            out[:, row, column] = np.tensordot(patch, kernel, 3)
+    """Cross-correlation of [B, H, W, C] with [KH, KW, C, O], one output pixel at a time.
+
+    Or with any other number of spatial axes.
+    """
+    images, size = np.pad(images, ((0, 0), *pads, (0, 0))), kernel.shape[:-2]
+    shape = [
+        (n - k) // stride + 1
+        for n, k, stride in zip(images.shape[1:-1], size, strides, strict=True)
+    ]
+    out = np.zeros((len(images), *shape, kernel.shape[-1]))
+    for place in np.ndindex(*shape):
+        corner = [p * stride for p, stride in zip(place, strides, strict=True)]
+        window = tuple(slice(n, n + k) for n, k in zip(corner, size, strict=True))
+        out[:, *place] = np.tensordot(images[:, *window], kernel, len(size) + 1)
     return out

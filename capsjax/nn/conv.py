@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
-from flax.typing import Dtype, Initializer, PrecisionLike
+from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 from jax.typing import ArrayLike
 
 from capsjax.nn.shared import SharedWeights, kernel_init_per_child
 from capsjax.ops import ReceptiveFields
-from capsjax.ops.fields import Padding
+from capsjax.ops._checks import spatial_padding, spatial_sizes
 from capsjax.routing import Children, Routed, Sizes
 from capsjax.routing.fused import Implementation
 
@@ -30,15 +30,19 @@ class ConvCapsules(SharedWeights):
     responsibilities sum to 1 over all the parents at all the places that it votes for, as in the
     paper; in the other algorithms they sum to 1 over the parents of each place.
 
+    The grid may be that of images, of series (one spatial axis) or of volumes (three), by the
+    kernel's size.
+
     Args:
       in_types: types I of child capsules at every place.
       in_features: dimension K of a child's pose.
       out_types: types J of parent capsules at every place.
       out_features: dimension D of a parent's pose.
-      kernel_size: rows and columns of a receptive field.
-      strides: of the receptive fields.
-      padding: ``"VALID"``, ``"SAME"``, or (low, high) per axis; what lies outside of the grid takes
-        no part.
+      kernel_size: of a receptive field: a sequence with a size for each spatial axis, whose length
+        is their number; an integer for rows and columns of images.
+      strides: of the receptive fields, one integer or one for each spatial axis.
+      padding: ``"VALID"``, ``"SAME"``, ``"SAME_LOWER"``, an integer, or an integer or (low, high)
+        for each spatial axis; what lies outside of the grid takes no part.
       routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`; the layer owns
         what it learns.
       use_bias: whether the parents' sums have a bias ``[J, D]``, in algorithms that take one.
@@ -47,15 +51,15 @@ class ConvCapsules(SharedWeights):
       param_dtype: dtype of the parameters.
       precision: of the votes' matrix product; see :func:`capsjax.dense_capsules` for dynamic
         routing.
-      kernel_init: initialiser of the weights ``[KH * KW * I, K, J, D]``.
+      kernel_init: initialiser of the weights ``[prod(kernel_size) * I, K, J, D]``.
       bias_init: initialiser of the bias.
       implementation: of votes and dynamic routing, as in :func:`capsjax.dense_capsules`.
       rngs: random streams; uses ``params``.
       **options: of the routing function, such as ``num_iterations``.
 
     Raises:
-      ValueError: the algorithm, an option of it or the implementation is unknown, or the algorithm
-        makes its own votes.
+      ValueError: the algorithm, an option of it or the implementation is unknown, the algorithm
+        makes its own votes, or the kernel's size, the strides or the padding are invalid.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,7 +83,7 @@ class ConvCapsules(SharedWeights):
         *,
         kernel_size: int | Sequence[int],
         strides: int | Sequence[int] = 1,
-        padding: Padding = "VALID",
+        padding: PaddingLike = "VALID",
         routing: str = "dynamic",
         use_bias: bool = False,
         dtype: Dtype | None = None,
@@ -91,13 +95,14 @@ class ConvCapsules(SharedWeights):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        self.kernel_size = _pair(kernel_size)
-        self.strides = _pair(strides)
-        self.padding = padding
+        self.kernel_size = spatial_sizes("kernel_size", kernel_size)
+        self.strides = spatial_sizes("strides", strides, self.kernel_size)
+        self.padding = spatial_padding(padding, self.kernel_size, ("VALID", "SAME", "SAME_LOWER"))
         children = math.prod(self.kernel_size) * in_types
         super().__init__(
             in_types,
             Sizes(children, in_features, out_types, out_features),
+            num_spatial_dims=len(self.kernel_size),
             routing=routing,
             use_bias=use_bias,
             dtype=dtype,
@@ -121,7 +126,8 @@ class ConvCapsules(SharedWeights):
         """Computes the parent capsules.
 
         Args:
-          poses: child poses, ``[..., H, W, I, K]``.
+          poses: child poses, ``[..., H, W, I, K]``; ``[..., L, I, K]`` with one spatial axis,
+            ``[..., Z, H, W, I, K]`` with three.
           activations: of the children, ``[..., H, W, I]``, for algorithms that weigh by them; the
             lengths of the poses when None.
           where: children that take part, bool, broadcastable to ``[..., H, W, I]``.
@@ -138,12 +144,12 @@ class ConvCapsules(SharedWeights):
         """
         where = self._check_inputs(poses, activations, where)
         poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
-        grid = poses.shape[-4:-2]
+        grid = self._grid(poses)
         fields = ReceptiveFields.of(grid, self.kernel_size, self.strides, self.padding)
         if min(fields.shape) < 1:
             raise ValueError(
                 f"poses must lie on a grid at least as large as the kernel {self.kernel_size},"
-                f" got {grid[0]} rows and {grid[1]} columns"
+                f" got {grid}"
             )
 
         def collect(x: jax.Array, *trailing: int) -> jax.Array:
@@ -192,10 +198,3 @@ def _softmax_over_fields(fields: ReceptiveFields, logits: jax.Array) -> jax.Arra
     total = fields.sum(per_place(jnp.sum(exponentials, axis=-1)))
     totals = fields.gather(total, fill=1).reshape(*leading, children, 1)
     return exponentials / totals
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    if isinstance(size, int):
-        return size, size
-    rows, columns = size
-    return rows, columns

@@ -21,7 +21,7 @@ class Decoder(nnx.Module):
     Args:
       in_capsules: number J of class capsules.
       in_features: dimension D of a class capsule.
-      image_shape: rows, columns and channels of the image.
+      image_shape: rows, columns and channels of the image, or the shape of a series or a volume.
       hidden_features: widths of the hidden layers.
       dtype: dtype of the computation; the promotion of inputs and parameters when None.
       param_dtype: dtype of the parameters.
@@ -82,7 +82,7 @@ class Decoder(nnx.Module):
           mask: which of them the decoder sees, ``[..., J]``, bool or numeric, one-hot or multi-hot.
 
         Returns:
-          Pixels in [0, 1], ``[..., H, W, C]``.
+          Pixels in [0, 1], ``[..., *image_shape]``.
 
         Raises:
           ValueError: the mask's shape is not that of the poses without D.

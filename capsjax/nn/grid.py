@@ -12,6 +12,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.typing import ArrayLike
 
 from capsjax.nn.shared import SharedWeights, kernel_init_per_child
+from capsjax.ops._checks import is_integer
 from capsjax.routing import Children, Routed, Sizes
 from capsjax.routing.fused import Implementation
 
@@ -31,7 +32,8 @@ class GridCapsules(SharedWeights):
       out_capsules: number J of parent capsules.
       out_features: dimension D of a parent's pose.
       coordinates: add a child's place, (row + ½) / rows and (column + ½) / columns, to the first
-        two components of its votes.
+        components of its votes, one for each spatial axis.
+      num_spatial_dims: number of axes of the grid: 2 for images, 1 for series, 3 for volumes.
       routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`; the layer owns
         what it learns, which places share as well.
       use_bias: whether the parents' sums have a bias ``[J, D]``, in algorithms that take one.
@@ -48,7 +50,7 @@ class GridCapsules(SharedWeights):
 
     Raises:
       ValueError: the algorithm, an option of it or the implementation is unknown, the algorithm
-        makes its own votes, or there are coordinates and fewer than two ``out_features``.
+        makes its own votes, or there are more coordinates than ``out_features``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,6 +73,7 @@ class GridCapsules(SharedWeights):
         out_features: int,
         *,
         coordinates: bool = False,
+        num_spatial_dims: int = 2,
         routing: str = "dynamic",
         use_bias: bool = False,
         dtype: Dtype | None = None,
@@ -82,12 +85,15 @@ class GridCapsules(SharedWeights):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        if coordinates and out_features < 2:
-            raise ValueError(f"coordinates need two out_features, got {out_features}")
+        if not is_integer(num_spatial_dims) or num_spatial_dims < 1:
+            raise ValueError(
+                f"num_spatial_dims must be a positive integer, got {num_spatial_dims!r}"
+            )
         self.coordinates = coordinates
         super().__init__(
             in_types,
             Sizes(in_types, in_features, out_capsules, out_features),
+            num_spatial_dims=num_spatial_dims,
             routing=routing,
             use_bias=use_bias,
             dtype=dtype,
@@ -99,6 +105,11 @@ class GridCapsules(SharedWeights):
             rngs=rngs,
             options=options,
         )
+        if coordinates and max(self._coordinate_components()) >= out_features:
+            raise ValueError(
+                f"coordinates of num_spatial_dims={num_spatial_dims} do not fit poses of"
+                f" {out_features} out_features"
+            )
 
     def __call__(
         self,
@@ -111,7 +122,8 @@ class GridCapsules(SharedWeights):
         """Computes the parent capsules.
 
         Args:
-          poses: child poses, ``[..., H, W, I, K]``.
+          poses: child poses, ``[..., H, W, I, K]``; ``[..., L, I, K]`` with one spatial axis,
+            ``[..., Z, H, W, I, K]`` with three.
           activations: of the children, ``[..., H, W, I]``, for algorithms that weigh by them; the
             lengths of the poses when None.
           where: children that take part, bool, broadcastable to ``[..., H, W, I]``.
@@ -126,38 +138,41 @@ class GridCapsules(SharedWeights):
         """
         where = self._check_inputs(poses, activations, where)
         poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
+        grid = self._grid(poses)
         if where is not None:
-            where = _flat(where, 0)
+            where = self._flat(where, 0)
 
         def make_votes() -> jax.Array:
             votes = self._make_votes(poses, kernel)
             if self.coordinates:
-                votes = self._add_coordinates(votes, poses.shape[-4:-2])
-            return _flat(votes, 2)
+                votes = self._add_coordinates(votes, grid)
+            return self._flat(votes, 2)
 
         return self.router(
             Children(
-                _flat(poses, 1), None if activations is None else _flat(activations, 0), where=where
+                self._flat(poses, 1),
+                None if activations is None else self._flat(activations, 0),
+                where=where,
             ),
             make_votes,
             weights=None if self.coordinates else self._dense_weights(kernel),
             precision=self.precision,
             implementation=self.implementation if implementation is None else implementation,
-            places=math.prod(poses.shape[-4:-2]),
+            places=math.prod(grid),
         )
 
-    def _coordinate_components(self) -> tuple[int, int]:
-        return 0, 1
+    def _coordinate_components(self) -> Sequence[int]:
+        return range(self.num_spatial_dims)
 
     def _add_coordinates(self, votes: jax.Array, grid: Sequence[int]) -> jax.Array:
         """Adds the places of a grid to votes ``[..., H, W, I, J, D]``."""
-        rows, columns = ((jnp.arange(n) + 0.5) / n for n in grid)
-        places = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1)[:, :, None, None]
+        axes = ((jnp.arange(n) + 0.5) / n for n in grid)
+        places = jnp.stack(jnp.meshgrid(*axes, indexing="ij"), axis=-1)[..., None, None, :]
         components = jnp.array(self._coordinate_components())
         shift = jnp.zeros((*grid, 1, 1, votes.shape[-1])).at[..., components].set(places)
         return votes + jnp.broadcast_to(shift.astype(votes.dtype), votes.shape)
 
-
-def _flat(x: jax.Array, trailing: int) -> jax.Array:
-    """Rows, columns and types as one axis of children, before so many others."""
-    return x.reshape(*x.shape[: x.ndim - trailing - 3], -1, *x.shape[x.ndim - trailing :])
+    def _flat(self, x: jax.Array, trailing: int) -> jax.Array:
+        """Places and types as one axis of children, before so many others."""
+        last = x.ndim - trailing
+        return x.reshape(*x.shape[: last - 1 - self.num_spatial_dims], -1, *x.shape[last:])

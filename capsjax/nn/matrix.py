@@ -11,9 +11,9 @@ from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
 from capsjax.nn.conv import ConvCapsules
 from capsjax.nn.grid import GridCapsules
+from capsjax.nn.primary import convolve, make_conv
 from capsjax.nn.shared import SharedWeights
-from capsjax.ops import conv_general_dilated, matrix_votes
-from capsjax.ops.fields import Padding
+from capsjax.ops import matrix_votes
 from capsjax.routing import Sizes
 
 
@@ -27,14 +27,15 @@ class MatrixPrimaryCapsules(nnx.Module):
       in_features: channels of the input.
       num_types: capsule types :math:`t`; every grid position holds one capsule of each.
       features: dimension K of a pose: 16 for matrices of 4 × 4, row by row.
-      kernel_size: rows and columns of the kernel.
+      kernel_size: of the kernel, strides and padding as in :class:`PrimaryCapsules`; its length is
+        the number of spatial axes.
       strides: of the convolution.
       padding: of the convolution.
       dtype: dtype of the computation; the promotion of inputs and parameters when None.
       param_dtype: dtype of the parameters.
       precision: of the convolution.
-      kernel_init: initialiser of the kernel ``[KH, KW, C, num_types * (features + 1)]``, whose last
-        ``num_types`` channels are the activations.
+      kernel_init: initialiser of the kernel ``[*kernel_size, C, num_types * (features + 1)]``,
+        whose last ``num_types`` channels are the activations.
       bias_init: initialiser of the bias.
       rngs: random streams; uses ``params``.
 
@@ -67,19 +68,17 @@ class MatrixPrimaryCapsules(nnx.Module):
         bias_init: Initializer = nnx.initializers.zeros_init(),
         rngs: nnx.Rngs,
     ):
-        size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-        self.conv = nnx.Conv(
+        self.conv = make_conv(
             in_features,
             num_types * (features + 1),
-            size,
+            kernel_size,
             strides,
-            padding=padding,
+            padding,
             dtype=dtype,
             param_dtype=param_dtype,
             precision=precision,
             kernel_init=kernel_init,
             bias_init=bias_init,
-            conv_general_dilated=conv_general_dilated,
             rngs=rngs,
         )
         self.num_types = num_types
@@ -89,12 +88,16 @@ class MatrixPrimaryCapsules(nnx.Module):
         """Computes the capsules.
 
         Args:
-          inputs: feature maps, ``[..., H, W, C]``.
+          inputs: feature maps, ``[..., H, W, C]``; ``[..., L, C]`` with one spatial axis,
+            ``[..., Z, H, W, C]`` with three.
 
         Returns:
           Poses ``[..., P, Q, num_types, K]`` and activations ``[..., P, Q, num_types]``.
+
+        Raises:
+          ValueError: as :class:`PrimaryCapsules` does.
         """
-        channels = self.conv(inputs)
+        channels = convolve(self.conv, inputs)
         poses, activations = jnp.split(channels, [self.num_types * self.features], axis=-1)
         poses = poses.reshape(*poses.shape[:-1], self.num_types, self.features)
         return poses, jax.nn.sigmoid(activations)
@@ -129,13 +132,14 @@ class MatrixConvCapsules(_MatrixVotes, ConvCapsules):
       in_types: types I of child capsules at every place.
       out_types: types J of parent capsules at every place.
       features: numbers in a pose, a square: 16 for matrices of 4 × 4, row by row.
-      kernel_size: rows and columns of a receptive field.
+      kernel_size: of a receptive field, strides and padding as in :class:`ConvCapsules`; its length
+        is the number of spatial axes.
       strides: of the receptive fields.
-      padding: ``"VALID"``, ``"SAME"``, or (low, high) per axis.
+      padding: of the grid.
       routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`.
       rngs: random streams; uses ``params``.
       **options: other keyword arguments of :class:`ConvCapsules`; ``kernel_init`` initialises
-        ``[KH * KW * I, n, J, n]``.
+        ``[prod(kernel_size) * I, n, J, n]``.
 
     Raises:
       ValueError: as :class:`ConvCapsules` does, or ``features`` is no square.
@@ -161,7 +165,7 @@ class MatrixConvCapsules(_MatrixVotes, ConvCapsules):
         *,
         kernel_size: int | Sequence[int],
         strides: int | Sequence[int] = 1,
-        padding: Padding = "VALID",
+        padding: PaddingLike = "VALID",
         routing: str = "em",
         rngs: nnx.Rngs,
         **options: Any,
@@ -187,13 +191,14 @@ class MatrixGridCapsules(_MatrixVotes, GridCapsules):
       V_{j|(p,i)} = M_{p,i}\, W_{ij} + x_p
 
     where the coordinates :math:`x_p`, (row + ½) / rows and (column + ½) / columns, go to the first
-    two components of the right-hand column.
+    two components of the right-hand column, or as many as there are spatial axes.
 
     Args:
       in_types: types I of child capsules at every place.
       out_capsules: number J of parent capsules.
       features: numbers in a pose, a square: 16 for matrices of 4 × 4, row by row.
       coordinates: whether to add the coordinates.
+      num_spatial_dims: number of axes of the grid.
       routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`.
       rngs: random streams; uses ``params``.
       **options: other keyword arguments of :class:`GridCapsules`; ``kernel_init`` initialises
@@ -222,6 +227,7 @@ class MatrixGridCapsules(_MatrixVotes, GridCapsules):
         features: int = 16,
         *,
         coordinates: bool = True,
+        num_spatial_dims: int = 2,
         routing: str = "em",
         rngs: nnx.Rngs,
         **options: Any,
@@ -232,11 +238,12 @@ class MatrixGridCapsules(_MatrixVotes, GridCapsules):
             out_capsules,
             features,
             coordinates=coordinates,
+            num_spatial_dims=num_spatial_dims,
             routing=routing,
             rngs=rngs,
             **options,
         )
 
-    def _coordinate_components(self) -> tuple[int, int]:
+    def _coordinate_components(self) -> list[int]:
         side = math.isqrt(self.sizes.out_features)
-        return side - 1, 2 * side - 1
+        return [(n + 1) * side - 1 for n in range(self.num_spatial_dims)]

@@ -1,6 +1,7 @@
 """Primary capsules: from feature maps to the first capsule layer."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,13 @@ from flax import nnx
 from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
 from capsjax.ops import conv_general_dilated, squash
+from capsjax.ops._checks import spatial_axes, spatial_padding, spatial_sizes
 
 
 class PrimaryCapsules(nnx.Module):
     r"""A convolution whose output channels are grouped into capsules and squashed.
+
+    On images, on series or spectra (one spatial axis) or on volumes (three), by the kernel's size.
 
     .. math::
       u_{p,q,t} = \mathrm{squash}\bigl(c \cdot (x * k)_{p,q,t} + b_t\bigr)
@@ -24,9 +28,12 @@ class PrimaryCapsules(nnx.Module):
       in_features: channels of the input.
       num_types: capsule types :math:`t`; every grid position holds one capsule of each.
       features: dimension K of a capsule.
-      kernel_size: rows and columns of the kernel.
-      strides: of the convolution.
-      padding: of the convolution.
+      kernel_size: of the kernel: a sequence with a size for each spatial axis, whose length is
+        their number; an integer for rows and columns of images.
+      strides: of the convolution, one integer or one for each spatial axis.
+      padding: of the convolution: ``"VALID"``, ``"SAME"``, ``"SAME_LOWER"``, ``"CIRCULAR"``,
+        ``"REFLECT"``, with one spatial axis ``"CAUSAL"``; an integer; or an integer or
+        (low, high) for each spatial axis.
       keep_grid: return ``[..., H, W, num_types, K]`` and not one axis of capsules, for
         :class:`capsjax.nn.ConvCapsules`.
       coupling: :math:`c`, a constant that multiplies the convolution before the bias is added: 1
@@ -36,9 +43,12 @@ class PrimaryCapsules(nnx.Module):
         float32.
       param_dtype: dtype of the parameters.
       precision: of the convolution.
-      kernel_init: initialiser of the kernel ``[KH, KW, C, num_types * features]``.
+      kernel_init: initialiser of the kernel ``[*kernel_size, C, num_types * features]``.
       bias_init: initialiser of the bias ``[num_types * features]``.
       rngs: random streams; uses ``params``.
+
+    Raises:
+      ValueError: the kernel's size, the strides or the padding are invalid.
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,6 +57,9 @@ class PrimaryCapsules(nnx.Module):
       >>> layer = PrimaryCapsules(256, 32, 8, rngs=nnx.Rngs(0))
       >>> layer(jnp.ones((2, 20, 20, 256))).shape
       (2, 1152, 8)
+      >>> layer = PrimaryCapsules(3, 2, 8, kernel_size=(9,), rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((4, 50, 3))).shape  # time series of 50 steps
+      (4, 42, 8)
 
     Reference:
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 4.
@@ -70,19 +83,17 @@ class PrimaryCapsules(nnx.Module):
         bias_init: Initializer = nnx.initializers.zeros_init(),
         rngs: nnx.Rngs,
     ):
-        size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-        self.conv = nnx.Conv(
+        self.conv = make_conv(
             in_features,
             num_types * features,
-            size,
+            kernel_size,
             strides,
-            padding=padding,
+            padding,
             use_bias=False,
             dtype=dtype,
             param_dtype=param_dtype,
             precision=precision,
             kernel_init=kernel_init,
-            conv_general_dilated=conv_general_dilated,
             rngs=rngs,
         )
         self.bias = nnx.Param(bias_init(rngs.params(), (num_types * features,), param_dtype))
@@ -94,15 +105,59 @@ class PrimaryCapsules(nnx.Module):
         """Computes the capsules.
 
         Args:
-          inputs: feature maps, ``[..., H, W, C]``.
+          inputs: feature maps, ``[..., H, W, C]``; ``[..., L, C]`` with one spatial axis,
+            ``[..., Z, H, W, C]`` with three.
 
         Returns:
           Poses ``[..., I, K]``, with I = rows · columns · types in this order; or on their grid.
+
+        Raises:
+          ValueError: the inputs have the wrong shape, or are smaller than the kernel.
         """
-        channels = self.conv(inputs)
+        channels = convolve(self.conv, inputs)
         if self.coupling != 1:
             channels = channels * self.coupling
         bias = self.bias[...].astype(channels.dtype)
         channels = channels + jnp.broadcast_to(bias, channels.shape)
-        capsules = (*channels.shape[:-1], -1) if self.keep_grid else (*channels.shape[:-3], -1)
-        return squash(channels.reshape(*capsules, self.features))
+        kept = -1 if self.keep_grid else -1 - len(self.conv.kernel_size)
+        return squash(channels.reshape(*channels.shape[:kept], -1, self.features))
+
+
+def make_conv(
+    in_features: int,
+    out_features: int,
+    kernel_size: int | Sequence[int],
+    strides: int | Sequence[int],
+    padding: PaddingLike,
+    **options: Any,
+) -> nnx.Conv:
+    """A convolution along as many axes as its kernel has; an integer is a kernel of images."""
+    size = spatial_sizes("kernel_size", kernel_size)
+    names = ["VALID", "SAME", "SAME_LOWER", "CIRCULAR", "REFLECT", *["CAUSAL"] * (len(size) == 1)]
+    return nnx.Conv(
+        in_features,
+        out_features,
+        size,
+        spatial_sizes("strides", strides, size),
+        padding=spatial_padding(padding, size, names),
+        conv_general_dilated=conv_general_dilated,
+        **options,
+    )
+
+
+def convolve(conv: nnx.Conv, inputs: jax.Array) -> jax.Array:
+    """Convolves ``[..., H, W, C]``, or raises a ValueError that names the inputs."""
+    rank, channels = len(conv.kernel_size), conv.in_features
+    if inputs.ndim <= rank or inputs.shape[-1] != channels:
+        axes = spatial_axes(rank)
+        raise ValueError(
+            f"inputs must have shape [..., {axes}, C] = [..., {axes}, {channels}], got shape"
+            f" {inputs.shape}"
+        )
+    outputs: jax.Array = conv(inputs)
+    if 0 in outputs.shape[-1 - rank : -1]:
+        raise ValueError(
+            f"inputs must be at least as large as the kernel {conv.kernel_size}, got"
+            f" {inputs.shape[-1 - rank : -1]}"
+        )
+    return outputs

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from capsjax.nn.router import Router
 from capsjax.ops import dense_votes
-from capsjax.ops._checks import as_mask
+from capsjax.ops._checks import as_mask, spatial_axes
 from capsjax.routing import Sizes, algorithm
 from capsjax.routing.fused import Implementation, check_implementation
 
@@ -26,6 +26,7 @@ class SharedWeights(nnx.Module):
     Args:
       in_types: types of child capsules at every place.
       sizes: of the votes of one parent's children.
+      num_spatial_dims: number of axes of the grid.
       options: of the routing function.
 
     The other arguments are those of :class:`capsjax.nn.ConvCapsules`.
@@ -36,6 +37,7 @@ class SharedWeights(nnx.Module):
         in_types: int,
         sizes: Sizes,
         *,
+        num_spatial_dims: int,
         routing: str,
         use_bias: bool,
         dtype: Dtype | None,
@@ -51,6 +53,7 @@ class SharedWeights(nnx.Module):
         check_implementation(implementation, routing)
         self.in_types = in_types
         self.sizes = sizes
+        self.num_spatial_dims = num_spatial_dims
         self.dtype = dtype
         self.precision = precision
         self.implementation = implementation
@@ -81,9 +84,10 @@ class SharedWeights(nnx.Module):
     ) -> jax.Array | None:
         """Checks poses ``[..., H, W, I, K]`` and activations, and returns the mask."""
         types, features = self.in_types, self.sizes.in_features
-        if poses.ndim < 4 or poses.shape[-2:] != (types, features):
+        if poses.ndim < self.num_spatial_dims + 2 or poses.shape[-2:] != (types, features):
+            axes = spatial_axes(self.num_spatial_dims)
             raise ValueError(
-                f"poses must have shape [..., H, W, I, K] = [..., H, W, {types}, {features}],"
+                f"poses must have shape [..., {axes}, I, K] = [..., {axes}, {types}, {features}],"
                 f" got shape {poses.shape}"
             )
         if activations is not None and activations.shape != poses.shape[:-1]:
@@ -91,6 +95,9 @@ class SharedWeights(nnx.Module):
                 f"activations must have shape {poses.shape[:-1]}, got {activations.shape}"
             )
         return None if where is None else as_mask("where", where, poses.shape[:-1])
+
+    def _grid(self, poses: jax.Array) -> tuple[int, ...]:
+        return poses.shape[-2 - self.num_spatial_dims : -2]
 
 
 def check_shares_weights(routing: str) -> None:

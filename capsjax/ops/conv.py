@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from capsjax.ops.fields import Padding, ReceptiveFields
+from capsjax.ops.fields import Padding, ReceptiveFields, channels_last
 from capsjax.ops.fourier import conv_by_fourier, gains_by_fourier
 from capsjax.ops.phases import conv_by_phases, gains_by_phases
 
 ConvImplementation = Literal["patches", "fourier", "phases", "xla"]
-_NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def conv_general_dilated(
@@ -48,14 +47,16 @@ def conv_general_dilated(
     as ``conv_general_dilated=``. Arguments that only XLA supports select ``"xla"``.
 
     Args:
-      lhs: images, ``[B, H, W, C]``; other layouts need XLA.
-      rhs: kernel of the same dtype, ``[KH, KW, C, O]``; other layouts need XLA.
+      lhs: images ``[B, H, W, C]``, series ``[B, L, C]`` or volumes ``[B, Z, H, W, C]``; any number
+        of spatial axes. Other layouts need XLA.
+      rhs: kernel of the same dtype and number of spatial axes, ``[KH, KW, C, O]``; other layouts
+        need XLA.
       window_strides: stride per spatial axis.
       padding: ``"SAME"``, ``"VALID"``, or (low, high) per spatial axis.
       lhs_dilation: as in ``lax``; values other than 1 need XLA.
       rhs_dilation: as in ``lax``; values other than 1 need XLA.
       dimension_numbers: as in ``lax``, whose default is NCHW; values other than
-        ``("NHWC", "HWIO", "NHWC")`` need XLA.
+        ``("NHWC", "HWIO", "NHWC")`` and its like for other numbers of axes need XLA.
       feature_group_count: as in ``lax``; values other than 1 need XLA.
       batch_group_count: as in ``lax``; values other than 1 need XLA.
       precision: as in ``lax``.
@@ -161,13 +162,13 @@ def _why_only_xla(
     out_sharding: Any,
 ) -> str | None:
     """Returns why the arguments need XLA, which also reports invalid ones, or None."""
-    if lhs.ndim != 4 or rhs.ndim != 4:
-        return f"needs two spatial axes, got shapes {lhs.shape} and {rhs.shape}"
-    if lax.conv_dimension_numbers(
-        lhs.shape, rhs.shape, dimension_numbers
-    ) != lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC):
-        return f"needs dimension_numbers={_NHWC}, got {dimension_numbers}"
-    if any(d not in (None, (1, 1), [1, 1]) for d in (lhs_dilation, rhs_dilation)):
+    rank = lhs.ndim - 2
+    if rank < 1 or rhs.ndim != lhs.ndim:
+        return f"needs the same number of spatial axes, got shapes {lhs.shape} and {rhs.shape}"
+    layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    if layout != channels_last(rank):
+        return f"needs dimension_numbers with channels last, got {dimension_numbers}"
+    if any(d not in (None, (1,) * rank, [1] * rank) for d in (lhs_dilation, rhs_dilation)):
         return (
             f"supports no dilation, got lhs_dilation={lhs_dilation} and rhs_dilation={rhs_dilation}"
         )
@@ -178,15 +179,15 @@ def _why_only_xla(
         )
     if out_sharding is not None:
         return f"supports no explicit sharding, got out_sharding={out_sharding}"
-    if lhs.shape[-1] != rhs.shape[2] or lhs.dtype != rhs.dtype:
+    if lhs.shape[-1] != rhs.shape[-2] or lhs.dtype != rhs.dtype:
         return (
             f"needs images and kernel of the same channels and dtype, got"
             f" {lhs.dtype}{lhs.shape} and {rhs.dtype}{rhs.shape}"
         )
-    if len(strides) != 2 or min(strides) < 1:
-        return f"needs two positive strides, got window_strides={strides}"
-    if not isinstance(padding, str) and [len(pair) for pair in padding] != [2, 2]:
-        return f"needs a name or two pairs, got padding={padding}"
+    if len(strides) != rank or min(strides) < 1:
+        return f"needs {rank} positive strides, got window_strides={strides}"
+    if not isinstance(padding, str) and [len(pair) for pair in padding] != [2] * rank:
+        return f"needs a name or {rank} pairs, got padding={padding}"
     if min(_fields(lhs, rhs, strides, padding).shape) < 1:
         return f"needs images as large as the kernel, got shapes {lhs.shape} and {rhs.shape}"
     if preferred_element_type is not None and jnp.dtype(preferred_element_type) not in (
@@ -202,7 +203,7 @@ def _why_only_xla(
 def _fields(
     images: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Padding
 ) -> ReceptiveFields:
-    return ReceptiveFields.of(images.shape[1:3], kernel.shape[:2], strides, padding)
+    return ReceptiveFields.of(images.shape[1:-1], kernel.shape[:-2], strides, padding)
 
 
 def _conv_by_patches(

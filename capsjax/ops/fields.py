@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +16,31 @@ Padding = str | Sequence[tuple[int, int]]
 _MANY_CHANNELS = 8
 
 
+def channels_last(num_spatial_dims: int) -> lax.ConvDimensionNumbers:
+    """The layout of images ``[B, H, W, C]`` and kernels ``[KH, KW, C, O]`` for so many axes."""
+    spatial = tuple(range(num_spatial_dims))
+    image = (0, num_spatial_dims + 1, *(n + 1 for n in spatial))
+    kernel = (num_spatial_dims + 1, num_spatial_dims, *spatial)
+    return lax.ConvDimensionNumbers(image, kernel, image)
+
+
 @dataclasses.dataclass(frozen=True)
 class ReceptiveFields:
-    """The receptive fields of a kernel on a grid, which may overlap.
+    """The receptive fields of a kernel on a grid of any number of axes, which may overlap.
+
+    Shapes are written for two spatial axes.
 
     Attributes:
-      grid: rows H and columns W of the grid.
-      kernel: rows KH and columns KW of the kernel.
-      strides: strides of the kernel along both axes.
-      pads: positions added before and after the grid along both axes.
+      grid: size of each spatial axis of the grid, such as rows H and columns W.
+      kernel: sizes of the kernel, such as rows KH and columns KW.
+      strides: strides of the kernel along each spatial axis.
+      pads: positions added before and after the grid along each spatial axis.
     """
 
-    grid: tuple[int, int]
-    kernel: tuple[int, int]
-    strides: tuple[int, int]
-    pads: tuple[tuple[int, int], tuple[int, int]]
+    grid: tuple[int, ...]
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(
@@ -42,46 +53,49 @@ class ReceptiveFields:
         """Makes the fields from ``"SAME"``, ``"VALID"``, or (low, high) per axis."""
         if isinstance(padding, str):
             padding = lax.padtype_to_pads(grid, kernel, strides, padding)
-        rows, columns = ((int(low), int(high)) for low, high in padding)
-        return cls(_pair(grid), _pair(kernel), _pair(strides), (rows, columns))
+        pads = tuple((int(low), int(high)) for low, high in padding)
+        sizes, kernel_sizes, steps = (tuple(map(int, x)) for x in (grid, kernel, strides))
+        return cls(sizes, kernel_sizes, steps, pads)
 
     @property
     def size(self) -> int:
-        """Number of positions in a field, KH · KW."""
+        """Number of positions in a field, KH · KW on an image."""
         return math.prod(self.kernel)
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Rows P and columns Q of fields, below 1 if the kernel is larger than the grid."""
-        rows, columns = (
-            (self.grid[n] + sum(self.pads[n]) - self.kernel[n]) // self.strides[n] + 1
-            for n in (0, 1)
+        return tuple(
+            (size + sum(pads) - kernel) // stride + 1
+            for size, kernel, stride, pads in zip(
+                self.grid, self.kernel, self.strides, self.pads, strict=True
+            )
         )
-        return rows, columns
 
     def gather(self, x: jax.Array, fill: float = 0) -> jax.Array:
         """Copies ``[..., H, W, C]`` into the fields, ``[..., P, Q, KH * KW, C]``."""
         channels = x.shape[-1]
         if any(p for pair in self.pads for p in pair):
             x = self._pad(x, fill, [(low, high, 0) for low, high in self.pads])
-        if channels < _MANY_CHANNELS:
+        rank = len(self.kernel)
+        if channels < _MANY_CHANNELS or rank > 2:
             # Columns first, then rows of the result: only KH + KW slices to compile.
-            x = self._shifted(x, [(0, w) for w in range(self.kernel[1])], (1,))
-            x = self._shifted(x, [(h, 0) for h in range(self.kernel[0])], (0,))
+            for axis in reversed(range(rank)):
+                x = self._shifted(x, [(offset,) for offset in range(self.kernel[axis])], (axis,))
         else:
-            x = self._shifted(x, self._offsets(), (0, 1))
+            x = self._shifted(x, self._offsets(), range(rank))
         return x.reshape(*x.shape[:-1], self.size, channels)
 
     def _shifted(
-        self, x: jax.Array, offsets: Sequence[tuple[int, int]], axes: Sequence[int]
+        self, x: jax.Array, offsets: Iterable[Sequence[int]], axes: Sequence[int]
     ) -> jax.Array:
-        """Concatenates the values of all fields at these offsets along rows, columns or both."""
-        parts = []
+        """Concatenates the values of all fields at these offsets along some spatial axes."""
+        first, parts = x.ndim - 1 - len(self.kernel), []
         for offset in offsets:
             part = x
-            for n in axes:
-                last = offset[n] + self.strides[n] * (self.shape[n] - 1) + 1
-                part = lax.slice_in_dim(part, offset[n], last, self.strides[n], axis=n - 3)
+            for n, start in zip(axes, offset, strict=True):
+                last = start + self.strides[n] * (self.shape[n] - 1) + 1
+                part = lax.slice_in_dim(part, start, last, self.strides[n], axis=first + n)
             parts.append(part)
         return jnp.concatenate(parts, axis=-1)
 
@@ -121,16 +135,11 @@ class ReceptiveFields:
         ]
         return functools.reduce(combine, spread)
 
-    def _offsets(self) -> list[tuple[int, int]]:
-        return [(h, w) for h in range(self.kernel[0]) for w in range(self.kernel[1])]
+    def _offsets(self) -> Iterable[tuple[int, ...]]:
+        return itertools.product(*map(range, self.kernel))
 
     @staticmethod
     def _pad(x: jax.Array, fill: float, config: list[tuple[int, int, int]]) -> jax.Array:
-        """Pads (or, where negative, crops) rows and columns of ``[..., H, W, C]``."""
-        free = [(0, 0, 0)] * (x.ndim - 3)
+        """Pads (or, where negative, crops) the spatial axes of ``[..., H, W, C]``."""
+        free = [(0, 0, 0)] * (x.ndim - 1 - len(config))
         return lax.pad(x, jnp.asarray(fill, x.dtype), [*free, *config, (0, 0, 0)])
-
-
-def _pair(sizes: Sequence[int]) -> tuple[int, int]:
-    first, second = sizes
-    return int(first), int(second)

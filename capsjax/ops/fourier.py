@@ -1,7 +1,9 @@
 """Convolution by Fourier transforms, which takes fewer products for large kernels."""
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +17,8 @@ from capsjax.ops.fields import ReceptiveFields
 # One number of a transform costs as much as this many operations of a product, as measured on a CPU
 # (docs/performance.md).
 _TRANSFORM = 200
+# Transforms of more positions take many times that: their cost grows with the positions.
+_MOST_POSITIONS = 2048
 
 
 def conv_by_fourier(
@@ -38,7 +42,7 @@ def conv_by_fourier(
     each image and feature; the sum over fields takes P·Q·KH·KW·C.
 
     Args:
-      images: ``[B, H, W, C]``.
+      images: ``[B, H, W, C]``, or with any other number of spatial axes.
       kernel: ``[KH, KW, C, O]``.
       fields: receptive fields of the kernel on the images.
       precision: precision of the matrix products; the platform's default when None.
@@ -50,6 +54,8 @@ def conv_by_fourier(
     sizes = _Sizes.of(fields)
     wide = accumulator(images.dtype)
     batch, features = images.shape[0], kernel.shape[-1]
+    rank = len(fields.grid)
+    positions, phases = range(1, 2 * rank, 2), range(2, 2 * rank + 1, 2)
     inputs = math.prod(fields.strides) * images.shape[-1]
 
     def transform(waves: np.ndarray, x: jax.Array) -> jax.Array:
@@ -62,9 +68,10 @@ def conv_by_fourier(
         return jnp.einsum("fbc,fco->fbo", x_hat, k_hat, precision=precision)
 
     x = _phases(images.astype(wide), fields, sizes.grid, fields.pads)
-    x = x.transpose(1, 3, 0, 2, 4, 5).reshape(math.prod(sizes.grid), batch, inputs)
-    k = _phases(kernel.astype(wide)[None], fields, sizes.taps)[0]
-    k = k.transpose(0, 2, 1, 3, 4, 5).reshape(math.prod(sizes.taps), inputs, features)
+    x = x.transpose(*positions, 0, *phases, -1).reshape(math.prod(sizes.grid), batch, inputs)
+    k = _phases(kernel.astype(wide)[None], fields, sizes.taps)
+    k = k.transpose(0, *positions, *phases, -2, -1)
+    k = k.reshape(math.prod(sizes.taps), inputs, features)
     cosines, sines = sizes.waves(sizes.grid)
     x_hat = transform(np.concatenate([cosines, -sines]), x)
     # Real parts of the batch, then imaginary parts: two products with the kernel suffice.
@@ -84,8 +91,11 @@ def gains_by_fourier(images: jax.Array, kernel: jax.Array, fields: ReceptiveFiel
     """Whether Fourier transforms cost less than a product with each field, by costs on CPUs."""
     # An exported function may have a symbolic batch size: assume a common one.
     batch = images.shape[0] if isinstance(images.shape[0], int) else 128
-    channels, features = kernel.shape[2:]
-    frequencies = len(_Sizes.of(fields).frequencies)
+    channels, features = kernel.shape[-2:]
+    sizes = _Sizes.of(fields)
+    if math.prod(sizes.grid) > _MOST_POSITIONS:
+        return False
+    frequencies = len(sizes.frequencies)
     inputs = channels * math.prod(fields.strides)
     products = 8 * frequencies * batch * inputs * features
     numbers = 2 * frequencies * (batch * (inputs + features) + inputs * features)
@@ -95,33 +105,34 @@ def gains_by_fourier(images: jax.Array, kernel: jax.Array, fields: ReceptiveFiel
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """Rows and columns of a phase of the images and of the kernel."""
+    """Sizes of a phase of the images and of the kernel, such as rows and columns."""
 
-    grid: tuple[int, int]
-    taps: tuple[int, int]
+    grid: tuple[int, ...]
+    taps: tuple[int, ...]
 
     @classmethod
     def of(cls, fields: ReceptiveFields) -> "_Sizes":
-        rows, columns = (
+        taps = tuple(
             math.ceil(size / stride)
             for size, stride in zip(fields.kernel, fields.strides, strict=True)
         )
-        grid = fields.shape[0] + rows - 1, fields.shape[1] + columns - 1
-        return cls(grid, (rows, columns))
+        return cls(tuple(p + t - 1 for p, t in zip(fields.shape, taps, strict=True)), taps)
 
     @property
-    def frequencies(self) -> list[tuple[int, int]]:
+    def frequencies(self) -> list[tuple[int, ...]]:
         """One of each pair of frequencies whose transforms are conjugates."""
-        rows, columns = self.grid
-        pairs = ((f, g) for f in range(rows) for g in range(columns))
-        return [(f, g) for f, g in pairs if (f, g) <= (-f % rows, -g % columns)]
+
+        def conjugate(frequency: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(-f % size for f, size in zip(frequency, self.grid, strict=True))
+
+        return [f for f in itertools.product(*map(range, self.grid)) if f <= conjugate(f)]
 
     def waves(
-        self, shape: tuple[int, int], *, weigh: bool = False
+        self, shape: tuple[int, ...], *, weigh: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines ``[F, positions]``, with the inverse transform's weights if `weigh`."""
         frequencies, periods = np.array(self.frequencies), np.array(self.grid)
-        angles = 2 * math.pi * (frequencies / periods) @ np.indices(shape).reshape(2, -1)
+        angles = 2 * math.pi * (frequencies / periods) @ np.indices(shape).reshape(len(shape), -1)
         if not weigh:
             return np.cos(angles), np.sin(angles)
         own_conjugate = np.all(2 * frequencies % periods == 0, axis=1, keepdims=True)
@@ -132,14 +143,15 @@ class _Sizes:
 def _phases(
     x: jax.Array,
     fields: ReceptiveFields,
-    sizes: tuple[int, int],
-    pads: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
+    sizes: tuple[int, ...],
+    pads: Sequence[tuple[int, int]] | None = None,
 ) -> jax.Array:
     """Splits ``[B, H, W, ...]`` into ``[B, rows, stride, columns, stride, ...]``."""
     zero = jnp.zeros((), x.dtype)
     config = [(0, 0, 0)] * x.ndim
-    for n, (size, stride, (low, _)) in enumerate(zip(sizes, fields.strides, pads, strict=True)):
-        config[n + 1] = (low, size * stride - low - x.shape[n + 1], 0)
+    lows = [0] * len(sizes) if pads is None else [low for low, _ in pads]
+    for n, (size, stride, low) in enumerate(zip(sizes, fields.strides, lows, strict=True), 1):
+        config[n] = (low, size * stride - low - x.shape[n], 0)
     x = lax.pad(x, zero, config)
-    (rows, columns), (sh, sw) = sizes, fields.strides
-    return x.reshape(x.shape[0], rows, sh, columns, sw, *x.shape[3:])
+    split = itertools.chain.from_iterable(zip(sizes, fields.strides, strict=True))
+    return x.reshape(x.shape[0], *split, *x.shape[len(sizes) + 1 :])

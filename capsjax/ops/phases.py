@@ -10,9 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from capsjax.ops.fields import ReceptiveFields
-
-_NHWC = ("NHWC", "HWIO", "NHWC")
+from capsjax.ops.fields import ReceptiveFields, channels_last
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
@@ -33,7 +31,7 @@ def conv_by_phases(
     kernel; the gradient of a phase is dense.
 
     Args:
-      images: ``[B, H, W, C]``.
+      images: ``[B, H, W, C]``, or with any other number of spatial axes.
       kernel: ``[KH, KW, C, O]``.
       fields: receptive fields of the kernel on the images.
       precision: as in :func:`jax.lax.conv_general_dilated`.
@@ -47,7 +45,7 @@ def conv_by_phases(
         kernel,
         fields.strides,
         fields.pads,
-        dimension_numbers=_NHWC,
+        dimension_numbers=channels_last(len(fields.grid)),
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
@@ -81,26 +79,26 @@ def _sum_of_phases(
 ) -> jax.Array:
     zero = jnp.zeros((), images.dtype)
     images = lax.pad(images, zero, [(0, 0, 0), *((*pair, 0) for pair in fields.pads), (0, 0, 0)])
-    (sh, sw), (rows, columns) = fields.strides, fields.shape
+    strides = fields.strides
 
-    def phase(h: int, w: int) -> jax.Array:
-        taps = kernel[h::sh, w::sw]
-        # The end of the last receptive field of this phase.
-        bottom = h + sh * (rows + taps.shape[0] - 2) + 1
-        right = w + sw * (columns + taps.shape[1] - 2) + 1
+    def phase(first: tuple[int, ...]) -> jax.Array:
+        taps = kernel[tuple(slice(n, None, s) for n, s in zip(first, strides, strict=True))]
+        # To the end of the last receptive field of this phase.
+        sizes = zip(first, strides, fields.shape, taps.shape[:-2], strict=True)
+        places = (slice(n, n + s * (size + tap - 2) + 1, s) for n, s, size, tap in sizes)
         return lax.conv_general_dilated(
-            images[:, h:bottom:sh, w:right:sw],
+            images[:, *places],
             taps,
-            (1, 1),
+            (1,) * len(strides),
             "VALID",
-            dimension_numbers=_NHWC,
+            dimension_numbers=channels_last(len(fields.grid)),
             precision=precision,
             preferred_element_type=preferred_element_type,
         )
 
     # If the stride is larger than the kernel, some phases lie in no receptive field.
-    used = (range(min(s, k)) for s, k in zip(fields.strides, fields.kernel, strict=True))
-    return functools.reduce(jnp.add, (phase(h, w) for h, w in itertools.product(*used)))
+    used = (range(min(s, k)) for s, k in zip(strides, fields.kernel, strict=True))
+    return functools.reduce(jnp.add, map(phase, itertools.product(*used)))
 
 
 def gains_by_phases(fields: ReceptiveFields) -> bool:

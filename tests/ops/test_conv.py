@@ -13,6 +13,8 @@ from jax import export, lax
 from jax.test_util import check_grads
 
 from capsjax import conv_general_dilated
+from capsjax.ops import ReceptiveFields
+from capsjax.ops.fourier import gains_by_fourier
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 OWN = ["patches", "fourier", "phases"]
@@ -183,7 +185,7 @@ def test_goes_into_flax_convolutions(strides):
 
 
 CANNOT = [
-    ({"dimension_numbers": None}, "needs dimension_numbers="),
+    ({"dimension_numbers": None}, "needs dimension_numbers with channels last, got None"),
     ({"rhs_dilation": (2, 2)}, r"supports no dilation, got .*rhs_dilation=\(2, 2\)"),
     ({"lhs_dilation": (2, 2)}, r"supports no dilation, got lhs_dilation=\(2, 2\)"),
     ({"feature_group_count": 3}, "supports no groups, got feature_group_count=3"),
@@ -206,15 +208,61 @@ def test_arguments_that_need_xla(options, reason):
             conv_general_dilated(*arguments, **options, implementation=name)
 
 
-def test_one_spatial_axis_falls_to_xla():
-    images, kernel = jnp.ones((2, 8, 3)), jnp.ones((3, 3, 4))
-    numbers = ("NWC", "WIO", "NWC")
-    out = conv_general_dilated(images, kernel, (1,), "VALID", dimension_numbers=numbers)
-    assert out.shape == (2, 6, 4)
-    with pytest.raises(NotImplementedError, match="needs two spatial axes"):
+RANKS = {
+    1: ((7,), (3,), (2,), ((1, 2),)),
+    3: ((5, 4, 6), (2, 3, 2), (2, 1, 2), ((1, 0), (0, 1), (0, 0))),
+}
+NUMBERS = {1: ("NWC", "WIO", "NWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_series_and_volumes(rank):
+    grid, kernel_size, strides, pads = RANKS[rank]
+    rng = np.random.default_rng(0)
+    series, kernel = rng.normal(size=(2, *grid, 3)), rng.normal(size=(*kernel_size, 3, 4))
+    expected = references.convolution(series, kernel, strides, pads)
+
+    @jax.jit
+    def all_of_them(*arguments):
+        def loss(implementation, *arguments):
+            out = conv_general_dilated(
+                *arguments,
+                strides,
+                pads,
+                dimension_numbers=NUMBERS[rank],
+                implementation=implementation,
+            )
+            return jnp.sum(jnp.sin(out)), out
+
+        return [
+            jax.grad(functools.partial(loss, name), (0, 1), has_aux=True)(*arguments)
+            for name in (*OWN, "xla", None)
+        ]
+
+    results = all_of_them(jnp.float32(series), jnp.float32(kernel))
+    for gradients, out in results:
+        assert_close(out, expected, terms=kernel[..., 0].size)
+        for a, b in zip(gradients, results[OWN.index("phases") + 1][0], strict=True):
+            assert_close(a, b, terms=series.size)
+    with pytest.raises(NotImplementedError, match=f"'patches' needs {rank} positive strides"):
         conv_general_dilated(
-            images, kernel, (1,), "VALID", dimension_numbers=numbers, implementation="patches"
+            series,
+            kernel,
+            (1, 1),
+            pads,
+            dimension_numbers=NUMBERS[rank],
+            implementation="patches",
         )
+
+
+def test_no_transforms_as_products_of_large_images():
+    def gains(size):
+        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((64, *size, 3), (9, 9, 3, 64))]
+        fields = ReceptiveFields.of(size, (9, 9), (2, 2), "VALID")
+        return gains_by_fourier(*shapes, fields)
+
+    assert gains((64, 64))
+    assert not gains((96, 96))
 
 
 def test_channels_that_differ_are_named():
