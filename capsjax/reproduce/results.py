@@ -16,7 +16,7 @@ from capsjax.data import Dataset
 from capsjax.errors import ConfigError
 from capsjax.reproduce.recipes import Recipe
 from capsjax.training.files import read_json_lines
-from capsjax.training.run_directory import DataDescription
+from capsjax.training.run_directory import Count, DataDescription, ErrorRate, Seconds
 from capsjax.version import __version__
 
 
@@ -42,18 +42,18 @@ class Line(msgspec.Struct, kw_only=True):
 
     table: str
     recipe: str
-    asked_steps: int | None = None
+    asked_steps: Count | None = None
     dtype: str = "float32"
-    seed: int | None = None
-    steps: int = 0
-    errors: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    seconds: float = 0.0
-    together: int | None = None
+    seed: Count | None = None
+    steps: Count = 0
+    errors: dict[str, ErrorRate] = {}
+    counts: dict[str, Count] = {}
+    seconds: Seconds = 0.0
+    together: Count | None = None
     of: dict[str, Any] = {}
     run: str | None = None
-    ensemble: int | None = None
-    error: float = 1.0
+    ensemble: Count | None = None
+    error: ErrorRate = 1.0
 
     def __post_init__(self) -> None:
         if (self.seed is None) == (self.ensemble is None):

@@ -2,14 +2,17 @@
 
 import contextlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+import msgspec
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from capsjax.errors import CheckpointError
+from capsjax.errors import CheckpointError, ConfigError
+from capsjax.training.files import read_json
 from capsjax.training.step import TrainState
 
 _METRIC = "validation_error"
@@ -47,7 +50,13 @@ class Checkpoints:
                 self.path, options=options, item_handlers=ocp.StandardCheckpointHandler()
             )
         except Exception as error:
+            _check_metrics(folder for folder in path.glob("*") if folder.name.isdecimal())
             raise CheckpointError(f"checkpoints in {path} cannot be used: {_line(error)}") from None
+        try:
+            _check_metrics(path / str(step) for step in self.steps())
+        except CheckpointError:
+            self.close()
+            raise
 
     def steps(self) -> list[int]:
         """Returns the steps that have a complete checkpoint, in order."""
@@ -160,6 +169,21 @@ class Checkpoints:
             raise CheckpointError(
                 f"{which} could not be written to {self.path}: {_line(error)}{last}"
             ) from None
+
+
+class _Metrics(msgspec.Struct):
+    validation_error: Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+def _check_metrics(folders: Iterable[Path]) -> None:
+    """Raises a CheckpointError if Orbax's metrics of a checkpoint are damaged."""
+    for folder in folders:
+        file = folder / "metrics" / "metrics"
+        if file.exists():
+            try:
+                read_json(file, _Metrics)
+            except ConfigError as error:
+                raise CheckpointError(f"{error}; move {folder} away to use the others") from None
 
 
 def _error(metrics: Any) -> float:

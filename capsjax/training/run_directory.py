@@ -4,7 +4,7 @@ import dataclasses
 import json
 import zlib
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
@@ -71,26 +71,35 @@ class RunConfig(NamedTuple):
     data: DataDescription
 
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+ErrorRate = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
 class Record(TypedDict):
     """One line of metrics.jsonl; a number that was not finite is None."""
 
     split: Literal["train", "validation", "test"]
-    step: int
-    seconds: NotRequired[float]
+    step: Count
+    seconds: NotRequired[Seconds]
     loss: float | None
-    error: float | None
-    count: NotRequired[int]
-    examples_per_second: NotRequired[float]
+    error: ErrorRate | None
+    count: NotRequired[Count]
+    examples_per_second: NotRequired[Seconds]
 
 
 class StoredResult(msgspec.Struct):
     """What is read of result.json."""
 
-    step: int
-    test_wrong: int
-    test_count: int
-    validation_error: float | None
-    seconds: float
+    step: Count
+    test_wrong: Count
+    test_count: Count
+    validation_error: ErrorRate | None
+    seconds: Seconds
+
+    def __post_init__(self) -> None:
+        if self.test_wrong > self.test_count or not self.test_count:
+            raise ValueError(f"{self.test_wrong} of {self.test_count} test images are wrong")
 
 
 class _StoredConfig(msgspec.Struct):
