@@ -140,10 +140,18 @@ def _evaluate(config: Any) -> None:
 
     _find_devices()
     evaluated = evaluate(config)
-    _print_error(f"{evaluated.dataset} test error", evaluated.test)
-    step = evaluated.step
+    test, step = evaluated.test, evaluated.step
+    _print_error(f"{evaluated.dataset} test error", test)
+    print(f"balanced error, the mean over the classes: {test.balanced_error:.2%}")
+    for name, wrong, count in zip(
+        evaluated.class_names, test.class_wrong, test.class_count, strict=True
+    ):
+        share = f"{wrong / count:.2%}" if count else "none"
+        print(f"  {name}: {share} ({wrong:,} of {count:,} wrong)")
     source = "network of the package" if step is None else f"checkpoint of step {step:,}"
-    print(f"loss {evaluated.test.loss:.4f}; {source}")
+    print(f"loss {test.loss:.4f}; {source}")
+    if config.predictions is not None:
+        print(f"predictions: {config.predictions}")
 
 
 def _reproduce(config: Any) -> None:
@@ -204,9 +212,8 @@ def _resumed_options(arguments: Sequence[str]) -> Any:
     given = re.search(r"\0--run[-_]dir[=\0]([^\0]+)", "\0".join(arguments))
     if given is None:
         return None
-    return (
-        _imported("capsjax.training.run_directory:RunDirectory")(Path(given[1])).read_config().train
-    )
+    directory = _imported("capsjax.training.run_directory:RunDirectory")
+    return directory(Path(given[1]).expanduser()).read_config().train
 
 
 def _bench_options() -> Any:

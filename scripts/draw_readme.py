@@ -1,6 +1,5 @@
 """Draws the README's figures from a run: ``python scripts/draw_readme.py RUN``."""
 
-import io
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from capsjax.data import scale_pixels
+from capsjax.files import replacing
 from capsjax.training import load_network
 from capsjax.viz import dissect, reconstruct
 from capsjax.viz.draw import diagram_of, save
@@ -65,18 +65,17 @@ def animate(network, images, labels) -> None:
             frames.append(
                 labelled(strip, f"dimension {d + 1}: {by:+.2f}".replace("-", "\N{MINUS SIGN}"))
             )
-    out = io.BytesIO()
-    frames[0].save(
-        out,
-        "WEBP",
-        save_all=True,
-        append_images=frames[1:],
-        duration=60,
-        loop=0,
-        quality=60,
-        method=6,
-    )
-    (DOCS / "dimensions.webp").write_bytes(out.getvalue())
+    with replacing(DOCS / "dimensions.webp") as out:
+        frames[0].save(
+            out,
+            "WEBP",
+            save_all=True,
+            append_images=frames[1:],
+            duration=60,
+            loop=0,
+            quality=60,
+            method=6,
+        )
 
 
 def tiles(images) -> Image.Image:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from capsjax.files import write_text
 from capsjax.reproduce import TABLES
 from capsjax.reproduce.results import Line, measured, read_results
 from capsjax.training.files import read_json_lines
@@ -99,7 +100,7 @@ def main() -> None:
     from capsjax.viz import training_curves
     from capsjax.viz.draw import save
 
-    PAGE.write_text(filled(PAGE.read_text(), records()))
+    write_text(PAGE, filled(PAGE.read_text(), records()))
     for name, (of_table, rows) in CURVES.items():
         for theme in ("light", "dark"):
             curves = {label: curve(of_table, row) for row, label in rows.items()}

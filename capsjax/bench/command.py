@@ -95,6 +95,8 @@ def select_cells(config: BenchConfig) -> list[Cell]:
       ConfigError: a name is unknown.
     """
     cells = _named_cells(config)
+    if not cells:  # what has no other target than the CPU was asked for on another one
+        raise ConfigError(f"--workload {config.workload} has no cell for these targets and flags")
     if config.alternate and len(groups(cells, config.alternate)) == len(cells):
         raise ConfigError(f"--alternate: no two cells differ in {config.alternate!r} alone")
     return cells
@@ -106,7 +108,8 @@ def make_plan(config: BenchConfig) -> Plan:
     Raises:
       ConfigError: the file exists already, or its directory does not.
     """
-    name = (config.workload or config.suite).replace(":", ".")
+    suite = config.suite or "quick"
+    name = (config.workload or suite).replace(":", ".")
     output = config.output or Path(f"bench-{name}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl")
     if not output.parent.is_dir():
         raise ConfigError(f"--output: no directory {output.parent}")
@@ -116,8 +119,8 @@ def make_plan(config: BenchConfig) -> Plan:
         raise ConfigError(f"--resume: no file {output}")
     page = _page(output)
     if config.report and page.exists() and not config.resume:
-        raise ConfigError(f"--output: the report {page} exists already; name another file")
-    few = config.alternate or (config.workload is None and config.suite in ("quick", "pod"))
+        raise ConfigError(f"--output: the report {page} exists already; --no-report makes none")
+    few = config.alternate or (config.workload is None and suite in ("quick", "pod"))
     return Plan(
         output=output,
         repetitions=config.repetitions or (1 if few else 3),
@@ -130,7 +133,7 @@ def make_plan(config: BenchConfig) -> Plan:
 
 def _named_cells(config: BenchConfig) -> list[Cell]:
     if config.workload is None:
-        return suite_cells(config.suite, config.target, config.xla_flag)
+        return suite_cells(config.suite or "quick", config.target, config.xla_flag)
     settings = dict(map(_setting, config.set))
     if ":" in config.workload:
         import_function(config.workload)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from capsjax.errors import ConfigError
+from capsjax.files import expand_paths
 
 Suite = Literal["quick", "routing", "hotos", "train", "pod"]
 
@@ -22,8 +23,8 @@ class BenchConfig:
     succeeded.
     """
 
-    suite: Suite = "quick"
-    """Suite to measure, if no workload is named."""
+    suite: Suite | None = None
+    """Suite to measure; quick if neither it nor a workload is named."""
 
     target: tuple[str, ...] = ()
     """What to compile for: cpu, cpu:8, gpu, tpu, or an absent TPU such as v5e-256, v5p-128 or
@@ -73,6 +74,11 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         """Checks options that depend on each other."""
+        expand_paths(self, "output", "hlo")
+        if self.suite is not None and self.workload is not None:
+            raise ConfigError(f"--suite {self.suite} has no effect with --workload {self.workload}")
+        if self.output is not None and self.output.suffix.lower() in (".html", ".htm"):
+            raise ConfigError(f"--output is for rows, the report is a page, got {self.output}")
         if self.repetitions is not None and self.repetitions < 1:
             raise ConfigError(f"--repetitions must be at least 1, got {self.repetitions}")
         if not 0 <= self.run_seconds < math.inf:
@@ -85,10 +91,6 @@ class BenchConfig:
             raise ConfigError("--shape goes with --workload module:function")
         if self.resume and self.output is None:
             raise ConfigError("--resume needs --output, the file to continue")
-        if self.output is not None and self.output.suffix.lower() in (".html", ".htm"):
-            raise ConfigError(
-                f"--output is for rows, the report gets its name with .html; got {self.output}"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

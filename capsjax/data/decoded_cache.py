@@ -6,13 +6,13 @@ An entry that is missing or damaged is never an error: the set is decoded again.
 import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from capsjax.data.dataset import Split
+from capsjax.files import replacing
 
 
 def cached(
@@ -61,18 +61,11 @@ def _write(path: Path, train: Split, test: Split) -> None:
     """Stores both splits atomically; does nothing if the directory is not writable."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(
-                    file,
-                    train_images=train.images,
-                    train_labels=train.labels,
-                    test_images=test.images,
-                    test_labels=test.labels,
-                )
-            # Renamed when complete, so that readers never see a part of an entry.
-            os.replace(unfinished, path)
-        except BaseException:
-            os.unlink(unfinished)
-            raise
+        with replacing(path) as file:
+            np.savez(
+                file,
+                train_images=train.images,
+                train_labels=train.labels,
+                test_images=test.images,
+                test_labels=test.labels,
+            )

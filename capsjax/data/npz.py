@@ -9,6 +9,7 @@ import numpy as np
 from capsjax.data.dataset import Dataset, Split
 from capsjax.data.tasks import Task
 from capsjax.errors import DataError
+from capsjax.files import replacing
 
 
 def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
@@ -38,11 +39,8 @@ def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
         for kind, array in getattr(dataset, name)._asdict().items()
     }
     arrays |= {"name": np.array(dataset.name), "class_names": np.array(dataset.class_names)}
-    # Renamed when complete, so that an error does not destroy an existing file.
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         np.savez_compressed(file, **arrays)
-    temporary.replace(path)
 
 
 def load_npz(name: str, path: Path, task: Task) -> Dataset:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from capsjax.files import replacing
 from capsjax.models.presets import Network, build, configure
 
 _FOLDER = "capsjax.models"
@@ -112,7 +113,7 @@ def save_pretrained(network: Network, about: About, path: Path) -> None:
         ".".join(map(str, key)): _rounded(np.asarray(variable[...]))
         for key, variable in nnx.to_flat_state(nnx.state(network))
     }
-    with path.open("wb") as file:
+    with replacing(path) as file:
         np.savez_compressed(file, about=np.array(json.dumps(dataclasses.asdict(about))), **arrays)
 
 

@@ -116,7 +116,10 @@ def describe(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
 def check_alike(line: Line, now: Mapping[str, Any], path: Path) -> None:
     """Raises a ConfigError if a trial of this row was trained differently."""
     for key in now:
-        if line.of.get(key) != now[key]:
+        then = line.of.get(key)
+        if key == "data" and then:
+            then = {**now[key], **then}  # an earlier version described less
+        if then != now[key]:
             raise ConfigError(
                 f"{path} is of {key.replace('_', ' ')} {line.of.get(key)}, not {now[key]}; move it"
                 " away, or choose another --output"

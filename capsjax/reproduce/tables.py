@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from capsjax.data import Dataset, is_right, load
 from capsjax.errors import ConfigError
+from capsjax.files import expand_paths, write_text
 from capsjax.reproduce.recipes import TABLES, Recipe
 from capsjax.reproduce.results import (
     Line,
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     TableName = str
 else:
     TableName = Literal[tuple(TABLES)]
+
+_MOST_SEEDS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,12 +85,24 @@ class ReproduceConfig:
 
     def __post_init__(self) -> None:
         """Checks the options."""
+        expand_paths(self, "data_dir", "output")
         require_at_least(self, 1, "seeds", "together", "steps")
         require(self, "seconds", self.seconds is None or self.seconds > 0, "positive")
+        for name in ("seeds", "together"):
+            require(self, name, getattr(self, name) <= _MOST_SEEDS, f"at most {_MOST_SEEDS}")
+        if self.list:
+            training = ("seeds", "steps", "together", "dtype", "data_dir", "seconds")
+            for field in dataclasses.fields(self):
+                if field.name in training and getattr(self, field.name) != field.default:
+                    option = "--" + field.name.replace("_", "-")
+                    raise ConfigError(f"{option} has no effect with --list, which trains nothing")
         known = [recipe.name for recipe in TABLES[self.table]]
         for row in self.rows:
             if row not in known:
                 raise ConfigError(f"--rows: table {self.table} has {', '.join(known)}, no {row!r}")
+
+        if self.together > 1 and all(r.until_error is not None for r in self.recipes()):
+            raise ConfigError("--together has no effect on rows that end at an error")
 
     def recipes(self) -> Sequence[Recipe]:
         """Returns the rows to train."""
@@ -320,7 +335,7 @@ def _rows(config: ReproduceConfig) -> list[RowResult]:
 def _write_table(config: ReproduceConfig) -> None:
     """Writes all rows that have results, not only those that are asked for."""
     rows = _rows(dataclasses.replace(config, rows=()))
-    config.folder.with_suffix(".md").write_text(markdown(rows))
+    write_text(config.folder.with_suffix(".md"), markdown(rows))
 
 
 def _listing(recipe: Recipe, lines: Sequence[Line]) -> str:

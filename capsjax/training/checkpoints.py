@@ -2,12 +2,14 @@
 
 import contextlib
 import math
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import jax
 import msgspec
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -25,13 +27,23 @@ class Checkpoints:
       path: their directory; made if it is missing.
       keep: number of latest checkpoints to keep, besides the best.
       read_only: whether only to read.
+      run: JSON values of what shapes the run's parameters; written with each checkpoint, and
+        expected of each that is read.
 
     Raises:
       CheckpointError: the directory cannot be used.
     """
 
-    def __init__(self, path: Path, *, keep: int = 3, read_only: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        keep: int = 3,
+        read_only: bool = False,
+        run: Mapping[str, Any] | None = None,
+    ):
         self.path = path.absolute()
+        self._run = run
         best = preservation_policy.BestN(
             get_metric_fn=_error, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
@@ -72,10 +84,15 @@ class Checkpoints:
             self._guard(step, lambda: self._manager.delete(step))
         snapshot = jax.tree.map(lambda x: x.copy(), state)
         metrics = None if validation_error is None else {_METRIC: validation_error}
+        about = {"checksums": _checksums(snapshot), _METRIC: validation_error, "run": self._run}
         self._guard(
             step,
             lambda: self._manager.save(
-                step, args=ocp.args.StandardSave(snapshot), metrics=metrics, force=True
+                step,
+                args=ocp.args.StandardSave(snapshot),
+                metrics=metrics,
+                force=True,
+                custom_metadata=about,
             ),
         )
 
@@ -113,6 +130,8 @@ class Checkpoints:
         if which == "last":
             return steps[-1]
         if which == "best":
+            for step in steps:
+                self._check_metrics(step)
             best = self._manager.best_step()
             if best is None or _error(self._manager.metrics(best)) == math.inf:
                 raise CheckpointError(f"no checkpoint in {self.path} has a validation error")
@@ -128,7 +147,7 @@ class Checkpoints:
         """Reads a checkpoint into arrays with the shapes, dtypes and shardings of `like`.
 
         Raises:
-          CheckpointError: it is of another network, or it cannot be read.
+          CheckpointError: it is of another network or run, or it cannot be read.
         """
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
@@ -150,7 +169,43 @@ class Checkpoints:
             )
         except Exception as error:
             raise self._unreadable(step, error) from None
+        self._check_run(step)
+        if about := self._about(step):
+            expected_checksums = about.get("checksums", {})
+            for name, checksum in _checksums(restored).items():
+                if expected_checksums.get(name) != checksum:
+                    raise self._unreadable(step, ValueError(f"{name} has another checksum"))
         return restored
+
+    def _about(self, step: int) -> Mapping[str, Any]:
+        """What was written with a checkpoint; nothing by an earlier version."""
+        try:
+            metadata = self._manager.metadata(step)
+        except Exception as error:
+            raise self._unreadable(step, error) from None
+        if metadata.init_timestamp_nsecs is None:  # as Orbax returns it of a damaged file
+            raise self._unreadable(step, ValueError("its description cannot be read"))
+        return cast(Mapping[str, Any], metadata.custom_metadata or {})
+
+    def _check_metrics(self, step: int) -> None:
+        """Raises a CheckpointError unless the validation error is the one that was written."""
+        about = self._about(step)
+        metrics = self._manager.metrics(step) or {}
+        if _METRIC in about and about[_METRIC] != metrics.get(_METRIC):
+            raise self._unreadable(step, ValueError("its validation error was changed"))
+
+    def _check_run(self, step: int) -> None:
+        """Raises a CheckpointError unless the checkpoint was written by this run as it is now."""
+        stored = self._about(step).get("run")
+        if not stored or self._run is None:
+            return
+        then, now = _flat(stored), _flat(self._run)
+        for name in sorted(then.keys() & now.keys()):  # versions may differ in what they know
+            if then[name] != now[name]:
+                raise CheckpointError(
+                    f"checkpoint {self.path / str(step)} is of another run: {name} is {then[name]},"
+                    f" expected {now[name]}; was config.json changed?"
+                )
 
     def _unreadable(self, step: int, error: Exception) -> CheckpointError:
         others = ", ".join(str(other) for other in self.steps() if other != step)
@@ -203,9 +258,26 @@ def _line(error: BaseException) -> str:
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Shapes by path, the same for a state and for Orbax's description of one."""
+    return {name: tuple(leaf.shape) for name, leaf in _leaves(tree)}
 
-    def name(path: tuple[Any, ...]) -> str:
-        return jax.tree_util.keystr(path, simple=True, separator=".")
 
+def _checksums(state: TrainState) -> dict[str, int]:
+    """CRC-32 of each array, by path."""
+    arrays = _leaves(jax.device_get(state))
+    return {name: zlib.crc32(np.ascontiguousarray(array).data) for name, array in arrays}
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{inner}": v for inner, v in _flat(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
-    return {name(path): tuple(leaf.shape) for path, leaf in leaves}
+    return [(jax.tree_util.keystr(k, simple=True, separator="."), leaf) for k, leaf in leaves]

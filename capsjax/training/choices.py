@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -54,7 +56,9 @@ def choose_model(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
         raise ConfigError(f"data set {dataset.name} does not suit the network: {error}") from None
 
 
-def hold_out(train: Split, number: int | None) -> tuple[Split, Split | None]:
+def hold_out(
+    train: Split, number: int | None, *, stratified: bool = True
+) -> tuple[Split, Split | None]:
     """Splits images for validation off the training images.
 
     Which ones does not depend on a run's seed, so that runs with different seeds share them.
@@ -62,6 +66,8 @@ def hold_out(train: Split, number: int | None) -> tuple[Split, Split | None]:
     Args:
       train: images and labels.
       number: how many to hold out; a tenth when None.
+      stratified: whether to hold out the same share of each class, and at least one image of each
+        class of several if so many are held out; otherwise images are drawn whatever their class.
 
     Returns:
       What is left for training, and the images for validation or None.
@@ -87,11 +93,36 @@ def hold_out(train: Split, number: int | None) -> tuple[Split, Split | None]:
     if not number:
         return train, None
     order = np.random.default_rng(0).permutation(total)
-    held, kept = np.sort(order[:number]), np.sort(order[number:])
+    chosen = np.arange(total) < number
+    if stratified:
+        # The first ones of each class in the random order, each class sorted together.
+        labels = train.labels[order]
+        by_class = np.argsort(labels, kind="stable")
+        counts = np.bincount(labels)
+        rank = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+        chosen[by_class] = rank < np.repeat(_shares(counts, number), counts)
+    held, kept = np.sort(order[chosen]), np.sort(order[~chosen])
     return (
         Split(train.images[kept], train.labels[kept]),
         Split(train.images[held], train.labels[held]),
     )
+
+
+def _shares(counts: np.ndarray, number: int) -> np.ndarray:
+    """How many of each class to hold out: in proportion, by the method of largest remainders."""
+    quotas = number * counts / counts.sum()
+    most = np.maximum(counts - 1, 0)  # one of each class remains to train on
+    if most.sum() < number:
+        most = counts
+    least = np.minimum(most, 1)
+    if least.sum() > number:
+        least = np.zeros_like(most)
+    shares = np.clip(np.floor(quotas).astype(int), least, most)
+    while shares.sum() < number:
+        shares[np.argmax(np.where(shares < most, quotas - shares, -np.inf))] += 1
+    while shares.sum() > number:
+        shares[np.argmin(np.where(shares > least, quotas - shares, np.inf))] -= 1
+    return shares
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -180,6 +211,62 @@ def check_test_size(dataset: Dataset, number: int | None) -> None:
         )
     if number is not None and number >= 2**31:
         raise ConfigError(f"--test-size must be below 2,147,483,648, got {number:,}")
+
+
+def check_data_dir(name: str, data_dir: Path | None) -> None:
+    """Raises a ConfigError if a directory is given for the data set that needs none."""
+    if name == "mnist_5k" and data_dir is not None:
+        raise ConfigError(
+            f"--data-dir has no effect on data set {name}, which comes with the package; name the"
+            f" data set in {data_dir} by --dataset"
+        )
+
+
+def match_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
+    """Returns the data set with labels that count these classes, matched by name.
+
+    Raises:
+      ConfigError: the data set has a class of another name.
+    """
+    if dataset.class_names == tuple(class_names):
+        return dataset
+    position = {name: n for n, name in enumerate(class_names)}
+    for name in dataset.class_names:
+        if name not in position:
+            several = ", ".join(class_names[:12]) + (", …" if len(class_names) > 12 else "")
+            raise ConfigError(
+                f"data set {dataset.name} has a class {name!r}, which is none of the run's classes:"
+                f" {several}"
+            )
+    new_labels = np.array([position[name] for name in dataset.class_names], np.int32)
+
+    def matched(split: Split) -> Split:
+        labels = new_labels[split.labels]
+        if dataset.task.classes_per_image == 1:
+            return Split(split.images, labels)
+        order = np.argsort(labels, kind="stable")  # which drawing pairs requires
+        return Split(split.images[order], labels[order])
+
+    return dataclasses.replace(
+        dataset,
+        train=matched(dataset.train),
+        test=matched(dataset.test),
+        class_names=tuple(class_names),
+    )
+
+
+def check_model(config: TrainConfig, model: models.ModelConfig) -> None:
+    """Raises a ConfigError if an option has no effect on a network that is given."""
+    options = {"routing": None, "num_iterations": None, "reconstruction": True}
+    for name, default in options.items():
+        if getattr(config, name) != default:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} has no effect on a network whose configuration is given")
+    if config.dtype not in ("float32", model.dtype):
+        raise ConfigError(
+            f"--dtype has no effect on a network whose configuration is given: {model.dtype}, got"
+            f" {config.dtype}"
+        )
 
 
 def check_dataset(dataset: Dataset, model: models.ModelConfig) -> None:

@@ -10,6 +10,7 @@ from typing_extensions import Doc
 
 from capsjax import data, models, routing
 from capsjax.errors import ConfigError
+from capsjax.files import expand_paths, require_folder
 from capsjax.training.objectives import LossName
 from capsjax.training.programs import DriverName
 
@@ -66,12 +67,12 @@ class TrainConfig:
     """Go on with the run in RUN_DIR from its last checkpoint and with its options, except those
     that are given; options that shape the parameters must stay the same."""
 
-    epochs: int = 20
-    """Passes over the training images, each in a new order; a last incomplete batch is left
-    out."""
+    epochs: int | None = None
+    """Passes over the training images, each in a new order; a last incomplete batch is left out.
+    20 if neither epochs nor steps are given."""
 
     steps: int | None = None
-    """Number of steps; takes precedence over the epochs."""
+    """Number of steps, in place of epochs."""
 
     until_error: float | None = None
     """End earlier, at the first checkpoint whose validation error is at most this share."""
@@ -139,6 +140,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Checks every option that can be checked without data and devices."""
+        expand_paths(self, "data_dir", "run_dir")
         if self.routing is not None and self.routing not in routing.algorithms():
             names = ", ".join(routing.algorithms())
             raise ConfigError(f"--routing must be one of {names}, got {self.routing!r}")
@@ -146,6 +148,11 @@ class TrainConfig:
         require_at_least(self, 1, "decay_steps", "devices", "steps_per_dispatch", "log_every")
         require_at_least(self, 1, "checkpoint_every", "keep")
         require_at_least(self, 0, "validation", "max_shift")
+        few = self.num_iterations is None or self.num_iterations <= 1000
+        require(self, "num_iterations", few, "at most 1000")
+        for name in ("steps", "batch_size", "decay_steps", "steps_per_dispatch"):
+            value = getattr(self, name)
+            require(self, name, value is None or value < 2**31, "below 2147483648")
         require(self, "seed", 0 <= self.seed < 2**32, "between 0 and 4294967295")
         for name in ("learning_rate", "min_learning_rate"):
             value = getattr(self, name)
@@ -163,24 +170,40 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """Returns the options as JSON values, for the run directory."""
         values = dataclasses.asdict(self)
-        values["data_dir"] = None if self.data_dir is None else str(self.data_dir)
+        # Absolute: the run may be read from another directory.
+        values["data_dir"] = None if self.data_dir is None else str(self.data_dir.absolute())
         for name in _OF_THE_CALL:
             del values[name]
         return values
 
+    @classmethod
+    def shaping(cls) -> tuple[str, ...]:
+        """Names of the options that shape the parameters, which must stay the same in a run."""
+        names = (field.name for field in dataclasses.fields(cls))
+        return tuple(name for name in names if name not in _MAY_CHANGE)
+
+    def check_effect(self) -> None:
+        """Raises a ConfigError if an option of a new run has no effect."""
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError(f"--epochs has no effect with --steps {self.steps}")
+        if self.decay_rate == 1:
+            for field in dataclasses.fields(self):
+                given = getattr(self, field.name) != field.default
+                if field.name in ("decay_steps", "min_learning_rate") and given:
+                    option = "--" + field.name.replace("_", "-")
+                    raise ConfigError(f"{option} has no effect with --decay-rate 1")
+
     def check_resumes(self, started: "TrainConfig") -> None:
         """Raises a ConfigError if an option that shapes the parameters differs from the run's."""
-        if self.steps is not None and self.epochs != started.epochs:
+        if self.steps is not None and self.epochs not in (None, started.epochs):
             raise ConfigError(
                 f"--epochs has no effect on the run in {self.run_dir}, which ends after --steps"
                 f" {self.steps}"
             )
-        for field in dataclasses.fields(self):
-            if field.name in _MAY_CHANGE:
-                continue
-            now, then = getattr(self, field.name), getattr(started, field.name)
+        for name in self.shaping():
+            now, then = getattr(self, name), getattr(started, name)
             if now != then:
-                option = "--" + field.name.replace("_", "-")
+                option = "--" + name.replace("_", "-")
                 raise ConfigError(
                     f"{option} must stay {then} to resume the run in {self.run_dir}, got {now}"
                 )
@@ -245,9 +268,14 @@ class EvaluateConfig:
     devices: int | None = None
     """Use the first so many devices; all of them if not given (one for jit)."""
 
+    predictions: Path | None = None
+    """File to write: CSV with the classes, the prediction and the scores of each test image."""
+
     def __post_init__(self) -> None:
         """Checks every option that can be checked without data and devices."""
+        expand_paths(self, "run_dir", "data_dir", "predictions")
         require_at_least(self, 1, "batch_size", "devices", "test_size")
+        require_folder(self, "predictions")
 
 
 def require(config: Any, name: str, holds: bool, expected: str) -> None:

@@ -1,6 +1,9 @@
 """Evaluating a network on a whole test set; a run's from its directory."""
 
+import csv
 import dataclasses
+import io
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +14,20 @@ import numpy as np
 from flax import nnx
 
 from capsjax import models
-from capsjax.data import Batch, Cropped, Dataset, Pairs, Sampler, Shifted, Split, load, source_of
+from capsjax.data import (
+    Batch,
+    Cropped,
+    Dataset,
+    Pairs,
+    Sampler,
+    Shifted,
+    Split,
+    load,
+    names,
+    source_of,
+)
 from capsjax.errors import ConfigError
+from capsjax.files import write_text
 from capsjax.training import choices
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import EvaluateConfig, TrainConfig
@@ -30,16 +45,31 @@ class Evaluation:
       loss: mean of the objective, with the true classes as the decoder's target.
       wrong: number of wrong predictions.
       count: number of examples, every one counted once.
+      class_wrong: number of wrong predictions for examples of each class.
+      class_count: number of examples of each class; one of several classes counts for each.
     """
 
     loss: float
     wrong: int
     count: int
+    class_wrong: tuple[int, ...] = ()
+    class_count: tuple[int, ...] = ()
 
     @property
     def error(self) -> float:
         """Share of wrong predictions."""
         return self.wrong / self.count
+
+    @property
+    def class_errors(self) -> tuple[float, ...]:
+        """Share of wrong predictions for examples of each class; NaN where there are none."""
+        pairs = zip(self.class_wrong, self.class_count, strict=True)
+        return tuple(wrong / count if count else math.nan for wrong, count in pairs)
+
+    @property
+    def balanced_error(self) -> float:
+        """Mean of the classes' errors, over the classes that have examples."""
+        return float(np.nanmean(self.class_errors))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +81,20 @@ class CheckpointEvaluation:
       step: of the checkpoint; None for a network that comes with the package.
       dataset: name of the data set whose test images were used.
       test: the evaluation.
+      class_names: names of the network's classes.
     """
 
     run_dir: Path
     step: int | None
     dataset: str
     test: Evaluation
+    class_names: tuple[str, ...]
 
 
 def evaluate(config: EvaluateConfig, *, dataset: Dataset | None = None) -> CheckpointEvaluation:
     """Evaluates a run's checkpoint on a whole test set.
+
+    The classes of other data than the run's are those of the same names.
 
     Args:
       config: the options.
@@ -70,7 +104,8 @@ def evaluate(config: EvaluateConfig, *, dataset: Dataset | None = None) -> Check
       The evaluation; every test image is counted once.
 
     Raises:
-      ConfigError: an option is invalid, or the network does not take these images.
+      ConfigError: an option is invalid, the network does not take these images, they have other
+        classes, or the run's own data set has changed.
       capsjax.data.DataError: the data set is missing or damaged.
       CheckpointError: the checkpoint cannot be read.
     """
@@ -86,7 +121,11 @@ def evaluate(config: EvaluateConfig, *, dataset: Dataset | None = None) -> Check
         batch_size=opened.batch_size,
     )
     assert found is not None  # only a request to stop ends it early, and there is none
-    return CheckpointEvaluation(config.run_dir, opened.step, opened.name, found[0])
+    if config.predictions is not None:
+        _write_predictions(config.predictions, opened, *_predict(opened))
+    return CheckpointEvaluation(
+        config.run_dir, opened.step, opened.name, found[0], opened.class_names
+    )
 
 
 def predict_test(
@@ -105,6 +144,14 @@ def predict_test(
       ConfigError: as in :func:`evaluate`; so are the other errors.
     """
     opened = _open(config, dataset)
+    scores, labels = _predict(opened)
+    if config.predictions is not None:
+        _write_predictions(config.predictions, opened, scores, labels)
+    return scores, labels
+
+
+def _predict(opened: "_Opened") -> tuple[np.ndarray, np.ndarray]:
+    """The scores and the labels of the test images."""
     examples = opened.driver.replicate(as_batch(opened.test))
 
     @jax.jit
@@ -125,6 +172,21 @@ def predict_test(
     return scores[: opened.number], labels[: opened.number]
 
 
+def _write_predictions(
+    path: Path, opened: "_Opened", scores: np.ndarray, labels: np.ndarray
+) -> None:
+    """Writes a line of CSV for each test image; several classes in an image are joined by +."""
+    names, several = opened.class_names, opened.sampler.task.classes_per_image
+    found = np.argsort(-scores, axis=1, kind="stable")[:, :several]
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["image", "label", "prediction", *(f"score of {name}" for name in names)])
+    for n, (true, predicted) in enumerate(zip(labels.reshape(len(labels), -1), found, strict=True)):
+        classes = ("+".join(names[c] for c in sorted(some)) for some in (true, predicted))
+        lines.writerow([n, *classes, *scores[n].tolist()])
+    write_text(path, text.getvalue())
+
+
 @dataclasses.dataclass(frozen=True)
 class _Opened:
     """A run's network and the test images to try it on."""
@@ -136,33 +198,25 @@ class _Opened:
     driver: Driver
     batch_size: int
     name: str
+    class_names: tuple[str, ...]
     test: Split
     number: int
     step: int | None
 
 
 def _open(config: EvaluateConfig, dataset: Dataset | None) -> _Opened:
-    started, model, data = _read_config(config.run_dir)
-    name = config.dataset or started.dataset
-    own = name == started.dataset
+    run = _read_config(config.run_dir)
+    started, model = run.train, run.model
     driver = choices.choose_driver(config.driver, config.devices)
     share = len(driver.devices)
-    if dataset is None:
-        # A run's own directory goes with its own data set only, or with what is made of the same.
-        same_source = source_of(name) == source_of(started.dataset)
-        data_dir = config.data_dir or (started.data_dir if same_source else None)
-        dataset = load(name, data_dir=data_dir)
-    choices.check_dataset(dataset, model)
+    dataset = _images(run, dataset, name=config.dataset, data_dir=config.data_dir)
     choices.check_test_size(dataset, config.test_size)
-    if own and dataset.class_names != data.class_names:
-        raise ConfigError(
-            f"data set {name} has the classes {', '.join(dataset.class_names)}, the run was"
-            f" trained on {', '.join(data.class_names)}"
-        )
+    own = dataset.name == run.data.name
     # Pairs are shifted in test too, by as much as the run's.
     task = choices.choose_task(dataset, started.max_shift if own else None)
     network = models.build(model, rngs=nnx.Rngs(0))
-    apply, step, variables = _restore(config.run_dir, config.checkpoint, started, network, driver)
+    apply, step, variables = _restore(config.run_dir, config.checkpoint, run, network, driver)
+    number = len(dataset.test.labels) if config.test_size is None else config.test_size
     return _Opened(
         apply=apply,
         variables=variables,
@@ -171,10 +225,11 @@ def _open(config: EvaluateConfig, dataset: Dataset | None) -> _Opened:
         ),
         sampler=Sampler(task, model.num_classes),
         driver=driver,
-        batch_size=-(-config.batch_size // share) * share,
-        name=name,
+        batch_size=-(-min(config.batch_size, number) // share) * share,
+        name=dataset.name,
+        class_names=dataset.class_names,
         test=dataset.test,
-        number=len(dataset.test.labels) if config.test_size is None else config.test_size,
+        number=number,
         step=step,
     )
 
@@ -199,10 +254,52 @@ def _read_config(run_dir: Path) -> RunConfig:
     return RunDirectory(run_dir).read_config()
 
 
+def load_own(run: RunConfig, data_dir: Path | None = None) -> Dataset:
+    """Loads the data set that a run was trained on, from another directory if one is given.
+
+    Raises:
+      ConfigError: it was not loaded by name.
+      capsjax.data.DataError: it is missing or damaged.
+    """
+    if run.data.name not in names():
+        raise ConfigError(
+            f"the run in {run.train.run_dir} was trained on data of its own, {run.data.name}, which"
+            " have to be given: dataset=..."
+        )
+    choices.check_data_dir(run.data.name, data_dir)
+    return load(run.data.name, data_dir=data_dir or run.train.data_dir)
+
+
+def _images(
+    run: RunConfig,
+    dataset: Dataset | None,
+    *,
+    name: str | None = None,
+    data_dir: Path | None = None,
+) -> Dataset:
+    """The images that are given or named, with the run's classes; otherwise the run's own."""
+    own = dataset is None and name is None and data_dir is None
+    if dataset is None and (name is None or name == run.data.name):
+        dataset = load_own(run, data_dir)
+    elif dataset is None:
+        assert name is not None
+        choices.check_data_dir(name, data_dir)
+        # A run's own directory goes with its own data set only, or with what is made of the same.
+        if data_dir is None and source_of(name) == source_of(run.data.name):
+            data_dir = run.train.data_dir
+        dataset = load(name, data_dir=data_dir)
+    if not own:
+        dataset = choices.match_classes(dataset, run.data.class_names)
+    choices.check_dataset(dataset, run.model)
+    if own:
+        run.data.check(DataDescription.of(dataset))
+    return dataset
+
+
 def _restore(
     run_dir: Path,
     which: str | int,
-    started: TrainConfig,
+    run: RunConfig,
     network: models.Network,
     driver: Driver,
 ) -> tuple[Apply, int | None, Variables]:
@@ -213,8 +310,9 @@ def _restore(
         apply, variables = split_network(models.load_pretrained(str(run_dir)))
         return apply, None, driver.replicate(variables)
     apply, variables = split_network(network)
-    like = driver.replicate(init_state(variables, choices.make_optimizer(started)))
-    checkpoints = Checkpoints(RunDirectory(run_dir).checkpoints, read_only=True)
+    like = driver.replicate(init_state(variables, choices.make_optimizer(run.train)))
+    folder = RunDirectory(run_dir).checkpoints
+    checkpoints = Checkpoints(folder, read_only=True, run=run.shaping())
     try:
         step = checkpoints.choose(which)
         return apply, step, checkpoints.restore(step, like).variables
@@ -245,7 +343,7 @@ def count_errors(
       An evaluation for each seed.
     """
     batches = -(-number // batch_size)
-    pace, first, total = Pace(batches), 0, (0.0, 0, 0)
+    pace, first, total = Pace(batches), 0, (0.0, 0, 0, 0, 0)
     while first < batches:
         if should_stop():
             return None
@@ -256,9 +354,16 @@ def count_errors(
         pace.observe(amount, time.monotonic() - start)
         total = tuple(a + b for a, b in zip(total, sums, strict=True))
         first += amount
+    seeds = total if np.ndim(total[0]) else [np.asarray(x)[None] for x in total]
     return [
-        Evaluation(float(loss) / int(examples), int(wrong), int(examples))
-        for loss, wrong, examples in zip(*map(np.atleast_1d, total), strict=True)
+        Evaluation(
+            float(loss) / int(examples),
+            int(wrong),
+            int(examples),
+            tuple(class_wrong.tolist()),
+            tuple(class_examples.tolist()),
+        )
+        for loss, wrong, examples, class_wrong, class_examples in zip(*seeds, strict=True)
     ]
 
 
@@ -279,13 +384,21 @@ class TrainedNetwork:
     step: int | None
 
 
-def load_network(run_dir: Path, checkpoint: str | int = "last") -> TrainedNetwork:
+def load_network(
+    run_dir: Path,
+    checkpoint: str | int = "last",
+    *,
+    dataset: Dataset | None = None,
+    data_dir: Path | None = None,
+) -> TrainedNetwork:
     """Reads a run's network, and the data set that goes with it.
 
     Args:
       run_dir: the run's directory; or, where there is none, the name of a network that comes with
         the package, which goes with the digits in it.
       checkpoint: ``"last"``, ``"best"`` (by validation error), or a step.
+      dataset: images to use in place of the run's own, with classes of the same names.
+      data_dir: directory to load the run's data set from; the run's own when None.
 
     Returns:
       :class:`TrainedNetwork`; the network normalises with the running statistics.
@@ -296,13 +409,11 @@ def load_network(run_dir: Path, checkpoint: str | int = "last") -> TrainedNetwor
       capsjax.data.DataError: the data set is missing or damaged.
       CheckpointError: the checkpoint cannot be read.
     """
-    started, model, data = _read_config(run_dir)
-    dataset = load(started.dataset, data_dir=started.data_dir)
-    choices.check_dataset(dataset, model)
-    data.check(DataDescription.of(dataset))
-    network = models.build(model, rngs=nnx.Rngs(0))
+    run = _read_config(run_dir)
+    dataset = _images(run, dataset, data_dir=data_dir)
+    network = models.build(run.model, rngs=nnx.Rngs(0))
     driver = choices.choose_driver("jit", None)
-    _, step, variables = _restore(run_dir, checkpoint, started, network, driver)
+    _, step, variables = _restore(run_dir, checkpoint, run, network, driver)
     for values in variables:
         nnx.update(network, values)
     network.eval()

@@ -1,13 +1,13 @@
-"""Small JSON files: read by type, and written so that a crash never leaves half of one."""
+"""Small JSON files: read by type, written whole or not at all."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 from capsjax.errors import ConfigError
+from capsjax.files import write_text
 
 T = TypeVar("T")
 
@@ -47,14 +47,7 @@ def read_json_lines(path: Path, kind: type[T]) -> list[T]:
 
 def write_json(path: Path, values: Any) -> None:
     """Writes a JSON file; a crash leaves the old one or the new one."""
-    write_atomically(path, json.dumps(values, indent=2) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file; a crash leaves the old one or the new one."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def _as_path(kind: type, value: Any) -> Any:

@@ -300,10 +300,11 @@ def _diverged(run: Run, step: int, what: str, number: int = 0) -> NoReturn:
     for each in run.checkpoints:
         each.finish()
     steps = checkpoints.steps()
-    good = f"the last good checkpoint is of step {steps[-1]}" if steps else "no checkpoint yet"
+    good = "there is no checkpoint yet"
+    if steps:
+        good = f"the last good checkpoint is of step {steps[-1]}, in {checkpoints.path}"
     raise DivergedError(
-        f"{what} at step {step}; {good}, in {checkpoints.path}; a new run with a lower"
-        " --learning-rate may help"
+        f"{what} at step {step}; {good}; a new run with a lower --learning-rate may help"
     )
 
 

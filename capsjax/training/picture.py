@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from capsjax.data import Sampler, Split
+from capsjax.files import replacing
 from capsjax.models import ModelConfig
 from capsjax.training.programs import as_batch
 from capsjax.training.step import Apply, Variables
@@ -21,8 +22,8 @@ def reconstruction_grid(rows: Sequence[np.ndarray]) -> np.ndarray:
     """Arranges images in a row and their reconstructions in rows below them, on white.
 
     Args:
-      rows: pixels of each row in [0, 1], floating ``[N, H, W, C]``; the first of two channels,
-        which are those of a stereo pair.
+      rows: pixels of each row in [0, 1], floating ``[N, H, W, C]``: grey for one channel, red,
+        green and blue for three, and the first channel of any other number.
 
     Returns:
       uint8 ``[rows, columns, 3]``, enlarged by a whole factor to about 960 columns.
@@ -38,7 +39,7 @@ def reconstruction_grid(rows: Sequence[np.ndarray]) -> np.ndarray:
     canvas = np.full(shape, 255, np.uint8)
     for row, pixels in enumerate(rows):
         tiles = np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
-        tiles = tiles[..., :1] if tiles.shape[-1] == 2 else tiles
+        tiles = tiles if tiles.shape[-1] == 3 else tiles[..., :1]
         top = _GAP + row * (height + _GAP)
         for column, tile in enumerate(tiles):
             left = _GAP + column * (width + _GAP)
@@ -75,4 +76,6 @@ def draw_reconstructions(
         sample.images if is_pair else sample.drawings,
         *jnp.moveaxis(drawn.reconstruction, 1, 0),
     ]
-    Image.fromarray(reconstruction_grid([np.asarray(row) for row in rows])).save(path)
+    picture = Image.fromarray(reconstruction_grid([np.asarray(row) for row in rows]))
+    with replacing(path) as file:
+        picture.save(file, format="png")

@@ -205,11 +205,15 @@ class EvaluationSums(NamedTuple):
       loss: sum of the objective, float32.
       wrong: number of wrong predictions, int32.
       examples: number of examples, int32.
+      class_wrong: number of wrong predictions for examples of each class, int32 ``[J]``.
+      class_examples: number of examples of each class, int32 ``[J]``.
     """
 
     loss: jax.Array
     wrong: jax.Array
     examples: jax.Array
+    class_wrong: jax.Array
+    class_examples: jax.Array
 
 
 Step = Callable[..., tuple[TrainState, StepMetrics]]
@@ -319,13 +323,17 @@ def make_evaluate(
             prediction, _ = apply(variables, sample.images, target=sample.masks)
             loss = objective(prediction, sample.target, sample.drawings)
             wrong = ~is_right(prediction.scores, sample.labels)
+            shown = (sample.target > 0) & real[:, None]
             return EvaluationSums(
                 sums.loss + jnp.sum(loss, where=real),
                 sums.wrong + jnp.sum(wrong & real, dtype=jnp.int32),
                 sums.examples + jnp.sum(real, dtype=jnp.int32),
+                sums.class_wrong + jnp.sum(shown & wrong[:, None], axis=0, dtype=jnp.int32),
+                sums.class_examples + jnp.sum(shown, axis=0, dtype=jnp.int32),
             )
 
-        zero = EvaluationSums(jnp.zeros((), jnp.float32), jnp.int32(0), jnp.int32(0))
+        none = jnp.zeros(sampler.num_classes, jnp.int32)
+        zero = EvaluationSums(jnp.zeros((), jnp.float32), jnp.int32(0), jnp.int32(0), none, none)
         return driver.sum(jax.lax.fori_loop(first, first + num_batches, body, zero))
 
     function = jax.vmap(evaluate, (0, None, None, None, None)) if several_seeds else evaluate

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import functools
 import math
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from capsjax.errors import ConfigError
 from capsjax.training import choices
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import TrainConfig, check_together
-from capsjax.training.evaluation import Evaluation
+from capsjax.training.evaluation import Evaluation, load_own
 from capsjax.training.files import write_json
 from capsjax.training.loop import Progress, Run, Setup, begin, is_over, train_and_test
 from capsjax.training.picture import draw_reconstructions
@@ -36,6 +37,8 @@ from capsjax.training.reporting import Report
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
 from capsjax.training.step import TrainState, init_state, make_train_step, split_network
 from capsjax.training.stopping import StopRequest
+
+_EPOCHS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,31 +114,93 @@ def train_seeds(
     """
     started = time.monotonic()
     check_together(configs)
+    name = configs[0].dataset if dataset is None else dataset.name
+    directories = [RunDirectory(_run_dir(each, name)) for each in configs]
+    with contextlib.ExitStack() as locks:
+        if configs[0].resume:
+            for directory in directories:
+                locks.enter_context(directory.locked())
+            setup, stored = _resume(configs, directories, model, dataset)
+        else:
+            for directory in directories:
+                directory.check_new()  # before anything is loaded
+            setup, stored = _start(configs, model, dataset)
+            for directory in directories:
+                directory.create()
+                locks.enter_context(directory.locked())
+                directory.check_new()  # what another process may have begun meanwhile
+        try:
+            for directory, each in zip(directories, stored, strict=True):
+                # A resumed run may have become longer, and may have to be resumed again.
+                directory.write_config(each)
+            return _run(setup, stored, directories, started, deadline)
+        except BaseException:
+            if not configs[0].resume:
+                for directory in directories:
+                    directory.remove_unless_begun()
+            raise
+
+
+def _start(
+    configs: Sequence[TrainConfig], model: models.ModelConfig | None, dataset: Dataset | None
+) -> tuple[Setup, list[RunConfig]]:
+    """What new runs compute, and what is stored of each."""
     config = configs[0]
-    directories = [RunDirectory(_run_dir(each)) for each in configs]
-    resumed = [directory.read_config() for directory in directories] if config.resume else []
-    for each, before in zip(configs, resumed, strict=False):
+    config.check_effect()
+    if dataset is None:
+        choices.check_data_dir(config.dataset, config.data_dir)
+        dataset = load(config.dataset, data_dir=config.data_dir)
+    if model is None:
+        model = choices.choose_model(config, dataset)
+    else:
+        choices.check_model(config, model)
+    data = DataDescription.of(dataset)
+    return set_up(configs, model, dataset), [RunConfig(each, model, data) for each in configs]
+
+
+def _resume(
+    configs: Sequence[TrainConfig],
+    directories: Sequence[RunDirectory],
+    model: models.ModelConfig | None,
+    dataset: Dataset | None,
+) -> tuple[Setup, list[RunConfig]]:
+    """What resumed runs compute, and what is stored of each."""
+    resumed = [directory.read_config() for directory in directories]
+    for each, before in zip(configs, resumed, strict=True):
         check_same_run(each, model, before)
         model = before.model
-    if not config.resume:
-        for directory in directories:
-            directory.check_new()  # before anything is loaded
+    stratified = {before.stratified for before in resumed}
+    if len(stratified) > 1:
+        raise ConfigError("these runs hold out different images; resume each by itself")
     if dataset is None:
-        dataset = load(config.dataset, data_dir=config.data_dir)
+        config, before = configs[0], resumed[0]
+        other = config.data_dir if config.data_dir != before.train.data_dir else None
+        dataset = load_own(before, other)
     data = DataDescription.of(dataset)
     for before in resumed:
         before.data.check(data)
-    model = model or choices.choose_model(config, dataset)
-    setup = set_up(configs, model, dataset)
+    data = dataclasses.replace(data, name=resumed[0].data.name)
+    assert model is not None  # there is at least one run
+    setup = set_up(configs, model, dataset, stratified=all(stratified))
     _check_unfinished(setup, directories)
-    for each, directory in zip(configs, directories, strict=True):
-        if not config.resume:
-            directory.create()
-        # A resumed run may have become longer, and may have to be resumed again.
-        directory.write_config(RunConfig(each, model, data))
+    return setup, [RunConfig(each, model, data, all(stratified)) for each in configs]
+
+
+def _run(
+    setup: Setup,
+    stored: Sequence[RunConfig],
+    directories: Sequence[RunDirectory],
+    started: float,
+    deadline: float,
+) -> list[Result]:
+    """Trains to the end, or until the runs are stopped."""
+    config = setup.config
     # The request ends first: while files are closed, a signal ends the process.
     with contextlib.ExitStack() as opened, StopRequest(deadline) as stop:
-        checkpoints = [Checkpoints(d.checkpoints, keep=config.keep) for d in directories]
+        checkpoints = [
+            Checkpoints(directory.checkpoints, keep=config.keep, run=each.shaping())
+            for directory, each in zip(directories, stored, strict=True)
+        ]
         for saved in checkpoints:
             opened.enter_context(contextlib.closing(saved))
         progress = begin(setup, directories, checkpoints)
@@ -148,7 +213,7 @@ def train_seeds(
                 tensorboard=config.tensorboard,
             )
         )
-        report.say(_headline(setup, directories, first_step))
+        report.say(_headline(setup, stored[0].data.name, directories, first_step))
         run = Run(setup, directories, checkpoints, report, stop)
         tests = train_and_test(run, progress)
         results = [
@@ -168,20 +233,34 @@ def train_seeds(
     return results
 
 
-def set_up(configs: Sequence[TrainConfig], model: models.ModelConfig, dataset: Dataset) -> Setup:
-    """Builds what runs compute.
+def set_up(
+    configs: Sequence[TrainConfig],
+    model: models.ModelConfig,
+    dataset: Dataset,
+    *,
+    stratified: bool = True,
+) -> Setup:
+    """Builds what runs compute, with images held out as by :func:`hold_out`.
 
     Raises:
       ConfigError: the options do not go together, or not with this machine or these images.
     """
     config = configs[0]
     choices.check_dataset(dataset, model)
-    train, validation = choices.hold_out(dataset.train, config.validation)
+    train, validation = choices.hold_out(dataset.train, config.validation, stratified=stratified)
+    if config.until_error is not None and validation is None:
+        raise ConfigError(
+            "--until-error needs validation images, a tenth of"
+            f" {len(dataset.train.labels)} training images is none"
+        )
     task = choices.choose_task(dataset, config.max_shift)
     objective = choices.choose_objective(config.loss, config.preset, model, task)
     driver = choices.choose_driver(config.driver, config.devices, config.batch_size)
     choices.check_test_size(dataset, config.test_size)
     steps_per_epoch = choices.count_batches(train, config.batch_size)
+    total_steps = config.steps or (config.epochs or _EPOCHS) * steps_per_epoch
+    if total_steps >= 2**31:
+        raise ConfigError(f"--epochs must make fewer than 2147483648 steps, got {total_steps}")
     sampler = Sampler(task, model.num_classes)
     optimizer = choices.make_optimizer(config)
     keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
@@ -224,7 +303,7 @@ def set_up(configs: Sequence[TrainConfig], model: models.ModelConfig, dataset: D
             apply, objective, sampler, driver, batch_size=batch_size, several_seeds=several
         ),
         steps_per_epoch=steps_per_epoch,
-        total_steps=config.steps or config.epochs * steps_per_epoch,
+        total_steps=total_steps,
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(variables.params)),
     )
 
@@ -239,12 +318,9 @@ def check_same_run(
 
 
 def _write_results(run: Run, progress: Progress, results: Sequence[Result]) -> None:
-    """Writes the result and the picture of each run."""
+    """Writes the result of each run, and then the pictures."""
     setup = run.setup
-    variables = unstack(jax.device_get(progress.state.variables), len(results))
-    for directory, result, each in zip(run.directories, results, variables, strict=True):
-        picture = directory.picture
-        draw_reconstructions(setup.apply, each, setup.model, setup.sampler, setup.test, picture)
+    for directory, result in zip(run.directories, results, strict=True):
         assert result.test is not None  # results are written of runs that were tested
         values = {
             "step": result.step,
@@ -257,6 +333,10 @@ def _write_results(run: Run, progress: Progress, results: Sequence[Result]) -> N
             "seconds": round(result.seconds, 1),
         }
         write_json(directory.result, values)
+    variables = unstack(jax.device_get(progress.state.variables), len(results))
+    for directory, each in zip(run.directories, variables, strict=True):
+        picture = directory.picture
+        draw_reconstructions(setup.apply, each, setup.model, setup.sampler, setup.test, picture)
 
 
 def _check_unfinished(setup: Setup, directories: Sequence[RunDirectory]) -> None:
@@ -270,7 +350,7 @@ def _check_unfinished(setup: Setup, directories: Sequence[RunDirectory]) -> None
         )
 
 
-def _headline(setup: Setup, directories: Sequence[RunDirectory], step: int) -> str:
+def _headline(setup: Setup, dataset: str, directories: Sequence[RunDirectory], step: int) -> str:
     config, devices = setup.config, setup.driver.devices
     validation = 0 if setup.validation is None else len(setup.validation.labels)
     test = len(setup.test.labels) if config.test_size is None else config.test_size
@@ -278,7 +358,7 @@ def _headline(setup: Setup, directories: Sequence[RunDirectory], step: int) -> s
     begun = f", from step {step:,}" if step else ""
     seeds = f", {len(directories)} seeds at once" if len(directories) > 1 else ""
     return (
-        f"{config.preset} ({setup.num_parameters:,} parameters) on {config.dataset}:"
+        f"{config.preset} ({setup.num_parameters:,} parameters) on {dataset}:"
         f" {len(setup.train.labels):,} training, {validation:,} validation,"
         f" {test:,} test images; {config.driver} on {where};"
         f" {setup.total_steps:,} steps of {config.batch_size}{seeds}{begun}\n"
@@ -286,8 +366,9 @@ def _headline(setup: Setup, directories: Sequence[RunDirectory], step: int) -> s
     )
 
 
-def _run_dir(config: TrainConfig) -> Path:
+def _run_dir(config: TrainConfig, dataset: str) -> Path:
     if config.run_dir is not None:
         return config.run_dir
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{config.dataset}-{config.preset}-{now}"
+    name = re.sub(r"[^\w.-]", "_", dataset)
+    return Path("runs") / f"{name}-{config.preset}-{now}"

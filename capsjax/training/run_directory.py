@@ -1,16 +1,24 @@
 """The files of a run: configuration, metrics, result; checkpoints beside them."""
 
+import contextlib
 import dataclasses
+import datetime
 import json
+import os
+import shutil
+import socket
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
+from filelock import FileLock, Timeout
 
-from capsjax.data import Dataset
+from capsjax.data import Dataset, Split
 from capsjax.errors import ConfigError
+from capsjax.files import write_text
 from capsjax.models import (
     BaselineConfig,
     CapsNetConfig,
@@ -19,7 +27,7 @@ from capsjax.models import (
     ModelConfig,
 )
 from capsjax.training.config import TrainConfig
-from capsjax.training.files import decode, read_json, read_json_lines, write_atomically, write_json
+from capsjax.training.files import decode, read_json, read_json_lines, write_json
 
 _MODELS: dict[str, type[ModelConfig]] = {
     "capsnet": CapsNetConfig,
@@ -38,37 +46,80 @@ class DataDescription:
       class_names: its classes, in the order of the labels.
       train_images: number of training images.
       checksum: CRC-32 of the training images and labels.
+      test_images: number of test images; None, as what follows, if an older version described it.
+      test_checksum: CRC-32 of the test images and labels.
+      task: name of the task's class.
     """
 
     name: str
     class_names: tuple[str, ...]
     train_images: int
     checksum: int
+    test_images: int | None = None
+    test_checksum: int | None = None
+    task: str | None = None
 
     @classmethod
     def of(cls, dataset: Dataset) -> "DataDescription":
         """Describes a data set."""
-        images, labels = (np.ascontiguousarray(x).data for x in dataset.train)
-        checksum = zlib.crc32(labels, zlib.crc32(images))
-        return cls(dataset.name, dataset.class_names, len(labels), checksum)
+        return cls(
+            dataset.name,
+            dataset.class_names,
+            len(dataset.train.labels),
+            _checksum(dataset.train),
+            len(dataset.test.labels),
+            _checksum(dataset.test),
+            type(dataset.task).__name__,
+        )
 
     def check(self, found: "DataDescription") -> None:
         """Raises a ConfigError unless these are the data that a run was started with."""
-        for name in ("class_names", "train_images", "checksum"):
-            then, now = getattr(self, name), getattr(found, name)
-            if then != now:
+        for field in dataclasses.fields(self)[1:]:  # they may go by another name
+            then, now = getattr(self, field.name), getattr(found, field.name)
+            if then is not None and then != now:
                 raise ConfigError(
                     f"data set {found.name} is not the one that the run was started with:"
-                    f" {name.replace('_', ' ')} were {then}, are {now}"
+                    f" {field.name.replace('_', ' ')} were {then}, are {now}"
                 )
 
 
+def _checksum(split: Split) -> int:
+    images, labels = (np.ascontiguousarray(x).data for x in split)
+    return zlib.crc32(labels, zlib.crc32(images))
+
+
 class RunConfig(NamedTuple):
-    """The contents of config.json: options, network, data."""
+    """The contents of config.json.
+
+    Attributes:
+      train: the options.
+      model: the network's configuration.
+      data: describes the data set.
+      stratified: whether the images held out for validation were drawn class by class.
+    """
 
     train: TrainConfig
     model: ModelConfig
     data: DataDescription
+    stratified: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the contents as JSON values."""
+        kind = next(kind for kind, made in _MODELS.items() if isinstance(self.model, made))
+        return {
+            "train": self.train.to_json(),
+            "model": {"kind": kind, **dataclasses.asdict(self.model)},
+            "data": dataclasses.asdict(self.data),
+            "stratified": self.stratified,
+        }
+
+    def shaping(self) -> dict[str, Any]:
+        """Returns that part of the contents which shapes the parameters, as JSON values."""
+        values = self.to_json()
+        shaping = self.train.shaping()
+        values["train"] = {k: v for k, v in values["train"].items() if k in shaping}
+        plain: dict[str, Any] = json.loads(json.dumps(values))
+        return plain
 
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -106,6 +157,7 @@ class _StoredConfig(msgspec.Struct):
     train: TrainConfig
     model: msgspec.Raw
     data: DataDescription
+    stratified: bool = False  # as it was when this was not recorded
 
 
 class _StoredModel(msgspec.Struct):
@@ -152,18 +204,50 @@ class RunDirectory:
         """TensorBoard's event files."""
         return self.path / "tensorboard"
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from writing to the run; the lock of one that died is free.
+
+        Raises:
+          ConfigError: there is no such directory, or a process is writing to it.
+        """
+        self._check_exists()
+        path = self.path / ".lock"
+        holder = path.read_text(errors="replace") if path.exists() else ""
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"run directory {self.path} is in use by {holder or 'another process'}; wait for"
+                " its end, or stop it"
+            ) from None
+        try:
+            now = datetime.datetime.now().astimezone().isoformat(" ", timespec="seconds")
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {now}")
+            yield
+        finally:
+            lock.release()
+
     def check_new(self) -> None:
-        """Raises a ConfigError if the directory holds a run already."""
+        """Raises a ConfigError if the directory holds a run, or files named like those of one."""
         if self.config.exists():
             raise ConfigError(
                 f"--run-dir {self.path} already holds a run; go on with it by --resume, or name"
                 " another directory"
             )
-        if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
-            raise ConfigError(
-                f"--run-dir {self.path} holds checkpoints of a run whose {self.config.name} is"
-                " missing; name another directory"
-            )
+        for path in (
+            self.checkpoints,
+            self.metrics,
+            self.result,
+            self.picture,
+            self.tensorboard,
+        ):
+            if any(path.iterdir()) if path.is_dir() else path.exists():
+                raise ConfigError(
+                    f"--run-dir {self.path} holds {path.name} of a run whose {self.config.name} is"
+                    " missing; name another directory"
+                )
 
     def create(self) -> None:
         """Makes the directory for a new run, which must not hold one already.
@@ -179,15 +263,23 @@ class RunDirectory:
                 f"--run-dir {self.path} cannot be made: {error.strerror or error}"
             ) from None
 
+    def remove_unless_begun(self) -> None:
+        """Removes a run that failed before its first checkpoint and its first record."""
+        begun = self.checkpoints.is_dir() and any(
+            path.name.isdecimal() for path in self.checkpoints.iterdir()
+        )
+        if begun or (self.metrics.exists() and self.metrics.stat().st_size):
+            return
+        for folder in (self.checkpoints, self.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # of others, who may have put files into it
+            for path in (self.metrics, self.config, self.path / ".lock"):
+                path.unlink(missing_ok=True)
+            self.path.rmdir()
+
     def write_config(self, config: RunConfig) -> None:
         """Writes what is needed to resume or evaluate the run."""
-        kind = next(kind for kind, made in _MODELS.items() if isinstance(config.model, made))
-        values = {
-            "train": config.train.to_json(),
-            "model": {"kind": kind, **dataclasses.asdict(config.model)},
-            "data": dataclasses.asdict(config.data),
-        }
-        write_json(self.config, values)
+        write_json(self.config, config.to_json())
 
     def read_config(self) -> RunConfig:
         """Reads what :meth:`write_config` wrote.
@@ -195,16 +287,19 @@ class RunDirectory:
         Raises:
           ConfigError: the directory is missing, holds no run, or its configuration is damaged.
         """
-        if not self.path.is_dir():
-            what = "is not a directory" if self.path.exists() else "does not exist"
-            raise ConfigError(f"run directory {self.path} {what}")
+        self._check_exists()
         if not self.config.exists():
             raise ConfigError(f"run directory {self.path} holds no run: {self.config.name} missing")
         stored = read_json(self.config, _StoredConfig)
         kind = decode(stored.model, _StoredModel, f"model in {self.config}").kind
         model = decode(stored.model, _MODELS[kind], f"model in {self.config}")
         train = dataclasses.replace(stored.train, run_dir=self.path, resume=True)
-        return RunConfig(train, model, stored.data)
+        return RunConfig(train, model, stored.data, stored.stratified)
+
+    def _check_exists(self) -> None:
+        if not self.path.is_dir():
+            what = "is not a directory" if self.path.exists() else "does not exist"
+            raise ConfigError(f"run directory {self.path} {what}")
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Appends a line to the metrics."""
@@ -222,7 +317,7 @@ class RunDirectory:
     def forget_metrics_after(self, step: int) -> list[Record]:
         """Drops the records of what a resumed run will do again, and returns the others."""
         kept = [r for r in self.read_metrics() if r["step"] <= step and r["split"] != "test"]
-        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
 
     def read_result(self) -> StoredResult | None:

@@ -1,9 +1,10 @@
 """``capsjax draw``: figures of a run."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +15,19 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from capsjax import models
-from capsjax.data import scale_pixels
+from capsjax.data import Dataset, scale_pixels
+from capsjax.files import expand_paths, replacing, require_folder
 from capsjax.training import ConfigError, TrainedNetwork, load_network
 from capsjax.training.run_directory import RunDirectory
 from capsjax.viz import capsules, evaluation
+from capsjax.viz._checks import as_indices
 from capsjax.viz.anatomy import Anatomy, check_traced, dissect
 from capsjax.viz.diagram import routing_diagram
 from capsjax.viz.perturb import OFFSETS, reconstruct, vary_dimensions
 from capsjax.viz.theme import ThemeName
 
 _BATCH = 250  # images per prediction of the test set
+_NUM_CHILDREN = 8
 
 
 def child_names(model: models.CapsNetConfig) -> list[str]:
@@ -76,8 +80,10 @@ def diagram_of(
     )
 
 
-def _load(config: "DrawConfig") -> TrainedNetwork:
-    loaded = load_network(config.runs[0], config.checkpoint)
+def _load(config: "DrawConfig", dataset: Dataset | None) -> TrainedNetwork:
+    loaded = load_network(
+        config.runs[0], config.checkpoint, dataset=dataset, data_dir=config.data_dir
+    )
     count = len(loaded.test.labels)
     if config.index >= count:
         raise ConfigError(
@@ -91,10 +97,13 @@ def _anatomy(loaded: TrainedNetwork, index: int) -> tuple[models.CapsNet, Anatom
     return network, dissect(network, scale_pixels(jnp.asarray(loaded.test.images[index])))
 
 
-def _diagram(config: "DrawConfig") -> Figure:
+def _diagram(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
     """Routing of one image, from the children to the classes."""
-    loaded = _load(config)
     network, anatomy = _anatomy(loaded, config.index)
+    among = children_of(network.config, config.types)
+    most = network.config.num_primary if among is None else len(among)
+    if config.num_children > max(most, _NUM_CHILDREN):
+        raise ConfigError(f"--num-children must be at most {most}, got {config.num_children}")
     return diagram_of(
         network,
         anatomy,
@@ -107,9 +116,8 @@ def _diagram(config: "DrawConfig") -> Figure:
     )
 
 
-def _couplings(config: "DrawConfig") -> Figure:
+def _couplings(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
     """Couplings of one image as maps over the grid."""
-    loaded = _load(config)
     network, anatomy = _anatomy(loaded, config.index)
     children_of(network.config, config.types)  # checks the types as they were given, from 1
     return capsules.coupling_maps(
@@ -123,9 +131,8 @@ def _couplings(config: "DrawConfig") -> Figure:
     )
 
 
-def _agreement(config: "DrawConfig") -> Figure:
+def _agreement(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
     """Agreement and entropy of one image over the iterations."""
-    loaded = _load(config)
     _, anatomy = _anatomy(loaded, config.index)
     return capsules.agreement(
         anatomy.trace,
@@ -150,9 +157,8 @@ def _capsules(loaded: TrainedNetwork, images: np.ndarray) -> tuple[jax.Array, ja
     return prediction.scores, prediction.poses
 
 
-def _lengths(config: "DrawConfig") -> Figure:
+def _lengths(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
     """Lengths of the class capsules of one image."""
-    loaded = _load(config)
     n, test = config.index, loaded.test
     scores, _ = _capsules(loaded, test.images[n : n + 1])
     return capsules.lengths(
@@ -163,9 +169,8 @@ def _lengths(config: "DrawConfig") -> Figure:
     )
 
 
-def _reconstructions(config: "DrawConfig") -> Figure:
+def _reconstructions(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
     """Twelve images above their reconstructions."""
-    loaded = _load(config)
     test, names = loaded.test, loaded.dataset.class_names
     images = test.images[config.index : config.index + 12]
     scores, poses = _capsules(loaded, images)
@@ -178,12 +183,13 @@ def _reconstructions(config: "DrawConfig") -> Figure:
     return capsules.reconstructions(images / 255, reconstructed, titles=titles, theme=config.theme)
 
 
-def _dimensions(config: "DrawConfig") -> Figure:
+def _dimensions(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
     """Reconstructions of one image with each dimension of its capsule varied by up to 0.25."""
-    loaded = _load(config)
     n = config.index
     scores, poses = _capsules(loaded, loaded.test.images[n : n + 1])
-    parent = config.classes[0] if config.classes else int(jnp.argmax(scores[0]))
+    parent = int(jnp.argmax(scores[0]))
+    if config.classes is not None:
+        (parent,) = as_indices("classes", config.classes, 0, scores.shape[-1] - 1)
     images = vary_dimensions(loaded.network, poses[0], parent)
     return capsules.dimensions(images, OFFSETS, theme=config.theme)
 
@@ -199,9 +205,8 @@ def overlay(first: np.ndarray, second: np.ndarray, shift: int = 4) -> np.ndarray
     return np.maximum(moved(first, -shift), moved(second, shift))
 
 
-def _overlaps(config: "DrawConfig") -> Figure:
+def _overlaps(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
     """Pairs of overlaid images and the reconstructions from their two longest capsules."""
-    loaded = _load(config)
     test, names = loaded.test, loaded.dataset.class_names
     # Each image is paired with the next image of another class.
     pairs = []
@@ -221,9 +226,8 @@ def _overlaps(config: "DrawConfig") -> Figure:
     return capsules.overlaps(images / 255, parts, titles=titles, theme=config.theme)
 
 
-def _confusion(config: "DrawConfig") -> Figure:
+def _confusion(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
     """Confusion matrix of the test set, with the worst errors."""
-    loaded = _load(config)
     test = loaded.test
     batches = np.split(test.images, range(_BATCH, len(test.images), _BATCH))
     scores = np.concatenate([_predict(loaded.network, jnp.asarray(x)).scores for x in batches])
@@ -238,6 +242,8 @@ def _confusion(config: "DrawConfig") -> Figure:
 
 def _curves(config: "DrawConfig") -> Figure:
     """Loss and error of one or more runs over their steps."""
+    if len({run.resolve() for run in config.runs}) < len(config.runs):
+        raise ValueError("runs must be different directories")
     runs = {}
     for run in config.runs:
         RunDirectory(run).read_config()  # raises if the directory holds no run
@@ -247,22 +253,36 @@ def _curves(config: "DrawConfig") -> Figure:
     return evaluation.training_curves(runs, theme=config.theme)
 
 
-_FIGURES: dict[str, Callable[["DrawConfig"], Figure]] = {
-    "diagram": _diagram,
-    "couplings": _couplings,
-    "agreement": _agreement,
-    "lengths": _lengths,
-    "reconstructions": _reconstructions,
-    "dimensions": _dimensions,
-    "overlaps": _overlaps,
-    "confusion": _confusion,
-    "curves": _curves,
+class _Kind(NamedTuple):
+    """A figure of a trained network.
+
+    Attributes:
+      draw: makes the figure.
+      options: the options that choose what it shows.
+    """
+
+    draw: Callable[["DrawConfig", TrainedNetwork], Figure]
+    options: tuple[str, ...]
+
+
+_FIGURES = {
+    "diagram": _Kind(_diagram, ("index", "classes", "types", "iterations", "num_children")),
+    "couplings": _Kind(_couplings, ("index", "classes", "types", "iterations")),
+    "agreement": _Kind(_agreement, ("index", "classes")),
+    "lengths": _Kind(_lengths, ("index",)),
+    "reconstructions": _Kind(_reconstructions, ("index",)),
+    "dimensions": _Kind(_dimensions, ("index", "classes")),
+    "overlaps": _Kind(_overlaps, ("index",)),
+    "confusion": _Kind(_confusion, ()),
 }
-_HELP = "\n".join(f"{name}: {function.__doc__}" for name, function in _FIGURES.items())
+_HELP = "\n".join(
+    [f"{name}: {kind.draw.__doc__}" for name, kind in _FIGURES.items()]
+    + [f"curves: {_curves.__doc__}"]
+)
 if TYPE_CHECKING:
     FigureName = str
 else:
-    FigureName = Literal[tuple(_FIGURES)]
+    FigureName = Literal[(*_FIGURES, "curves")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -293,14 +313,28 @@ class DrawConfig:
     iterations: tuple[int, ...] | None = None
     """Routing iterations to show, counted from 1; all if not given."""
 
-    num_children: int = 8
+    num_children: int = _NUM_CHILDREN
     """Number of children that the diagram draws one by one; the others are summed up."""
 
     checkpoint: str = "last"
     """Checkpoint: last, best (by validation error), or a step."""
 
+    data_dir: Path | None = None
+    """Directory of the run's data set; where it was in training if not given."""
+
     def __post_init__(self) -> None:
         """Checks the options that can be checked without the run."""
+        expand_paths(self, "runs", "out", "data_dir")
+        require_folder(self, "out")
+        used = ["name", "runs", "out", "theme"]
+        if self.name != "curves":
+            used += ["checkpoint", "data_dir", *_FIGURES[self.name].options]
+        for field in dataclasses.fields(self):
+            if field.name not in used and getattr(self, field.name) != field.default:
+                option = "--" + field.name.replace("_", "-")
+                raise ConfigError(f"{option} has no effect on {self.name}")
+        if self.name == "dimensions" and self.classes is not None and len(self.classes) != 1:
+            raise ConfigError(f"--classes of dimensions must be one class, got {self.classes}")
         if not self.runs:
             raise ConfigError(f"{self.name} needs a run directory, got none")
         if len(self.runs) > 1 and self.name != "curves":
@@ -311,8 +345,12 @@ class DrawConfig:
             raise ConfigError(f"--out must end in .svg, .png or .pdf, got {self.out}")
 
 
-def draw(config: DrawConfig) -> list[Path]:
+def draw(config: DrawConfig, *, dataset: Dataset | None = None) -> list[Path]:
     """Draws a figure of a run and returns the files that it wrote.
+
+    Args:
+      config: the options.
+      dataset: images to draw in place of the run's own.
 
     Raises:
       ConfigError: the figure cannot be drawn of this run or with these options.
@@ -320,7 +358,7 @@ def draw(config: DrawConfig) -> list[Path]:
       CheckpointError: the checkpoint cannot be read.
     """
     try:
-        figure = make_figure(config)
+        figure = make_figure(config, dataset=dataset)
     except ConfigError:
         raise
     except ValueError as error:
@@ -337,11 +375,14 @@ def save(figure: Figure, target: Path | TextIO, *, dpi: int = 150) -> None:
     """Writes a figure to a file, or as SVG to a buffer; equal figures give equal SVG."""
     kind = target.suffix.removeprefix(".") if isinstance(target, Path) else "svg"
     metadata = {"Date": None} if kind == "svg" else None
+    opened = replacing(target) if isinstance(target, Path) else contextlib.nullcontext(target)
     # Matplotlib derives the ids of SVG elements from the salt, which is random by default.
-    with mpl.rc_context({"svg.hashsalt": "capsjax"}):
-        figure.savefig(target, format=kind, dpi=dpi, metadata=metadata)
+    with mpl.rc_context({"svg.hashsalt": "capsjax"}), opened as file:
+        figure.savefig(file, format=kind, dpi=dpi, metadata=metadata)
 
 
-def make_figure(config: DrawConfig) -> Figure:
+def make_figure(config: DrawConfig, *, dataset: Dataset | None = None) -> Figure:
     """Draws the figure that the configuration names."""
-    return _FIGURES[config.name](config)
+    if config.name == "curves":
+        return _curves(config)
+    return _FIGURES[config.name].draw(config, _load(config, dataset))

@@ -23,6 +23,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from capsjax.data import Dataset
+from capsjax.files import expand_paths, require_folder, write_text
 from capsjax.training import ConfigError, load_network
 from capsjax.viz.live import Live
 
@@ -50,24 +52,37 @@ class ExploreConfig:
     checkpoint: str = "last"
     """Checkpoint: last, best (by validation error), or a step."""
 
+    data_dir: Path | None = None
+    """Directory of the run's data set; where it was in training if not given."""
+
     export: Path | None = None
     """HTML file to write instead of serving: the explorer as a page that needs no server."""
 
-    examples: tuple[int, ...] = tuple(range(12))
-    """Numbers of the test images in the exported page."""
+    examples: tuple[int, ...] | None = None
+    """Numbers of the test images in the exported page; the first twelve if not given."""
 
     def __post_init__(self) -> None:
         """Checks the options that can be checked without the run."""
+        expand_paths(self, "run", "data_dir", "export")
+        require_folder(self, "export")
+        if self.export is not None and self.port != 8317:
+            raise ConfigError("--port has no effect with --export, which serves nothing")
+        if self.export is None and self.examples is not None:
+            raise ConfigError("--examples has no effect without --export")
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"--port must be from 0 to 65535, got {self.port}")
         if self.export is not None and self.export.suffix not in (".html", ".htm"):
             raise ConfigError(f"--export must end in .html, got {self.export}")
-        if not self.examples:
+        if self.examples == ():
             raise ConfigError("--examples must have at least one test image, got none")
 
 
-def explore(config: ExploreConfig) -> None:
+def explore(config: ExploreConfig, *, dataset: Dataset | None = None) -> None:
     """Serves the explorer until it is interrupted, or writes the page that needs no server.
+
+    Args:
+      config: the options.
+      dataset: images to explore in place of the run's own.
 
     Raises:
       ConfigError: the port is in use, or the run cannot be explored.
@@ -75,13 +90,20 @@ def explore(config: ExploreConfig) -> None:
       CheckpointError: the checkpoint cannot be read.
     """
     if config.export is not None:
-        # The page is complete before the file is opened: an error leaves no file behind.
-        page = export(_live(config), config.examples)
-        config.export.write_text(page, encoding="utf-8")
+        live = _live(config, dataset)
+        count = len(live.test.labels)
+        examples = tuple(range(min(12, count))) if config.examples is None else config.examples
+        for n in examples:
+            if not 0 <= n < count:
+                raise ConfigError(
+                    f"--examples must be from 0 to {count - 1}, the last test image, got {n}"
+                )
+        page = export(live, examples)
+        write_text(config.export, page)
         print(f"wrote {config.export}, {len(page.encode()) / 1e6:.1f} MB")
         return
     with _listen(config.port) as listening:
-        app = make_app(_live(config))
+        app = make_app(_live(config, dataset))
         port = listening.getsockname()[1]
         print(f"exploring {config.run} at http://{_HOST}:{port} (Ctrl-C stops it)", flush=True)
         server = Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
@@ -89,9 +111,11 @@ def explore(config: ExploreConfig) -> None:
             server.run(sockets=[listening])
 
 
-def _live(config: ExploreConfig) -> Live:
+def _live(config: ExploreConfig, dataset: Dataset | None) -> Live:
     try:
-        return Live(load_network(config.run, config.checkpoint))
+        return Live(
+            load_network(config.run, config.checkpoint, dataset=dataset, data_dir=config.data_dir)
+        )
     except ConfigError:
         raise
     except ValueError as error:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,14 @@ from filelock import FileLock
 from capsjax import models
 from capsjax.data import Dataset, Placed, Split, is_right, save_npz, source_of
 from capsjax.reproduce import TABLES, Recipe, ReproduceConfig, RowResult, reproduce
-from capsjax.reproduce.results import Line, add_result, markdown, read_results
+from capsjax.reproduce.results import (
+    Line,
+    add_result,
+    check_alike,
+    describe,
+    markdown,
+    read_results,
+)
 from capsjax.training import (
     ConfigError,
     EvaluateConfig,
@@ -185,7 +193,7 @@ def test_training_ends_where_the_validation_error_is_small_enough(
         table[0], until_error=0.95, steps=1000, also_tested_on="expanded_mnist"
     )
     monkeypatch.setitem(TABLES, "small", (row,))
-    rows = reproduce(options(tmp_path, seeds=1, together=3), say=quiet)
+    rows = reproduce(options(tmp_path, seeds=1), say=quiet)
     assert [each.dataset for each in rows] == ["mnist_5k", "placed"]
     assert rows[0].steps < 1000
 
@@ -213,6 +221,16 @@ def test_results_that_were_trained_differently_are_refused(filled, monkeypatch, 
         monkeypatch.setitem(TABLES, "small", (dataclasses.replace(first, **changed), second))
         with pytest.raises(ConfigError, match=match):
             reproduce(config, say=quiet)
+
+
+def test_results_of_an_earlier_version_describe_less(digits):
+    now = describe(RECIPE, digits)
+    less = {k: v for k, v in now["data"].items() if not k.startswith("test_") and k != "task"}
+    line = Line(table="small", recipe="tiny", seed=0, errors={"": 0.5}, of={**now, "data": less})
+    check_alike(line, now, Path("results.jsonl"))
+    line.of["data"]["checksum"] += 1
+    with pytest.raises(ConfigError, match="results.jsonl is of data .* another --output"):
+        check_alike(line, now, Path("results.jsonl"))
 
 
 def test_a_place_that_cannot_be_written_is_named_before_training(table, tmp_path):

@@ -1,3 +1,6 @@
+import contextlib
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +70,71 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path, tiny):
 def test_a_checkpoint_that_is_not_there_is_named(saved, which, match):
     with pytest.raises(CheckpointError, match=match):
         saved[0].choose(which)
+
+
+def test_values_that_are_not_those_that_were_saved_are_refused(saved, tiny):
+    checkpoints, state = saved
+    five, six = (checkpoints.path / name / "default" for name in "56")
+    five.rename(checkpoints.path / "away")
+    six.rename(five)
+    (checkpoints.path / "away").rename(six)
+    with pytest.raises(CheckpointError, match=r"5 is damaged .*\(step has another checksum\)"):
+        checkpoints.restore(5, state)
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_a_description_that_was_changed_is_refused(saved):
+    checkpoints, state = saved
+    description = checkpoints.path / "6" / "_CHECKPOINT_METADATA"
+    edit(description, '"checksums"', '"checksumt"')
+    edit(checkpoints.path / "5" / "_CHECKPOINT_METADATA", "{", "")
+    edit(checkpoints.path / "2" / "metrics" / "metrics", "0.1", "0.9")
+    again = Checkpoints(checkpoints.path, read_only=True)
+    for which, read in (
+        (6, lambda: again.restore(6, state)),
+        (5, lambda: again.restore(5, state)),
+        (2, lambda: again.choose("best")),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{which} is damaged or truncated"):
+            read()
+    again.close()
+
+
+def test_checkpoints_without_a_description_are_read(saved):
+    """Those of earlier versions."""
+    checkpoints, state = saved
+    for step in checkpoints.steps():
+        path = checkpoints.path / str(step) / "_CHECKPOINT_METADATA"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "custom_metadata": {}}))
+    again = Checkpoints(checkpoints.path, read_only=True, run={"train": {"seed": 1}})
+    assert int(again.restore(again.choose("best"), state).step) == 2
+    again.close()
+
+
+def test_a_checkpoint_of_another_run_is_named(tmp_path, tiny):
+    state = state_of(tiny)
+    written = Checkpoints(tmp_path, run={"train": {"seed": 0, "gone": 1}, "stratified": True})
+    written.save(state, 1, None)
+    written.finish()
+    written.close()
+    for run, match in (
+        ({"train": {"seed": 0, "new": 2}, "stratified": True}, None),
+        (None, None),
+        ({"train": {"seed": 1}}, "train.seed is 0, expected 1"),
+        ({"stratified": False}, "stratified is True, expected False"),
+    ):
+        checkpoints = Checkpoints(tmp_path, read_only=True, run=run)
+        expected = contextlib.nullcontext()
+        if match:
+            expected = pytest.raises(CheckpointError, match=match)
+        with expected:
+            checkpoints.restore(1, state)
+        checkpoints.close()
 
 
 def test_no_checkpoint_at_all(tmp_path):

@@ -20,10 +20,13 @@ from capsjax.training import (
     DivergedError,
     EvaluateConfig,
     TrainConfig,
+    choices,
     evaluate,
     hold_out,
+    paper_optimizer,
     train,
 )
+from capsjax.training.picture import reconstruction_grid
 from capsjax.training.reporting import Report
 from capsjax.training.run_directory import RunDirectory
 from capsjax.training.stopping import StopRequest
@@ -67,6 +70,7 @@ def finished(tmp_path_factory, digits, tiny):
 def test_a_finished_run_leaves_everything_behind(finished):
     run, result = finished
     assert sorted(p.name for p in run.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.json",
         "metrics.jsonl",
@@ -105,6 +109,9 @@ def test_evaluate_repeats_the_run_s_test_result(finished, digits, monkeypatch):
     monkeypatch.setattr("capsjax.training.evaluation.load", lambda *_, **__: digits)
     evaluated = evaluate(EvaluateConfig(run_dir=run, batch_size=16))
     assert (evaluated.step, evaluated.test.wrong) == (23, result.test.wrong)
+    assert evaluated.test.class_wrong == result.test.class_wrong
+    assert evaluated.test.class_count == tuple(np.bincount(digits.test.labels))
+    assert sum(evaluated.test.class_wrong) == result.test.wrong
     np.testing.assert_allclose(evaluated.test.loss, result.test.loss, rtol=1e-5)
     best = evaluate(EvaluateConfig(run_dir=run, batch_size=16, checkpoint="best"))
     assert best.step in (7, 14, 21, 23)
@@ -275,19 +282,13 @@ def test_stop_request_notes_the_first_signal_and_obeys_the_second():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
-    tmp_path, digits, tiny
+    tmp_path, digits, tiny, monkeypatch
 ):
     options = config(tmp_path, driver="jit", steps=7)
     train(options, model=tiny, dataset=digits)
-    # Go on with a learning rate that bursts, as only someone who edits the file can.
-    path = options.run_dir / "config.json"
-    values = json.loads(path.read_text())
-    values["train"]["learning_rate"] = 1e38
-    path.write_text(json.dumps(values))
+    monkeypatch.setattr(choices, "make_optimizer", lambda _: paper_optimizer(1e38))
     with pytest.raises(DivergedError, match=r"at step \d+; the last good checkpoint is of step 7"):
-        train(
-            dataclasses.replace(options, steps=23, resume=True, learning_rate=1e38), dataset=digits
-        )
+        train(dataclasses.replace(options, steps=23, resume=True), dataset=digits)
     step, state = parameters(options.run_dir)
     assert step == 7
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -297,16 +298,9 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path, digits, tiny):
     options = config(
         tmp_path, driver="jit", steps=2, checkpoint_every=1, learning_rate=1e38, validation=0
     )
-    with pytest.raises(DivergedError, match="not finite at step"):
+    with pytest.raises(DivergedError, match="not finite at step 1; there is no checkpoint yet"):
         train(options, model=tiny, dataset=digits)
-    checkpoints = Checkpoints(options.run_dir / "checkpoints", read_only=True)
-    saved = checkpoints.steps()
-    checkpoints.close()
-    for step in saved:
-        manager = Checkpoints(options.run_dir / "checkpoints", read_only=True)
-        state = manager._manager.restore(step)
-        manager.close()
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert not options.run_dir.exists()  # nothing of it is left that would block its name
 
 
 def test_validation_images_are_never_trained_on(digits):
@@ -327,6 +321,11 @@ def test_validation_images_are_never_trained_on(digits):
         ({"batch_size": 800, "driver": "jit"}, "--batch-size must be at most .* 160, got 800"),
         ({"validation": 180}, "--validation must be less than .* 180, got 180"),
         ({"devices": 99}, "--devices must be at most 8, the number of cpu devices, got 99"),
+        ({"epochs": 3}, "--epochs has no effect with --steps 23"),
+        ({"epochs": 10**9, "steps": None}, "--epochs must make fewer than 2147483648 steps"),
+        ({"decay_rate": 1.0, "decay_steps": 5}, "--decay-steps has no effect with --decay-rate 1"),
+        ({"routing": "em"}, "--routing has no effect on a network whose configuration is given"),
+        ({"dtype": "bfloat16"}, "--dtype has no effect on a network .* float32, got bfloat16"),
         ({"loss": "cross_entropy"}, "must be paper, official or spread, got 'cross_entropy'"),
     ],
 )
@@ -358,6 +357,26 @@ def test_images_that_the_network_does_not_take_are_named(finished, digits, monke
     monkeypatch.setattr("capsjax.training.evaluation.load", lambda *_, **__: fewer)
     with pytest.raises(ConfigError, match="has 2 classes, the network has 10"):
         evaluate(EvaluateConfig(run_dir=run, batch_size=16))
+
+
+def test_the_result_does_not_wait_for_the_picture(tmp_path, digits, tiny, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("capsjax.training.run.draw_reconstructions", fail)
+    with pytest.raises(OSError, match="No space"):
+        train(config(tmp_path, steps=1, driver="jit"), model=tiny, dataset=digits)
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_pictures_of_any_number_of_channels(channels):
+    pixels = np.linspace(0, 1, 6 * channels).reshape(1, 2, 3, channels)
+    grid = reconstruction_grid([pixels, pixels])
+    shown = pixels if channels == 3 else pixels[..., :1]
+    factor = grid.shape[0] // 10
+    found = grid[::factor, ::factor][2:4, 2:5]
+    np.testing.assert_array_equal(found, np.broadcast_to(np.round(255 * shown[0]), (2, 3, 3)))
 
 
 def test_a_network_without_a_decoder_draws_nothing(tmp_path, digits, tiny):

@@ -1,6 +1,8 @@
 """What is read back from a run directory: typed, or one line that names the file and the key."""
 
+import dataclasses
 import json
+import os
 import typing
 
 import pytest
@@ -108,6 +110,53 @@ def test_a_metrics_record_needs_its_keys_and_the_last_may_be_cut_short(directory
         directory.metrics.write_text("".join(json.dumps(x) + "\n" for x in (good, bad)))
         with pytest.raises(ConfigError, match=f"metrics.jsonl:2 is damaged: .*{match}"):
             directory.read_metrics()
+
+
+def test_an_older_version_recorded_less(directory):
+    values = json.loads(directory.config.read_text())
+    del values["stratified"]
+    for name in ("test_images", "test_checksum", "task"):
+        del values["data"][name]
+    directory.config.write_text(json.dumps(values))
+    found = directory.read_config()
+    assert found.stratified is False
+    found.data.check(DataDescription("renamed", ("a", "b"), 10, 5, 3, 4, "Shifted"))
+    full = DataDescription("x", ("a", "b"), 10, 5, 3, 4, "Shifted")
+    with pytest.raises(ConfigError, match="task were Shifted, are Placed"):
+        full.check(dataclasses.replace(full, task="Placed"))
+
+
+def test_directories_of_data_are_stored_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert TrainConfig(data_dir="images").to_json()["data_dir"] == str(tmp_path / "images")
+
+
+@pytest.mark.parametrize("name", ["result.json", "metrics.jsonl", "reconstructions.png"])
+def test_files_of_others_are_not_taken_for_a_run_s(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"holds {name} of a run whose config.json is missing"):
+        RunDirectory(tmp_path).create()
+
+
+def test_one_process_at_a_time_writes(directory):
+    with directory.locked():
+        again = directory.locked()
+        with pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on "):
+            again.__enter__()
+    with directory.locked():  # what a process that died has left
+        pass
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_that_has_not_begun_leaves_its_name_free(directory, begun):
+    (directory.path / "notes.txt").write_text("mine")
+    if begun:
+        directory.append_metrics({"split": "train", "step": 1, "loss": 0.5, "error": 0.5})
+    directory.remove_unless_begun()
+    assert directory.config.exists() == begun
+    assert (directory.path / "notes.txt").exists()
+    if not begun:
+        directory.check_new()
 
 
 def test_choices_are_what_is_registered():

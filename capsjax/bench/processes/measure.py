@@ -23,6 +23,7 @@ from capsjax.bench.results.rows import Failure, Memory
 from capsjax.bench.targets import Target, libtpu_lock, parse_target
 from capsjax.bench.workloads import make_workload
 from capsjax.bench.workloads.workload import JaxFunction, Peer
+from capsjax.files import write_text
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _TRACED = "/jax/core/compile/jaxpr_trace_duration"
@@ -242,8 +243,8 @@ def _analyse(lowered: Any, compiled: Any, texts: Path | None, found: Measurement
     before, after = lowered.as_text(), compiled.as_text()
     if texts is not None:
         texts.parent.mkdir(parents=True, exist_ok=True)
-        texts.with_name(texts.name + ".stablehlo.mlir").write_text(before, encoding="utf-8")
-        texts.with_name(texts.name + ".hlo.txt").write_text(after, encoding="utf-8")
+        write_text(texts.with_name(texts.name + ".stablehlo.mlir"), before)
+        write_text(texts.with_name(texts.name + ".hlo.txt"), after)
     found.stablehlo = dict(stablehlo_opcodes(before).most_common())
     found.program = read_program(after)
     if memory := compiled.memory_analysis():

@@ -10,6 +10,7 @@ from capsjax.bench.results.columns import COLUMNS, NOTE, cycles_of
 from capsjax.bench.results.rows import Row
 from capsjax.bench.workloads import WORKLOADS
 from capsjax.errors import ConfigError, how_to_install
+from capsjax.files import write_text
 
 
 def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench") -> None:
@@ -25,8 +26,6 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
     Raises:
       ConfigError: the extra ``bench`` is not installed.
     """
-    from capsjax.training.files import write_atomically  # measuring does without training
-
     try:
         import jinja2
         import plotly.graph_objects as go
@@ -72,7 +71,7 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
         environments=_environments(rows),
         contributors=_contributors(rows),
     )
-    write_atomically(path, text)
+    write_text(path, text)
 
 
 def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any]], Any]]:

@@ -1,0 +1,63 @@
+"""Files are replaced whole or not at all; paths are those of this machine."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from capsjax.errors import ConfigError
+from capsjax.files import expand_paths, replacing, write_text
+
+
+def write_half(path):
+    with replacing(path) as file:
+        file.write(b"half of the n")
+        raise OSError(28, "full")
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "page.html"
+    write_text(path, "old")
+    path.chmod(0o600)
+    with pytest.raises(OSError, match="full") as failed:
+        write_half(path)
+    assert failed.value.filename == str(path)
+    assert (path.read_text(), list(tmp_path.iterdir())) == ("old", [path])
+    write_text(path, "new")
+    assert (path.read_text(), path.stat().st_mode & 0o777) == ("new", 0o600)
+
+
+def test_two_writers_do_not_share_a_temporary_file_nor_take_one_of_the_user(tmp_path):
+    path, foreign = tmp_path / "a.json", tmp_path / "a.json.tmp"
+    foreign.write_text("mine")
+    with replacing(path) as one, replacing(path) as two:
+        one.write(b"1")
+        two.write(b"2")
+    assert (path.read_text(), foreign.read_text()) == ("1", "mine")
+
+
+def test_a_link_is_kept_and_a_missing_folder_is_named(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert (link.is_symlink(), target.read_text()) == (True, "new")
+    with pytest.raises(FileNotFoundError) as failed:
+        write_text(tmp_path / "none" / "file", "")
+    assert failed.value.filename == str(tmp_path / "none" / "file")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    run_dir: Path | None = None
+    runs: tuple[Path, ...] = ()
+
+
+def test_paths_are_expanded_and_addresses_refused(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = Options("~/run", (Path("~"), Path("b")))
+    expand_paths(options, "run_dir", "runs")
+    assert options == Options(Path("/home/me/run"), (Path("/home/me"), Path("b")))
+    for address in ("gs://bucket/run", Path("gs://bucket/run")):
+        with pytest.raises(ConfigError, match="--run-dir must be a path .* got gs://bucket/run"):
+            expand_paths(Options(address), "run_dir")
