@@ -62,10 +62,10 @@ class Checkpoints:
                 self.path, options=options, item_handlers=ocp.StandardCheckpointHandler()
             )
         except Exception as error:
-            _check_metrics(folder for folder in path.glob("*") if folder.name.isdecimal())
+            _check_metric_files(folder for folder in path.glob("*") if folder.name.isdecimal())
             raise CheckpointError(f"checkpoints in {path} cannot be used: {_line(error)}") from None
         try:
-            _check_metrics(path / str(step) for step in self.steps())
+            _check_metric_files(path / str(step) for step in self.steps())
         except CheckpointError:
             self.close()
             raise
@@ -230,7 +230,7 @@ class _Metrics(msgspec.Struct):
     validation_error: Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
-def _check_metrics(folders: Iterable[Path]) -> None:
+def _check_metric_files(folders: Iterable[Path]) -> None:
     """Raises a CheckpointError if Orbax's metrics of a checkpoint are damaged."""
     for folder in folders:
         file = folder / "metrics" / "metrics"

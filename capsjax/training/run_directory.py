@@ -17,7 +17,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from capsjax.data import Dataset, Split
-from capsjax.errors import ConfigError
+from capsjax.errors import ConfigError, naming
 from capsjax.files import write_text
 from capsjax.models import (
     BaselineConfig,
@@ -303,7 +303,7 @@ class RunDirectory:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Appends a line to the metrics."""
-        with self.metrics.open("a") as file:
+        with naming(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def read_metrics(self) -> list[Record]:
