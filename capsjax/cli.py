@@ -101,9 +101,9 @@ def _find_devices() -> None:
     """Initialises JAX's devices; raises a ConfigError if those that are asked for are missing."""
     import jax
 
-    # JAX skips the metadata of a TPU where there is no TPU. There libtpu, if it is installed,
-    # prints errors about what the metadata would tell it.
-    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
+    # Where there is no TPU, JAX keeps libtpu, if it is installed, from asking for the TPU's
+    # metadata, whose absence libtpu reports at length.
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1" and not _has_tpu():
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
@@ -112,6 +112,10 @@ def _find_devices() -> None:
         reason = str(error).splitlines()[0] if str(error) else "no such device is visible"
         platforms = os.environ.get("JAX_PLATFORMS", "not set")
         raise ConfigError(f"JAX finds no device, JAX_PLATFORMS is {platforms}: {reason}") from None
+
+
+def _has_tpu() -> bool:
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 
 
 def _train(config: Any) -> None:

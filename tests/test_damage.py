@@ -3,6 +3,7 @@
 ``python -m pytest -m slow tests/test_damage.py`` damages two thousand.
 """
 
+import gc
 import json
 import sys
 import warnings
@@ -208,20 +209,21 @@ def quiet():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "unraisablehook", lambda _: None)
         yield
+        gc.collect()
 
 
 CASES = {"name": st.sampled_from(list(READERS)), "which": FRACTIONS, "damage": DAMAGE}
 
 
 @given(**CASES)
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 def test_a_hundred_damaged_files(whole, name, which, damage):
     check(whole, name, which, damage)
 
 
 @pytest.mark.slow
 @given(**CASES)
-@settings(max_examples=2000)
+@settings(max_examples=2000, deadline=None)
 def test_two_thousand_damaged_files(whole, name, which, damage):
     check(whole, name, which, damage)
 
