@@ -101,9 +101,9 @@ def _find_devices() -> None:
     """Initialises JAX's devices; raises a ConfigError if those that are asked for are missing."""
     import jax
 
-    # JAX skips the metadata of a TPU where there is no TPU. There libtpu, if it is installed,
-    # prints errors about what the metadata would tell it.
-    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
+    # Where there is no TPU, JAX keeps libtpu, if it is installed, from asking for the TPU's
+    # metadata, whose absence libtpu reports at length.
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1" and not _has_tpu():
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
@@ -112,6 +112,10 @@ def _find_devices() -> None:
         reason = str(error).splitlines()[0] if str(error) else "no such device is visible"
         platforms = os.environ.get("JAX_PLATFORMS", "not set")
         raise ConfigError(f"JAX finds no device, JAX_PLATFORMS is {platforms}: {reason}") from None
+
+
+def _has_tpu() -> bool:
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 
 
 def _train(config: Any) -> None:
@@ -140,7 +144,7 @@ def _evaluate(config: Any) -> None:
 
     _find_devices()
     evaluated = evaluate(config)
-    test = evaluated.test
+    test, step = evaluated.test, evaluated.step
     _print_error(f"{evaluated.dataset} test error", test)
     print(f"balanced error, the mean over the classes: {test.balanced_error:.2%}")
     for name, wrong, count in zip(
@@ -148,7 +152,6 @@ def _evaluate(config: Any) -> None:
     ):
         share = f"{wrong / count:.2%}" if count else "none"
         print(f"  {name}: {share} ({wrong:,} of {count:,} wrong)")
-    step = evaluated.step
     source = "network of the package" if step is None else f"checkpoint of step {step:,}"
     print(f"loss {test.loss:.4f}; {source}")
     if config.predictions is not None:

@@ -401,6 +401,7 @@ def test_devices_that_are_missing_are_one_line(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     environ = {**os.environ, "JAX_PLATFORMS": "tpu", "TPU_SKIP_MDS_QUERY": "1"}
     monkeypatch.setattr(os, "environ", environ)
+    monkeypatch.setattr(cli, "_has_tpu", lambda: False)
     for error, reason in (
         (AssertionError(), "no such device is visible"),
         (RuntimeError("Unable to initialize backend\nmore"), "Unable to initialize backend"),

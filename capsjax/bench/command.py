@@ -119,7 +119,7 @@ def make_plan(config: BenchConfig) -> Plan:
         raise ConfigError(f"--resume: no file {output}")
     page = _page(output)
     if config.report and page.exists() and not config.resume:
-        raise ConfigError(f"--output: the report {page} exists already; name another file")
+        raise ConfigError(f"--output: the report {page} exists already; --no-report makes none")
     few = config.alternate or (config.workload is None and suite in ("quick", "pod"))
     return Plan(
         output=output,

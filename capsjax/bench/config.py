@@ -77,7 +77,7 @@ class BenchConfig:
         expand_paths(self, "output", "hlo")
         if self.suite is not None and self.workload is not None:
             raise ConfigError(f"--suite {self.suite} has no effect with --workload {self.workload}")
-        if self.output is not None and self.output.suffix in (".html", ".htm"):
+        if self.output is not None and self.output.suffix.lower() in (".html", ".htm"):
             raise ConfigError(f"--output is for rows, the report is a page, got {self.output}")
         if self.repetitions is not None and self.repetitions < 1:
             raise ConfigError(f"--repetitions must be at least 1, got {self.repetitions}")
@@ -91,10 +91,6 @@ class BenchConfig:
             raise ConfigError("--shape goes with --workload module:function")
         if self.resume and self.output is None:
             raise ConfigError("--resume needs --output, the file to continue")
-        if self.output is not None and self.output.suffix.lower() in (".html", ".htm"):
-            raise ConfigError(
-                f"--output is for rows, the report gets its name with .html; got {self.output}"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

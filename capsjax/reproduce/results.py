@@ -13,10 +13,10 @@ import msgspec
 from filelock import FileLock
 
 from capsjax.data import Dataset
-from capsjax.errors import ConfigError
+from capsjax.errors import ConfigError, naming
 from capsjax.reproduce.recipes import Recipe
 from capsjax.training.files import read_json_lines
-from capsjax.training.run_directory import DataDescription
+from capsjax.training.run_directory import Count, DataDescription, ErrorRate, Seconds
 from capsjax.version import __version__
 
 
@@ -42,24 +42,26 @@ class Line(msgspec.Struct, kw_only=True):
 
     table: str
     recipe: str
-    asked_steps: int | None = None
+    asked_steps: Count | None = None
     dtype: str = "float32"
-    seed: int | None = None
-    steps: int = 0
-    errors: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    seconds: float = 0.0
-    together: int | None = None
+    seed: Count | None = None
+    steps: Count = 0
+    errors: dict[str, ErrorRate] = {}
+    counts: dict[str, Count] = {}
+    seconds: Seconds = 0.0
+    together: Count | None = None
     of: dict[str, Any] = {}
     run: str | None = None
-    ensemble: int | None = None
-    error: float = 1.0
+    ensemble: Count | None = None
+    error: ErrorRate = 1.0
 
     def __post_init__(self) -> None:
         if (self.seed is None) == (self.ensemble is None):
             raise ValueError("expected either `seed` or `ensemble`")
         if self.seed is not None and not self.errors:
             raise ValueError("a trial needs `errors`")
+        if self.counts and self.counts.keys() != self.errors.keys():
+            raise ValueError("`errors` and `counts` are of different data sets")
 
     def same_row(self, other: "Line") -> bool:
         """Returns whether both are of one row of a table, of one length and dtype."""
@@ -95,7 +97,7 @@ def add_result(path: Path, line: Line) -> bool:
         for other in read_results(path):
             if other.same_row(line) and (other.seed, other.ensemble) == (line.seed, line.ensemble):
                 return False
-        with path.open("ab+") as file:
+        with naming(path), path.open("ab+") as file:
             file.seek(0)
             # A last line that was cut off must not swallow this one.
             file.truncate(file.read().rfind(b"\n") + 1)

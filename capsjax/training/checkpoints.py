@@ -3,16 +3,18 @@
 import contextlib
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import jax
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from capsjax.errors import CheckpointError
+from capsjax.errors import CheckpointError, ConfigError
+from capsjax.training.files import read_json
 from capsjax.training.step import TrainState
 
 _METRIC = "validation_error"
@@ -60,7 +62,13 @@ class Checkpoints:
                 self.path, options=options, item_handlers=ocp.StandardCheckpointHandler()
             )
         except Exception as error:
+            _check_metric_files(folder for folder in path.glob("*") if folder.name.isdecimal())
             raise CheckpointError(f"checkpoints in {path} cannot be used: {_line(error)}") from None
+        try:
+            _check_metric_files(path / str(step) for step in self.steps())
+        except CheckpointError:
+            self.close()
+            raise
 
     def steps(self) -> list[int]:
         """Returns the steps that have a complete checkpoint, in order."""
@@ -216,6 +224,21 @@ class Checkpoints:
             raise CheckpointError(
                 f"{which} could not be written to {self.path}: {_line(error)}{last}"
             ) from None
+
+
+class _Metrics(msgspec.Struct):
+    validation_error: Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+def _check_metric_files(folders: Iterable[Path]) -> None:
+    """Raises a CheckpointError if Orbax's metrics of a checkpoint are damaged."""
+    for folder in folders:
+        file = folder / "metrics" / "metrics"
+        if file.exists():
+            try:
+                read_json(file, _Metrics)
+            except ConfigError as error:
+                raise CheckpointError(f"{error}; move {folder} away to use the others") from None
 
 
 def _error(metrics: Any) -> float:

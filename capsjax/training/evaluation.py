@@ -340,8 +340,8 @@ def _restore(
         return apply, None, driver.replicate(variables)
     apply, variables = split_network(network)
     like = driver.replicate(init_state(variables, choices.make_optimizer(run.train)))
-    directory = RunDirectory(run_dir)
-    checkpoints = Checkpoints(directory.checkpoints, read_only=True, run=run.shaping())
+    folder = RunDirectory(run_dir).checkpoints
+    checkpoints = Checkpoints(folder, read_only=True, run=run.shaping())
     try:
         step = checkpoints.choose(which)
         return apply, step, checkpoints.restore(step, like).variables

@@ -10,14 +10,14 @@ import socket
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
 from filelock import FileLock, Timeout
 
 from capsjax.data import Dataset, Split
-from capsjax.errors import ConfigError
+from capsjax.errors import ConfigError, naming
 from capsjax.files import write_text
 from capsjax.models import (
     BaselineConfig,
@@ -122,26 +122,35 @@ class RunConfig(NamedTuple):
         return plain
 
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+ErrorRate = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
 class Record(TypedDict):
     """One line of metrics.jsonl; a number that was not finite is None."""
 
     split: Literal["train", "validation", "test"]
-    step: int
-    seconds: NotRequired[float]
+    step: Count
+    seconds: NotRequired[Seconds]
     loss: float | None
-    error: float | None
-    count: NotRequired[int]
-    examples_per_second: NotRequired[float]
+    error: ErrorRate | None
+    count: NotRequired[Count]
+    examples_per_second: NotRequired[Seconds]
 
 
 class StoredResult(msgspec.Struct):
     """What is read of result.json."""
 
-    step: int
-    test_wrong: int
-    test_count: int
-    validation_error: float | None
-    seconds: float
+    step: Count
+    test_wrong: Count
+    test_count: Count
+    validation_error: ErrorRate | None
+    seconds: Seconds
+
+    def __post_init__(self) -> None:
+        if self.test_wrong > self.test_count or not self.test_count:
+            raise ValueError(f"{self.test_wrong} of {self.test_count} test images are wrong")
 
 
 class _StoredConfig(msgspec.Struct):
@@ -294,7 +303,7 @@ class RunDirectory:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Appends a line to the metrics."""
-        with self.metrics.open("a") as file:
+        with naming(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def read_metrics(self) -> list[Record]:

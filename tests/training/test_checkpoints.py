@@ -11,6 +11,7 @@ from capsjax import models
 from capsjax.training import (
     CheckpointError,
     Checkpoints,
+    TrainState,
     init_state,
     paper_optimizer,
     split_network,
@@ -163,3 +164,15 @@ def test_a_checkpoint_of_another_network_is_named(saved, tiny):
     smaller = dataclasses.replace(tiny, decoder_features=())
     with pytest.raises(CheckpointError, match="is of another network: .*decoder.*expected none"):
         checkpoints.restore(2, state_of(smaller))
+
+
+@pytest.mark.parametrize("text", ["", "null", "{}", '{"validation_error": NaN}', "[" * 100_000])
+def test_metrics_that_are_damaged_are_named_when_checkpoints_are_opened(tmp_path, text):
+    state = TrainState(jnp.int32(1), {"w": jnp.ones(2)}, {}, {})
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, 1, 0.5)
+    checkpoints.finish()
+    checkpoints.close()
+    (tmp_path / "1" / "metrics" / "metrics").write_text(text)
+    with pytest.raises(CheckpointError, match=rf"metrics is damaged: .*; move {tmp_path}/1 away"):
+        Checkpoints(tmp_path, read_only=True)

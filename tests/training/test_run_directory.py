@@ -96,6 +96,22 @@ def test_whatever_a_file_holds_is_one_error(directory, content):
         directory.read_metrics()
 
 
+@pytest.mark.parametrize(("wrong", "count"), [(5, 4), (0, 0), (-1, 4)])
+def test_a_result_that_cannot_be_is_damaged(directory, wrong, count):
+    values = {"step": 1, "test_wrong": wrong, "test_count": count}
+    directory.result.write_text(json.dumps({**values, "validation_error": None, "seconds": 1.0}))
+    with pytest.raises(ConfigError, match="result.json is damaged"):
+        directory.read_result()
+
+
+def test_an_error_of_the_operating_system_names_the_file(tmp_path):
+    full = RunDirectory(tmp_path)
+    full.metrics.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as error:
+        full.append_metrics({"step": 1})
+    assert error.value.filename == str(full.metrics)
+
+
 def test_a_metrics_record_needs_its_keys_and_the_last_may_be_cut_short(directory):
     good = {"split": "train", "step": 1, "seconds": 0.5, "loss": 0.25, "error": None}
     directory.append_metrics(good)
@@ -106,6 +122,8 @@ def test_a_metrics_record_needs_its_keys_and_the_last_may_be_cut_short(directory
         ({"split": "train", "step": 1, "loss": 1.0}, "missing required field `error`"),
         ({**good, "split": "holdout"}, r"Invalid enum value 'holdout' - at `\$.split`"),
         ({**good, "step": 1.5}, r"Expected `int`, got `float` - at `\$.step`"),
+        ({**good, "step": -1}, r"Expected `int` >= 0 - at `\$.step`"),
+        ({**good, "error": 1.5}, r"Expected `float` <= 1.0 - at `\$.error`"),
     ):
         directory.metrics.write_text("".join(json.dumps(x) + "\n" for x in (good, bad)))
         with pytest.raises(ConfigError, match=f"metrics.jsonl:2 is damaged: .*{match}"):

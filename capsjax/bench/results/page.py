@@ -170,7 +170,7 @@ def _series(
             continue
         parameters = {**defaults, **row.parameters}
         found = value(row)
-        if found is None or parameters[over] is None:
+        if found is None or not str(parameters[over]).isdecimal():
             continue
         if any(str(parameters[name]) != str(each) for name, each in (fixed or {}).items()):
             continue
