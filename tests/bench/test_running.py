@@ -349,13 +349,16 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     there = tmp_path / "there.jsonl"
     there.write_text("")
+    (tmp_path / "mine.html").write_text("mine")
     for arguments, message in (
         (["--workload", "rooting"], "workload must be one of"),
         (["--target", "v9-8"], "among v4"),
         (["--output", str(there)], "exists already"),
         (["--output", "none/rows.jsonl"], "no directory none"),
+        (["--output", "page.html"], "--output is for rows, the report is a page"),
+        (["--output", "mine.jsonl"], "the report mine.html exists already"),
         (["--workload", "nowhere:f", "--shape", "f32[3]"], "No module named 'nowhere'"),
-        (["nosuch"], "pod, got 'nosuch'"),
+        (["nosuch"], "train, got 'nosuch'"),
     ):
         with pytest.raises(SystemExit) as done:
             main(["bench", *arguments])
@@ -363,7 +366,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
         error = capsys.readouterr().err
         assert len(error.strip().splitlines()) == 1
         assert message in error
-    assert list(tmp_path.iterdir()) == [there]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.html", "there.jsonl"]
 
 
 @pytest.fixture
