@@ -254,26 +254,18 @@ def load_own(
       ConfigError: it was not loaded by name.
       capsjax.data.DataError: it is missing or damaged.
     """
-    name = _loaded_name(run)
-    if name is None:
+    if run.dataset not in names():
         raise ConfigError(
-            f"the run in {run.train.run_dir} was trained on data of its own, {run.data.name}, which"
+            f"the run in {run.train.run_dir} was trained on data of its own, {run.dataset}, which"
             " have to be given: dataset=..."
         )
-    choices.check_data_dir(name, data_dir)
+    choices.check_data_dir(run.dataset, data_dir)
     return load(
-        name,
+        run.dataset,
         data_dir=data_dir or run.train.data_dir,
         image_size=image_size or run.train.image_size,
         channels=channels or run.train.channels,
     )
-
-
-def _loaded_name(run: RunConfig) -> str | None:
-    """The name by which a run's data set is loaded; None if it was given."""
-    if run.train.dataset in ("npz", run.data.name):  # a file of arrays gives the set its name
-        return run.train.dataset
-    return run.data.name if run.data.name in names() else None
 
 
 def _images(
@@ -287,14 +279,14 @@ def _images(
 ) -> Dataset:
     """The images that are given or named, with the run's classes; otherwise the run's own."""
     own = dataset is None and name is None and data_dir is None
-    if dataset is None and name in (None, _loaded_name(run)):
+    if dataset is None and name in (None, run.dataset):
         dataset = load_own(run, data_dir, image_size=image_size, channels=channels)
     elif dataset is None:
         assert name is not None
         choices.check_data_dir(name, data_dir)
         # A run's own directory goes with its own data set only, or with what is made of the same.
-        known = _loaded_name(run)
-        if data_dir is None and known is not None and source_of(name) == source_of(known):
+        known = run.dataset in names() and source_of(name) == source_of(run.dataset)
+        if data_dir is None and known:
             data_dir = run.train.data_dir
         dataset = load(name, data_dir=data_dir, image_size=image_size, channels=channels)
     if not own:

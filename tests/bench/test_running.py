@@ -382,6 +382,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
         (["--target", "v9-8"], "among v4"),
         (["--output", str(there)], "exists already"),
         (["--output", "none/rows.jsonl"], "no directory none"),
+        (["--output", "page.html"], "--output is for rows, the report is a page"),
         (["--workload", "nowhere:f", "--shape", "f32[3]"], "No module named 'nowhere'"),
         (["nosuch"], "pod, got 'nosuch'"),
         (["--output", "page.jsonl"], "the report page.html exists already"),
