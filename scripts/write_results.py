@@ -99,7 +99,7 @@ def main() -> None:
     from capsjax.viz import training_curves
     from capsjax.viz.draw import save
 
-    PAGE.write_text(filled(PAGE.read_text(), records()))
+    PAGE.write_text(filled(PAGE.read_text("utf-8"), records()), "utf-8")
     for name, (of_table, rows) in CURVES.items():
         for theme in ("light", "dark"):
             curves = {label: curve(of_table, row) for row, label in rows.items()}

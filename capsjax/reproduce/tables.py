@@ -320,7 +320,7 @@ def _rows(config: ReproduceConfig) -> list[RowResult]:
 def _write_table(config: ReproduceConfig) -> None:
     """Writes all rows that have results, not only those that are asked for."""
     rows = _rows(dataclasses.replace(config, rows=()))
-    config.folder.with_suffix(".md").write_text(markdown(rows))
+    config.folder.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
 
 
 def _listing(recipe: Recipe, lines: Sequence[Line]) -> str:

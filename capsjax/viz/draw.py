@@ -14,10 +14,11 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from capsjax import models
-from capsjax.data import scale_pixels
+from capsjax.data import scale_pixels, white_of
 from capsjax.training import ConfigError, TrainedNetwork, load_network
 from capsjax.training.run_directory import RunDirectory
 from capsjax.viz import capsules, evaluation
+from capsjax.viz._checks import as_names
 from capsjax.viz.anatomy import Anatomy, check_traced, dissect
 from capsjax.viz.diagram import routing_diagram
 from capsjax.viz.perturb import OFFSETS, reconstruct, vary_dimensions
@@ -86,6 +87,15 @@ def _load(config: "DrawConfig") -> TrainedNetwork:
     return loaded
 
 
+def _names(loaded: TrainedNetwork) -> list[str]:
+    names = loaded.dataset.class_names
+    return as_names("class_names", names, len(names))
+
+
+def _in_unit_range(images: np.ndarray) -> np.ndarray:
+    return images / white_of(images.dtype)
+
+
 def _anatomy(loaded: TrainedNetwork, index: int) -> tuple[models.CapsNet, Anatomy]:
     network = check_traced(loaded.network)
     return network, dissect(network, scale_pixels(jnp.asarray(loaded.test.images[index])))
@@ -141,7 +151,7 @@ def _predict(network: models.Network, images: jax.Array) -> models.Prediction:
 
 
 def _capsules(loaded: TrainedNetwork, images: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Scores and class capsules of uint8 images."""
+    """Scores and class capsules of images of a data set."""
     prediction = _predict(loaded.network, jnp.asarray(images))
     if prediction.poses is None:
         raise ValueError(
@@ -166,7 +176,7 @@ def _lengths(config: "DrawConfig") -> Figure:
 def _reconstructions(config: "DrawConfig") -> Figure:
     """Twelve images above their reconstructions."""
     loaded = _load(config)
-    test, names = loaded.test, loaded.dataset.class_names
+    test, names = loaded.test, _names(loaded)
     images = test.images[config.index : config.index + 12]
     scores, poses = _capsules(loaded, images)
     predicted = jnp.argmax(scores, axis=-1)
@@ -175,7 +185,9 @@ def _reconstructions(config: "DrawConfig") -> Figure:
         f"{names[label]} → {names[p]}"
         for label, p in zip(test.labels[config.index :], predicted.tolist(), strict=False)
     ]
-    return capsules.reconstructions(images / 255, reconstructed, titles=titles, theme=config.theme)
+    return capsules.reconstructions(
+        _in_unit_range(images), reconstructed, titles=titles, theme=config.theme
+    )
 
 
 def _dimensions(config: "DrawConfig") -> Figure:
@@ -189,7 +201,7 @@ def _dimensions(config: "DrawConfig") -> Figure:
 
 
 def overlay(first: np.ndarray, second: np.ndarray, shift: int = 4) -> np.ndarray:
-    """Overlays two uint8 images ``[H, W, C]``, moved apart by twice `shift` pixels."""
+    """Overlays two images ``[H, W, C]``, moved apart by twice `shift` pixels."""
 
     def moved(image: np.ndarray, by: int) -> np.ndarray:
         padded = np.pad(image, ((shift, shift), (shift, shift), (0, 0)))
@@ -202,7 +214,7 @@ def overlay(first: np.ndarray, second: np.ndarray, shift: int = 4) -> np.ndarray
 def _overlaps(config: "DrawConfig") -> Figure:
     """Pairs of overlaid images and the reconstructions from their two longest capsules."""
     loaded = _load(config)
-    test, names = loaded.test, loaded.dataset.class_names
+    test, names = loaded.test, _names(loaded)
     # Each image is paired with the next image of another class.
     pairs = []
     for a in range(config.index, len(test.labels)):
@@ -218,7 +230,7 @@ def _overlaps(config: "DrawConfig") -> Figure:
         f"{names[test.labels[a]]}+{names[test.labels[b]]} → {names[p]}+{names[q]}"
         for (a, b), (p, q) in zip(pairs, two.tolist(), strict=True)
     ]
-    return capsules.overlaps(images / 255, parts, titles=titles, theme=config.theme)
+    return capsules.overlaps(_in_unit_range(images), parts, titles=titles, theme=config.theme)
 
 
 def _confusion(config: "DrawConfig") -> Figure:
@@ -230,7 +242,7 @@ def _confusion(config: "DrawConfig") -> Figure:
     return evaluation.confusion(
         test.labels,
         scores,
-        images=test.images / 255,
+        images=_in_unit_range(test.images),
         class_names=loaded.dataset.class_names,
         theme=config.theme,
     )

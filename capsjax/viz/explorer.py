@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from capsjax.data.image_folder import image_pixels
 from capsjax.training import ConfigError, load_network
 from capsjax.viz.live import Live
 
@@ -50,8 +51,8 @@ class ExploreConfig:
     export: Path | None = None
     """HTML file to write instead of serving: the explorer as a page that needs no server."""
 
-    examples: tuple[int, ...] = tuple(range(12))
-    """Numbers of the test images in the exported page."""
+    examples: tuple[int, ...] | None = None
+    """Numbers of the test images in the exported page; the first twelve if not given."""
 
     def __post_init__(self) -> None:
         """Checks the options that can be checked without the run."""
@@ -59,7 +60,7 @@ class ExploreConfig:
             raise ConfigError(f"--port must be from 0 to 65535, got {self.port}")
         if self.export is not None and self.export.suffix not in (".html", ".htm"):
             raise ConfigError(f"--export must end in .html, got {self.export}")
-        if not self.examples:
+        if self.examples == ():
             raise ConfigError("--examples must have at least one test image, got none")
 
 
@@ -73,7 +74,8 @@ def explore(config: ExploreConfig) -> None:
     """
     if config.export is not None:
         # The page is complete before the file is opened: an error leaves no file behind.
-        page = export(_live(config), config.examples)
+        live = _live(config)
+        page = export(live, config.examples or tuple(range(min(12, len(live.test.labels)))))
         config.export.write_text(page, encoding="utf-8")
         print(f"wrote {config.export}, {len(page.encode()) / 1e6:.1f} MB")
         return
@@ -203,7 +205,9 @@ def _image(live: Live, values: dict[str, Any]) -> np.ndarray:
 
 
 def read_image(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """Decodes an upload to uint8 ``[H, W, C]``; raises a ValueError if the size is another."""
+    """Decodes an upload to ``[H, W, C]``; raises a ValueError if the size is another."""
+    if shape[2] not in (1, 3, 4):
+        raise ValueError(f"images must have 1, 3 or 4 channels to be read, got {shape[2]}")
     try:
         with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "GIF", "WEBP", "BMP"]) as image:
             # The size is in the header: a small file may unpack into very many pixels.
@@ -212,12 +216,13 @@ def read_image(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
                     f"image must have at most {_MAX_PIXELS:,} pixels, got {image.width} x"
                     f" {image.height}"
                 )
-            if (image.height, image.width) != shape[:2]:
+            pixels = image_pixels(image, channels=shape[2])
+            if pixels.shape != shape:
                 raise ValueError(
-                    f"image must be {shape[1]} x {shape[0]} pixels, got {image.width} x"
-                    f" {image.height}"
+                    f"image must be {shape[1]} x {shape[0]} pixels, got {pixels.shape[1]} x"
+                    f" {pixels.shape[0]}"
                 )
-            return np.asarray(image.convert("L" if shape[2] == 1 else "RGB")).reshape(shape)
+            return pixels
     except (OSError, SyntaxError, Image.DecompressionBombError):
         raise ValueError("upload must be a PNG, JPEG, GIF, WebP or BMP image") from None
 
