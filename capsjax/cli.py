@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import io
 import logging
 import os
 import re
@@ -38,6 +39,7 @@ _NARROWEST = 40
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs ``capsjax``; the arguments are those of the process when None."""
+    _print_any_character()
     arguments = _complete(list(sys.argv[1:] if argv is None else argv))
     prog = " ".join(["capsjax", *(a for a in arguments[:1] if a in _COMMANDS)])
     try:
@@ -394,7 +396,7 @@ def _flags(command: str) -> list[str]:
 
 def _kind(argument: Any) -> str:
     metavar = argument.lowered.metavar.removeprefix("{None}|")
-    return _KINDS.get(metavar, metavar)
+    return " or ".join(_KINDS.get(kind, kind) for kind in metavar.split("|"))
 
 
 def _name(argument: Any) -> str:
@@ -424,6 +426,13 @@ def _print_error(what: str, evaluation: "Evaluation") -> None:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _print_any_character() -> None:
+    """Escapes what the encoding of a stream lacks, where printing it would raise an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _quieten_libraries() -> None:

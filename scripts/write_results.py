@@ -100,7 +100,7 @@ def main() -> None:
     from capsjax.viz import training_curves
     from capsjax.viz.draw import save
 
-    write_text(PAGE, filled(PAGE.read_text(), records()))
+    write_text(PAGE, filled(PAGE.read_text("utf-8"), records()))
     for name, (of_table, rows) in CURVES.items():
         for theme in ("light", "dark"):
             curves = {label: curve(of_table, row) for row, label in rows.items()}

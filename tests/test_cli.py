@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import pty
@@ -288,6 +289,12 @@ BAD = [
     (["train", "--max-shift", "28"], "--max-shift must be below the images' 28 pixels, got 28"),
     (["train", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     (["train", "--learning-rate", "nan"], "--learning-rate must be positive, got nan"),
+    (["train", "--fill", "grey"], "--fill must be a number or {edge}, got 'grey'"),
+    (["train", "--fill", "255"], "--fill must be edge or from 0 to 1, got 255"),
+    (["train", "--image-size", "0"], "--image-size must be at least 1, got 0"),
+    (["train", "--channels", "3"], "--channels are for image_folder, not for mnist_5k"),
+    (["train", "--dataset", "own.npz"], "data set npz cannot be read from own.npz: .*No such file"),
+    (["evaluate", "missing", "--image-size", "0"], "--image-size must be at least 1, got 0"),
     (["train", "--decay-rate", "2"], "--decay-rate must be above 0 and at most 1, got 2"),
     (["train", "--seed", "-1"], "--seed must be between 0 and 4294967295, got -1"),
     (["train", "--resume"], "--resume needs --run-dir"),
@@ -346,6 +353,13 @@ BAD = [
     (["--verbose"], "command must be one of train, .*, got '--verbose'"),
     ([], "needs a command, one of train, evaluate, reproduce, bench, draw, explore"),
 ]
+
+
+def test_what_an_encoding_lacks_is_escaped(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii", write_through=True))
+    main(["reproduce", "mnist", "--list"])
+    assert rb"paper 0.25 \xb1 0.005" in written.getvalue()
 
 
 @pytest.mark.parametrize(("arguments", "match"), BAD, ids=[" ".join(a) or "none" for a, _ in BAD])

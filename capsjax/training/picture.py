@@ -22,8 +22,8 @@ def reconstruction_grid(rows: Sequence[np.ndarray]) -> np.ndarray:
     """Arranges images in a row and their reconstructions in rows below them, on white.
 
     Args:
-      rows: pixels of each row in [0, 1], floating ``[N, H, W, C]``: grey for one channel, red,
-        green and blue for three, and the first channel of any other number.
+      rows: pixels of each row in [0, 1], floating ``[N, H, W, C]``; RGB is the first three of
+        several channels, of two the first is drawn grey.
 
     Returns:
       uint8 ``[rows, columns, 3]``, enlarged by a whole factor to about 960 columns.
@@ -39,7 +39,7 @@ def reconstruction_grid(rows: Sequence[np.ndarray]) -> np.ndarray:
     canvas = np.full(shape, 255, np.uint8)
     for row, pixels in enumerate(rows):
         tiles = np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
-        tiles = tiles if tiles.shape[-1] == 3 else tiles[..., :1]
+        tiles = tiles[..., : 3 if tiles.shape[-1] > 2 else 1]
         top = _GAP + row * (height + _GAP)
         for column, tile in enumerate(tiles):
             left = _GAP + column * (width + _GAP)

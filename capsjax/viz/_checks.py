@@ -7,6 +7,7 @@ import numpy.typing as npt
 from jax.typing import ArrayLike
 
 from capsjax.routing import RoutingTrace
+from capsjax.viz.theme import drawable
 
 Array = npt.NDArray[np.float64]
 
@@ -37,12 +38,19 @@ def as_array(name: str, value: ArrayLike, *axes: int | str) -> Array:
 
 
 def as_names(name: str, names: Sequence[str] | None, count: int) -> list[str]:
-    """Returns `count` names as a list, numbers when None; raises if there are more or fewer."""
+    """Returns `count` names as a list, numbers when None; raises if there are more or fewer.
+
+    Names that the font of the figures cannot show are escaped, after their number.
+    """
     if names is None:
         return [str(n) for n in range(count)]
     if len(names) != count:
         raise ValueError(f"{name} must be {count} names, got {len(names)}")
-    return [str(text) for text in names]
+    shown = [drawable(text) for text in names]
+    return [
+        text if text == name else f"{n} ({text})"
+        for n, (name, text) in enumerate(zip(names, shown, strict=True))
+    ]
 
 
 def as_indices(name: str, values: Sequence[int], low: int, high: int) -> list[int]:

@@ -96,7 +96,7 @@ def coupling_maps(
                 )
         assert drawn is not None
         bar = figure.colorbar(drawn, ax=axes, fraction=0.025, pad=0.02)
-        bar.set_label("coupling $c_{ij}$")
+        bar.set_label("coupling $c_{ij}$", parse_math=True)
         bar.outline.set_visible(False)
         return figure
 
@@ -153,7 +153,11 @@ def agreement(
                 label=f"class {names[parent]}",
                 gid=f"agreement-{parent}",
             )
-        left.set_title("agreement $\\hat{u}_{j|i}\\cdot v_j$, weighted by coupling", loc="left")
+        left.set_title(
+            "agreement $\\hat{u}_{j|i}\\cdot v_j$, weighted by coupling",
+            loc="left",
+            parse_math=True,
+        )
         left.legend()
         right.plot(at, entropy, color=colours.accents[0], marker="o", ms=4, lw=2, gid="entropy")
         right.axhline(np.log2(j), color=colours.soft, lw=1, ls=(0, (4, 3)))
@@ -227,13 +231,15 @@ def lengths(
                 fontsize=7.5,
                 color=colours.soft,
             )
-        ax.set_xticks(range(len(values)), names)
+        # On given axes texts may be formulas unless they are said to be none.
+        ax.set_xticks(range(len(values)), names, parse_math=False)
         if label is not None:
             ax.get_xticklabels()[label].set(weight="bold", color=colours.ink)
         ax.set_ylim(0, 1.05)
-        ax.set_title(r"length $\|v_j\|$: probability that the class is present", loc="left")
+        title = r"length $\|v_j\|$: probability that the class is present"
+        ax.set_title(title, loc="left", parse_math=True)
         truth = f" (true: {names[label]})" if label is not None else ""
-        ax.set_xlabel(f"class{truth}")
+        ax.set_xlabel(f"class{truth}", parse_math=False)
         return figure
 
 

@@ -152,7 +152,7 @@ class _Drawing:
 
     def _head(self, x: float, title: str, equation: str, shape: str) -> None:
         self._text(x, self.height - 0.30, title, 9, weight="bold", ha="center")
-        self._text(x, self.height - 0.56, equation, 10.5, ha="center")
+        self._text(x, self.height - 0.56, equation, 10.5, ha="center", parse_math=True)
         self._text(x, self.height - 0.81, shape, 7, ha="center", color=self.theme.soft)
 
     def _vector(
@@ -263,6 +263,7 @@ class _Drawing:
                 7,
                 ha="center",
                 color=self.theme.soft,
+                parse_math=True,
             )
         return x + width + 0.2
 
@@ -321,7 +322,15 @@ class _Drawing:
             update = r"$b_{ij} \leftarrow b_{ij} + \hat{u}_{j|i}\cdot v_j$"
             if not column:
                 update = r"$b_{ij} = 0$"
-            self._text(middle, _BOTTOM - 0.16, update, 9, ha="center", color=self.theme.soft)
+            self._text(
+                middle,
+                _BOTTOM - 0.16,
+                update,
+                9,
+                ha="center",
+                color=self.theme.soft,
+                parse_math=True,
+            )
         return x + _PANEL
 
     def _parents(self, x: float) -> float:
@@ -356,6 +365,7 @@ class _Drawing:
                         7.5,
                         ha="center",
                         color=self.theme.soft,
+                        parse_math=True,
                     )
             self._head(x + _STRIP[0] / 2, title, equations[letter], _shape(letter, vectors.shape))
             x += _STRIP[0] + 0.3

@@ -15,12 +15,12 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from capsjax import models
-from capsjax.data import Dataset, scale_pixels
+from capsjax.data import Dataset, scale_pixels, white_of
 from capsjax.files import expand_paths, replacing, require_folder
 from capsjax.training import ConfigError, TrainedNetwork, load_network
 from capsjax.training.run_directory import RunDirectory
 from capsjax.viz import capsules, evaluation
-from capsjax.viz._checks import as_indices
+from capsjax.viz._checks import as_indices, as_names
 from capsjax.viz.anatomy import Anatomy, check_traced, dissect
 from capsjax.viz.diagram import routing_diagram
 from capsjax.viz.perturb import OFFSETS, reconstruct, vary_dimensions
@@ -92,6 +92,15 @@ def _load(config: "DrawConfig", dataset: Dataset | None) -> TrainedNetwork:
     return loaded
 
 
+def _names(loaded: TrainedNetwork) -> list[str]:
+    names = loaded.dataset.class_names
+    return as_names("class_names", names, len(names))
+
+
+def _in_unit_range(images: np.ndarray) -> np.ndarray:
+    return images / white_of(images.dtype)
+
+
 def _anatomy(loaded: TrainedNetwork, index: int) -> tuple[models.CapsNet, Anatomy]:
     network = check_traced(loaded.network)
     return network, dissect(network, scale_pixels(jnp.asarray(loaded.test.images[index])))
@@ -148,7 +157,7 @@ def _predict(network: models.Network, images: jax.Array) -> models.Prediction:
 
 
 def _capsules(loaded: TrainedNetwork, images: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Scores and class capsules of uint8 images."""
+    """Scores and class capsules of images of a data set."""
     prediction = _predict(loaded.network, jnp.asarray(images))
     if prediction.poses is None:
         raise ValueError(
@@ -171,7 +180,7 @@ def _lengths(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
 
 def _reconstructions(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
     """Twelve images above their reconstructions."""
-    test, names = loaded.test, loaded.dataset.class_names
+    test, names = loaded.test, _names(loaded)
     images = test.images[config.index : config.index + 12]
     scores, poses = _capsules(loaded, images)
     predicted = jnp.argmax(scores, axis=-1)
@@ -180,7 +189,9 @@ def _reconstructions(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
         f"{names[label]} → {names[p]}"
         for label, p in zip(test.labels[config.index :], predicted.tolist(), strict=False)
     ]
-    return capsules.reconstructions(images / 255, reconstructed, titles=titles, theme=config.theme)
+    return capsules.reconstructions(
+        _in_unit_range(images), reconstructed, titles=titles, theme=config.theme
+    )
 
 
 def _dimensions(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
@@ -195,7 +206,7 @@ def _dimensions(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
 
 
 def overlay(first: np.ndarray, second: np.ndarray, shift: int = 4) -> np.ndarray:
-    """Overlays two uint8 images ``[H, W, C]``, moved apart by twice `shift` pixels."""
+    """Overlays two images ``[H, W, C]``, moved apart by twice `shift` pixels."""
 
     def moved(image: np.ndarray, by: int) -> np.ndarray:
         padded = np.pad(image, ((shift, shift), (shift, shift), (0, 0)))
@@ -207,7 +218,7 @@ def overlay(first: np.ndarray, second: np.ndarray, shift: int = 4) -> np.ndarray
 
 def _overlaps(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
     """Pairs of overlaid images and the reconstructions from their two longest capsules."""
-    test, names = loaded.test, loaded.dataset.class_names
+    test, names = loaded.test, _names(loaded)
     # Each image is paired with the next image of another class.
     pairs = []
     for a in range(config.index, len(test.labels)):
@@ -223,7 +234,7 @@ def _overlaps(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
         f"{names[test.labels[a]]}+{names[test.labels[b]]} → {names[p]}+{names[q]}"
         for (a, b), (p, q) in zip(pairs, two.tolist(), strict=True)
     ]
-    return capsules.overlaps(images / 255, parts, titles=titles, theme=config.theme)
+    return capsules.overlaps(_in_unit_range(images), parts, titles=titles, theme=config.theme)
 
 
 def _confusion(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
@@ -234,7 +245,7 @@ def _confusion(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
     return evaluation.confusion(
         test.labels,
         scores,
-        images=test.images / 255,
+        images=_in_unit_range(test.images),
         class_names=loaded.dataset.class_names,
         theme=config.theme,
     )

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from capsjax.viz._checks import Array, as_array, as_names
-from capsjax.viz.theme import THEMES, ThemeName, new_figure, show_image, themed
+from capsjax.viz.theme import THEMES, ThemeName, drawable, new_figure, show_image, themed
 
 
 def confusion(
@@ -163,7 +163,7 @@ def training_curves(
                         if x["split"] == split and x.get(key) is not None
                     ]
                     if points:
-                        label = f"{name}, {split}" if len(runs) > 1 else split
+                        label = f"{drawable(name)}, {split}" if len(runs) > 1 else split
                         ax.plot(
                             *zip(*points, strict=True),
                             color=colour,

@@ -24,6 +24,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from capsjax.data import Dataset
+from capsjax.data.image_folder import image_pixels
 from capsjax.files import expand_paths, require_folder, write_text
 from capsjax.training import ConfigError, load_network
 from capsjax.viz.live import Live
@@ -257,7 +258,9 @@ def _image(live: Live, values: dict[str, Any]) -> np.ndarray:
 
 
 def read_image(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """Decodes an upload to uint8 ``[H, W, C]``; raises a ValueError if the size is another."""
+    """Decodes an upload to ``[H, W, C]``; raises a ValueError if the size is another."""
+    if shape[2] not in (1, 3, 4):
+        raise ValueError(f"images must have 1, 3 or 4 channels to be read, got {shape[2]}")
     try:
         with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "GIF", "WEBP", "BMP"]) as image:
             # The size is in the header: a small file may unpack into very many pixels.
@@ -266,12 +269,13 @@ def read_image(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
                     f"image must have at most {_MAX_PIXELS:,} pixels, got {image.width} x"
                     f" {image.height}"
                 )
-            if (image.height, image.width) != shape[:2]:
+            pixels = image_pixels(image, channels=shape[2])
+            if pixels.shape != shape:
                 raise ValueError(
-                    f"image must be {shape[1]} x {shape[0]} pixels, got {image.width} x"
-                    f" {image.height}"
+                    f"image must be {shape[1]} x {shape[0]} pixels, got {pixels.shape[1]} x"
+                    f" {pixels.shape[0]}"
                 )
-            return np.asarray(image.convert("L" if shape[2] == 1 else "RGB")).reshape(shape)
+            return pixels
     except (OSError, SyntaxError, Image.DecompressionBombError):
         raise ValueError("upload must be a PNG, JPEG, GIF, WebP or BMP image") from None
 

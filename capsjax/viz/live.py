@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from capsjax.data import scale_pixels
 from capsjax.training import TrainedNetwork
 from capsjax.viz.anatomy import Anatomy, check_traced, dissect
 from capsjax.viz.draw import diagram_of, overlay, save
@@ -56,7 +57,7 @@ class Live:
         }
 
     def test_image(self, index: int, other: int | None = None) -> np.ndarray:
-        """Returns a test image, or two test images overlaid, uint8."""
+        """Returns a test image, or two test images overlaid, as the data set holds them."""
         images = self.test.images
         for number in (index, other):
             if number is not None and not 0 <= number < len(images):
@@ -68,10 +69,10 @@ class Live:
         if image.shape != shape:
             got, expected = (" x ".join(map(str, s)) for s in (image.shape, shape))
             raise ValueError(f"image must be {expected} pixels, got {got}")
-        return self._dissect(self.network, jnp.asarray(image, jnp.float32) / 255)
+        return self._dissect(self.network, scale_pixels(jnp.asarray(image)))
 
     def look(self, image: np.ndarray) -> dict[str, Any]:
-        """Returns the network's results for a uint8 image ``[H, W, C]``."""
+        """Returns the network's results for an image ``[H, W, C]``; its pixels as 0 to 255."""
         with self._lock:
             anatomy = self._anatomy(image)
             number = anatomy.poses.shape[0]
@@ -81,7 +82,7 @@ class Live:
                 jnp.arange(number),
             )
         return {
-            "pixels": image.ravel().tolist(),
+            "pixels": _pixels(scale_pixels(jnp.asarray(image))).ravel().tolist(),
             "lengths": _values(anatomy.lengths),
             "poses": _values(anatomy.poses),
             "coupling": _values(anatomy.trace.coupling),
@@ -105,7 +106,7 @@ class Live:
         return pixels
 
     def diagram(self, image: np.ndarray, classes: list[int] | None, theme: ThemeName) -> str:
-        """Returns the routing diagram of a uint8 image as SVG."""
+        """Returns the routing diagram of an image as SVG."""
         with self._lock:
             anatomy = self._anatomy(image)
             figure = diagram_of(

@@ -11,8 +11,10 @@ import numpy.typing as npt
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 
 ThemeName = Literal["light", "dark"]
+_FONT = "DejaVu Sans"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,14 @@ def theme_of(name: ThemeName) -> Theme:
     return THEMES[name]
 
 
+def drawable(text: str) -> str:
+    """Returns a text, escaped if the font of the figures lacks one of its characters."""
+    font = get_font(findfont(_FONT))
+    if all(font.get_char_index(ord(character)) for character in text):
+        return text
+    return text.encode("ascii", "backslashreplace").decode()
+
+
 @contextlib.contextmanager
 def themed(name: ThemeName) -> Iterator[Theme]:
     """Applies a theme's matplotlib settings within the context."""
@@ -88,8 +98,10 @@ def themed(name: ThemeName) -> Iterator[Theme]:
         "ytick.labelsize": 8,
         "legend.fontsize": 8,
         "legend.frameon": False,
-        "font.family": "DejaVu Sans",
+        "font.family": _FONT,
         "mathtext.fontset": "cm",
+        # Names of classes and runs are text; formulas say that they are some.
+        "text.parse_math": False,
         "axes.prop_cycle": cycler(color=theme.accents),
     }
     with mpl.rc_context(settings):
@@ -102,8 +114,11 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def show_image(ax: Axes, image: npt.NDArray[np.float64], **options: Any) -> None:
-    """Draws an image in [0, 1], ``[H, W, C]``, without ticks or frame; one channel is grey."""
-    image = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
+    """Draws an image in [0, 1], ``[H, W, C]``, without ticks or frame.
+
+    Three channels are RGB, four have transparency too; of any other number the first is drawn grey.
+    """
+    image = image[..., 0] if image.ndim == 3 and image.shape[-1] not in (3, 4) else image
     ax.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest", **options)
     ax.set_xticks([])
     ax.set_yticks([])

@@ -7,9 +7,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capsjax.data import Dataset, Distorted, Pairs, Placed, Shifted, Split
-from capsjax.training import ConfigError, TrainConfig, train
+from capsjax.data import (
+    DataError,
+    Dataset,
+    Distorted,
+    Pairs,
+    Placed,
+    Sampler,
+    Shifted,
+    Split,
+)
+from capsjax.training import (
+    ConfigError,
+    EvaluateConfig,
+    TrainConfig,
+    evaluate,
+    load_network,
+    train,
+)
 from capsjax.training.choices import choose_task
+from capsjax.training.picture import reconstruction_grid
+from capsjax.training.run import set_up
+from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
 
 
 def by_class(split):
@@ -93,6 +112,48 @@ def test_shifts_are_chosen_for_what_is_shifted(digits):
     assert choose_task(made(digits, Pairs()), 2) == Pairs(36, 2)
     with pytest.raises(ConfigError, match="--max-shift is not for data set made, which moves its"):
         choose_task(made(digits, Placed()), 2)
+    assert choose_task(made(digits, Shifted()), None, "edge") == Shifted(2, "edge")
+    with pytest.raises(ConfigError, match="--fill is for training images that are shifted, not"):
+        choose_task(made(digits, Pairs()), None, 0.5)
+
+
+def test_augmentation_is_that_of_the_options(tmp_path, digits, tiny):
+    setup = set_up([options(tmp_path, fill="edge", flip="both", max_shift=1)], tiny, digits)
+    assert setup.sampler == Sampler(Shifted(1, "edge"), 10, "both")
+
+
+def test_a_run_s_images_are_read_as_it_read_them(tmp_path, digits, tiny, monkeypatch):
+    asked = []
+
+    def load(name, **given):
+        asked.append((name, given))
+        raise DataError("enough")
+
+    monkeypatch.setattr("capsjax.training.run.load", load)
+    monkeypatch.setattr("capsjax.training.evaluation.load", load)
+    run, folder = RunDirectory(tmp_path / "run"), tmp_path / "data"
+    config = options(tmp_path, dataset="image_folder", data_dir=folder, image_size=8, channels=3)
+    run.create()
+    run.write_config(RunConfig(config, tiny, DataDescription.of(digits)))
+    assert run.read_config().train.image_size == 8
+    again = EvaluateConfig(run_dir=run.path)
+    for read in (
+        lambda: train(dataclasses.replace(config, run_dir=tmp_path / "new")),
+        lambda: evaluate(again),
+        lambda: load_network(run.path),
+        lambda: evaluate(dataclasses.replace(again, image_size=4, channels=1)),
+    ):
+        with pytest.raises(DataError, match="enough"):
+            read()
+    own = ("image_folder", {"data_dir": folder, "image_size": 8, "channels": 3})
+    assert asked[:3] == [own] * 3
+    assert asked[3][1] == {"data_dir": folder, "image_size": 4, "channels": 1}
+
+
+def test_pictures_of_any_number_of_channels():
+    rows = np.linspace(0, 1, 5)[None, None, None]
+    for channels, shown in ((1, [0] * 3), (2, [0] * 3), (3, [0, 64, 128]), (5, [0, 64, 128])):
+        assert reconstruction_grid([rows[..., :channels]])[800, 800].tolist() == shown
 
 
 def test_the_number_of_test_images_is_chosen_where_they_are_made(tmp_path, digits, tiny):

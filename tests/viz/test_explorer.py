@@ -1,6 +1,7 @@
 """The explorer's answers equal direct calls; bad requests get an error; the server stays up."""
 
 import asyncio
+import copy
 import dataclasses
 import io
 import json
@@ -21,8 +22,9 @@ from PIL import Image
 
 from capsjax import models
 from capsjax.cli import main
+from capsjax.data import Split
 from capsjax.viz import dissect, explorer
-from capsjax.viz.explorer import Server, export, make_app
+from capsjax.viz.explorer import ExploreConfig, Server, explore, export, make_app, read_image
 from capsjax.viz.live import Live
 
 
@@ -218,6 +220,28 @@ def test_the_exported_page_needs_no_server(live, loaded, image):
     assert "<svg" not in page  # no value in the script can end it
     assert 'src="http' not in page
     assert len(about["decoder"]) == 2
+
+
+def test_fewer_test_images_than_a_page_shows_and_other_pixels(live, tmp_path, monkeypatch):
+    few = copy.copy(live)
+    few.test = Split(live.test.images[:3] / np.float32(255), live.test.labels[:3])
+    monkeypatch.setattr("capsjax.viz.explorer._live", lambda _: few)
+    monkeypatch.setattr("capsjax.viz.explorer.export", lambda _, examples: str(examples))
+    explore(ExploreConfig(run=tmp_path, export=tmp_path / "page.html"))
+    assert (tmp_path / "page.html").read_text() == "(0, 1, 2)"
+    for one, other in ((0, None), (0, 1)):
+        shown, same = few.look(few.test_image(one, other)), live.look(live.test_image(one, other))
+        assert shown["pixels"] == same["pixels"]
+        np.testing.assert_allclose(shown["lengths"], same["lengths"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_transparency_of_an_upload_is_laid_on_white(mode):
+    file = io.BytesIO()
+    Image.new(mode, (3, 2), (0,) * len(mode)).save(file, "png")
+    assert (read_image(file.getvalue(), (2, 3, 1)) == 255).all()
+    with pytest.raises(ValueError, match="images must have 1, 3 or 4 channels to be read, got 2"):
+        read_image(file.getvalue(), (2, 3, 2))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The figures draw the numbers that they were given."""
 
+import io
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -59,6 +61,21 @@ def test_lengths_on_given_axes(anatomy):
     assert viz.lengths(anatomy.lengths, label=3, ax=ax) is figure
     heights = [patch.get_height() for patch in ax.patches]
     np.testing.assert_allclose(heights, anatomy.lengths)
+
+
+def test_names_are_text_and_no_formulas(anatomy):
+    names = ["$a$", "\u732b", "c", *"defghij"]  # a character that the font lacks
+    figure = viz.lengths(anatomy.lengths, class_names=names, label=0)
+    figure.savefig(io.BytesIO())  # warns of characters without a glyph
+    (ax,) = figure.axes
+    assert [tick.get_text() for tick in ax.get_xticklabels()][:3] == ["$a$", r"1 (\u732b)", "c"]
+    for text in (*ax.get_xticklabels(), ax.xaxis.label):
+        assert not text.get_parse_math()
+    assert ax.get_title(loc="left").startswith(r"length $\|v_j\|$")
+    figure = viz.routing_diagram(anatomy.trace, class_names=names, classes=[0])
+    formulas = {text.get_text() for text in figure.axes[0].texts if text.get_parse_math()}
+    assert "$b_{ij} = 0$" in formulas
+    assert "$a$" not in formulas
 
 
 def test_dimensions_move_one_component(loaded, anatomy):
