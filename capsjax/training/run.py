@@ -7,7 +7,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -23,6 +23,7 @@ from capsjax.training.config import TrainConfig, check_together
 from capsjax.training.evaluation import Evaluation
 from capsjax.training.files import write_json
 from capsjax.training.loop import Progress, Run, Setup, begin, is_over, train_and_test
+from capsjax.training.memory import estimate_memory
 from capsjax.training.picture import draw_reconstructions
 from capsjax.training.programs import (
     StepSums,
@@ -32,7 +33,7 @@ from capsjax.training.programs import (
     stack,
     unstack,
 )
-from capsjax.training.reporting import Report
+from capsjax.training.reporting import Report, say
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
 from capsjax.training.step import TrainState, init_state, make_train_step, split_network
 from capsjax.training.stopping import StopRequest
@@ -126,7 +127,7 @@ def train_seeds(
     for before in resumed:
         before.data.check(data)
     model = model or choices.choose_model(config, dataset)
-    setup = set_up(configs, model, dataset)
+    setup = set_up(configs, model, dataset, say)
     _check_unfinished(setup, directories)
     for each, directory in zip(configs, directories, strict=True):
         if not config.resume:
@@ -167,8 +168,13 @@ def train_seeds(
     return results
 
 
-def set_up(configs: Sequence[TrainConfig], model: models.ModelConfig, dataset: Dataset) -> Setup:
-    """Builds what runs compute.
+def set_up(
+    configs: Sequence[TrainConfig],
+    model: models.ModelConfig,
+    dataset: Dataset,
+    say: Callable[[str], None],
+) -> Setup:
+    """Builds what runs compute, and says before it builds anything which memory that takes.
 
     Raises:
       ConfigError: the options do not go together, or not with this machine or these images.
@@ -183,9 +189,17 @@ def set_up(configs: Sequence[TrainConfig], model: models.ModelConfig, dataset: D
     steps_per_epoch = choices.count_batches(train, config.batch_size)
     sampler = Sampler(task, model.num_classes)
     optimizer = choices.make_optimizer(config)
+    memory = estimate_memory(
+        model,
+        driver,
+        batch_size=config.batch_size,
+        examples=dataset.train.images.nbytes,
+        num_seeds=len(configs),
+    )
+    say(f"{config.preset}: {memory}")
     keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
     networks = [split_network(models.build(model, rngs=nnx.Rngs(init))) for init, _, _ in keys]
-    apply, variables = networks[0]
+    apply, _ = networks[0]
     batch_size, several = config.batch_size, len(configs) > 1
     compiled = make_run_steps(
         make_train_step(apply, optimizer, objective, axis_name=driver.axis_name),
@@ -224,7 +238,7 @@ def set_up(configs: Sequence[TrainConfig], model: models.ModelConfig, dataset: D
         ),
         steps_per_epoch=steps_per_epoch,
         total_steps=config.steps or config.epochs * steps_per_epoch,
-        num_parameters=sum(leaf.size for leaf in jax.tree.leaves(variables.params)),
+        num_parameters=memory.num_parameters,
     )
 
 
