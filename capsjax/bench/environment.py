@@ -7,6 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+from capsjax.training.memory import machine_memory
 from capsjax.version import __version__
 
 
@@ -27,7 +28,7 @@ class Environment:
       cpu: model of the processor.
       cpu_features: its instruction sets that matter to XLA.
       cores: that this process may use.
-      memory_bytes: of the machine; None if unknown.
+      memory_bytes: of the machine, or of the container; None if unknown.
       system: such as ``Linux-6.1-x86_64``.
     """
 
@@ -73,7 +74,7 @@ def read_environment() -> Environment:
         cpu=cpu.get("model name") or platform.processor() or platform.machine(),
         cpu_features=tuple(name for name in _FEATURES if name in features),
         cores=_cores(),
-        memory_bytes=_memory(),
+        memory_bytes=machine_memory(),
         system=platform.platform(),
     )
 
@@ -99,13 +100,6 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
 
 
 def _commit() -> str:

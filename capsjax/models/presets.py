@@ -73,6 +73,13 @@ _PRESETS: dict[str, ModelConfig] = {
     ),
     # Self-attention routing: 161,824 parameters on MNIST.
     "efficient_capsnet": EfficientCapsNetConfig(),
+    # The same for images of 64 to 224 pixels: strides of 2 leave maps of 2 to 12, and the depthwise
+    # convolution 32 capsules at any size. 469,312 parameters at 224 x 224 x 3.
+    "large_images": EfficientCapsNetConfig(
+        image_shape=(224, 224, 3),
+        conv_features=(32, 64, 128, 256),
+        conv_strides=(2, 2, 2, 2),
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from capsjax.training.evaluation import (
     load_network,
     predict_test,
 )
+from capsjax.training.memory import Memory, estimate_memory
 from capsjax.training.objectives import (
     binary_cross_entropy_loss,
     cross_entropy_loss,
@@ -40,6 +41,7 @@ __all__ = [
     "Driver",
     "EvaluateConfig",
     "Evaluation",
+    "Memory",
     "Result",
     "StepMetrics",
     "TrainConfig",
@@ -48,6 +50,7 @@ __all__ = [
     "Variables",
     "binary_cross_entropy_loss",
     "cross_entropy_loss",
+    "estimate_memory",
     "evaluate",
     "hold_out",
     "init_state",

@@ -42,7 +42,7 @@ class TrainConfig:
     baseline (the paper's convolutional network; baseline_small of the size of small,
     baseline_pairs the one for overlapping digits), matrix_capsnet (EM routing),
     matrix_capsnet_small (the small one of that paper), efficient_capsnet (self-attention
-    routing)."""
+    routing), large_images (the same for images of 64 to 224 pixels)."""
 
     routing: RoutingName = None
 

@@ -181,6 +181,7 @@ def _advance(run: Run, progress: Progress, target: int, pace: Pace, window: _Win
         loss, error = (float(np.mean(x)) / window.steps for x in (window.loss, window.error))
         examples = number * setup.config.batch_size * len(setup.configs)
         run.report.progress(step, loss, error, examples / seconds)
+        run.report.measure(number, seconds)
 
     while progress.step < target and not run.stop.requested():
         end = min(target, _next_multiple(progress.step, setup.steps_per_epoch))

@@ -15,6 +15,14 @@ from capsjax.errors import naming
 from capsjax.training.run_directory import RunDirectory
 
 _FLUSH_SECONDS = 10.0  # between two writes of events to the disk
+# Seconds of training, compilation apart, after which the whole is foreseen.
+_ENOUGH_SECONDS = 3
+
+
+def say(line: str, console: Console | None = None) -> None:
+    """Prints a line on standard error."""
+    console = console or Console(stderr=True)
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class Report:
@@ -39,6 +47,8 @@ class Report:
         console: Console | None = None,
     ):
         self._directories = directories
+        self._num_steps = total_steps - step
+        self._measured: tuple[int, float] | None = None
         self._started = time.monotonic()
         written = directories if tensorboard else ()
         self._events = [_Events(directory.tensorboard, step) for directory in written]
@@ -78,12 +88,26 @@ class Report:
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
-        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line, self._progress.console)
 
     def progress(self, step: int, loss: float, error: float, examples_per_second: float) -> None:
         """Moves the bar."""
         status = f"{examples_per_second:,.0f} examples/s  loss {loss:.4f}  error {error:.1%}"
         self._progress.update(self._task, completed=step, description="training", status=status)
+
+    def measure(self, num_steps: int, seconds: float) -> None:
+        """Learns how long some steps took, and says once how long all of them are going to take.
+
+        The first time is left out, it includes the compilation.
+        """
+        if self._measured is None:
+            self._measured = 0, 0.0
+            return
+        before = self._measured[1]
+        self._measured = self._measured[0] + num_steps, before + seconds
+        if before < _ENOUGH_SECONDS <= self._measured[1]:
+            whole = self._num_steps * self._measured[1] / self._measured[0]
+            self.say(f"training: about {_duration(whole)} for {self._num_steps:,} steps")
 
     @contextlib.contextmanager
     def evaluating(self, what: str) -> Iterator[None]:
@@ -133,3 +157,12 @@ class _Events:
 
         with naming(self._path):
             self._writer.write_event(Event(wall_time=time.time(), step=step, **fields))
+
+
+def _duration(seconds: float) -> str:
+    """Two units: such as 2 h 50 min, or 40 s alone."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes} min"

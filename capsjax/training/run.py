@@ -24,6 +24,7 @@ from capsjax.training.config import TrainConfig, check_together
 from capsjax.training.evaluation import Evaluation, load_own
 from capsjax.training.files import write_json
 from capsjax.training.loop import Progress, Run, Setup, begin, is_over, train_and_test
+from capsjax.training.memory import estimate_memory
 from capsjax.training.picture import draw_reconstructions
 from capsjax.training.programs import (
     StepSums,
@@ -33,7 +34,7 @@ from capsjax.training.programs import (
     stack,
     unstack,
 )
-from capsjax.training.reporting import Report
+from capsjax.training.reporting import Report, say
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
 from capsjax.training.step import TrainState, init_state, make_train_step, split_network
 from capsjax.training.stopping import StopRequest
@@ -250,6 +251,8 @@ def set_up(
 ) -> Setup:
     """Builds what runs compute, with images held out as by :func:`hold_out`.
 
+    Before it builds anything, it says which memory that takes.
+
     Raises:
       ConfigError: the options do not go together, or not with this machine or these images.
     """
@@ -271,9 +274,17 @@ def set_up(
         raise ConfigError(f"--epochs must make fewer than 2147483648 steps, got {total_steps}")
     sampler = Sampler(task, model.num_classes, config.flip)
     optimizer = choices.make_optimizer(config)
+    memory = estimate_memory(
+        model,
+        driver,
+        batch_size=config.batch_size,
+        examples=dataset.train.images.nbytes,
+        num_seeds=len(configs),
+    )
+    say(f"{config.preset}: {memory}")
     keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
     networks = [split_network(models.build(model, rngs=nnx.Rngs(init))) for init, _, _ in keys]
-    apply, variables = networks[0]
+    apply, _ = networks[0]
     batch_size, several = config.batch_size, len(configs) > 1
     compiled = make_run_steps(
         make_train_step(apply, optimizer, objective, axis_name=driver.axis_name),
@@ -312,7 +323,7 @@ def set_up(
         ),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
-        num_parameters=sum(leaf.size for leaf in jax.tree.leaves(variables.params)),
+        num_parameters=memory.num_parameters,
     )
 
 

@@ -9,7 +9,7 @@ import references
 from comparing import all_finite, assert_close
 from flax import nnx
 
-from capsjax import length, models, routing
+from capsjax import length, margin_loss, models, routing
 from capsjax.models import BaselineConfig, CapsNetConfig
 from capsjax.ops import exponential_squash
 
@@ -33,6 +33,7 @@ def count(preset, **overrides):
         ("baseline_small", {}, 1_059_146),
         ("baseline_pairs", {"image_shape": (36, 36, 1)}, 24_535_306),
         ("efficient_capsnet", {}, 161_824),
+        ("large_images", {}, 469_312),
         # The paper gives 310,000 and 68,000 for images of another size and number of classes.
         ("matrix_capsnet", {}, 318_964),
         ("matrix_capsnet_small", {}, 68_444),
@@ -289,6 +290,30 @@ def test_efficient_capsnet_may_have_a_grid_of_capsules():
     np.testing.assert_allclose(routed.poses, by_hand(network, x).poses, rtol=1e-5, atol=1e-6)
     # The paper's: one place.
     assert models.configure("efficient_capsnet").num_primary == 16
+
+
+@pytest.mark.parametrize(("size", "grid"), [(64, 2), (96, 4), (128, 6), (224, 12)])
+def test_large_images_have_as_many_capsules_as_small_ones(size, grid):
+    config = models.configure("large_images", image_shape=(size, size, 3), num_classes=5)
+    assert (config.grid, config.num_primary) == ((grid, grid), 32)
+    network = nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
+    prediction = nnx.eval_shape(lambda n: n(jnp.ones((2, size, size, 3))), network)
+    assert (prediction.scores.shape, prediction.poses.shape) == ((2, 5), (2, 5, 16))
+
+
+def test_large_images_train():
+    fields = {"image_shape": (64, 64, 1), "num_classes": 2, "conv_features": (2, 2, 2, 8)}
+    network = models.create("large_images", rngs=nnx.Rngs(0), **fields)
+    x = images(2, (64, 64, 1))
+
+    @nnx.jit
+    @nnx.grad
+    def gradients(network):
+        return margin_loss(network(x).scores, jnp.eye(2)).mean()
+
+    for leaf in jax.tree.leaves(gradients(network)):
+        assert jnp.isfinite(leaf).all()
+        assert float(jnp.abs(leaf).max()) > 0
 
 
 def test_efficient_capsnet_normalises_over_the_batch_in_training_only():

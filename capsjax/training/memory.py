@@ -1,0 +1,150 @@
+"""The memory that training takes, estimated from shapes before anything is built."""
+
+import functools
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from capsjax import models
+from capsjax.training.programs import Driver
+from capsjax.training.step import Variables, split_network
+
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
+# Of a float32 parameter: itself, its gradient, and Adam's two moments.
+_BYTES_PER_PARAMETER = 16
+
+
+class Memory(NamedTuple):
+    """Bytes that training takes on one device; on CPU devices, which share it, on the machine.
+
+    An estimate from shapes: the compiler's temporaries come on top, and what it fuses comes off.
+
+    Attributes:
+      num_parameters: of one network.
+      state: for parameters, gradients and the optimiser's moments.
+      activations: for what the forward pass keeps for the backward pass.
+      examples: for the training images.
+      limit: what there is, or None if unknown.
+    """
+
+    num_parameters: int
+    state: int
+    activations: int
+    examples: int
+    limit: int | None
+
+    @property
+    def total(self) -> int:
+        """Sum of all that is estimated."""
+        return self.state + self.activations + self.examples
+
+    @property
+    def fits(self) -> bool:
+        """Whether it may fit; True where the limit is unknown."""
+        return self.limit is None or self.total <= self.limit
+
+    def __str__(self) -> str:
+        """Describes the estimate in one line, and in a second one that it does not fit."""
+        limit = "" if self.limit is None else f" of {_gigabytes(self.limit)}"
+        line = (
+            f"{self.num_parameters:,} parameters; training takes about {_gigabytes(self.total)}"
+            f"{limit} of memory, estimated from shapes: parameters, gradients and moments"
+            f" {_gigabytes(self.state)}, activations {_gigabytes(self.activations)}, training"
+            f" images {_gigabytes(self.examples)}"
+        )
+        if not self.fits:
+            line += (
+                "\nwarning: this does not fit; a smaller --batch-size takes less for activations,"
+                " and --preset large_images has few parameters at any size of images"
+            )
+        return line
+
+
+def estimate_memory(
+    model: models.ModelConfig,
+    driver: Driver,
+    *,
+    batch_size: int,
+    examples: int = 0,
+    num_seeds: int = 1,
+) -> Memory:
+    """Estimates what a training takes, by tracing the network without computing anything.
+
+    Args:
+      model: the network's configuration.
+      driver: where it runs.
+      batch_size: examples in a step, over all devices.
+      examples: bytes of the training images.
+      num_seeds: of runs that train together.
+
+    Example:
+      >>> from capsjax import models
+      >>> from capsjax.training import estimate_memory, make_driver
+      >>> model = models.configure("large_images", image_shape=(224, 224, 3))
+      >>> memory = estimate_memory(model, make_driver("jit"), batch_size=32)
+      >>> memory.num_parameters, memory.state
+      (469312, 7508992)
+    """
+    devices = len(driver.devices)
+    num_parameters, activations = _network(model, -(-batch_size // devices))
+    # Virtual devices of a CPU have the machine's memory together.
+    share = devices if driver.devices[0].platform == "cpu" else 1
+    return Memory(
+        num_parameters,
+        share * num_seeds * num_parameters * _BYTES_PER_PARAMETER,
+        share * num_seeds * activations,
+        share * examples,
+        _limit(driver.devices[0]),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _network(model: models.ModelConfig, batch_size: int) -> tuple[int, int]:
+    """Number of parameters, and bytes that the forward pass of a batch keeps for the backward."""
+    network = nnx.eval_shape(lambda: models.build(model, rngs=nnx.Rngs(0)))
+    apply, (params, batch_stats) = split_network(network)
+
+    def kept(params: chex.ArrayTree, batch_stats: chex.ArrayTree, images: jax.Array) -> object:
+        def forward(params: chex.ArrayTree) -> list[jax.Array]:
+            target = jnp.zeros((batch_size, model.num_classes))
+            keys = jax.random.split(jax.random.key(0), batch_size)
+            variables = Variables(params, batch_stats)
+            prediction, _ = apply(variables, images, train=True, target=target, keys=keys)
+            return jax.tree.leaves((prediction.scores, prediction.reconstruction))
+
+        return jax.vjp(forward, params)[1]
+
+    images = jax.ShapeDtypeStruct((batch_size, *model.image_shape), jnp.float32)
+    leaves = jax.tree.leaves(jax.eval_shape(kept, params, batch_stats, images))
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}  # kept too, but not copied
+    activations = sum(x.size * x.dtype.itemsize for x in leaves if x.shape not in shapes)
+    return sum(leaf.size for leaf in jax.tree.leaves(params)), activations
+
+
+def _limit(device: jax.Device) -> int | None:
+    """Bytes of memory of a device; of the machine for a CPU."""
+    if device.platform == "cpu":
+        return machine_memory()
+    limit: int | None = (device.memory_stats() or {}).get("bytes_limit")
+    return limit
+
+
+def machine_memory() -> int | None:
+    """Bytes of memory that this process may use: the machine's, or its container's; or None."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+    try:
+        return min(memory, int(_CGROUP.read_text(encoding="ascii")))
+    except (ValueError, OSError):  # "max", or no such container
+        return memory
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB"
