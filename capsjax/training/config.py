@@ -109,8 +109,8 @@ class TrainConfig:
     the set if not given."""
 
     validation: int | None = None
-    """Training images held out to choose the best checkpoint; a tenth of them if not given, 0 for
-    none. The test set is never used for a choice."""
+    """Training images held out to choose the best checkpoint, the same share of each class; a tenth
+    of them if not given, 0 for none. The test set is never used for a choice."""
 
     seed: int = 0
     """Seed of initialisation, order and shifts; a run is determined by its options."""

@@ -261,13 +261,13 @@ def load_own(run: RunConfig, data_dir: Path | None = None) -> Dataset:
       ConfigError: it was not loaded by name.
       capsjax.data.DataError: it is missing or damaged.
     """
-    if run.data.name not in names():
+    if run.dataset not in names():
         raise ConfigError(
-            f"the run in {run.train.run_dir} was trained on data of its own, {run.data.name}, which"
+            f"the run in {run.train.run_dir} was trained on data of its own, {run.dataset}, which"
             " have to be given: dataset=..."
         )
-    choices.check_data_dir(run.data.name, data_dir)
-    return load(run.data.name, data_dir=data_dir or run.train.data_dir)
+    choices.check_data_dir(run.dataset, data_dir)
+    return load(run.dataset, data_dir=data_dir or run.train.data_dir)
 
 
 def _images(
@@ -279,13 +279,13 @@ def _images(
 ) -> Dataset:
     """The images that are given or named, with the run's classes; otherwise the run's own."""
     own = dataset is None and name is None and data_dir is None
-    if dataset is None and (name is None or name == run.data.name):
+    if dataset is None and name in (None, run.dataset):
         dataset = load_own(run, data_dir)
     elif dataset is None:
         assert name is not None
         choices.check_data_dir(name, data_dir)
         # A run's own directory goes with its own data set only, or with what is made of the same.
-        if data_dir is None and source_of(name) == source_of(run.data.name):
+        if data_dir is None and source_of(name) == source_of(run.dataset):
             data_dir = run.train.data_dir
         dataset = load(name, data_dir=data_dir)
     if not own:

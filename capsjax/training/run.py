@@ -147,6 +147,7 @@ def _start(
     """What new runs compute, and what is stored of each."""
     config = configs[0]
     config.check_effect()
+    given = dataset is not None
     if dataset is None:
         choices.check_data_dir(config.dataset, config.data_dir)
         dataset = load(config.dataset, data_dir=config.data_dir)
@@ -155,7 +156,8 @@ def _start(
     else:
         choices.check_model(config, model)
     data = DataDescription.of(dataset)
-    return set_up(configs, model, dataset), [RunConfig(each, model, data) for each in configs]
+    setup = set_up(configs, model, dataset)
+    return setup, [RunConfig(each, model, data, given=given) for each in configs]
 
 
 def _resume(
@@ -183,7 +185,8 @@ def _resume(
     assert model is not None  # there is at least one run
     setup = set_up(configs, model, dataset, stratified=all(stratified))
     _check_unfinished(setup, directories)
-    return setup, [RunConfig(each, model, data, all(stratified)) for each in configs]
+    given = resumed[0].given
+    return setup, [RunConfig(each, model, data, all(stratified), given) for each in configs]
 
 
 def _run(

@@ -96,12 +96,19 @@ class RunConfig(NamedTuple):
       model: the network's configuration.
       data: describes the data set.
       stratified: whether the images held out for validation were drawn class by class.
+      given: whether the data set was given, instead of loaded by the options.
     """
 
     train: TrainConfig
     model: ModelConfig
     data: DataDescription
     stratified: bool = True
+    given: bool = False
+
+    @property
+    def dataset(self) -> str:
+        """The name to load the data set by."""
+        return self.data.name if self.given else self.train.dataset
 
     def to_json(self) -> dict[str, Any]:
         """Returns the contents as JSON values."""
@@ -111,11 +118,13 @@ class RunConfig(NamedTuple):
             "model": {"kind": kind, **dataclasses.asdict(self.model)},
             "data": dataclasses.asdict(self.data),
             "stratified": self.stratified,
+            "given": self.given,
         }
 
     def shaping(self) -> dict[str, Any]:
         """Returns that part of the contents which shapes the parameters, as JSON values."""
         values = self.to_json()
+        del values["given"]
         shaping = self.train.shaping()
         values["train"] = {k: v for k, v in values["train"].items() if k in shaping}
         plain: dict[str, Any] = json.loads(json.dumps(values))
@@ -158,6 +167,7 @@ class _StoredConfig(msgspec.Struct):
     model: msgspec.Raw
     data: DataDescription
     stratified: bool = False  # as it was when this was not recorded
+    given: bool = False
 
 
 class _StoredModel(msgspec.Struct):
@@ -294,7 +304,7 @@ class RunDirectory:
         kind = decode(stored.model, _StoredModel, f"model in {self.config}").kind
         model = decode(stored.model, _MODELS[kind], f"model in {self.config}")
         train = dataclasses.replace(stored.train, run_dir=self.path, resume=True)
-        return RunConfig(train, model, stored.data, stored.stratified)
+        return RunConfig(train, model, stored.data, stored.stratified, stored.given)
 
     def _check_exists(self) -> None:
         if not self.path.is_dir():

@@ -296,7 +296,7 @@ def test_an_ensemble_is_of_all_seeds_however_they_were_trained(
 def test_rows_are_listed_with_their_own_results(filled, tmp_path):
     config, _ = filled
     said = []
-    assert reproduce(dataclasses.replace(config, list=True), say=said.append) == []
+    assert reproduce(options(config.output, list=True), say=said.append) == []
     text = "\n".join(said)
     assert "capsjax reproduce small --rows one --data-dir DIR" in text
     assert "paper 0.25 ± 0.005; here " in text

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from capsjax.training import (
     split_network,
     train,
 )
+from capsjax.training.evaluation import load_own
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
 
 
@@ -35,7 +37,7 @@ def write_run(path, dataset, model):
     directory = RunDirectory(path)
     directory.create()
     options = TrainConfig(steps=2, batch_size=16, validation=0, driver="jit", tensorboard=False)
-    stored = RunConfig(options, model, DataDescription.of(dataset))
+    stored = RunConfig(options, model, DataDescription.of(dataset), given=True)
     directory.write_config(stored)
     _, variables = split_network(models.build(model, rngs=nnx.Rngs(0)))
     checkpoints = Checkpoints(directory.checkpoints, run=stored.shaping())
@@ -151,6 +153,16 @@ def test_a_run_that_is_being_written_to_is_left_alone(run, galaxies):
         pytest.raises(ConfigError, match=r"in use by process \d+ on .+, since 2.+; wait"),
     ):
         train(resumed(run), dataset=galaxies)
+
+
+def test_data_of_another_name_are_loaded_as_the_options_say(galaxies, tiny, monkeypatch):
+    options = TrainConfig(dataset="image_folder", data_dir="images")
+    stored = RunConfig(options, tiny, DataDescription.of(galaxies))
+    monkeypatch.setattr(
+        "capsjax.training.evaluation.load", lambda name, *, data_dir: (name, data_dir)
+    )
+    assert load_own(stored) == ("image_folder", Path("images"))
+    assert load_own(stored, Path("moved")) == ("image_folder", Path("moved"))
 
 
 def test_errors_by_class():

@@ -298,9 +298,26 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path, digits, tiny):
     options = config(
         tmp_path, driver="jit", steps=2, checkpoint_every=1, learning_rate=1e38, validation=0
     )
-    with pytest.raises(DivergedError, match="not finite at step 1; there is no checkpoint yet"):
+    with pytest.raises(DivergedError, match="not finite at step"):
         train(options, model=tiny, dataset=digits)
-    assert not options.run_dir.exists()  # nothing of it is left that would block its name
+    checkpoints = Checkpoints(options.run_dir / "checkpoints", read_only=True)
+    saved = checkpoints.steps()
+    checkpoints.close()
+    for step in saved:
+        manager = Checkpoints(options.run_dir / "checkpoints", read_only=True)
+        state = manager._manager.restore(step)
+        manager.close()
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_a_start_that_fails_leaves_its_name_free(tmp_path, digits, tiny, monkeypatch):
+    def fail(*_):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("capsjax.training.run.begin", fail)
+    with pytest.raises(OSError, match="Cannot allocate"):
+        train(config(tmp_path), model=tiny, dataset=digits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_validation_images_are_never_trained_on(digits):

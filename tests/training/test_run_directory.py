@@ -128,6 +128,10 @@ def test_a_metrics_record_needs_its_keys_and_the_last_may_be_cut_short(directory
         directory.metrics.write_text("".join(json.dumps(x) + "\n" for x in (good, bad)))
         with pytest.raises(ConfigError, match=f"metrics.jsonl:2 is damaged: .*{match}"):
             directory.read_metrics()
+        before = directory.metrics.read_bytes()
+        with pytest.raises(ConfigError, match="metrics.jsonl:2 is damaged"):
+            directory.forget_metrics_after(1)
+        assert directory.metrics.read_bytes() == before
 
 
 def test_an_older_version_recorded_less(directory):

@@ -133,7 +133,8 @@ def test_loading_gives_the_network_that_was_saved(run, loaded, image):
 )
 def test_draw_writes_a_file(run, tmp_path, name, capsys):
     out = tmp_path / "figure.png"
-    main(["draw", name, str(run), "--out", str(out), "--index", "2", "--theme", "dark"])
+    index = [] if name in ("confusion", "curves") else ["--index", "2"]
+    main(["draw", name, str(run), "--out", str(out), *index, "--theme", "dark"])
     assert capsys.readouterr().out == f"{out}\n"
     assert out.read_bytes().startswith(b"\x89PNG")
 
@@ -166,6 +167,11 @@ def test_draw_passes_its_options_on(run):
         (["diagram", "RUN", "--classes", "12"], "classes must be from 0 to 9, got 12"),
         (["diagram", "RUN", "--types", "9"], "types must be from 1 to 3, got 9"),
         (["diagram", "RUN", "--index", "5000"], "--index must be below 1000"),
+        (["diagram", "RUN", "--num-children", "5000"], "--num-children must be at most"),
+        (["dimensions", "RUN", "--classes", "1", "2"], "--classes of dimensions must be one class"),
+        (["dimensions", "RUN", "--classes", "12"], "classes must be from 0 to 9, got 12"),
+        (["curves", "RUN", "RUN"], "runs must be different directories"),
+        (["lengths", "RUN", "--data-dir", "x"], "--data-dir has no effect on data set mnist_5k"),
         (["diagram", "RUN", "--out", "x.doc"], "--out must end in .svg, .png or .pdf"),
     ],
 )
