@@ -371,9 +371,9 @@ def test_sets_of_flags_are_swept_though_they_begin_with_dashes(monkeypatch, tmp_
 
 def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    there, page = tmp_path / "there.jsonl", tmp_path / "page.html"
+    there = tmp_path / "there.jsonl"
     there.write_text("")
-    page.write_text("precious")
+    (tmp_path / "mine.html").write_text("mine")
     (tmp_path / "exits_for_bench.py").write_text("import sys\nsys.exit()\n")
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -385,7 +385,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
         (["--output", "page.html"], "--output is for rows, the report is a page"),
         (["--workload", "nowhere:f", "--shape", "f32[3]"], "No module named 'nowhere'"),
         (["nosuch"], "pod, got 'nosuch'"),
-        (["--output", "page.jsonl"], "the report page.html exists already"),
+        (["--output", "mine.jsonl"], "the report mine.html exists already"),
         (["--workload", "exits_for_bench:f"], "module 'exits_for_bench' calls sys.exit"),
     ):
         with pytest.raises(SystemExit) as done:
@@ -394,7 +394,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
         error = capsys.readouterr().err
         assert len(error.strip().splitlines()) == 1
         assert message in error
-    assert page.read_text() == "precious"
+    assert (tmp_path / "mine.html").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 3
 
 
