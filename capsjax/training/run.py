@@ -182,7 +182,9 @@ def set_up(configs: Sequence[TrainConfig], model: models.ModelConfig, dataset: D
     choices.check_dataset(dataset, model)
     train, validation = choices.hold_out(dataset.train, config.validation)
     task = choices.choose_task(dataset, config.max_shift, config.fill)
-    objective = choices.choose_objective(config.loss, config.preset, model, task)
+    objective = choices.choose_objective(
+        config.loss, config.preset, model, several_classes=dataset.has_several_classes
+    )
     driver = choices.choose_driver(config.driver, config.devices, config.batch_size)
     choices.check_test_size(dataset, config.test_size)
     steps_per_epoch = choices.count_batches(train, config.batch_size)
