@@ -14,11 +14,12 @@ class Split(NamedTuple):
 
     Attributes:
       images: ``[N, H, W, C]``: uint8 from 0 to 255, uint16 from 0 to 65535, or float32 in [0, 1].
-      labels: int32 ``[N]``, class indices.
+      labels: int32 ``[N]``, class indices; or bool ``[N, J]``, for each class whether the image
+        shows it.
     """
 
     images: npt.NDArray[Any]
-    labels: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32] | npt.NDArray[np.bool_]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,16 +66,26 @@ class Dataset:
                     raise ValueError(
                         f"{split_name}.images must lie in [0, 1] as float32, got {low}..{high}"
                     )
-            if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
+            multi_hot = (len(images), self.num_classes)
+            if (labels.dtype, labels.shape) not in (
+                (np.int32, multi_hot[:1]),
+                (np.bool_, multi_hot),
+            ):
                 raise ValueError(
-                    f"{split_name}.labels must be int32 {[len(images)]}, "
-                    f"got {labels.dtype} {list(labels.shape)}"
+                    f"{split_name}.labels must be int32 {list(multi_hot[:1])} or bool "
+                    f"{list(multi_hot)}, got {labels.dtype} {list(labels.shape)}"
                 )
-            if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
+            if (
+                labels.dtype == np.int32
+                and labels.size
+                and not 0 <= labels.min() <= labels.max() < self.num_classes
+            ):
                 raise ValueError(
                     f"{split_name}.labels must lie in 0..{self.num_classes - 1}, "
                     f"got {labels.min()}..{labels.max()}"
                 )
+        if self.train.labels.dtype != self.test.labels.dtype:
+            raise ValueError("labels of both splits must be class indices, or those of both bool")
         if self.train.images.shape[1:] != self.test.images.shape[1:]:
             raise ValueError(
                 "test images must have the shape of train images,"
@@ -85,6 +96,8 @@ class Dataset:
         if self.task.classes_per_image > 1:
             for split_name in ("train", "test"):
                 labels = getattr(self, split_name).labels
+                if labels.ndim > 1:
+                    raise ValueError(f"{split_name}.labels must be class indices to draw pairs")
                 if labels.size and (labels[0] == labels[-1] or (np.diff(labels) < 0).any()):
                     raise ValueError(
                         f"{split_name}.labels must be sorted and have several classes to draw pairs"
@@ -94,6 +107,11 @@ class Dataset:
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    @property
+    def has_several_classes(self) -> bool:
+        """Whether an image may show several classes."""
+        return self.task.classes_per_image > 1 or self.train.labels.ndim > 1
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -84,6 +84,8 @@ def load_npz(path: Path, name: str | None = None, task: Task | None = None) -> D
             )
             if "class_names" in stored:
                 names = tuple(map(str, stored["class_names"]))
+            elif train.labels.ndim > 1:
+                names = tuple(map(str, range(train.labels.shape[1])))
             else:
                 names = _numbers(np.concatenate([train.labels, test.labels]))
             unused = [array for array in stored if array not in (*_ARRAYS, *_OPTIONAL)]
@@ -103,8 +105,8 @@ def _images(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return images.astype(kind, copy=False)
 
 
-def _labels(name: str, labels: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-    """Converts whole numbers of any dtype, ``[N]`` or ``[N, 1]``, to int32 ``[N]``."""
+def _labels(name: str, labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Converts whole numbers of any dtype to int32 ``[N]``, or 0 and 1 to bool ``[N, J]``."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     with np.errstate(invalid="ignore"):  # a float that is no number differs from its conversion
@@ -114,6 +116,12 @@ def _labels(name: str, labels: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
             f"{name} must be whole numbers, those of the classes, got {labels.dtype}"
             f" {list(labels.shape)} such as {labels[:3].tolist()}"
         )
+    if whole.ndim == 2:
+        if not np.isin(whole, (0, 1)).all():
+            raise ValueError(
+                f"{name} must be 0 and 1 to be {list(labels.shape)}, got other numbers"
+            )
+        return whole.astype(np.bool_)
     return whole
 
 

@@ -67,7 +67,7 @@ def load(
       :func:`save_npz` writes it: ``train_images``, ``train_labels``, ``test_images``,
       ``test_labels``, and ``class_names`` unless the classes have none. Images are uint8, uint16
       or floating-point in [0, 1], ``[N, H, W, C]`` or ``[N, H, W]``; labels are whole numbers from
-      0, ``[N]`` or ``[N, 1]``.
+      0, ``[N]`` or ``[N, 1]``, or 0 and 1 for each of several classes, ``[N, J]``.
 
     Args:
       name: one of :func:`names`.
@@ -109,8 +109,8 @@ def load(
         return load_tfds(name, path, download=download)
     if name in _MADE:
         digits = load("mnist", data_dir=path, download=download)
-        train, test = (_by_class(split) for split in (digits.train, digits.test))
         try:
+            train, test = (_by_class(split) for split in (digits.train, digits.test))
             return Dataset(name, train, test, digits.class_names, _MADE[name])
         except ValueError as error:
             raise DataError(f"{name} cannot be made from {path}: {error}") from None
@@ -138,5 +138,7 @@ def source_of(name: str) -> str:
 
 def _by_class(split: Split) -> Split:
     """Sorts a split by label, as drawing pairs requires."""
+    if split.labels.ndim > 1:
+        raise ValueError("labels must be class indices, got several classes for an image")
     order = np.argsort(split.labels, kind="stable")
     return Split(split.images[order], split.labels[order])

@@ -37,7 +37,8 @@ class Batch(NamedTuple):
 
     Attributes:
       images: uint8, uint16 or float32 ``[B, H, W, C]``; ``[B, 2, H, W, C]`` in a batch of pairs.
-      labels: int32 ``[B]``; ``[B, 2]`` in a batch of pairs.
+      labels: int32 ``[B]``; ``[B, 2]`` in a batch of pairs; bool ``[B, J]`` where an image may show
+        any number of classes.
     """
 
     images: jax.Array
@@ -49,7 +50,7 @@ class Sample(NamedTuple):
 
     Attributes:
       images: network input, pixels in [0, 1] or standardised, float32 ``[B, H, W, C]``.
-      labels: int32 ``[B]``; ``[B, 2]`` for pairs.
+      labels: int32 ``[B]``; ``[B, 2]`` for pairs; bool ``[B, J]`` for any number of classes.
       target: classes that are present, one- or multi-hot, float32 ``[B, J]``.
       masks: classes whose capsules the decoder is given, float32 ``[B, J]``; one after the other
         for pairs, ``[B, 2, J]``.
@@ -348,7 +349,7 @@ class Sampler:
           ValueError: the split does not have one label per image.
           TypeError: the key is not a typed key.
         """
-        if split.images.shape[:-3] != split.labels.shape:
+        if split.images.shape[:-3] != split.labels.shape[: split.labels.ndim - _multi_hot(split)]:
             raise ValueError(
                 f"split must have one label per image, shape {split.images.shape[:-3]}, got"
                 f" labels of shape {split.labels.shape}"
@@ -389,7 +390,10 @@ class Sampler:
         self, keys: jax.Array, batch: Batch, network_keys: jax.Array | None, *, train: bool
     ) -> Sample:
         images, drawings = self.task.render(keys, batch.images, train=train)
-        masks = jax.nn.one_hot(batch.labels, self.num_classes)
+        if _multi_hot(batch):
+            masks = batch.labels.astype(jnp.float32)
+        else:
+            masks = jax.nn.one_hot(batch.labels, self.num_classes)
         target = masks.sum(1) if self.task.classes_per_image > 1 else masks
         return Sample(images, batch.labels, target, masks, drawings, network_keys)
 
@@ -399,7 +403,8 @@ def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
 
     Args:
       scores: ``[B, J]``.
-      labels: ``[B]``, or ``[B, k]`` different classes: then the k largest scores count.
+      labels: int32 ``[B]``, or ``[B, k]`` different classes: then the k largest scores count; or
+        bool ``[B, J]``: then the scores of all that are true must exceed those of all others.
 
     Example:
       >>> import jax.numpy as jnp
@@ -408,10 +413,17 @@ def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
       >>> print(is_right(scores, jnp.array([[1, 0], [1, 0]])))
       [ True False]
     """
-    scores = jnp.asarray(scores)
-    labels = jnp.asarray(labels).reshape(scores.shape[0], -1)
+    scores, labels = jnp.asarray(scores), jnp.asarray(labels)
+    if labels.dtype == bool:
+        least = jnp.min(scores, axis=-1, where=labels, initial=jnp.inf)
+        return least > jnp.max(scores, axis=-1, where=~labels, initial=-jnp.inf)
+    labels = labels.reshape(scores.shape[0], -1)
     _, largest = jax.lax.top_k(scores, labels.shape[1])
     return jnp.all(jnp.sort(largest) == jnp.sort(labels), axis=-1)
+
+
+def _multi_hot(batch: Batch) -> bool:
+    return batch.labels.dtype == bool
 
 
 def _fold_in(key: jax.Array, numbers: jax.Array) -> jax.Array:

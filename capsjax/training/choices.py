@@ -194,16 +194,15 @@ def choose_driver(name: str, devices: int | None, batch_size: int | None = None)
 
 
 def choose_objective(
-    loss: str | None, preset: str, model: models.ModelConfig, task: Task
+    loss: str | None, preset: str, model: models.ModelConfig, *, several_classes: bool
 ) -> Objective:
     """Returns the loss of this name; the one that the preset's source trains with when None.
 
     Raises:
-      ConfigError: the loss does not go with the network or the task.
+      ConfigError: the loss does not go with the network or the data set.
     """
-    several = task.classes_per_image > 1
     try:
-        return LOSSES[choose_loss(loss, preset, model, several_classes=several)]
+        return LOSSES[choose_loss(loss, preset, model, several_classes=several_classes)]
     except ValueError as error:
         raise _option_error(error) from None
 

@@ -138,7 +138,8 @@ def predict_test(
       dataset: the images; loaded by the options when None.
 
     Returns:
-      The scores, float32 ``[N, J]``, and the labels, int32 ``[N]``; ``[N, 2]`` for pairs.
+      The scores, float32 ``[N, J]``, and the labels, int32 ``[N]``; ``[N, 2]`` for pairs;
+      bool ``[N, J]`` for any number of classes.
 
     Raises:
       ConfigError: as in :func:`evaluate`; so are the other errors.
@@ -228,7 +229,10 @@ def _open(config: EvaluateConfig, dataset: Dataset | None) -> _Opened:
         apply=apply,
         variables=variables,
         objective=choices.choose_objective(
-            started.loss if own else None, started.preset, model, task
+            started.loss if own else None,
+            started.preset,
+            model,
+            several_classes=dataset.has_several_classes,
         ),
         sampler=Sampler(task, model.num_classes),
         driver=driver,
@@ -444,6 +448,11 @@ def load_network(
 def _as_shown(dataset: Dataset) -> Split:
     """The network's test images on the host."""
     images, labels = dataset.test
+    if labels.ndim > 1:
+        raise ConfigError(
+            f"data set {dataset.name} has any number of classes in an image, which figures cannot"
+            " show"
+        )
     if isinstance(dataset.task, Pairs):
         return Split(np.asarray(dataset.task.singly(jnp.asarray(images))), labels)
     if isinstance(dataset.task, Shifted):

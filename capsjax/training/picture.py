@@ -66,9 +66,12 @@ def draw_reconstructions(
     chosen = np.linspace(0, len(test.labels) - 1, min(_PICTURED, len(test.labels))).astype(int)
     sample = sampler.test(as_batch(test), jnp.asarray(chosen))
     prediction, _ = jax.jit(apply)(variables, sample.images)
-    # The predicted classes of each image, as many as it shows.
-    _, predicted = jax.lax.top_k(prediction.scores, sampler.task.classes_per_image)
-    masks = jax.nn.one_hot(predicted, sampler.num_classes)
+    if test.labels.ndim > 1:  # any number of classes: those that are present, together
+        masks = sample.masks[:, None]
+    else:
+        # The predicted classes of each image, as many as it shows.
+        _, predicted = jax.lax.top_k(prediction.scores, sampler.task.classes_per_image)
+        masks = jax.nn.one_hot(predicted, sampler.num_classes)
     drawn, _ = jax.jit(apply)(variables, sample.images, target=masks)
     # Pairs are shown as they are; otherwise the target, which is not standardised.
     is_pair = sample.drawings.ndim > sample.images.ndim

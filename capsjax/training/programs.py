@@ -365,7 +365,7 @@ class Pace:
 
 def as_batch(split: Split) -> Batch:
     """Returns a split as JAX arrays."""
-    return Batch(jnp.asarray(split.images), jnp.asarray(split.labels, jnp.int32))
+    return Batch(jnp.asarray(split.images), jnp.asarray(split.labels))
 
 
 def stack(trees: Sequence[Tree]) -> Tree:

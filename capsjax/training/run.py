@@ -265,7 +265,9 @@ def set_up(
             f" {len(dataset.train.labels)} training images is none"
         )
     task = choices.choose_task(dataset, config.max_shift, config.fill)
-    objective = choices.choose_objective(config.loss, config.preset, model, task)
+    objective = choices.choose_objective(
+        config.loss, config.preset, model, several_classes=dataset.has_several_classes
+    )
     driver = choices.choose_driver(config.driver, config.devices, config.batch_size)
     choices.check_test_size(dataset, config.test_size)
     steps_per_epoch = choices.count_batches(train, config.batch_size)

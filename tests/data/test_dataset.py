@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from capsjax.data import Cropped, DataError, Dataset, Pairs, Placed, Split
+from capsjax.data import Cropped, DataError, Dataset, Pairs, Placed, Shifted, Split
 
 
 def split(number=2, size=4, dtype=np.uint8):
@@ -51,6 +51,19 @@ def test_wrong_arrays_are_named(train, test, text):
 def test_images_that_do_not_suit_the_task_are_refused(task, text):
     with pytest.raises(ValueError, match=text):
         Dataset("tiny", split(), split(), ("a", "b"), task)
+
+
+def test_any_number_of_classes():
+    several = Split(split().images, np.array([[True, True], [False, False]]))
+    assert Dataset("tiny", several, several, ("a", "b")).has_several_classes
+    assert not Dataset("tiny", split(), split(), ("a", "b")).has_several_classes
+    for train, names, task, text in (
+        (several, ("a", "b", "c"), Pairs(), r"int32 \[2\] or bool \[2, 3\], got bool \[2, 2\]"),
+        (several, ("a", "b"), Pairs(), "train.labels must be class indices to draw pairs"),
+        (split(), ("a", "b"), Shifted(), "labels of both splits must be class indices, or"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            Dataset("tiny", train, several, names, task)
 
 
 def test_an_error_is_one_line():

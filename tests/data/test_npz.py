@@ -105,6 +105,7 @@ def test_images_of_other_dtypes(tmp_path, dtype, loaded, caplog):
         ({"test_labels": [0.5, np.nan]}, r"test_labels must be whole numbers.* float64 \[2\] such"),
         ({"test_labels": ["cat", "dog"]}, r"test_labels must be whole .*\['cat', 'dog'\]"),
         ({"test_labels": [0, 2**40]}, "test_labels must be whole numbers"),
+        ({"test_labels": [[0, 2], [1, 1]]}, r"test_labels must be 0 and 1 to be \[2, 2\], got"),
         ({"test_labels": [0, -1]}, r"test.labels must lie in 0..2, got -1..0"),
         (
             {"test_labels": [0, 10**9]},
@@ -118,6 +119,16 @@ def test_arrays_that_are_no_data_set_are_one_line(tmp_path, changes, match):
     with pytest.raises(DataError, match=match) as error:
         load("npz", data_dir=path)
     assert "\n" not in str(error.value)
+
+
+def test_any_number_of_classes_in_an_image(tmp_path):
+    labels = np.array([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
+    path = stored(tmp_path / "mnist.npz", train_labels=labels, test_labels=labels[:2] * 1.0)
+    dataset = load("npz", data_dir=path)
+    assert (dataset.train.labels == (labels == 1)).all()
+    assert dataset.class_names == ("0", "1", "2")
+    with pytest.raises(DataError, match="multi_mnist cannot be made from .* several classes for"):
+        load("multi_mnist", data_dir=path)
 
 
 def test_large_images_are_not_put_on_a_small_canvas(tmp_path):

@@ -214,6 +214,19 @@ def test_a_pair_is_right_only_if_both_are():
     )
 
 
+def test_any_number_of_classes():
+    labels = jnp.array([[1, 0, 1], [0, 1, 0], [0, 0, 0]], bool)
+    scores = jnp.array([[0.9, 0.2, 0.3], [0.9, 0.8, 0.1], [0.9, 0.9, 0.9]])
+    np.testing.assert_array_equal(is_right(scores, labels), np.array([True, False, True]))
+    images, three = jnp.zeros((3, 4, 4, 1), jnp.uint8), jnp.arange(3)
+    sampler = Sampler(Shifted(0), num_classes=3)
+    sample = sampler.train(Batch(images, labels), keys(1)[0], three, three[::-1])
+    np.testing.assert_array_equal(sample.target, labels[::-1])
+    np.testing.assert_array_equal(sample.masks, labels[::-1])
+    with pytest.raises(ValueError, match=r"one label per image, shape \(3,\), got .*\(2, 3\)"):
+        sampler.train(Batch(images, labels[:2]), keys(1)[0], three, three)
+
+
 @pytest.mark.parametrize("task", [Placed(), Pairs()])
 def test_the_first_test_samples_are_of_all_classes(task):
     labels = jnp.repeat(jnp.arange(5), 20)

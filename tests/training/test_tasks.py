@@ -23,10 +23,13 @@ from capsjax.training import (
     TrainConfig,
     evaluate,
     load_network,
+    make_train_step,
+    paper_loss,
     train,
 )
-from capsjax.training.choices import choose_task
-from capsjax.training.picture import reconstruction_grid
+from capsjax.training.choices import choose_task, make_optimizer
+from capsjax.training.picture import draw_reconstructions, reconstruction_grid
+from capsjax.training.programs import as_batch
 from capsjax.training.run import set_up
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
 
@@ -89,6 +92,25 @@ def test_a_network_is_trained_and_tested_on_a_larger_canvas(tmp_path, digits, ti
     result = train(options(tmp_path), model=model, dataset=dataset)
     assert result.test.count == len(digits.test.labels)
     assert np.isfinite(result.test.loss)
+
+
+def test_a_network_is_trained_on_any_number_of_classes(tmp_path, digits, tiny):
+    both = [
+        Split(images, (labels[:, None] == np.arange(10)) | (np.arange(10) == 3))
+        for images, labels in (digits.train, digits.test)
+    ]
+    dataset = Dataset("made", *both, digits.class_names)
+    config = options(tmp_path)
+    setup = set_up([config], tiny, dataset)
+    sample = setup.sampler.test(as_batch(dataset.test), np.arange(4))
+    step = make_train_step(setup.apply, make_optimizer(config), paper_loss)
+    _, metrics = jax.eval_shape(step, setup.initial, sample)
+    assert metrics.error.shape == ()
+    variables, path = setup.initial.variables, tmp_path / "picture.png"
+    draw_reconstructions(setup.apply, variables, tiny, setup.sampler, dataset.test, path)
+    assert path.exists()
+    with pytest.raises(ConfigError, match="--loss must be for several classes in an image, got"):
+        set_up([dataclasses.replace(config, loss="spread")], tiny, dataset)
 
 
 def test_validation_images_are_in_no_pair_of_training(digits):
