@@ -20,7 +20,7 @@ from capsjax.training.objectives import (
     paper_loss,
     spread_objective,
 )
-from capsjax.training.programs import Driver, make_driver, make_evaluate, make_run_steps
+from capsjax.training.programs import Driver, make_driver, make_evaluate, make_run_steps, make_step
 from capsjax.training.run import Result, train, train_seeds
 from capsjax.training.step import (
     StepMetrics,
@@ -58,6 +58,7 @@ __all__ = [
     "make_driver",
     "make_evaluate",
     "make_run_steps",
+    "make_step",
     "make_train_step",
     "official_loss",
     "paper_loss",
