@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from capsjax.data.affine import random_affine
 from capsjax.data.transforms import crop_images, random_placement, random_shift, scale_pixels
+from capsjax.ops._checks import as_integer
 
 _TEST = 2017  # seed of the test samples
 _SELECT = 2  # stream of the keys that select images: `split` of a key uses 0 and 1
@@ -254,9 +255,15 @@ class Pairs(_Resized):
 class Sampler:
     """Makes the samples of a task: the one place where images and keys become network input.
 
+    The target of an example whose label is not from 0 to J - 1 is NaN, and so is its loss.
+
     Attributes:
       task: what is made of the images.
       num_classes: J.
+
+    Raises:
+      TypeError: the task is not a :class:`Task`, or the number of classes not an integer.
+      ValueError: the number of classes is not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -274,6 +281,11 @@ class Sampler:
     task: Task
     num_classes: int
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.task, Task):
+            raise TypeError(f"task must be a Task, got {self.task!r}")
+        as_integer("num_classes", self.num_classes)
+
     def train(
         self, split: Batch, key: jax.Array, positions: jax.Array, indices: jax.Array
     ) -> Sample:
@@ -290,7 +302,7 @@ class Sampler:
 
         Raises:
           ValueError: the split does not have one label per image.
-          TypeError: the key is not a typed key.
+          TypeError: the key is not a typed key, or the labels are not integers.
         """
         if split.images.shape[:-3] != split.labels.shape:
             raise ValueError(
@@ -329,7 +341,7 @@ class Sampler:
         self, keys: jax.Array, batch: Batch, network_keys: jax.Array | None, *, train: bool
     ) -> Sample:
         images, drawings = self.task.render(keys, batch.images, train=train)
-        masks = jax.nn.one_hot(batch.labels, self.num_classes)
+        masks = _one_hot(batch.labels, self.num_classes)
         target = masks.sum(1) if self.task.classes_per_image > 1 else masks
         return Sample(images, batch.labels, target, masks, drawings, network_keys)
 
@@ -337,9 +349,14 @@ class Sampler:
 def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
     """Returns whether the largest scores are those of the labels, all of them, bool ``[B]``.
 
+    A prediction with a NaN score is wrong.
+
     Args:
       scores: ``[B, J]``.
-      labels: ``[B]``, or ``[B, k]`` different classes: then the k largest scores count.
+      labels: integers ``[B]``, or ``[B, k]`` different classes: then the k largest scores count.
+
+    Raises:
+      TypeError: the labels are not integers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -348,10 +365,29 @@ def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
       >>> print(is_right(scores, jnp.array([[1, 0], [1, 0]])))
       [ True False]
     """
-    scores = jnp.asarray(scores)
-    labels = jnp.asarray(labels).reshape(scores.shape[0], -1)
+    scores, labels = jnp.asarray(scores), _as_labels(labels)
+    if labels.ndim == 1:
+        labels = labels[:, None]
     _, largest = jax.lax.top_k(scores, labels.shape[1])
-    return jnp.all(jnp.sort(largest) == jnp.sort(labels), axis=-1)
+    right = jnp.all(jnp.sort(largest) == jnp.sort(labels), axis=-1)
+    return right & ~jnp.any(jnp.isnan(scores), axis=-1)
+
+
+def _as_labels(labels: ArrayLike) -> jax.Array:
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be class numbers, integers, got dtype {labels.dtype}")
+    return labels
+
+
+def _one_hot(labels: ArrayLike, num_classes: int) -> jax.Array:
+    """One-hot labels; NaN for a number that no class has, so that the loss is NaN too.
+
+    Values cannot be checked while tracing, and all zeros would train towards no class.
+    """
+    labels = _as_labels(labels)[..., None]
+    known = (labels >= 0) & (labels < num_classes)
+    return jnp.where(known, jax.nn.one_hot(labels[..., 0], num_classes), jnp.nan)
 
 
 def _fold_in(key: jax.Array, numbers: jax.Array) -> jax.Array:

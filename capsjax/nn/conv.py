@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from capsjax.nn.shared import SharedWeights, kernel_init_per_child
 from capsjax.ops import ReceptiveFields
+from capsjax.ops._checks import check_sizes
 from capsjax.ops.fields import Padding
 from capsjax.routing import Children, Routed, Sizes
 from capsjax.routing.fused import Implementation
@@ -54,8 +55,10 @@ class ConvCapsules(SharedWeights):
       **options: of the routing function, such as ``num_iterations``.
 
     Raises:
-      ValueError: the algorithm, an option of it or the implementation is unknown, or the algorithm
-        makes its own votes.
+      TypeError: a size is not an integer, an initialiser is not a function, or ``rngs`` is not an
+        ``nnx.Rngs``.
+      ValueError: the algorithm, an option of it or the implementation is unknown, the algorithm
+        makes its own votes, or a size is not positive.
 
     Example:
       >>> import jax.numpy as jnp
@@ -91,6 +94,12 @@ class ConvCapsules(SharedWeights):
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        check_sizes(
+            in_types=in_types,
+            in_features=in_features,
+            out_types=out_types,
+            out_features=out_features,
+        )
         self.kernel_size = _pair(kernel_size)
         self.strides = _pair(strides)
         self.padding = padding
@@ -124,7 +133,8 @@ class ConvCapsules(SharedWeights):
           poses: child poses, ``[..., H, W, I, K]``.
           activations: of the children, ``[..., H, W, I]``, for algorithms that weigh by them; the
             lengths of the poses when None.
-          where: children that take part, bool, broadcastable to ``[..., H, W, I]``.
+          where: children that take part, bool, broadcastable to ``[..., H, W, I]``. The others have
+            no influence and no gradient, whatever their poses and activations hold.
           implementation: instead of the layer's own; ``"reference"`` for the coupling.
 
         Returns:
@@ -136,7 +146,7 @@ class ConvCapsules(SharedWeights):
           ValueError: an argument has the wrong shape, the kernel is larger than the grid, or there
             is no such implementation.
         """
-        where = self._check_inputs(poses, activations, where)
+        poses, activations, where = self._check_inputs(poses, activations, where)
         poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
         grid = poses.shape[-4:-2]
         fields = ReceptiveFields.of(grid, self.kernel_size, self.strides, self.padding)
@@ -148,7 +158,7 @@ class ConvCapsules(SharedWeights):
 
         def collect(x: jax.Array, *trailing: int) -> jax.Array:
             """Places of a field and types as one axis of children."""
-            x = fields.gather(x.reshape(*x.shape[: x.ndim - 1 - len(trailing)], -1))
+            x = fields.gather(jax.lax.collapse(x, x.ndim - 1 - len(trailing)))
             return x.reshape(*x.shape[:-2], self.sizes.in_capsules, *trailing)
 
         field_poses = collect(poses, poses.shape[-1])

@@ -12,6 +12,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.typing import ArrayLike
 
 from capsjax.nn.shared import SharedWeights, kernel_init_per_child
+from capsjax.ops._checks import check_sizes
 from capsjax.routing import Children, Routed, Sizes
 from capsjax.routing.fused import Implementation
 
@@ -47,8 +48,11 @@ class GridCapsules(SharedWeights):
       **options: of the routing function, such as ``num_iterations``.
 
     Raises:
+      TypeError: a size is not an integer, an initialiser is not a function, or ``rngs`` is not an
+        ``nnx.Rngs``.
       ValueError: the algorithm, an option of it or the implementation is unknown, the algorithm
-        makes its own votes, or there are coordinates and fewer than two ``out_features``.
+        makes its own votes, a size is not positive, or there are coordinates and fewer than two
+        ``out_features``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -82,6 +86,12 @@ class GridCapsules(SharedWeights):
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        check_sizes(
+            in_types=in_types,
+            in_features=in_features,
+            out_capsules=out_capsules,
+            out_features=out_features,
+        )
         if coordinates and out_features < 2:
             raise ValueError(f"coordinates need two out_features, got {out_features}")
         self.coordinates = coordinates
@@ -114,7 +124,8 @@ class GridCapsules(SharedWeights):
           poses: child poses, ``[..., H, W, I, K]``.
           activations: of the children, ``[..., H, W, I]``, for algorithms that weigh by them; the
             lengths of the poses when None.
-          where: children that take part, bool, broadcastable to ``[..., H, W, I]``.
+          where: children that take part, bool, broadcastable to ``[..., H, W, I]``. The others have
+            no influence and no gradient, whatever their poses and activations hold.
           implementation: instead of the layer's own.
 
         Returns:
@@ -124,7 +135,7 @@ class GridCapsules(SharedWeights):
         Raises:
           ValueError: an argument has the wrong shape, or there is no such implementation.
         """
-        where = self._check_inputs(poses, activations, where)
+        poses, activations, where = self._check_inputs(poses, activations, where)
         poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
         if where is not None:
             where = _flat(where, 0)
@@ -160,4 +171,4 @@ class GridCapsules(SharedWeights):
 
 def _flat(x: jax.Array, trailing: int) -> jax.Array:
     """Rows, columns and types as one axis of children, before so many others."""
-    return x.reshape(*x.shape[: x.ndim - trailing - 3], -1, *x.shape[x.ndim - trailing :])
+    return jax.lax.collapse(x, x.ndim - trailing - 3, x.ndim - trailing)

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
+from capsjax.nn._checks import check_rngs
 from capsjax.nn.conv import ConvCapsules
 from capsjax.nn.grid import GridCapsules
 from capsjax.nn.shared import SharedWeights
 from capsjax.ops import conv_general_dilated, matrix_votes
+from capsjax.ops._checks import as_array, check_callable, check_sizes
 from capsjax.ops.fields import Padding
 from capsjax.routing import Sizes
 
@@ -67,6 +69,9 @@ class MatrixPrimaryCapsules(nnx.Module):
         bias_init: Initializer = nnx.initializers.zeros_init(),
         rngs: nnx.Rngs,
     ):
+        check_rngs(rngs)
+        check_callable(kernel_init=kernel_init, bias_init=bias_init)
+        check_sizes(in_features=in_features, num_types=num_types, features=features)
         size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
         self.conv = nnx.Conv(
             in_features,
@@ -94,7 +99,7 @@ class MatrixPrimaryCapsules(nnx.Module):
         Returns:
           Poses ``[..., P, Q, num_types, K]`` and activations ``[..., P, Q, num_types]``.
         """
-        channels = self.conv(inputs)
+        channels = self.conv(as_array("inputs", inputs))
         poses, activations = jnp.split(channels, [self.num_types * self.features], axis=-1)
         poses = poses.reshape(*poses.shape[:-1], self.num_types, self.features)
         return poses, jax.nn.sigmoid(activations)
@@ -166,6 +171,7 @@ class MatrixConvCapsules(_MatrixVotes, ConvCapsules):
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        check_sizes(features=features)
         super().__init__(
             in_types,
             features,
@@ -226,6 +232,7 @@ class MatrixGridCapsules(_MatrixVotes, GridCapsules):
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        check_sizes(features=features)
         super().__init__(
             in_types,
             features,

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
+from capsjax.nn._checks import check_rngs
 from capsjax.ops import conv_general_dilated, squash
+from capsjax.ops._checks import as_array, check_callable, check_number, check_sizes
 
 
 class PrimaryCapsules(nnx.Module):
@@ -70,6 +72,10 @@ class PrimaryCapsules(nnx.Module):
         bias_init: Initializer = nnx.initializers.zeros_init(),
         rngs: nnx.Rngs,
     ):
+        check_rngs(rngs)
+        check_callable(kernel_init=kernel_init, bias_init=bias_init)
+        check_sizes(in_features=in_features, num_types=num_types, features=features)
+        check_number("coupling", coupling)
         size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
         self.conv = nnx.Conv(
             in_features,
@@ -99,10 +105,11 @@ class PrimaryCapsules(nnx.Module):
         Returns:
           Poses ``[..., I, K]``, with I = rows · columns · types in this order; or on their grid.
         """
-        channels = self.conv(inputs)
+        channels = self.conv(as_array("inputs", inputs))
         if self.coupling != 1:
             channels = channels * self.coupling
         bias = self.bias[...].astype(channels.dtype)
         channels = channels + jnp.broadcast_to(bias, channels.shape)
-        capsules = (*channels.shape[:-1], -1) if self.keep_grid else (*channels.shape[:-3], -1)
-        return squash(channels.reshape(*capsules, self.features))
+        types = channels.shape[-1] // self.features
+        capsules = channels.reshape(*channels.shape[:-1], types, self.features)
+        return squash(capsules if self.keep_grid else jax.lax.collapse(capsules, -4, -1))

@@ -12,6 +12,7 @@ from flax import nnx
 
 from capsjax.data import Sample, is_right
 from capsjax.models import Network, Prediction
+from capsjax.ops._checks import check_callable
 from capsjax.training.objectives import Objective
 
 
@@ -146,6 +147,7 @@ def paper_optimizer(
 
 def init_state(variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first step."""
+    _check_optimizer(optimizer)
     return TrainState(
         jnp.zeros((), jnp.int32),
         variables.params,
@@ -175,7 +177,13 @@ def make_train_step(
 
     Returns:
       ``train_step(state, sample) -> (state, metrics)`` with a :class:`TrainState`, a
-      :class:`capsjax.data.Sample` of B examples and :class:`StepMetrics`.
+      :class:`capsjax.data.Sample` of B examples and :class:`StepMetrics`. With NaN
+      among the parameters or the pixels the loss is NaN.
+
+    Raises:
+      TypeError: an argument is not what it should be; or, when the step is traced, the labels are
+        not integers.
+      ValueError: when the step is traced, the target is not one-hot or multi-hot.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -194,6 +202,8 @@ def make_train_step(
       >>> int(state.step)
       1
     """
+    check_callable(apply=apply, objective=objective)
+    _check_optimizer(optimizer)
     takes_step = "step" in inspect.signature(objective).parameters
 
     def train_step(state: TrainState, sample: Sample) -> tuple[TrainState, StepMetrics]:
@@ -222,3 +232,8 @@ def make_train_step(
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return train_step
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        raise TypeError(f"optimizer must be an optax.GradientTransformation, got {optimizer!r}")
