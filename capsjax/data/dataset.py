@@ -33,6 +33,7 @@ class Dataset:
       task: how the network's inputs and targets are made from the images.
 
     Raises:
+      TypeError: labels are not an array.
       ValueError: shapes or dtypes are not those of :class:`Split`, the images of the two splits
         differ in shape, a label has no class name, or the task draws pairs and a split is not
         sorted by class.
@@ -59,6 +60,9 @@ class Dataset:
                     f"{split_name}.images must be uint8 [N, H, W, C], "
                     f"got {images.dtype} {list(images.shape)}"
                 )
+            if not hasattr(labels, "dtype"):
+                what = type(labels).__name__
+                raise TypeError(f"{split_name}.labels must be an int32 array, got {what}")
             if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
                 raise ValueError(
                     f"{split_name}.labels must be int32 {[len(images)]}, "

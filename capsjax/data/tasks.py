@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from capsjax.data.affine import random_affine
 from capsjax.data.transforms import crop_images, random_placement, random_shift, scale_pixels
-from capsjax.ops._checks import as_integer
+from capsjax.ops._checks import as_array, as_integer
 
 _TEST = 2017  # seed of the test samples
 _SELECT = 2  # stream of the keys that select images: `split` of a key uses 0 and 1
@@ -304,6 +304,7 @@ class Sampler:
           ValueError: the split does not have one label per image.
           TypeError: the key is not a typed key, or the labels are not integers.
         """
+        split = Batch(*map(as_array, ("split.images", "split.labels"), split))
         if split.images.shape[:-3] != split.labels.shape:
             raise ValueError(
                 f"split must have one label per image, shape {split.images.shape[:-3]}, got"
@@ -328,6 +329,7 @@ class Sampler:
           split: the whole split, N images, on the device.
           numbers: int32 ``[B]``.
         """
+        split = Batch(*map(as_array, ("split.images", "split.labels"), split))
         keys = jax.vmap(jax.random.split)(_fold_in(jax.random.key(_TEST), numbers))
         size = split.labels.shape[0]
         indices = numbers % size
@@ -365,7 +367,7 @@ def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
       >>> print(is_right(scores, jnp.array([[1, 0], [1, 0]])))
       [ True False]
     """
-    scores, labels = jnp.asarray(scores), _as_labels(labels)
+    scores, labels = as_array("scores", scores), _as_labels(labels)
     if labels.ndim == 1:
         labels = labels[:, None]
     _, largest = jax.lax.top_k(scores, labels.shape[1])
@@ -374,7 +376,7 @@ def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
 
 
 def _as_labels(labels: ArrayLike) -> jax.Array:
-    labels = jnp.asarray(labels)
+    labels = as_array("labels", labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be class numbers, integers, got dtype {labels.dtype}")
     return labels

@@ -104,7 +104,7 @@ class CapsuleNetworkConfig(NetworkConfig):
 def check_build(config: Any, kind: type[NetworkConfig], rngs: Any) -> None:
     """Raises a TypeError unless a network of this kind can be built of these."""
     if not isinstance(config, kind):
-        raise TypeError(f"config must be a {kind.__name__}, got {config!r}")
+        raise TypeError(f"config must be of type {kind.__name__}, got {config!r}")
     check_rngs(rngs)
 
 

@@ -238,6 +238,7 @@ def make_step(train_step: TrainStep, sampler: Sampler, driver: Driver, *, batch_
       driver: where it runs.
       batch_size: B, examples in the whole batch.
     """
+    as_integer("batch_size", batch_size)
 
     def step(
         state: TrainState, examples: Batch, order: jax.Array, key: jax.Array
@@ -313,6 +314,7 @@ def make_evaluate(
       batch_size: examples in the whole batch.
       several_seeds: whether variables and sums have a leading axis over seeds.
     """
+    as_integer("batch_size", batch_size)
 
     def evaluate(
         variables: Variables,

@@ -12,7 +12,7 @@ from flax import nnx
 
 from capsjax.data import Sample, is_right
 from capsjax.models import Network, Prediction
-from capsjax.ops._checks import check_callable
+from capsjax.ops._checks import check_callable, check_number
 from capsjax.training.objectives import Objective
 
 
@@ -84,6 +84,8 @@ def split_network(network: Network) -> tuple[Apply, Variables]:
       >>> prediction.scores.shape
       (1, 10)
     """
+    if not isinstance(network, nnx.Module):
+        raise TypeError(f"network must be an nnx.Module, got {network!r}")
     graphdef, *states = nnx.split(network, nnx.Param, nnx.BatchStat)
 
     def apply(
@@ -136,6 +138,10 @@ def paper_optimizer(
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 4; the
       constants are those of the authors' code.
     """
+    check_number("learning_rate", learning_rate, least=0)
+    check_number("decay_rate", decay_rate, least=0)
+    check_number("decay_steps", decay_steps, least=1)
+    check_number("floor", floor, least=0)
 
     def schedule(count: chex.Numeric) -> jax.Array:
         # Not optax.exponential_decay, which takes the floor for a ceiling at a decay rate of 1.
@@ -147,6 +153,8 @@ def paper_optimizer(
 
 def init_state(variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first step."""
+    if not isinstance(variables, Variables):
+        raise TypeError(f"variables must be Variables, as of split_network, got {variables!r}")
     _check_optimizer(optimizer)
     return TrainState(
         jnp.zeros((), jnp.int32),
