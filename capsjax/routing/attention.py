@@ -97,7 +97,7 @@ def attention_passes(
 
     def update(_: jax.Array, logits: jax.Array) -> jax.Array:
         s, _ = gather(logits)
-        return given.agreement(normalise(s)) / math.sqrt(features)
+        return given.agreement(normalise(s)) / math.sqrt(max(1, features))
 
     def finish(_: ArrayLike, logits: jax.Array) -> tuple[Routed, jax.Array]:
         s, coupling = gather(logits)
