@@ -34,6 +34,7 @@ class Dataset:
       task: how the network's inputs and targets are made from the images.
 
     Raises:
+      TypeError: labels are not an array.
       ValueError: shapes, dtypes or pixels are not those of :class:`Split`, the images of the two
         splits differ in shape or do not suit the task, a label has no class name, or the task draws
         pairs and a split is not sorted by class.
@@ -60,6 +61,9 @@ class Dataset:
                     f"{split_name}.images must be uint8, uint16 or float32 [N, H, W, C], "
                     f"got {images.dtype} {list(images.shape)}"
                 )
+            if not hasattr(labels, "dtype"):
+                what = type(labels).__name__
+                raise TypeError(f"{split_name}.labels must be an int32 array, got {what}")
             if images.dtype == np.float32 and images.size:
                 low, high = images.min(), images.max()
                 if not (low >= 0 and high <= 1):  # or one of them is not a number

@@ -25,6 +25,7 @@ from capsjax.data.transforms import (
     scale_pixels,
     white_of,
 )
+from capsjax.ops._checks import as_array, as_integer
 
 _TEST = 2017  # seed of the test samples
 # Streams of an example's key: `split` of a key uses 0 and 1.
@@ -309,10 +310,16 @@ class Pairs(_Canvas):
 class Sampler:
     """Makes the samples of a task: the one place where images and keys become network input.
 
+    The target of an example whose label is not from 0 to J - 1 is NaN, and so is its loss.
+
     Attributes:
       task: what is made of the images.
       num_classes: J.
       flip: how training images are mirrored, see :func:`random_flip`; not at all when None.
+
+    Raises:
+      TypeError: the task is not a :class:`Task`, or the number of classes not an integer.
+      ValueError: the number of classes is not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -331,6 +338,11 @@ class Sampler:
     num_classes: int
     flip: Flip | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.task, Task):
+            raise TypeError(f"task must be a Task, got {self.task!r}")
+        as_integer("num_classes", self.num_classes)
+
     def train(
         self, split: Batch, key: jax.Array, positions: jax.Array, indices: jax.Array
     ) -> Sample:
@@ -347,8 +359,9 @@ class Sampler:
 
         Raises:
           ValueError: the split does not have one label per image.
-          TypeError: the key is not a typed key.
+          TypeError: the key is not a typed key, or the labels are not integers.
         """
+        split = Batch(*map(as_array, ("split.images", "split.labels"), split))
         if split.images.shape[:-3] != split.labels.shape[: split.labels.ndim - _multi_hot(split)]:
             raise ValueError(
                 f"split must have one label per image, shape {split.images.shape[:-3]}, got"
@@ -377,6 +390,7 @@ class Sampler:
           split: the whole split, N images, on the device.
           numbers: int32 ``[B]``.
         """
+        split = Batch(*map(as_array, ("split.images", "split.labels"), split))
         keys = jax.vmap(jax.random.split)(_fold_in(jax.random.key(_TEST), numbers))
         size = split.labels.shape[0]
         indices = numbers % size
@@ -393,7 +407,7 @@ class Sampler:
         if _multi_hot(batch):
             masks = batch.labels.astype(jnp.float32)
         else:
-            masks = jax.nn.one_hot(batch.labels, self.num_classes)
+            masks = _one_hot(batch.labels, self.num_classes)
         target = masks.sum(1) if self.task.classes_per_image > 1 else masks
         return Sample(images, batch.labels, target, masks, drawings, network_keys)
 
@@ -401,10 +415,15 @@ class Sampler:
 def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
     """Returns whether the largest scores are those of the labels, all of them, bool ``[B]``.
 
+    A prediction with a NaN score is wrong.
+
     Args:
       scores: ``[B, J]``.
-      labels: int32 ``[B]``, or ``[B, k]`` different classes: then the k largest scores count; or
+      labels: integers ``[B]``, or ``[B, k]`` different classes: then the k largest scores count; or
         bool ``[B, J]``: then the scores of all that are true must exceed those of all others.
+
+    Raises:
+      TypeError: the labels are neither integers nor bool.
 
     Example:
       >>> import jax.numpy as jnp
@@ -413,13 +432,33 @@ def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
       >>> print(is_right(scores, jnp.array([[1, 0], [1, 0]])))
       [ True False]
     """
-    scores, labels = jnp.asarray(scores), jnp.asarray(labels)
+    scores, labels = as_array("scores", scores), as_array("labels", labels)
     if labels.dtype == bool:
         least = jnp.min(scores, axis=-1, where=labels, initial=jnp.inf)
         return least > jnp.max(scores, axis=-1, where=~labels, initial=-jnp.inf)
-    labels = labels.reshape(scores.shape[0], -1)
+    labels = _as_labels(labels)
+    if labels.ndim == 1:
+        labels = labels[:, None]
     _, largest = jax.lax.top_k(scores, labels.shape[1])
-    return jnp.all(jnp.sort(largest) == jnp.sort(labels), axis=-1)
+    right = jnp.all(jnp.sort(largest) == jnp.sort(labels), axis=-1)
+    return right & ~jnp.any(jnp.isnan(scores), axis=-1)
+
+
+def _as_labels(labels: ArrayLike) -> jax.Array:
+    labels = as_array("labels", labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be class numbers, integers, got dtype {labels.dtype}")
+    return labels
+
+
+def _one_hot(labels: ArrayLike, num_classes: int) -> jax.Array:
+    """One-hot labels; NaN for a number that no class has, so that the loss is NaN too.
+
+    Values cannot be checked while tracing, and all zeros would train towards no class.
+    """
+    labels = _as_labels(labels)[..., None]
+    known = (labels >= 0) & (labels < num_classes)
+    return jnp.where(known, jax.nn.one_hot(labels[..., 0], num_classes), jnp.nan)
 
 
 def _multi_hot(batch: Batch) -> bool:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from capsjax.models.network import NetworkConfig, Prediction, check_images, make_conv
+from capsjax.models.network import NetworkConfig, Prediction, check_build, check_images, make_conv
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,7 @@ class BaselineCNN(nnx.Module):
     """
 
     def __init__(self, config: BaselineConfig, *, rngs: nnx.Rngs):
+        check_build(config, BaselineConfig, rngs)
         self.config = config
         dtype = jnp.dtype(config.dtype)
         (rows, columns), channels = config.grid, config.image_shape[2]
@@ -113,11 +114,10 @@ class BaselineCNN(nnx.Module):
           ValueError: the images have the wrong shape.
         """
         del target
-        check_images(images, self.config.image_shape)
-        x = images
+        x = check_images(images, self.config.image_shape)
         for conv in self.convs:
             x = _pool(jax.nn.relu(conv(x)), self.config.pooling)
-        x = x.reshape(*x.shape[:-3], -1)
+        x = jax.lax.collapse(x, -3)
         for dense in self.hidden:
             x = jax.nn.relu(dense(x))
         if keys is not None:

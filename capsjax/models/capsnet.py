@@ -10,6 +10,7 @@ from flax import nnx
 from capsjax.models.network import (
     CapsuleNetwork,
     CapsuleNetworkConfig,
+    check_build,
     make_conv,
     make_decoder,
 )
@@ -132,6 +133,7 @@ class CapsNet(CapsuleNetwork):
     config: CapsNetConfig
 
     def __init__(self, config: CapsNetConfig, *, rngs: nnx.Rngs):
+        check_build(config, CapsNetConfig, rngs)
         self.config = config
         dtype = jnp.dtype(config.dtype)
         official = config.initialisation == "official"

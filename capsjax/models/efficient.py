@@ -10,6 +10,7 @@ from flax import nnx
 from capsjax.models.network import (
     CapsuleNetwork,
     CapsuleNetworkConfig,
+    check_build,
     grid_after,
     make_conv,
     make_decoder,
@@ -127,6 +128,7 @@ class EfficientCapsNet(CapsuleNetwork):
     config: EfficientCapsNetConfig
 
     def __init__(self, config: EfficientCapsNetConfig, *, rngs: nnx.Rngs):
+        check_build(config, EfficientCapsNetConfig, rngs)
         self.config = config
         dtype = jnp.dtype(config.dtype)
 
@@ -174,6 +176,7 @@ class EfficientCapsNet(CapsuleNetwork):
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = norm(jax.nn.relu(conv(x)))
         x = self.primary(x)
-        primary = exponential_squash(x.reshape(*x.shape[:-3], -1, self.config.primary_features))
+        capsules = (self.config.num_primary, self.config.primary_features)
+        primary = exponential_squash(x.reshape(*x.shape[:-3], *capsules))
         routed: Routed = self.classes(primary, implementation=implementation)
         return routed

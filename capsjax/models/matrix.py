@@ -10,6 +10,7 @@ from flax import nnx
 from capsjax.models.network import (
     CapsuleNetwork,
     CapsuleNetworkConfig,
+    check_build,
     grid_after,
     make_conv,
     make_decoder,
@@ -104,6 +105,7 @@ class MatrixCapsNet(CapsuleNetwork):
     config: MatrixCapsNetConfig
 
     def __init__(self, config: MatrixCapsNetConfig, *, rngs: nnx.Rngs):
+        check_build(config, MatrixCapsNetConfig, rngs)
         self.config = config
         dtype = jnp.dtype(config.dtype)
         options = config.routing_options

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
 from capsjax.nn import Decoder
+from capsjax.nn._checks import check_rngs
 from capsjax.ops import conv_general_dilated, length
+from capsjax.ops._checks import as_array, as_integer, as_integers, check_number
 from capsjax.routing import Routed, algorithm
 from capsjax.routing.fused import check_implementation
 
@@ -48,7 +49,10 @@ class NetworkConfig:
         All integers are sizes, and positive.
         """
         for field in dataclasses.fields(self):
-            _check_sizes(field, getattr(self, field.name))
+            try:
+                _check_field(field, getattr(self, field.name))
+            except TypeError as error:
+                raise ValueError(error) from None
         if len(self.image_shape) != 3:
             raise ValueError(
                 f"image_shape must be (rows, columns, channels), got {self.image_shape!r}"
@@ -57,18 +61,19 @@ class NetworkConfig:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
 
 
-def _check_sizes(field: "dataclasses.Field[Any]", value: Any) -> None:
-    """Raises a ValueError unless a field of integers holds positive ones."""
-    kinds = {int: False, int | None: False}
-    is_tuple = getattr(field.type, "__origin__", None) is tuple
-    if not is_tuple and (field.type not in kinds or (value is None and field.default is None)):
-        return
-    items = value if isinstance(value, tuple) else (value,)
-    if isinstance(value, list) or any(
-        isinstance(v, bool) or not isinstance(v, int | np.integer) or v < 1 for v in items
-    ):
-        kind = "a tuple of positive integers" if isinstance(value, list) else "positive"
-        raise ValueError(f"{field.name} must be {kind}, got {value!r}")
+def _check_field(field: "dataclasses.Field[Any]", value: Any) -> None:
+    """Raises unless a field of integers holds positive ones, a number one, a switch a bool."""
+    name, kind = field.name, field.type
+    if getattr(kind, "__origin__", None) is tuple:
+        if not isinstance(value, tuple):
+            raise TypeError(f"{name} must be a tuple of positive integers, got {value!r}")
+        as_integers(name, value)
+    elif kind is int or (kind == int | None and value is not None):
+        as_integer(name, value)
+    elif kind is float:
+        check_number(name, value)
+    elif kind is bool and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +101,13 @@ class CapsuleNetworkConfig(NetworkConfig):
         return options | {name: True for name in switches if getattr(self, name, False)}
 
 
+def check_build(config: Any, kind: type[NetworkConfig], rngs: Any) -> None:
+    """Raises a TypeError unless a network of this kind can be built of these."""
+    if not isinstance(config, kind):
+        raise TypeError(f"config must be of type {kind.__name__}, got {config!r}")
+    check_rngs(rngs)
+
+
 class CapsuleNetwork(nnx.Module):
     """A network that ends in class capsules and may have a decoder.
 
@@ -113,7 +125,7 @@ class CapsuleNetwork(nnx.Module):
 
     def route(self, images: jax.Array) -> Routed:
         """Class capsules of images ``[..., H, W, C]`` in [0, 1], with their coupling."""
-        check_images(images, self.config.image_shape)
+        images = check_images(images, self.config.image_shape)
         # By the implementation that stores the votes: no other one returns the coupling.
         return self.class_capsules(images, implementation="reference")
 
@@ -136,7 +148,7 @@ class CapsuleNetwork(nnx.Module):
           ValueError: the images or the target have the wrong shape.
         """
         del keys
-        check_images(images, self.config.image_shape)
+        images = check_images(images, self.config.image_shape)
         routed = self.class_capsules(images)
         if algorithm(self.config.routing).squash is not None:
             # Again in float32: what has been rounded to bfloat16 leaves ties.
@@ -147,6 +159,13 @@ class CapsuleNetwork(nnx.Module):
             return Prediction(scores, routed.poses)
         if target is None:
             target = jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1])
+        target = as_array("target", target)
+        several = target.shape[scores.ndim - 1 : -1][:1]
+        if target.shape != (*scores.shape[:-1], *several, scores.shape[-1]):
+            raise ValueError(
+                f"target must be one-hot or multi-hot, [..., J] = {scores.shape} or [..., S, J],"
+                f" got shape {target.shape}; for class numbers use jax.nn.one_hot"
+            )
         poses = routed.poses
         if target.ndim > scores.ndim:
             poses = jnp.broadcast_to(poses[..., None, :, :], (*target.shape, poses.shape[-1]))
@@ -154,8 +173,9 @@ class CapsuleNetwork(nnx.Module):
         return Prediction(scores, routed.poses, reconstruction)
 
 
-def check_images(images: jax.Array, image_shape: tuple[int, int, int]) -> None:
-    """Raises a ValueError unless `images` are ``[..., *image_shape]``."""
+def check_images(images: jax.Array, image_shape: tuple[int, int, int]) -> jax.Array:
+    """Returns `images` as an array, or raises unless they are ``[..., *image_shape]``."""
+    images = as_array("images", images)
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(
             f"images must be floating-point pixels in [0, 1], got dtype {images.dtype}; scale uint8"
@@ -166,6 +186,7 @@ def check_images(images: jax.Array, image_shape: tuple[int, int, int]) -> None:
             f"images must have shape [..., H, W, C] = [..., {', '.join(map(str, image_shape))}],"
             f" got shape {images.shape}"
         )
+    return images
 
 
 def grid_after(grid: tuple[int, int], layers: Iterable[tuple[int, int]]) -> tuple[int, int]:

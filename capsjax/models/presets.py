@@ -9,6 +9,7 @@ from capsjax.models.baseline import BaselineCNN, BaselineConfig
 from capsjax.models.capsnet import CapsNet, CapsNetConfig
 from capsjax.models.efficient import EfficientCapsNet, EfficientCapsNetConfig
 from capsjax.models.matrix import MatrixCapsNet, MatrixCapsNetConfig
+from capsjax.ops._checks import check_choice
 
 ModelConfig = CapsNetConfig | MatrixCapsNetConfig | EfficientCapsNetConfig | BaselineConfig
 Network = CapsNet | MatrixCapsNet | EfficientCapsNet | BaselineCNN
@@ -112,8 +113,7 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
       >>> models.configure("paper", image_shape=(36, 36, 1)).num_primary
       3200
     """
-    if preset not in _PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(_PRESETS)}, got {preset!r}")
+    check_choice("preset", preset, _PRESETS)
     config = _PRESETS[preset]
     known = [field.name for field in dataclasses.fields(config)]
     for name in overrides:
@@ -123,7 +123,11 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
 
 
 def build(config: ModelConfig, *, rngs: nnx.Rngs) -> Network:
-    """Builds the network that a configuration describes."""
+    """Builds the network that a configuration describes.
+
+    Raises:
+      TypeError: ``config`` is not a configuration, or ``rngs`` is not an ``nnx.Rngs``.
+    """
     match config:
         case CapsNetConfig():
             return CapsNet(config, rngs=rngs)
@@ -133,6 +137,7 @@ def build(config: ModelConfig, *, rngs: nnx.Rngs) -> Network:
             return EfficientCapsNet(config, rngs=rngs)
         case BaselineConfig():
             return BaselineCNN(config, rngs=rngs)
+    raise TypeError(f"config must be a configuration, as of configure, got {config!r}")
 
 
 def create(preset: str, *, rngs: nnx.Rngs, **overrides: Any) -> Network:
@@ -147,6 +152,7 @@ def create(preset: str, *, rngs: nnx.Rngs, **overrides: Any) -> Network:
       A Flax NNX module, such as :class:`CapsNet`.
 
     Raises:
+      TypeError: ``rngs`` is not an ``nnx.Rngs``.
       ValueError: the preset or a field is unknown, or a value is invalid.
 
     Example:

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from capsjax.nn.shared import SharedWeights, kernel_init_per_child
 from capsjax.ops import ReceptiveFields
-from capsjax.ops._checks import spatial_padding, spatial_sizes
+from capsjax.ops._checks import check_sizes, spatial_padding, spatial_sizes
 from capsjax.routing import Children, Routed, Sizes
 from capsjax.routing.fused import Implementation
 
@@ -58,8 +58,11 @@ class ConvCapsules(SharedWeights):
       **options: of the routing function, such as ``num_iterations``.
 
     Raises:
+      TypeError: a size is not an integer, an initialiser is not a function, or ``rngs`` is not an
+        ``nnx.Rngs``.
       ValueError: the algorithm, an option of it or the implementation is unknown, the algorithm
-        makes its own votes, or the kernel's size, the strides or the padding are invalid.
+        makes its own votes, a size is not positive, or the kernel's size, the strides or the
+        padding are invalid.
 
     Example:
       >>> import jax.numpy as jnp
@@ -95,6 +98,12 @@ class ConvCapsules(SharedWeights):
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        check_sizes(
+            in_types=in_types,
+            in_features=in_features,
+            out_types=out_types,
+            out_features=out_features,
+        )
         self.kernel_size = spatial_sizes("kernel_size", kernel_size)
         self.strides = spatial_sizes("strides", strides, self.kernel_size)
         self.padding = spatial_padding(padding, self.kernel_size, ("VALID", "SAME", "SAME_LOWER"))
@@ -130,7 +139,8 @@ class ConvCapsules(SharedWeights):
             ``[..., Z, H, W, I, K]`` with three.
           activations: of the children, ``[..., H, W, I]``, for algorithms that weigh by them; the
             lengths of the poses when None.
-          where: children that take part, bool, broadcastable to ``[..., H, W, I]``.
+          where: children that take part, bool, broadcastable to ``[..., H, W, I]``. The others have
+            no influence and no gradient, whatever their poses and activations hold.
           implementation: instead of the layer's own; ``"reference"`` for the coupling.
 
         Returns:
@@ -142,7 +152,7 @@ class ConvCapsules(SharedWeights):
           ValueError: an argument has the wrong shape, the kernel is larger than the grid, or there
             is no such implementation.
         """
-        where = self._check_inputs(poses, activations, where)
+        poses, activations, where = self._check_inputs(poses, activations, where)
         poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
         grid = self._grid(poses)
         fields = ReceptiveFields.of(grid, self.kernel_size, self.strides, self.padding)
@@ -154,7 +164,7 @@ class ConvCapsules(SharedWeights):
 
         def collect(x: jax.Array, *trailing: int) -> jax.Array:
             """Places of a field and types as one axis of children."""
-            x = fields.gather(x.reshape(*x.shape[: x.ndim - 1 - len(trailing)], -1))
+            x = fields.gather(jax.lax.collapse(x, x.ndim - 1 - len(trailing)))
             return x.reshape(*x.shape[:-2], self.sizes.in_capsules, *trailing)
 
         field_poses = collect(poses, poses.shape[-1])

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 
+from capsjax.nn._checks import check_rngs
+from capsjax.ops._checks import as_array, as_integers, check_callable, check_sizes
+
 
 class Decoder(nnx.Module):
     r"""Reconstructs an image from the poses of the class capsules that a mask lets through.
@@ -56,7 +59,11 @@ class Decoder(nnx.Module):
         bias_init: Initializer = nnx.initializers.zeros_init(),
         rngs: nnx.Rngs,
     ):
-        self.image_shape = tuple(image_shape)
+        check_rngs(rngs)
+        check_callable(kernel_init=kernel_init, bias_init=bias_init)
+        check_sizes(in_capsules=in_capsules, in_features=in_features)
+        self.image_shape = as_integers("image_shape", image_shape)
+        hidden_features = as_integers("hidden_features", hidden_features)
         sizes = (in_capsules * in_features, *hidden_features, math.prod(self.image_shape))
         self.layers = nnx.List(
             [
@@ -87,13 +94,15 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: the mask's shape is not that of the poses without D.
         """
+        poses, mask = as_array("poses", poses), as_array("mask", mask)
         if mask.shape != poses.shape[:-1]:
             raise ValueError(
-                f"mask must have shape [..., J] = {poses.shape[:-1]}, got {mask.shape}"
+                f"mask must have shape [..., J] = {poses.shape[:-1]}, got {mask.shape}; for class"
+                " numbers use jax.nn.one_hot"
             )
         weights = mask.astype(poses.dtype)[..., None]
         hidden = jnp.where(weights == 0, 0, poses) * weights
-        hidden = hidden.reshape(*poses.shape[:-2], -1)
+        hidden = jax.lax.collapse(hidden, -2)
         for layer in self.layers[:-1]:
             hidden = jax.nn.relu(layer(hidden))
         pixels = jax.nn.sigmoid(self.layers[-1](hidden))

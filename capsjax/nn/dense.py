@@ -9,8 +9,10 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.typing import ArrayLike
 
+from capsjax.nn._checks import check_rngs
 from capsjax.nn.router import Router
 from capsjax.ops import dense_votes
+from capsjax.ops._checks import as_array, check_callable, check_sizes, taking_part
 from capsjax.routing import Children, Routed, Sizes, algorithm
 from capsjax.routing.fused import Implementation, check_implementation
 
@@ -43,7 +45,10 @@ class DenseCapsules(nnx.Module):
       **options: of the routing function, such as ``num_iterations``.
 
     Raises:
-      ValueError: the algorithm, an option of it or the implementation is unknown.
+      TypeError: a size is not an integer, an initialiser is not a function, or ``rngs`` is not an
+        ``nnx.Rngs``.
+      ValueError: the algorithm, an option of it or the implementation is unknown, or a size is not
+        positive.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,7 +83,10 @@ class DenseCapsules(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        sizes = Sizes(in_capsules, in_features, out_capsules, out_features)
+        check_rngs(rngs)
+        check_callable(kernel_init=kernel_init, bias_init=bias_init)
+        self.sizes = sizes = Sizes(in_capsules, in_features, out_capsules, out_features)
+        check_sizes(**sizes._asdict())
         self.kernel: nnx.Param[jax.Array] | None
         if algorithm(routing).makes_votes:
             self.kernel = nnx.data(None)
@@ -115,7 +123,8 @@ class DenseCapsules(nnx.Module):
             ``takes_activations``; the lengths of the poses when None.
           logits: prior logits, broadcastable to ``[..., I, J]``, for an algorithm whose record
             ``takes_logits``; with them the votes are stored.
-          where: children that take part, bool, broadcastable to ``[..., I]``.
+          where: children that take part, bool, broadcastable to ``[..., I]``. The others have no
+            influence and no gradient, whatever their poses, activations and logits hold.
           implementation: instead of the layer's own; ``"reference"`` for the coupling.
 
         Returns:
@@ -128,6 +137,16 @@ class DenseCapsules(nnx.Module):
         """
         if implementation is None:
             implementation = self.implementation
+        poses = as_array("poses", poses)
+        if poses.shape[-2:] != self.sizes[:2]:
+            children, features = self.sizes[:2]
+            raise ValueError(
+                f"poses must have shape [..., I, K] = [..., {children}, {features}], got shape"
+                f" {poses.shape}"
+            )
+        if where is not None:
+            mask, poses = taking_part(where, poses)
+            where = mask[..., 0]
         kernel = None if self.kernel is None else self.kernel[...]
         poses, kernel = promote_dtype((poses, kernel), dtype=self.dtype)
         return self.router(

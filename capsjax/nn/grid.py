@@ -12,7 +12,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.typing import ArrayLike
 
 from capsjax.nn.shared import SharedWeights, kernel_init_per_child
-from capsjax.ops._checks import is_integer
+from capsjax.ops._checks import check_sizes
 from capsjax.routing import Children, Routed, Sizes
 from capsjax.routing.fused import Implementation
 
@@ -49,8 +49,11 @@ class GridCapsules(SharedWeights):
       **options: of the routing function, such as ``num_iterations``.
 
     Raises:
+      TypeError: a size is not an integer, an initialiser is not a function, or ``rngs`` is not an
+        ``nnx.Rngs``.
       ValueError: the algorithm, an option of it or the implementation is unknown, the algorithm
-        makes its own votes, or there are more coordinates than ``out_features``.
+        makes its own votes, a size is not positive, or there are more coordinates than
+        ``out_features``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -85,10 +88,13 @@ class GridCapsules(SharedWeights):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        if not is_integer(num_spatial_dims) or num_spatial_dims < 1:
-            raise ValueError(
-                f"num_spatial_dims must be a positive integer, got {num_spatial_dims!r}"
-            )
+        check_sizes(
+            in_types=in_types,
+            in_features=in_features,
+            out_capsules=out_capsules,
+            out_features=out_features,
+            num_spatial_dims=num_spatial_dims,
+        )
         self.coordinates = coordinates
         super().__init__(
             in_types,
@@ -126,7 +132,8 @@ class GridCapsules(SharedWeights):
             ``[..., Z, H, W, I, K]`` with three.
           activations: of the children, ``[..., H, W, I]``, for algorithms that weigh by them; the
             lengths of the poses when None.
-          where: children that take part, bool, broadcastable to ``[..., H, W, I]``.
+          where: children that take part, bool, broadcastable to ``[..., H, W, I]``. The others have
+            no influence and no gradient, whatever their poses and activations hold.
           implementation: instead of the layer's own.
 
         Returns:
@@ -136,7 +143,7 @@ class GridCapsules(SharedWeights):
         Raises:
           ValueError: an argument has the wrong shape, or there is no such implementation.
         """
-        where = self._check_inputs(poses, activations, where)
+        poses, activations, where = self._check_inputs(poses, activations, where)
         poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
         grid = self._grid(poses)
         if where is not None:
@@ -175,4 +182,4 @@ class GridCapsules(SharedWeights):
     def _flat(self, x: jax.Array, trailing: int) -> jax.Array:
         """Places and types as one axis of children, before so many others."""
         last = x.ndim - trailing
-        return x.reshape(*x.shape[: last - 1 - self.num_spatial_dims], -1, *x.shape[last:])
+        return jax.lax.collapse(x, last - 1 - self.num_spatial_dims, last)

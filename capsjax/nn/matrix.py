@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
+from capsjax.nn._checks import check_rngs
 from capsjax.nn.conv import ConvCapsules
 from capsjax.nn.grid import GridCapsules
 from capsjax.nn.primary import convolve, make_conv
 from capsjax.nn.shared import SharedWeights
 from capsjax.ops import matrix_votes
+from capsjax.ops._checks import check_callable, check_sizes
 from capsjax.routing import Sizes
 
 
@@ -68,6 +70,9 @@ class MatrixPrimaryCapsules(nnx.Module):
         bias_init: Initializer = nnx.initializers.zeros_init(),
         rngs: nnx.Rngs,
     ):
+        check_rngs(rngs)
+        check_callable(kernel_init=kernel_init, bias_init=bias_init)
+        check_sizes(in_features=in_features, num_types=num_types, features=features)
         self.conv = make_conv(
             in_features,
             num_types * (features + 1),
@@ -170,6 +175,7 @@ class MatrixConvCapsules(_MatrixVotes, ConvCapsules):
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        check_sizes(features=features)
         super().__init__(
             in_types,
             features,
@@ -232,6 +238,7 @@ class MatrixGridCapsules(_MatrixVotes, GridCapsules):
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        check_sizes(features=features)
         super().__init__(
             in_types,
             features,

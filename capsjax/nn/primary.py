@@ -8,8 +8,17 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
+from capsjax.nn._checks import check_rngs
 from capsjax.ops import conv_general_dilated, squash
-from capsjax.ops._checks import spatial_axes, spatial_padding, spatial_sizes
+from capsjax.ops._checks import (
+    as_array,
+    check_callable,
+    check_number,
+    check_sizes,
+    spatial_axes,
+    spatial_padding,
+    spatial_sizes,
+)
 
 
 class PrimaryCapsules(nnx.Module):
@@ -83,6 +92,10 @@ class PrimaryCapsules(nnx.Module):
         bias_init: Initializer = nnx.initializers.zeros_init(),
         rngs: nnx.Rngs,
     ):
+        check_rngs(rngs)
+        check_callable(kernel_init=kernel_init, bias_init=bias_init)
+        check_sizes(in_features=in_features, num_types=num_types, features=features)
+        check_number("coupling", coupling)
         self.conv = make_conv(
             in_features,
             num_types * features,
@@ -119,8 +132,11 @@ class PrimaryCapsules(nnx.Module):
             channels = channels * self.coupling
         bias = self.bias[...].astype(channels.dtype)
         channels = channels + jnp.broadcast_to(bias, channels.shape)
-        kept = -1 if self.keep_grid else -1 - len(self.conv.kernel_size)
-        return squash(channels.reshape(*channels.shape[:kept], -1, self.features))
+        types = channels.shape[-1] // self.features
+        capsules = channels.reshape(*channels.shape[:-1], types, self.features)
+        if not self.keep_grid:
+            capsules = jax.lax.collapse(capsules, -2 - len(self.conv.kernel_size), -1)
+        return squash(capsules)
 
 
 def make_conv(
@@ -147,6 +163,7 @@ def make_conv(
 
 def convolve(conv: nnx.Conv, inputs: jax.Array) -> jax.Array:
     """Convolves ``[..., H, W, C]``, or raises a ValueError that names the inputs."""
+    inputs = as_array("inputs", inputs)
     rank, channels = len(conv.kernel_size), conv.in_features
     if inputs.ndim <= rank or inputs.shape[-1] != channels:
         axes = spatial_axes(rank)

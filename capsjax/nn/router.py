@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 
+from capsjax.nn._checks import check_rngs
+from capsjax.ops._checks import check_callable, check_sizes
 from capsjax.routing import Children, Parameter, Routed, Sizes, algorithm
 from capsjax.routing.fused import Implementation, check_implementation
 
@@ -45,6 +47,8 @@ class Router(nnx.Module):
         rngs: nnx.Rngs,
     ):
         record = algorithm(name)
+        check_rngs(rngs)
+        check_sizes(**Sizes(*sizes)._asdict())
         record.check_options(options, use_bias=use_bias)
         self.name = name
         learned = dict(record.parameters(sizes))
@@ -54,6 +58,7 @@ class Router(nnx.Module):
         self.learned = tuple(learned)
         for parameter, (shape, init, _) in learned.items():
             init = options.get(f"{parameter}_init", init)
+            check_callable(**{f"{parameter}_init": init})
             setattr(self, parameter, nnx.Param(init(rngs.params(), shape, param_dtype)))
         self.options = {k: v for k, v in options.items() if not k.endswith("_init")}
 

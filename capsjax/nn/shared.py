@@ -8,9 +8,10 @@ from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.typing import ArrayLike
 
+from capsjax.nn._checks import check_rngs
 from capsjax.nn.router import Router
 from capsjax.ops import dense_votes
-from capsjax.ops._checks import as_mask, spatial_axes
+from capsjax.ops._checks import as_array, check_callable, spatial_axes, taking_part
 from capsjax.routing import Sizes, algorithm
 from capsjax.routing.fused import Implementation, check_implementation
 
@@ -49,6 +50,8 @@ class SharedWeights(nnx.Module):
         rngs: nnx.Rngs,
         options: Mapping[str, Any],
     ):
+        check_rngs(rngs)
+        check_callable(kernel_init=kernel_init, bias_init=bias_init)
         check_shares_weights(routing)
         check_implementation(implementation, routing)
         self.in_types = in_types
@@ -81,8 +84,12 @@ class SharedWeights(nnx.Module):
 
     def _check_inputs(
         self, poses: jax.Array, activations: jax.Array | None, where: ArrayLike | None
-    ) -> jax.Array | None:
-        """Checks poses ``[..., H, W, I, K]`` and activations, and returns the mask."""
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Returns poses ``[..., H, W, I, K]``, activations and mask, or raises.
+
+        The poses of children that take no part are zero.
+        """
+        poses = as_array("poses", poses)
         types, features = self.in_types, self.sizes.in_features
         if poses.ndim < self.num_spatial_dims + 2 or poses.shape[-2:] != (types, features):
             axes = spatial_axes(self.num_spatial_dims)
@@ -90,11 +97,16 @@ class SharedWeights(nnx.Module):
                 f"poses must have shape [..., {axes}, I, K] = [..., {axes}, {types}, {features}],"
                 f" got shape {poses.shape}"
             )
-        if activations is not None and activations.shape != poses.shape[:-1]:
-            raise ValueError(
-                f"activations must have shape {poses.shape[:-1]}, got {activations.shape}"
-            )
-        return None if where is None else as_mask("where", where, poses.shape[:-1])
+        if activations is not None:
+            activations = as_array("activations", activations)
+            if activations.shape != poses.shape[:-1]:
+                raise ValueError(
+                    f"activations must have shape {poses.shape[:-1]}, got {activations.shape}"
+                )
+        if where is None:
+            return poses, activations, None
+        mask, poses = taking_part(where, poses)
+        return poses, activations, mask[..., 0]
 
     def _grid(self, poses: jax.Array) -> tuple[int, ...]:
         return poses.shape[-2 - self.num_spatial_dims : -2]

@@ -1,6 +1,9 @@
 """Argument checks and numerics that the pure functions share; errors name the argument."""
 
-from collections.abc import Sequence
+import math
+import numbers
+import operator
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -8,10 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+_MOST = 2**31 - 1
+
+
+def as_array(name: str, value: ArrayLike) -> jax.Array:
+    """Returns `value` as an array, or raises a TypeError if it is none."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        what = "None" if value is None else type(value).__name__
+        raise TypeError(f"{name} must be an array, got {what}") from None
+
 
 def as_floating(name: str, value: ArrayLike) -> jax.Array:
     """Returns `value` as an array, or raises a TypeError if it is not floating point."""
-    array = jnp.asarray(value)
+    array = as_array(name, value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must be a floating-point array, got dtype {array.dtype}")
     return array
@@ -24,8 +38,9 @@ def accumulator(dtype: jnp.dtype) -> jnp.dtype:
 
 def safe_sqrt(squared: jax.Array) -> jax.Array:
     """Square root of a sum of squares, with value and gradient zero where the sum underflows."""
-    positive = squared >= jnp.finfo(squared.dtype).tiny
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
+    # Asked this way around, a NaN is not zero.
+    zero = squared < jnp.finfo(squared.dtype).tiny
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squared)))
 
 
 def broadcast(name: str, array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -38,10 +53,99 @@ def broadcast(name: str, array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def as_mask(name: str, value: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """Returns `value` as a bool array broadcast to `shape`, or raises."""
-    mask = jnp.asarray(value)
+    mask = as_array(name, value)
     if mask.dtype != bool:
         raise TypeError(f"{name} must be a bool array, got dtype {mask.dtype}")
     return broadcast(name, mask, shape)
+
+
+def taking_part(
+    where: ArrayLike, children: jax.Array, features: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """Checks a mask of children, and sets those that take no part to zero.
+
+    They must be zero before anything else reads them: a product with a NaN has a gradient of NaN,
+    even where its result is masked.
+
+    Args:
+      where: broadcastable to ``[..., I]``.
+      children: ``[..., I, ...]``.
+      features: number of axes after I.
+
+    Returns:
+      The mask, with a trailing axis of one for each of the features', and the children.
+    """
+    mask = as_mask("where", where, children.shape[: children.ndim - features])
+    mask = mask.reshape(*mask.shape, *[1] * features)
+    return mask, jnp.where(mask, children, 0)
+
+
+def as_one_hot(name: str, value: ArrayLike, scores_name: str, shape: tuple[int, ...]) -> jax.Array:
+    """Returns labels with one number for each class, or raises."""
+    labels = as_array(name, value)
+    if labels.shape != shape:
+        raise ValueError(
+            f"{name} must be one-hot or multi-hot with the shape of {scores_name}, {shape}, got"
+            f" shape {labels.shape}; for class numbers use jax.nn.one_hot({name}, num_classes)"
+        )
+    return labels
+
+
+def as_integer(name: str, value: Any, *, least: int = 1, most: int = _MOST) -> int:
+    """Returns an option as an int, or raises unless it is an integer from `least` to `most`."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a Python integer, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if number > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
+    return number
+
+
+def as_integers(name: str, values: Any) -> tuple[int, ...]:
+    """Returns an option as a tuple of positive integers, or raises."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a sequence of positive integers, got {values!r}")
+    return tuple(as_integer(f"{name}[{n}]", value) for n, value in enumerate(values))
+
+
+def as_axis(axis: Any) -> int:
+    """Returns an axis as an int, or raises a TypeError."""
+    return as_integer("axis", axis, least=-_MOST)
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Raises unless these options are positive integers."""
+    for name, value in sizes.items():
+        as_integer(name, value)
+
+
+def check_number(name: str, value: Any, *, least: float = -math.inf) -> None:
+    """Raises unless an option is a finite number of at least `least`, or an array of numbers."""
+    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or hasattr(value, "dtype")):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, numbers.Real):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least:g}, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raises a ValueError unless an option is one of these names."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_callable(**functions: Any) -> None:
+    """Raises a TypeError unless these options can be called."""
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{name} must be a function, got {function!r}")
 
 
 def zeros(shape: tuple[int, ...], dtype: jnp.dtype, *like: jax.Array | None) -> jax.Array:

@@ -4,7 +4,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from capsjax.ops._checks import accumulator, as_floating, safe_sqrt
+from capsjax.ops._checks import (
+    accumulator,
+    as_axis,
+    as_floating,
+    check_number,
+    safe_sqrt,
+)
 
 
 def squash(s: ArrayLike, axis: int = -1, *, epsilon: float = 0.0) -> jax.Array:
@@ -16,7 +22,7 @@ def squash(s: ArrayLike, axis: int = -1, *, epsilon: float = 0.0) -> jax.Array:
     It is evaluated as :math:`s \, \|s\| / (1 + \|s\|^2)`, which never divides by zero: a zero
     vector gives a zero vector and a zero gradient. The norm is computed in float32 (or float64 for
     float64 input), where vectors shorter than about 1e-19 count as zero and the result is valid for
-    lengths up to 1e19.
+    lengths up to 1e19. Beyond, and for a vector with an infinite or NaN component, it is NaN.
 
     Args:
       s: vectors, ``[..., D]``, any floating dtype.
@@ -28,8 +34,8 @@ def squash(s: ArrayLike, axis: int = -1, *, epsilon: float = 0.0) -> jax.Array:
       Array of the shape and dtype of ``s``.
 
     Raises:
-      TypeError: ``s`` is not floating point.
-      ValueError: ``axis`` is out of range, or ``epsilon`` is negative.
+      TypeError: ``s`` is not floating point, ``axis`` not an integer, or ``epsilon`` not a number.
+      ValueError: ``axis`` is out of range, or ``epsilon`` is negative or not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -42,9 +48,8 @@ def squash(s: ArrayLike, axis: int = -1, *, epsilon: float = 0.0) -> jax.Array:
     Reference:
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, equation 1.
     """
-    s = as_floating("s", s)
-    if epsilon < 0:
-        raise ValueError(f"epsilon must not be negative, got {epsilon}")
+    s, axis = as_floating("s", s), as_axis(axis)
+    check_number("epsilon", epsilon, least=0)
     wide = s.astype(accumulator(s.dtype))
     squared = jnp.sum(wide * wide, axis=axis, keepdims=True)
     if epsilon:
@@ -60,8 +65,9 @@ def length(v: ArrayLike, axis: int = -1) -> jax.Array:
     .. math::
       \|v\| = \sqrt{\textstyle\sum_d v_d^2}
 
-    A zero vector has length zero and a zero gradient. The sum is computed in float32 (or float64
-    for float64 input).
+    A zero vector has length zero and a zero gradient. A vector with a NaN component has length NaN,
+    one with an infinite component, or longer than the dtype can hold, length infinity. The sum is
+    computed in float32 (or float64 for float64 input).
 
     Args:
       v: vectors, ``[..., D]``, any floating dtype.
@@ -71,7 +77,7 @@ def length(v: ArrayLike, axis: int = -1) -> jax.Array:
       Array ``[...]``: the shape of ``v`` without ``axis``, in its dtype.
 
     Raises:
-      TypeError: ``v`` is not floating point.
+      TypeError: ``v`` is not floating point, or ``axis`` not an integer.
       ValueError: ``axis`` is out of range.
 
     Example:
@@ -83,7 +89,7 @@ def length(v: ArrayLike, axis: int = -1) -> jax.Array:
     Reference:
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 3.
     """
-    v = as_floating("v", v)
+    v, axis = as_floating("v", v), as_axis(axis)
     wide = v.astype(accumulator(v.dtype))
     return safe_sqrt(jnp.sum(wide * wide, axis=axis)).astype(v.dtype)
 
@@ -96,7 +102,8 @@ def exponential_squash(s: ArrayLike, axis: int = -1) -> jax.Array:
 
     Short vectors keep their length, which :func:`squash` squares, so that the gradients of nearly
     silent capsules do not vanish. A zero vector gives a zero vector and a zero gradient. The norm
-    is computed in float32 (or float64 for float64 input).
+    is computed in float32 (or float64 for float64 input). A vector longer than about 1e19, or with
+    an infinite or NaN component, gives NaN.
 
     Args:
       s: vectors, ``[..., D]``, any floating dtype.
@@ -106,7 +113,7 @@ def exponential_squash(s: ArrayLike, axis: int = -1) -> jax.Array:
       Array of the shape and dtype of ``s``.
 
     Raises:
-      TypeError: ``s`` is not floating point.
+      TypeError: ``s`` is not floating point, or ``axis`` not an integer.
       ValueError: ``axis`` is out of range.
 
     Example:
@@ -120,13 +127,14 @@ def exponential_squash(s: ArrayLike, axis: int = -1) -> jax.Array:
       Mazzia, Salvetti, Chiaberge, *Efficient-CapsNet: Capsule Network with Self-Attention Routing*,
       Scientific Reports 2021, equation 3.
     """
-    s = as_floating("s", s)
+    s, axis = as_floating("s", s), as_axis(axis)
     wide = s.astype(accumulator(s.dtype))
     norm = safe_sqrt(jnp.sum(wide * wide, axis=axis, keepdims=True))
     return (unit(wide, axis) * -jnp.expm1(-norm)).astype(s.dtype)
 
 
 def unit(s: jax.Array, axis: int = -1) -> jax.Array:
-    """Normalises vectors to length one; a zero vector stays zero and has a zero gradient."""
+    """Normalises vectors to length one; zero stays zero with a zero gradient, infinity is NaN."""
     norm = safe_sqrt(jnp.sum(s * s, axis=axis, keepdims=True))
-    return s / jnp.where(norm > 0, norm, jnp.inf)
+    norm = jnp.where(norm < jnp.inf, norm, jnp.nan)
+    return s / jnp.where(norm == 0, jnp.inf, norm)

@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from capsjax.ops._checks import accumulator, as_floating, as_mask, broadcast
+from capsjax.ops._checks import (
+    accumulator,
+    as_array,
+    as_axis,
+    as_floating,
+    as_mask,
+    as_one_hot,
+    broadcast,
+    check_number,
+)
 
 
 def margin_loss(
@@ -24,7 +33,8 @@ def margin_loss(
     .. math::
       L = \sum_k T_k \max(0, m^+ - \|v_k\|)^2 + \lambda (1 - T_k) \max(0, \|v_k\| - m^-)^2
 
-    Several classes may be present at once. The sum is computed in float32 (or float64).
+    Several classes may be present at once. The sum is computed in float32 (or float64). It is
+    NaN or infinite if a length or a label is.
 
     Args:
       lengths: lengths of the class capsules, ``[..., J]``, any floating dtype. They are not logits:
@@ -40,7 +50,7 @@ def margin_loss(
       Loss per example, ``[...]``, in the dtype of ``lengths``.
 
     Raises:
-      TypeError: ``lengths`` is not floating point.
+      TypeError: ``lengths`` is not floating point, or a margin or the weight not a number.
       ValueError: ``labels`` does not have the shape of ``lengths``.
 
     Example:
@@ -54,22 +64,19 @@ def margin_loss(
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, equation 4.
     """
     lengths = as_floating("lengths", lengths)
-    labels = jnp.asarray(labels)
-    if labels.shape != lengths.shape:
-        raise ValueError(
-            f"labels must be one-hot or multi-hot with the shape of lengths, {lengths.shape}, got"
-            f" shape {labels.shape}; for class numbers use jax.nn.one_hot(labels, num_classes)"
-        )
+    labels = as_one_hot("labels", labels, "lengths", lengths.shape)
+    for name, value in {"m_plus": m_plus, "m_minus": m_minus, "lambda_": lambda_}.items():
+        check_number(name, value)
     wide = lengths.astype(accumulator(lengths.dtype))
     present = labels.astype(wide.dtype)
 
     def terms(lengths: jax.Array) -> jax.Array:
         return (
-            present * jax.nn.relu(m_plus - lengths) ** 2
-            + lambda_ * (1 - present) * jax.nn.relu(lengths - m_minus) ** 2
+            present * _above_zero(m_plus - lengths) ** 2
+            + lambda_ * (1 - present) * _above_zero(lengths - m_minus) ** 2
         )
 
-    return _sum_of(terms, wide, axis, where).astype(lengths.dtype)
+    return _sum_of(terms, wide, as_axis(axis), where).astype(lengths.dtype)
 
 
 def spread_loss(
@@ -86,7 +93,7 @@ def spread_loss(
       L = \sum_{i \ne t} \max\bigl(0, m - (a_t - a_i)\bigr)^2
 
     With several correct classes, the sum runs over all pairs of a wrong and a correct class. It is
-    computed in float32 (or float64).
+    computed in float32 (or float64). It is NaN if an activation or a label is NaN or infinite.
 
     Args:
       activations: activations of the class capsules, ``[..., J]``, any floating dtype.
@@ -101,7 +108,8 @@ def spread_loss(
 
     Raises:
       TypeError: the activations are not floating point, or ``where`` is not bool.
-      ValueError: the shapes do not match.
+      ValueError: ``labels`` does not have the shape of ``activations``, or another shape does not
+        match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -114,22 +122,21 @@ def spread_loss(
       Hinton, Sabour, Frosst, *Matrix Capsules with EM Routing*, ICLR 2018, equation 3.
     """
     activations = as_floating("activations", activations)
-    labels = jnp.asarray(labels)
-    if labels.shape != activations.shape:
-        raise ValueError(
-            f"labels must have the shape of activations, {activations.shape}, got shape"
-            f" {labels.shape}"
-        )
+    labels = as_one_hot("labels", labels, "activations", activations.shape)
     counted = jnp.ones(activations.shape, bool)
     if where is not None:
         counted = as_mask("where", where, activations.shape)
-    right, counted = jnp.moveaxis(labels != 0, axis, -1), jnp.moveaxis(counted, axis, -1)
+    labels, counted = (jnp.moveaxis(x, as_axis(axis), -1) for x in (labels, counted))
+    right = labels != 0
     a = jnp.where(counted, jnp.moveaxis(activations, axis, -1), 0)
     a = a.astype(accumulator(activations.dtype))
     pairs = (right & counted)[..., :, None] & (~right & counted)[..., None, :]
-    m = broadcast("margin", jnp.asarray(margin, a.dtype), a.shape[:-1])[..., None, None]
+    m = broadcast("margin", as_array("margin", margin).astype(a.dtype), a.shape[:-1])
+    m = m[..., None, None]
     shortfall = jnp.maximum(0, m - (a[..., :, None] - a[..., None, :]))
     total = jnp.sum(jnp.where(pairs, shortfall * shortfall, 0), axis=(-2, -1))
+    # Zero, but NaN where something is not finite that no pair shows, or as an infinite distance.
+    total += 0 * jnp.sum(a + jnp.where(counted, labels.astype(a.dtype), 0), axis=-1)
     return total.astype(activations.dtype)
 
 
@@ -146,7 +153,8 @@ def reconstruction_loss(
       L = \sum_p (\hat x_p - x_p)^2
 
     The loss is a **sum** over the pixels, as in the paper, which weights it by 0.0005. A mean would
-    be 784 times smaller on 28 × 28 pixels. The sum is computed in float32 (or float64).
+    be 784 times smaller on 28 × 28 pixels. The sum is computed in float32 (or float64). It is NaN
+    or infinite if a pixel is.
 
     Args:
       reconstruction: pixels, ``[..., P]`` or ``[..., H, W, C]``, any floating dtype, in [0, 1].
@@ -179,8 +187,13 @@ def reconstruction_loss(
         )
     wide = accumulator(reconstruction.dtype)
     difference = reconstruction.astype(wide) - target.astype(wide)
-    axes = tuple(axis) if isinstance(axis, Sequence) else axis
+    axes = tuple(map(as_axis, axis)) if isinstance(axis, Sequence) else as_axis(axis)
     return _sum_of(jnp.square, difference, axes, where).astype(reconstruction.dtype)
+
+
+def _above_zero(x: jax.Array) -> jax.Array:
+    """The positive part, as of :func:`jax.nn.relu`, whose gradient of a NaN is zero, here NaN."""
+    return jnp.where(x <= 0, 0, x)
 
 
 def _sum_of(

@@ -1,6 +1,5 @@
 """What the routing functions share: their arguments, and a pass to the parents."""
 
-import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,7 +8,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from capsjax.ops._checks import accumulator, as_floating, as_mask, broadcast, zeros
+from capsjax.ops._checks import (
+    accumulator,
+    as_floating,
+    as_integer,
+    broadcast,
+    taking_part,
+    zeros,
+)
 from capsjax.routing.routed import Routed
 
 
@@ -63,9 +69,8 @@ def inputs(
     if votes.ndim < 3:
         raise ValueError(f"votes must have shape [..., I, J, D], got shape {votes.shape}")
     if where is not None:
-        where = as_mask("where", where, votes.shape[:-2])[..., None]
-        # Selected before anything else reads them, so that not even a NaN gets through.
-        votes = jnp.where(where[..., None], votes, 0)
+        mask, votes = taking_part(where, votes, features=2)
+        where = mask[..., 0]
     if bias is not None:
         bias = as_floating("bias", bias).astype(accumulator(votes.dtype))
         if bias.shape != votes.shape[-2:]:
@@ -74,23 +79,14 @@ def inputs(
     return Inputs(votes, bias, where)
 
 
-def as_iterations(num_iterations: int) -> int:
-    """Checks a number of iterations."""
-    try:
-        number = operator.index(num_iterations)
-    except TypeError:
-        raise TypeError(
-            f"num_iterations must be a Python integer, got {num_iterations!r}"
-        ) from None
-    if number < 1:
-        raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
-    return number
-
-
 def as_logits(name: str, value: ArrayLike, given: Inputs) -> jax.Array:
-    """Checks an argument that broadcasts to ``[..., I, J]``, in the dtype of the sums."""
+    """Checks an argument that broadcasts to ``[..., I, J]``, in the dtype of the sums.
+
+    Children that take no part get zero.
+    """
     array = as_floating(name, value).astype(given.wide)
-    return broadcast(name, array, given.votes.shape[:-1])
+    array = broadcast(name, array, given.votes.shape[:-1])
+    return given.coupled(array)
 
 
 def as_parameter(
@@ -135,7 +131,7 @@ class Passes(NamedTuple):
 
     def run(self, num_iterations: int) -> Routed:
         """Updates the carry before each pass but the first, and returns what the last one finds."""
-        last = as_iterations(num_iterations) - 1
+        last = as_integer("num_iterations", num_iterations) - 1
         carry = lax.fori_loop(0, last, self.update, self.first)
         return self.finish(last, carry)[0]
 
@@ -147,5 +143,6 @@ def per_mass(numerator: jax.Array, mass: jax.Array) -> jax.Array:
     mass, and overflow for parents that die in training.
     """
     mass = jnp.broadcast_to(mass, numerator.shape)
-    some = mass > 1e-6
-    return jnp.where(some, numerator / jnp.where(some, mass, 1), 0)
+    # Asked this way around, neither a NaN nor an infinity is empty.
+    empty = (mass <= 1e-6) & jnp.isfinite(numerator)
+    return jnp.where(empty, 0, numerator / jnp.where(empty, 1, mass))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
+from capsjax.ops._checks import check_number
 from capsjax.routing._passes import Passes, as_parameter, inputs, layer_norm
 from capsjax.routing.record import Algorithm, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
@@ -76,6 +77,7 @@ def attention_passes(
     where: ArrayLike | None = None,
 ) -> Passes:
     """The passes of :func:`attention_routing`, which carry the logits."""
+    check_number("epsilon", epsilon, least=0)
     given = inputs(votes, where=where)
     features = given.votes.shape[-1]
     factor = None if scale is None else as_parameter("scale", scale, "[D]", (features,), given)
@@ -95,7 +97,7 @@ def attention_passes(
 
     def update(_: jax.Array, logits: jax.Array) -> jax.Array:
         s, _ = gather(logits)
-        return given.agreement(normalise(s)) / math.sqrt(features)
+        return given.agreement(normalise(s)) / math.sqrt(max(1, features))
 
     def finish(_: ArrayLike, logits: jax.Array) -> tuple[Routed, jax.Array]:
         s, coupling = gather(logits)

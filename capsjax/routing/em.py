@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from capsjax.ops._checks import check_number
 from capsjax.routing._passes import Passes, as_activations, as_parameter, inputs, per_mass
 from capsjax.routing.record import Algorithm, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
@@ -113,6 +114,8 @@ def em_passes(
     normalize: Normalize | None = None,
 ) -> Passes:
     """The passes of :func:`em_routing`, which carry the logarithms of :math:`a_j p_{ij}`."""
+    check_number("inverse_temperature", inverse_temperature)
+    check_number("epsilon", epsilon, least=0)
     given = inputs(votes, where=where)
     present = as_activations(activations, given)
     parents, features = given.votes.shape[-2:]

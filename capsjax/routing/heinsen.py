@@ -8,8 +8,15 @@ from jax import export, lax
 from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
-from capsjax.ops._checks import accumulator, as_floating, as_mask, zeros
-from capsjax.routing._passes import as_iterations, layer_norm
+from capsjax.ops._checks import (
+    accumulator,
+    as_floating,
+    as_integer,
+    check_number,
+    taking_part,
+    zeros,
+)
+from capsjax.routing._passes import layer_norm
 from capsjax.routing.record import Algorithm, Children, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
 
@@ -127,7 +134,8 @@ def heinsen_routing(
       Heinsen, *An Algorithm for Routing Vectors in Sequences*, 2022 (arXiv 2211.11754), with the
       optimisations of its section on efficiency.
     """
-    iterations = as_iterations(num_iterations)
+    iterations = as_integer("num_iterations", num_iterations)
+    check_number("epsilon", epsilon, least=0)
     poses = as_floating("poses", poses)
     if poses.ndim < 2:
         raise ValueError(f"poses must have shape [..., I, K], got shape {poses.shape}")
@@ -138,8 +146,7 @@ def heinsen_routing(
     count = jnp.full(leading, max(1, children), wide)
     mask = None
     if where is not None:
-        mask = as_mask("where", where, poses.shape[:-1])[..., None]
-        poses = jnp.where(mask, poses, 0)
+        mask, poses = taking_part(where, poses)
         count = jnp.maximum(jnp.sum(mask, axis=(-2, -1), dtype=wide), 1)
     x = poses.astype(wide)
     scaled = x * lax.rsqrt(count)[..., None, None]
@@ -189,10 +196,13 @@ def _checked(
     parameters: HeinsenParameters, poses_shape: tuple[int, ...], wide: jnp.dtype
 ) -> HeinsenParameters:
     """The parameters in the dtype of the sums, their shapes checked against one another."""
+    fields = HeinsenParameters._fields
+    if not isinstance(parameters, tuple | list) or len(parameters) != len(fields):
+        raise TypeError(f"parameters must be HeinsenParameters, got {type(parameters).__name__}")
     arrays = HeinsenParameters(
         *(
             as_floating(name, value).astype(wide)
-            for name, value in zip(HeinsenParameters._fields, parameters, strict=True)
+            for name, value in zip(fields, parameters, strict=True)
         )
     )
     children, in_features = poses_shape

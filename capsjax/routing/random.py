@@ -6,6 +6,7 @@ import jax
 from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
+from capsjax.ops._checks import as_integer
 from capsjax.routing._passes import as_logits, inputs
 from capsjax.routing.record import Algorithm, Children, register
 from capsjax.routing.routed import Routed
@@ -51,7 +52,11 @@ def random_routing(
       Paik, Kwak, Kim, *Capsule Networks Need an Improved Routing Algorithm*, ACML 2019.
     """
     given = inputs(votes, bias=bias, where=where)
-    logits = jax.random.normal(key, given.votes.shape[-3:-1], given.wide)
+    try:
+        logits = jax.random.normal(key, given.votes.shape[-3:-1], given.wide)
+    except (TypeError, ValueError):
+        what = getattr(key, "dtype", type(key).__name__)
+        raise TypeError(f"key must be one random key, as of jax.random.key, got {what}") from None
     coupling = given.coupled(jax.nn.softmax(as_logits("logits", logits, given)))
     poses = squash(given.gather(coupling))
     return given.routed(poses, length(poses), coupling)
@@ -60,7 +65,7 @@ def random_routing(
 def _arguments(children: Children, given: dict[str, Any]) -> dict[str, Any]:
     """The key of the couplings from the option ``seed``."""
     del children
-    seed = given.pop("seed", 0)
+    seed = as_integer("seed", given.pop("seed", 0), least=-(2**63), most=2**63 - 1)
     return {**given, "key": jax.random.key(seed)}
 
 

@@ -9,6 +9,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike
 
 from capsjax.ops import length
+from capsjax.ops._checks import as_integer, check_choice
 from capsjax.routing._passes import Passes
 from capsjax.routing.routed import Routed
 
@@ -152,12 +153,14 @@ class Algorithm:
         return arguments
 
     def check_options(self, options: Mapping[str, Any], *, use_bias: bool = False) -> None:
-        """Raises a ValueError unless a layer may be given these options, and a bias."""
+        """Raises unless a layer may be given these options, and a bias."""
         known = [*self.options, *(f"{name}_init" for name in self.parameters(Sizes(1, 1, 1, 1)))]
         for option in options:
             if option not in known:
                 only = f"only {', '.join(known)}" if known else "it has none"
                 raise ValueError(f"routing {self.name!r} has no option {option!r}, {only}")
+        if "num_iterations" in options:
+            as_integer("num_iterations", options["num_iterations"])
         if use_bias and not self.has_bias:
             raise ValueError(f"routing {self.name!r} has no bias")
 
@@ -228,6 +231,5 @@ def algorithm(name: str) -> Algorithm:
       >>> kmeans.iterates
       True
     """
-    if name not in _ALGORITHMS:
-        raise ValueError(f"routing must be one of {', '.join(_ALGORITHMS)}, got {name!r}")
+    check_choice("routing", name, _ALGORITHMS)
     return _ALGORITHMS[name]

@@ -58,10 +58,7 @@ def self_routing(
     """
     given = inputs(votes, where=where)
     weights = as_activations(activations, given)
-    coupling = as_logits("logits", logits, given)
-    if given.where is not None:
-        coupling = jnp.where(given.where, coupling, 0)
-    coupling = given.coupled(jax.nn.softmax(coupling))
+    coupling = given.coupled(jax.nn.softmax(as_logits("logits", logits, given)))
     shares = weights[..., None] * coupling
     mass = jnp.sum(shares, axis=-2)
     present = per_mass(mass, jnp.sum(weights, axis=-1)[..., None])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import export, lax
 from jax.typing import ArrayLike
 
-from capsjax.routing._passes import as_iterations
+from capsjax.ops._checks import as_integer
 from capsjax.routing.record import algorithm, algorithms
 
 
@@ -88,6 +88,7 @@ def routing_trace(
     Reference:
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, procedure 1.
     """
+    iterations = as_integer("num_iterations", num_iterations)
     make_passes = algorithm(routing).passes if routing in algorithms() else None
     if make_passes is None:
         raise ValueError(f"routing must be one of {', '.join(traced())}, got {routing!r}")
@@ -98,7 +99,7 @@ def routing_trace(
         return passes.update(number, carry), (*routed, logits)
 
     _, (poses, activations, coupling, logits) = lax.scan(
-        one_pass, passes.first, jnp.arange(as_iterations(num_iterations))
+        one_pass, passes.first, jnp.arange(iterations)
     )
     agreement = jnp.einsum(
         "...ijd,t...jd->t...ij", passes.votes.astype(logits.dtype), poses.astype(logits.dtype)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.scipy.special import digamma
 from jax.typing import ArrayLike
 
+from capsjax.ops._checks import check_number
 from capsjax.routing._passes import Passes, as_activations, as_parameter, inputs
 from capsjax.routing.em import Normalize, beta_parameters
 from capsjax.routing.record import Algorithm, register
@@ -134,6 +135,7 @@ def variational_passes(
         ("nu", nu, features - 1),
         ("psi", psi, 0),
     ):
+        check_number(name, value)
         if not value > least:
             raise ValueError(f"{name} must be above {least}, got {value}")
     use = as_parameter("beta_a", beta_a, "[J]", (parents,), given)

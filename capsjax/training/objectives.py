@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from capsjax.models import BaselineConfig, MatrixCapsNetConfig, ModelConfig, Prediction
 from capsjax.ops import margin_loss, reconstruction_loss, spread_loss
+from capsjax.ops._checks import as_one_hot, check_choice
 
 RECONSTRUCTION_WEIGHT = 0.0005
 
@@ -120,7 +121,7 @@ def cross_entropy_loss(prediction: Prediction, target: jax.Array, images: jax.Ar
       [0.6931472]
     """
     del images
-    return optax.softmax_cross_entropy(prediction.scores, target.astype(prediction.scores.dtype))
+    return optax.softmax_cross_entropy(prediction.scores, _labels(prediction, target))
 
 
 def binary_cross_entropy_loss(
@@ -140,8 +141,8 @@ def binary_cross_entropy_loss(
       [1.3862944]
     """
     del images
-    target = target.astype(prediction.scores.dtype)
-    return optax.sigmoid_binary_cross_entropy(prediction.scores, target).sum(-1)
+    labels = _labels(prediction, target)
+    return optax.sigmoid_binary_cross_entropy(prediction.scores, labels).sum(-1)
 
 
 LOSSES: dict[str, Objective] = {
@@ -173,14 +174,19 @@ def choose_loss(
         if isinstance(model, MatrixCapsNetConfig):
             return "spread"
         return "official" if preset in _OFFICIAL else "paper"
-    if name not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
+    check_choice("loss", name, LOSSES)
     if plain != (name in ("cross_entropy", "binary_cross_entropy")):
         fitting = "cross_entropy" if plain else "paper, official or spread"
         raise ValueError(f"loss for preset {preset!r} must be {fitting}, got {name!r}")
     if several_classes and name in _ONE_CLASS:
         raise ValueError(f"loss must be for several classes in an image, got {name!r}")
     return name
+
+
+def _labels(prediction: Prediction, target: jax.Array) -> jax.Array:
+    """The target in the dtype of the scores, whose shape it must have."""
+    scores = prediction.scores
+    return as_one_hot("target", target, "scores", scores.shape).astype(scores.dtype)
 
 
 def _weighed_reconstruction(prediction: Prediction, images: jax.Array) -> jax.Array:

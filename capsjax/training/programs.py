@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from capsjax.data import Batch, Sampler, Split, is_right
+from capsjax.ops._checks import as_integer, check_choice
 from capsjax.training.objectives import Objective
 from capsjax.training.step import Apply, StepMetrics, TrainState, TrainStep, Variables
 
@@ -162,26 +163,34 @@ def make_driver(
       A :class:`Driver`.
 
     Raises:
-      ValueError: the name is unknown, ``"jit"`` was given several devices, or the batch cannot be
-        divided among the devices.
+      TypeError: the devices are not devices, or the size of the batch is not an integer.
+      ValueError: the name is unknown, ``"jit"`` was given several devices, there is no device, or
+        the batch cannot be divided among the devices.
 
     Example:
       >>> from capsjax.training import make_driver
       >>> len(make_driver("jit", batch_size=128).devices)
       1
     """
-    if name not in _DRIVERS:
-        raise ValueError(f"driver must be one of {', '.join(_DRIVERS)}, got {name!r}")
+    check_choice("driver", name, _DRIVERS)
     kind = _DRIVERS[name]
-    chosen = tuple(devices or jax.devices()[: kind.most_devices])
+    chosen = tuple(jax.devices()[: kind.most_devices]) if devices is None else _as_devices(devices)
     if kind.most_devices is not None and len(chosen) > kind.most_devices:
         raise ValueError(f"driver {name!r} runs on one device, got {len(chosen)}")
-    if batch_size is not None and batch_size % len(chosen):
+    if batch_size is not None and as_integer("batch_size", batch_size) % len(chosen):
         raise ValueError(
             f"batch_size must be divisible by the number of devices, {len(chosen)}, got"
             f" {batch_size}"
         )
     return kind(chosen)
+
+
+def _as_devices(devices: Any) -> tuple[jax.Device, ...]:
+    if not isinstance(devices, Sequence) or not all(hasattr(d, "platform") for d in devices):
+        raise TypeError(f"devices must be a sequence of devices, got {devices!r}")
+    if not devices:
+        raise ValueError("devices must hold at least one device, got none")
+    return tuple(devices)
 
 
 class StepSums(NamedTuple):
@@ -233,6 +242,7 @@ def make_step(train_step: TrainStep, sampler: Sampler, driver: Driver, *, batch_
       driver: where it runs.
       batch_size: B, examples in the whole batch.
     """
+    as_integer("batch_size", batch_size)
 
     def step(
         state: TrainState, examples: Batch, order: jax.Array, key: jax.Array
@@ -308,6 +318,7 @@ def make_evaluate(
       batch_size: examples in the whole batch.
       several_seeds: whether variables and sums have a leading axis over seeds.
     """
+    as_integer("batch_size", batch_size)
 
     def evaluate(
         variables: Variables,

@@ -12,6 +12,7 @@ from flax import nnx
 
 from capsjax.data import Sample, is_right
 from capsjax.models import Network, Prediction
+from capsjax.ops._checks import check_callable, check_number
 from capsjax.training.objectives import Objective
 
 
@@ -83,6 +84,8 @@ def split_network(network: Network) -> tuple[Apply, Variables]:
       >>> prediction.scores.shape
       (1, 10)
     """
+    if not isinstance(network, nnx.Module):
+        raise TypeError(f"network must be an nnx.Module, got {network!r}")
     graphdef, *states = nnx.split(network, nnx.Param, nnx.BatchStat)
 
     def apply(
@@ -135,6 +138,10 @@ def paper_optimizer(
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 4; the
       constants are those of the authors' code.
     """
+    check_number("learning_rate", learning_rate, least=0)
+    check_number("decay_rate", decay_rate, least=0)
+    check_number("decay_steps", decay_steps, least=1)
+    check_number("floor", floor, least=0)
 
     def schedule(count: chex.Numeric) -> jax.Array:
         # Not optax.exponential_decay, which takes the floor for a ceiling at a decay rate of 1.
@@ -146,6 +153,9 @@ def paper_optimizer(
 
 def init_state(variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first step."""
+    if not isinstance(variables, Variables):
+        raise TypeError(f"variables must be Variables, as of split_network, got {variables!r}")
+    _check_optimizer(optimizer)
     return TrainState(
         jnp.zeros((), jnp.int32),
         variables.params,
@@ -175,7 +185,13 @@ def make_train_step(
 
     Returns:
       ``train_step(state, sample) -> (state, metrics)`` with a :class:`TrainState`, a
-      :class:`capsjax.data.Sample` of B examples and :class:`StepMetrics`.
+      :class:`capsjax.data.Sample` of B examples and :class:`StepMetrics`. With NaN
+      among the parameters or the pixels the loss is NaN.
+
+    Raises:
+      TypeError: an argument is not what it should be; or, when the step is traced, the labels are
+        not integers.
+      ValueError: when the step is traced, the target is not one-hot or multi-hot.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -194,6 +210,8 @@ def make_train_step(
       >>> int(state.step)
       1
     """
+    check_callable(apply=apply, objective=objective)
+    _check_optimizer(optimizer)
     takes_step = "step" in inspect.signature(objective).parameters
 
     def train_step(state: TrainState, sample: Sample) -> tuple[TrainState, StepMetrics]:
@@ -222,3 +240,8 @@ def make_train_step(
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return train_step
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        raise TypeError(f"optimizer must be an optax.GradientTransformation, got {optimizer!r}")

@@ -96,6 +96,17 @@ def test_targets_and_masks_are_those_of_the_labels(task):
     np.testing.assert_array_equal(labels[:, 0], split().labels[3:9])
 
 
+def test_labels_that_are_no_class_are_told():
+    sampler, numbers, digits = Sampler(Shifted(), CLASSES), jnp.arange(6), split()
+    sample = sampler.test(digits._replace(labels=digits.labels.at[:2].set([-1, CLASSES])), numbers)
+    assert jnp.isnan(sample.target[:2]).all()
+    np.testing.assert_array_equal(sample.target[2:], np.eye(CLASSES)[sample.labels[2:]])
+    floats = digits._replace(labels=digits.labels.astype(float))
+    for make in (sampler.test, lambda d, n: sampler.train(d, keys(1)[0], n, n)):
+        with pytest.raises(TypeError, match="labels must be class numbers, .* got dtype float32"):
+            jax.eval_shape(make, floats, numbers)
+
+
 @pytest.mark.parametrize(
     ("task", "flip"), [(Shifted(), None), (Pairs(12, 2), "both")], ids=["single", "pairs"]
 )

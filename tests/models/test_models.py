@@ -241,6 +241,20 @@ def test_every_network_takes_every_routing(preset, name):
         assert prediction.reconstruction.shape == (2, 28, 28, 1)
 
 
+@pytest.mark.parametrize("preset", [*SMALLEST, "baseline"])
+def test_an_empty_batch_gives_empty_predictions(preset):
+    def gradient(network, x):
+        return jax.grad(lambda x: network(x, target=jnp.zeros((0, 10))).scores.sum())(x)
+
+    network = nnx.eval_shape(
+        lambda: models.create(preset, rngs=nnx.Rngs(0), **SMALLEST.get(preset, {}))
+    )
+    network.eval()
+    x = jax.ShapeDtypeStruct((0, 28, 28, 1), jnp.float32)
+    assert nnx.eval_shape(lambda n, x: n(x), network, x).scores.shape == (0, 10)
+    assert nnx.eval_shape(gradient, network, x).shape == x.shape
+
+
 @pytest.mark.parametrize("preset", SMALLEST)
 def test_every_network_computes_finite_scores(preset):
     prediction = nnx.jit(lambda: predict(preset, models.configure(preset).routing))()
@@ -344,7 +358,7 @@ def test_efficient_capsnet_normalises_over_the_batch_in_training_only():
         ("efficient_capsnet", {"conv_kernels": (5,)}, "one entry for each of the 4 conv_features"),
         ("efficient_capsnet", {"conv_features": ()}, "conv_features must name at least one"),
         ("efficient_capsnet", {"image_shape": (10, 10, 1)}, "too small for kernels"),
-        ("efficient_capsnet", {"primary_kernel": 0}, "primary_kernel must be positive, got 0"),
+        ("efficient_capsnet", {"primary_kernel": 0}, "primary_kernel must be at least 1, got 0"),
         ("efficient_capsnet", {"primary_kernel": 10}, r"must fit the last .*\(9, 9\), got 10"),
         ("efficient_capsnet", {"primary_strides": 2}, "primary_strides needs a primary_kernel"),
     ],
@@ -405,19 +419,23 @@ def test_dropout_keeps_the_expected_value():
 
 
 BAD = [
-    ({"num_classes": 0}, "num_classes must be positive, got 0"),
-    ({"image_shape": (28, 0, 1)}, r"image_shape must be positive, got \(28, 0, 1\)"),
+    ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+    ({"image_shape": (28, 0, 1)}, r"image_shape\[1\] must be at least 1, got 0"),
     ({"image_shape": (16, 16, 1)}, r"image_shape \(16, 16, 1\) is too small for kernels 9 and 9"),
     ({"padding": "CIRCULAR"}, "padding must be 'VALID' or 'SAME', got 'CIRCULAR'"),
     ({"initialisation": "he"}, "initialisation must be one of .*got 'he'"),
-    ({"num_iterations": 0}, "num_iterations must be positive, got 0"),
+    ({"num_iterations": 0}, "num_iterations must be at least 1, got 0"),
     ({"image_shape": (28, 28)}, r"image_shape must be \(rows, .*got \(28, 28\)"),
     ({"image_shape": [28, 28, 1]}, r"image_shape must be a tuple .*got \[28, 28, 1\]"),
     (
         {"decoder_features": [0]},
         r"decoder_features must be a tuple of positive",
     ),
-    ({"num_classes": True}, "num_classes must be positive, got True"),
+    ({"num_classes": True}, "num_classes must be a Python integer, got True"),
+    ({"num_classes": 2**64}, "num_classes must be at most 2147483647, got 18446744073709551616"),
+    ({"image_shape": 28}, "image_shape must be a tuple of positive integers, got 28"),
+    ({"primary_coupling": None}, "primary_coupling must be a number, got None"),
+    ({"leaky": None}, "leaky must be True or False, got None"),
     ({"dtype": "int32"}, "dtype must be one of float32, bfloat16, got 'int32'"),
     ({"convs": 3}, "preset 'paper' has no field 'convs', only image_shape, "),
 ]
@@ -436,7 +454,18 @@ def test_other_bad_arguments_are_named():
         models.configure("baseline", dropout_rate=1)
     with pytest.raises(ValueError, match="dense_features must name at least one layer"):
         models.configure("baseline", dense_features=())
+    for rngs in (None, 0, jax.random.key(0), nnx.Rngs(dropout=0)):
+        with pytest.raises(TypeError, match="rngs must be an nnx.Rngs with a stream for params"):
+            models.create("small", rngs=rngs)
+    with pytest.raises(TypeError, match="config must be a configuration.* got None"):
+        models.build(None, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="config must be of type BaselineConfig, got None"):
+        models.BaselineCNN(None, rngs=nnx.Rngs(0))
     network = build(TINY)
+    with pytest.raises(TypeError, match="images must be an array, got None"):
+        network(None)
+    with pytest.raises(ValueError, match=r"target must be one-hot .* got shape \(2,\); for class"):
+        jax.eval_shape(lambda x: network(x, target=jnp.array([0, 1])), jnp.zeros((2, 14, 12, 1)))
     with pytest.raises(TypeError, match="images must be floating-point .* got dtype uint8"):
         network(jnp.zeros((2, 14, 12, 1), jnp.uint8))
     with pytest.raises(ValueError, match=r"images must have shape .*14, 12, 1\], got .*28, 28, 1"):

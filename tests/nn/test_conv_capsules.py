@@ -281,6 +281,58 @@ def test_masked_children_have_no_influence(name):
     assert (np.asarray(everyone.poses) != np.asarray(routed.poses)).any()
 
 
+def masked_layers():
+    """Every algorithm in one layer, and every layer with one algorithm."""
+    for name in routing.algorithms():
+        yield DenseCapsules(6, 4, 3, 4, routing=name, rngs=nnx.Rngs(0))
+    options = {"kernel_size": (2, 2), "padding": "SAME", "rngs": nnx.Rngs(0)}
+    yield ConvCapsules(2, 4, 3, 4, routing="attention", **options)
+    yield ConvCapsules(2, 4, 3, 4, routing="em", **options)
+    yield GridCapsules(2, 4, 3, 4, routing="kmeans", coordinates=True, rngs=nnx.Rngs(0))
+    yield MatrixConvCapsules(2, 3, 4, routing="self", **options)
+    yield MatrixGridCapsules(2, 3, 4, routing="variational", rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "layer", masked_layers(), ids=lambda layer: f"{type(layer).__name__} {layer.router.name}"
+)
+def test_what_masked_children_hold_reaches_no_gradient(layer):
+    children = (6,) if isinstance(layer, DenseCapsules) else (3, 1, 2)
+    poses = normal(2, *children, 4)
+    where = jnp.ones(6, bool).at[2].set(False).reshape(children)
+    graphdef, state = nnx.split(layer)
+
+    @jax.jit
+    def gradients(state, poses, activations):
+        def loss(*arguments):
+            state, poses, activations = arguments
+            layer = nnx.merge(graphdef, state)
+            given = layer(poses, activations=activations, where=where)
+            by_length = layer(poses, where=where)
+            return sum(x[..., 0].sum() for x in (*given[:2], *by_length[:2]))
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(state, poses, activations)
+
+    activations = jax.nn.sigmoid(poses[..., 0])
+    broken = (jnp.where(where[..., None], poses, jnp.nan), jnp.where(where, activations, jnp.nan))
+    expected = gradients(state, poses, activations)
+    jax.tree.map(np.testing.assert_array_equal, gradients(state, *broken), expected)
+    assert jnp.isfinite(expected[0])
+
+
+def test_what_masked_logits_hold_reaches_no_gradient():
+    layer = DenseCapsules(6, 4, 3, 4, rngs=nnx.Rngs(0))
+    where, logits = jnp.arange(6) != 2, normal(6, 3, seed=1)
+
+    def loss(layer, poses, logits):
+        return layer(poses, logits=logits, where=where).activations[..., 0].sum()
+
+    gradients = nnx.jit(nnx.grad(loss, argnums=(0, 1, 2)))
+    poses = normal(2, 6, 4)
+    broken = gradients(layer, poses.at[:, 2].set(jnp.nan), logits.at[2].set(jnp.nan))
+    jax.tree.map(np.testing.assert_array_equal, broken, gradients(layer, poses, logits))
+
+
 @pytest.mark.parametrize(
     "layer",
     [

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,15 @@ from flax.nnx import bridge
 from jax.test_util import check_grads
 
 from capsjax import dense_votes, dynamic_routing
-from capsjax.nn import Decoder, DenseCapsules, PrimaryCapsules
+from capsjax.nn import (
+    ConvCapsules,
+    Decoder,
+    DenseCapsules,
+    GridCapsules,
+    MatrixGridCapsules,
+    MatrixPrimaryCapsules,
+    PrimaryCapsules,
+)
 
 
 def normal(*shape, seed=0):
@@ -245,3 +255,71 @@ def test_dense_capsules_return_the_coupling_of_the_reference():
         layer(poses, logits=prior, implementation="blocked")
     with pytest.raises(ValueError, match="implementation must be None or one of reference for"):
         DenseCapsules(6, 3, 4, 5, routing="em", implementation="blocked", rngs=nnx.Rngs(0))
+
+
+MADE = {
+    "in_capsules": lambda x: DenseCapsules(x, 4, 3, 5, rngs=nnx.Rngs(0)),
+    "out_features": lambda x: DenseCapsules(6, 4, 3, x, rngs=nnx.Rngs(0)),
+    "num_iterations": lambda x: DenseCapsules(6, 4, 3, 5, num_iterations=x, rngs=nnx.Rngs(0)),
+    "in_types": lambda x: ConvCapsules(x, 4, 3, 5, kernel_size=3, rngs=nnx.Rngs(0)),
+    "out_types": lambda x: ConvCapsules(2, 4, x, 5, kernel_size=3, rngs=nnx.Rngs(0)),
+    "out_capsules": lambda x: GridCapsules(2, 4, x, 5, rngs=nnx.Rngs(0)),
+    "features": lambda x: MatrixGridCapsules(2, 3, x, rngs=nnx.Rngs(0)),
+    "num_types": lambda x: PrimaryCapsules(3, x, 4, rngs=nnx.Rngs(0)),
+    "in_features": lambda x: Decoder(3, x, (2, 2, 1), rngs=nnx.Rngs(0)),
+    r"image_shape\[0\]": lambda x: Decoder(3, 4, (x, 2, 1), rngs=nnx.Rngs(0)),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_sizes_are_positive_integers(name):
+    for value in (None, True, 2.0, "3"):
+        with pytest.raises(TypeError, match=f"^{name} must be a Python integer, got"):
+            MADE[name](value)
+    for value, expected in ((0, "at least 1, got 0"), (-1, "at least 1"), (2**64, "at most 21474")):
+        with pytest.raises(ValueError, match=f"^{name} must be {expected}"):
+            MADE[name](value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(DenseCapsules, 6, 4, 3, 5),
+        functools.partial(ConvCapsules, 2, 4, 3, 5, kernel_size=3),
+        functools.partial(PrimaryCapsules, 3, 2, 4),
+        functools.partial(MatrixPrimaryCapsules, 3, 2, 4),
+        functools.partial(Decoder, 3, 4, (2, 2, 1)),
+    ],
+    ids=lambda make: make.func.__name__,
+)
+def test_streams_initialisers_and_inputs_are_named(make):
+    for rngs in (None, 0, jax.random.key(0)):
+        with pytest.raises(TypeError, match="rngs must be an nnx.Rngs .* such as nnx.Rngs"):
+            make(rngs=rngs)
+    with pytest.raises(TypeError, match="kernel_init must be a function, got None"):
+        make(kernel_init=None, rngs=nnx.Rngs(0))
+    name = "inputs" if "Primary" in make.func.__name__ else "poses"
+    arguments = (None, None) if make.func is Decoder else (None,)
+    with pytest.raises(TypeError, match=f"{name} must be an array, got None"):
+        make(rngs=nnx.Rngs(0))(*arguments)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("leading", [(0,), (2, 0)], ids=str)
+def test_an_empty_batch_gives_an_empty_result(name, leading):
+    layer, inputs = layers()[name]
+    shapes = [jax.ShapeDtypeStruct((*leading, *x.shape[1:]), x.dtype) for x in inputs]
+    whole = jax.eval_shape(lambda *x: output(layer, *x), *inputs)
+    empty = jax.eval_shape(lambda *x: output(layer, *x), *shapes)
+    assert empty.shape == (*leading, *whole.shape[1:])
+
+
+@pytest.mark.parametrize("routing", ["kmeans", "em"])
+@pytest.mark.parametrize("kind", [ConvCapsules, GridCapsules])
+def test_an_empty_batch_of_grids_gives_an_empty_result(kind, routing):
+    options = {"kernel_size": 2} if kind is ConvCapsules else {}
+    layer = kind(2, 4, 3, 5, routing=routing, rngs=nnx.Rngs(0), **options)
+    shape = jax.ShapeDtypeStruct((0, 3, 3, 2, 4), jnp.float32)
+    places = (2, 2) if kind is ConvCapsules else ()
+    routed = jax.eval_shape(lambda x: layer(x), shape)
+    assert (routed.poses.shape, routed.activations.shape) == ((0, *places, 3, 5), (0, *places, 3))

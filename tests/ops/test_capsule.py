@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from capsjax import length, squash
+from capsjax import exponential_squash, length, squash
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -76,6 +76,22 @@ def test_a_zero_vector_among_others_harms_none(function):
     assert jnp.isfinite(jax.jit(jax.hessian(lambda s: function(s).sum()))(s)).all()
 
 
+@pytest.mark.parametrize("function", [squash, length, exponential_squash])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_so_and_spoils_no_other_vector(function, value):
+    s = jnp.array([[value, 1.0, 2.0], [0.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
+    out, gradient = function(s), jax.grad(lambda s: function(s).sum())(s)
+    expected = np.inf if function is length and np.isinf(value) else np.nan
+    np.testing.assert_array_equal(out[0], jnp.full_like(out[0], expected))
+    assert jnp.isnan(gradient[0, 0])
+    np.testing.assert_array_equal(out[1:], function(s[1:]))
+    assert jnp.isfinite(gradient[1:]).all()
+
+
+def test_the_direction_of_a_vector_too_long_to_measure_is_not_zero():
+    assert jnp.isnan(exponential_squash(jnp.array([1e20, 1.0]))).all()
+
+
 def test_long_vectors_approach_length_one():
     long = jnp.full((1, 4), 1e15)
     np.testing.assert_allclose(length(squash(long)), 1, rtol=1e-6)
@@ -115,7 +131,7 @@ def test_bad_arguments_are_named_while_tracing(function):
 
 
 def test_negative_epsilon():
-    with pytest.raises(ValueError, match="epsilon must not be negative, got -1"):
+    with pytest.raises(ValueError, match="epsilon must be at least 0, got -1"):
         squash(jnp.ones(3), epsilon=-1)
 
 

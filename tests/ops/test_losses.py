@@ -88,6 +88,17 @@ def test_masked_pixels_have_no_loss_and_no_gradient():
     assert (loss, *gradient) == (0.25, 1.0, 0.0)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("labels", [[1, 0, 0], [0, 0, 1], [0, 0, 0], [1, 1, 1]])
+@pytest.mark.parametrize("function", [margin_loss, spread_loss, reconstruction_loss])
+def test_what_is_not_finite_makes_the_loss_so(function, labels, value):
+    x, labels = jnp.array([value, 0.5, 0.2]), jnp.array(labels, jnp.float32)
+    loss, gradient = jax.value_and_grad(function)(x, labels)
+    assert not jnp.isfinite(loss)
+    assert not jnp.isfinite(gradient[0])
+    assert not jnp.isfinite(function(labels, labels.at[0].set(value)))
+
+
 SPREAD = [
     # One correct class: 0.5 above the first wrong class, 0.8 above the second.
     ([0.8, 0.3, 0.0], [1, 0, 0], 0.9, 0.4**2 + 0.1**2),
@@ -135,7 +146,7 @@ def test_bad_arguments_are_named_while_tracing():
     lengths = jnp.ones((2, 3))
     with pytest.raises(ValueError, match=r"labels must be one-hot.*\(2, 3\), got shape \(2,\)"):
         jax.jit(margin_loss)(lengths, jnp.array([0, 1]))
-    with pytest.raises(ValueError, match=r"labels must have the shape of activations, \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"labels must be one-hot.*of activations, \(2, 3\), got"):
         spread_loss(lengths, jnp.array([0, 1]))
     with pytest.raises(TypeError, match="lengths must be a floating-point array, got dtype int32"):
         margin_loss(jnp.ones((2, 3), int), lengths)

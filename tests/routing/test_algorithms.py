@@ -287,6 +287,47 @@ def test_masked_children_have_no_influence_and_no_gradient(name, masked):
 
 
 @every_algorithm
+def test_a_nan_stays_nan_in_its_example(name):
+    # Of the first child, which is not masked.
+    function, gradient = without_the_last_child(name)
+    broken = votes_of().at[0].set(jnp.nan)
+    for x in (*function(broken)[:2], gradient(broken)[0]):
+        assert jnp.isnan(x).all()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda votes, x, **o: capsjax.dynamic_routing(votes, logits=x, **o),
+        lambda votes, x, **o: capsjax.dynamic_routing(votes, logits=x, leaky=True, **o),
+        lambda votes, x, **o: capsjax.efficient_routing(votes, prior=x, **o),
+        lambda votes, x, **o: capsjax.self_routing(votes, x[:, 0], x, **o),
+        lambda votes, x, **o: capsjax.em_routing(votes, x[:, 0], **EM_OPTIONS, **o),
+        lambda votes, x, **o: capsjax.variational_routing(votes, x[:, 0], **EM_OPTIONS, **o),
+    ],
+    ids=["dynamic", "leaky", "efficient", "self", "em", "variational"],
+)
+def test_what_masked_children_hold_besides_votes_has_no_influence(function):
+    votes, x = votes_of(), votes_of(shape=(CHILDREN, PARENTS), seed=1)
+
+    @jax.jit
+    def gradients(votes, x):
+        def loss(*arguments):
+            return function(*arguments, where=jnp.arange(CHILDREN) > 0).poses[..., 0].sum()
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(votes, x)
+
+    got = gradients(votes.at[0].set(jnp.nan), x.at[0].set(jnp.nan))
+    jax.tree.map(np.testing.assert_array_equal, got, gradients(votes, x))
+
+
+def test_children_without_mass_do_not_hide_a_nan():
+    votes = votes_of().at[0].set(jnp.nan)
+    routed = capsjax.self_routing(votes, jnp.zeros(CHILDREN), jnp.zeros((CHILDREN, PARENTS)))
+    assert jnp.isnan(routed.poses).all()
+
+
+@every_algorithm
 @settings(max_examples=3)
 @given(
     children=st.sampled_from([1, 6]),
@@ -410,6 +451,15 @@ def test_efficient_squash_keeps_the_length_of_short_vectors():
 BAD = [
     ("kmeans_routing", {"num_iterations": 0}, ValueError, "num_iterations must be at least 1"),
     ("attention_routing", {"num_iterations": 1.5}, TypeError, "must be a Python integer, got 1.5"),
+    ("kmeans_routing", {"num_iterations": True}, TypeError, "must be a Python integer, got True"),
+    (
+        "kmeans_routing",
+        {"num_iterations": 2**64},
+        ValueError,
+        "must be at most 21474",
+    ),
+    ("attention_routing", {"epsilon": None}, TypeError, "epsilon must be a number, got None"),
+    ("random_routing", {"key": 0}, TypeError, "key must be one random key, .* got int"),
     ("attention_routing", {"scale": jnp.ones(3)}, ValueError, r"scale must have shape \[D\] = \(5"),
     ("uniform_routing", {"bias": jnp.ones(3)}, ValueError, r"bias must have shape \[J, D\]"),
     ("efficient_routing", {"prior": jnp.ones(3)}, ValueError, r"prior must broadcast to \(6, 4\)"),
@@ -558,8 +608,9 @@ def test_a_trace_s_logits_are_the_prior_and_the_agreements_so_far():
     prior = votes_of(shape=(CHILDREN, PARENTS))
     where = jnp.arange(CHILDREN) > 0
     trace = capsjax.routing_trace(votes, logits=prior, where=where)
-    np.testing.assert_allclose(trace.logits[0], prior, rtol=1e-6)
-    np.testing.assert_allclose(trace.logits[2], prior + trace.agreement[:2].sum(0), rtol=1e-4)
+    np.testing.assert_allclose(trace.logits[0, 1:], prior[1:], rtol=1e-6)
+    expected = prior.at[0].set(0) + trace.agreement[:2].sum(0)
+    np.testing.assert_allclose(trace.logits[2], expected, rtol=1e-4)
     np.testing.assert_array_equal(trace.coupling[:, 0], 0)
     broken = capsjax.routing_trace(votes.at[0].set(jnp.nan), logits=prior, where=where)
     np.testing.assert_array_equal(broken.agreement, trace.agreement)

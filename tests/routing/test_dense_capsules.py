@@ -432,6 +432,25 @@ def test_exported_with_any_number_of_children():
         export.export(named)(*shapes)
 
 
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+def test_a_nan_stays_nan_in_its_example(implementation):
+    poses, weights = arguments(2)
+
+    @jax.jit
+    def run(poses, weights):
+        routed, pullback = jax.vjp(
+            lambda *x: dense_capsules(*x, implementation=implementation)[:2], poses, weights
+        )
+        return routed, pullback(jax.tree.map(jnp.ones_like, routed))
+
+    for broken in (jnp.nan, jnp.inf):
+        routed, (d_poses, d_weights) = run(poses.at[1, 0].set(broken), weights)
+        for x in (*routed, d_poses):
+            assert jnp.isfinite(x[0]).all()
+            assert jnp.isnan(x[1]).all()
+        assert not jnp.isfinite(d_weights).any()
+
+
 @pytest.mark.parametrize("implementation", FAST)
 def test_second_derivatives(implementation):
     with jax.enable_x64(True):

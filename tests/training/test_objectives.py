@@ -4,7 +4,7 @@ import pytest
 
 from capsjax.models import BaselineConfig, CapsNetConfig, MatrixCapsNetConfig, Prediction
 from capsjax.training import cross_entropy_loss, official_loss, paper_loss, spread_objective
-from capsjax.training.objectives import binary_cross_entropy_loss, choose_loss
+from capsjax.training.objectives import LOSSES, binary_cross_entropy_loss, choose_loss
 
 
 @pytest.fixture
@@ -65,6 +65,18 @@ def test_binary_cross_entropy_of_several_classes(case):
     expected = -(present * np.log(p) + (1 - present) * np.log(1 - p)).sum(1)
     loss = binary_cross_entropy_loss(prediction, jnp.asarray(present), images)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_of_a_nan_is_nan_and_wants_one_number_per_class(case, name):
+    prediction, target, images, _, _ = case
+    broken = prediction._replace(scores=prediction.scores.at[0, 3].set(jnp.nan))
+    losses = LOSSES[name](broken, target, images)
+    assert jnp.isnan(losses[0])
+    assert jnp.isfinite(losses[1:]).all()
+    assert jnp.isnan(LOSSES[name](prediction, target.at[0].set(jnp.nan), images)[0])
+    with pytest.raises(ValueError, match="must be one-hot .* for class numbers use jax.nn.one_hot"):
+        LOSSES[name](prediction, jnp.array([1, 5, 9]), images)
 
 
 def test_two_reconstructions_of_an_image_add_up(case):

@@ -222,7 +222,11 @@ def test_the_first_step_with_a_loss_that_is_not_finite_is_told(digits, tiny):
     programs = Programs("jit", digits, tiny, learning_rate=1e38)
     sums = programs.run(6)
     assert 1 < sums.bad_step <= 6
-    assert Programs("jit", digits, tiny).run(2).bad_step == NEVER
+    programs = Programs("jit", digits, tiny)
+    assert programs.run(2).bad_step == NEVER
+    params = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), programs.state.params)
+    programs.state = programs.state._replace(params=params)
+    assert programs.run(2).bad_step == 3
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,14 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from capsjax.ops import dense_votes, length
-from capsjax.ops._checks import accumulator, as_floating, as_mask, zeros
+from capsjax.ops._checks import (
+    accumulator,
+    as_floating,
+    as_integer,
+    taking_part,
+    zeros,
+)
 from capsjax.ops.votes import check_dense
-from capsjax.routing._passes import as_iterations
 from capsjax.routing.fused.blocked import Blocks
 from capsjax.routing.fused.lanes import Lanes
 from capsjax.routing.fused.recurrence import Sweeps, route
@@ -108,11 +113,9 @@ def dense_capsules(
     """
     check_implementation(implementation)
     poses, weights = check_dense(poses, weights)
-    iterations = as_iterations(num_iterations)
+    iterations = as_integer("num_iterations", num_iterations)
     if where is not None:
-        mask = as_mask("where", where, poses.shape[:-1])
-        # Selected before anything else reads them, so that not even a NaN gets through.
-        poses = jnp.where(mask[..., None], poses, 0)
+        _, poses = taking_part(where, poses)
     if bias is not None:
         bias = as_floating("bias", bias)
         if bias.shape != weights.shape[2:]:
