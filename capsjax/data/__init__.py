@@ -17,8 +17,6 @@ from capsjax.data.tasks import (
     is_right,
 )
 from capsjax.data.transforms import (
-    Fill,
-    Flip,
     crop_images,
     epoch_order,
     random_flip,
@@ -36,8 +34,6 @@ __all__ = [
     "DataError",
     "Dataset",
     "Distorted",
-    "Fill",
-    "Flip",
     "Pairs",
     "Placed",
     "Sample",

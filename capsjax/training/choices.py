@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 from capsjax import models
-from capsjax.data import Dataset, Fill, Pairs, Shifted, Split, Task
+from capsjax.data import Dataset, Pairs, Shifted, Split, Task
+from capsjax.data.transforms import Fill
 from capsjax.errors import ConfigError
 from capsjax.routing import algorithm
 from capsjax.training.config import TrainConfig

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typing_extensions import Doc
 
 from capsjax import data, models, routing
+from capsjax.data.transforms import Fill, Flip
 from capsjax.errors import ConfigError
 from capsjax.files import expand_paths, require_folder
 from capsjax.training.objectives import LossName
@@ -116,11 +117,11 @@ class TrainConfig:
     """Training images are shifted by up to this many pixels along both axes; 2 if not given, of
     overlapping digits 4, which then are shifted in test too."""
 
-    fill: data.Fill | None = None
+    fill: Fill | None = None
     """Pixels that shifts move in: edge repeats the border of the image, a number is a grey from 0
     (black) to 1 (white); 0 if not given."""
 
-    flip: data.Flip | None = None
+    flip: Flip | None = None
     """Mirror training images at random: horizontal (left and right), vertical, or both; not if not
     given."""
 
