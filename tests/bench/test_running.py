@@ -384,7 +384,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
         (["--output", "none/rows.jsonl"], "no directory none"),
         (["--output", "page.html"], "--output is for rows, the report is a page"),
         (["--workload", "nowhere:f", "--shape", "f32[3]"], "No module named 'nowhere'"),
-        (["nosuch"], "pod, got 'nosuch'"),
+        (["nosuch"], "train, got 'nosuch'"),
         (["--output", "mine.jsonl"], "the report mine.html exists already"),
         (["--workload", "exits_for_bench:f"], "module 'exits_for_bench' calls sys.exit"),
     ):
