@@ -1,5 +1,6 @@
 """Convolutional capsules, against loops over places, and what all routers own."""
 
+import functools
 import itertools
 
 import jax
@@ -281,22 +282,22 @@ def test_masked_children_have_no_influence(name):
     assert (np.asarray(everyone.poses) != np.asarray(routed.poses)).any()
 
 
-def masked_layers():
-    """Every algorithm in one layer, and every layer with one algorithm."""
-    for name in routing.algorithms():
-        yield DenseCapsules(6, 4, 3, 4, routing=name, rngs=nnx.Rngs(0))
-    options = {"kernel_size": (2, 2), "padding": "SAME", "rngs": nnx.Rngs(0)}
-    yield ConvCapsules(2, 4, 3, 4, routing="attention", **options)
-    yield ConvCapsules(2, 4, 3, 4, routing="em", **options)
-    yield GridCapsules(2, 4, 3, 4, routing="kmeans", coordinates=True, rngs=nnx.Rngs(0))
-    yield MatrixConvCapsules(2, 3, 4, routing="self", **options)
-    yield MatrixGridCapsules(2, 3, 4, routing="variational", rngs=nnx.Rngs(0))
+# Every algorithm in one layer, and every layer.
+MASKED = [functools.partial(DenseCapsules, 6, 4, 3, 4, routing=n) for n in routing.algorithms()]
+MASKED += [
+    functools.partial(ConvCapsules, 2, 4, 3, 4, kernel_size=2, padding="SAME", routing="attention"),
+    functools.partial(ConvCapsules, 2, 4, 3, 4, kernel_size=2, padding="SAME", routing="em"),
+    functools.partial(GridCapsules, 2, 4, 3, 4, routing="kmeans", coordinates=True),
+    functools.partial(MatrixConvCapsules, 2, 3, 4, kernel_size=2, padding="SAME", routing="self"),
+    functools.partial(MatrixGridCapsules, 2, 3, 4, routing="variational"),
+]
 
 
 @pytest.mark.parametrize(
-    "layer", masked_layers(), ids=lambda layer: f"{type(layer).__name__} {layer.router.name}"
+    "make", MASKED, ids=lambda make: f"{make.func.__name__} {make.keywords['routing']}"
 )
-def test_what_masked_children_hold_reaches_no_gradient(layer):
+def test_what_masked_children_hold_reaches_no_gradient(make):
+    layer = make(rngs=nnx.Rngs(0))
     children = (6,) if isinstance(layer, DenseCapsules) else (3, 1, 2)
     poses = normal(2, *children, 4)
     where = jnp.ones(6, bool).at[2].set(False).reshape(children)
