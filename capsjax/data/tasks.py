@@ -310,8 +310,6 @@ class Pairs(_Canvas):
 class Sampler:
     """Makes the samples of a task: the one place where images and keys become network input.
 
-    The target of an example whose label is not from 0 to J - 1 is NaN, and so is its loss.
-
     Attributes:
       task: what is made of the images.
       num_classes: J.
@@ -405,11 +403,12 @@ class Sampler:
     ) -> Sample:
         images, drawings = self.task.render(keys, batch.images, train=train)
         if _multi_hot(batch):
-            masks = batch.labels.astype(jnp.float32)
+            labels, masks = batch.labels, batch.labels.astype(jnp.float32)
         else:
-            masks = _one_hot(batch.labels, self.num_classes)
+            labels = _as_labels(batch.labels)
+            masks = jax.nn.one_hot(labels, self.num_classes)
         target = masks.sum(1) if self.task.classes_per_image > 1 else masks
-        return Sample(images, batch.labels, target, masks, drawings, network_keys)
+        return Sample(images, labels, target, masks, drawings, network_keys)
 
 
 def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
@@ -449,16 +448,6 @@ def _as_labels(labels: ArrayLike) -> jax.Array:
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be class numbers, integers, got dtype {labels.dtype}")
     return labels
-
-
-def _one_hot(labels: ArrayLike, num_classes: int) -> jax.Array:
-    """One-hot labels; NaN for a number that no class has, so that the loss is NaN too.
-
-    Values cannot be checked while tracing, and all zeros would train towards no class.
-    """
-    labels = _as_labels(labels)[..., None]
-    known = (labels >= 0) & (labels < num_classes)
-    return jnp.where(known, jax.nn.one_hot(labels[..., 0], num_classes), jnp.nan)
 
 
 def _multi_hot(batch: Batch) -> bool:

@@ -143,6 +143,5 @@ def per_mass(numerator: jax.Array, mass: jax.Array) -> jax.Array:
     mass, and overflow for parents that die in training.
     """
     mass = jnp.broadcast_to(mass, numerator.shape)
-    # Asked this way around, neither a NaN nor an infinity is empty.
-    empty = (mass <= 1e-6) & jnp.isfinite(numerator)
+    empty = mass <= 1e-6  # a NaN is not
     return jnp.where(empty, 0, numerator / jnp.where(empty, 1, mass))

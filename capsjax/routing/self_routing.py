@@ -62,7 +62,9 @@ def self_routing(
     shares = weights[..., None] * coupling
     mass = jnp.sum(shares, axis=-2)
     present = per_mass(mass, jnp.sum(weights, axis=-1)[..., None])
-    poses = per_mass(given.gather(shares), mass[..., None])
+    s = given.gather(shares)
+    # Where votes are not finite, not even a parent without mass is a pose of zeros.
+    poses = per_mass(s, jnp.where(jnp.isfinite(s), mass[..., None], jnp.nan))
     return given.routed(poses, present, coupling)
 
 

@@ -186,7 +186,7 @@ def make_train_step(
     Returns:
       ``train_step(state, sample) -> (state, metrics)`` with a :class:`TrainState`, a
       :class:`capsjax.data.Sample` of B examples and :class:`StepMetrics`. With NaN
-      among the parameters or the pixels the loss is NaN.
+      among the parameters or the pixels, or a label that is not from 0 to J - 1, the loss is NaN.
 
     Raises:
       TypeError: an argument is not what it should be; or, when the step is traced, the labels are
@@ -232,7 +232,9 @@ def make_train_step(
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (error, batch_stats)), grads = grad_fn(state.params)
-        metrics = StepMetrics(loss, error)
+        # Labels cannot be checked while tracing; their targets would be those of no class.
+        known = (sample.labels >= 0) & (sample.labels < sample.target.shape[-1])
+        metrics = StepMetrics(jnp.where(jnp.all(known), loss, jnp.nan), error)
         if axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

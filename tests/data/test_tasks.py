@@ -96,15 +96,29 @@ def test_targets_and_masks_are_those_of_the_labels(task):
     np.testing.assert_array_equal(labels[:, 0], split().labels[3:9])
 
 
-def test_labels_that_are_no_class_are_told():
-    sampler, numbers, digits = Sampler(Shifted(), CLASSES), jnp.arange(6), split()
-    sample = sampler.test(digits._replace(labels=digits.labels.at[:2].set([-1, CLASSES])), numbers)
-    assert jnp.isnan(sample.target[:2]).all()
-    np.testing.assert_array_equal(sample.target[2:], np.eye(CLASSES)[sample.labels[2:]])
-    floats = digits._replace(labels=digits.labels.astype(float))
+def test_labels_must_be_integers():
+    numbers, floats = jnp.arange(6), split()._replace(labels=split().labels.astype(float))
+    sampler = Sampler(Shifted(), CLASSES)
     for make in (sampler.test, lambda d, n: sampler.train(d, keys(1)[0], n, n)):
         with pytest.raises(TypeError, match="labels must be class numbers, .* got dtype float32"):
             jax.eval_shape(make, floats, numbers)
+
+
+def test_a_prediction_that_is_not_a_number_is_wrong():
+    scores, labels = jnp.array([[jnp.nan, jnp.nan], [1.0, jnp.nan], [1.0, 0.0]]), jnp.zeros(3, int)
+    np.testing.assert_array_equal(is_right(scores, labels), [False, False, True])
+    assert is_right(scores[:0], labels[:0]).shape == (0,)
+
+
+def test_other_bad_arguments_are_named():
+    with pytest.raises(TypeError, match="task must be a Task, got 10"):
+        Sampler(10, Shifted())
+    with pytest.raises(TypeError, match="num_classes must be a Python integer, got True"):
+        Sampler(Shifted(), True)
+    with pytest.raises(TypeError, match="labels must be class numbers, .* got dtype float32"):
+        is_right(jnp.ones((2, 3)), jnp.ones(2))
+    with pytest.raises(TypeError, match="split.labels must be an array, got None"):
+        Sampler(Shifted(), CLASSES).test(split()._replace(labels=None), jnp.arange(2))
 
 
 @pytest.mark.parametrize(

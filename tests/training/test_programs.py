@@ -235,8 +235,22 @@ def test_the_first_step_with_a_loss_that_is_not_finite_is_told(digits, tiny):
         ("pmap", 12, None, "divisible by the number of devices, 8, got 12"),
         ("tpu", 16, None, "driver must be one of pmap, jit, shard, got 'tpu'"),
         ("jit", 16, 2, "driver 'jit' runs on one device, got 2"),
+        (None, 16, None, "driver must be one of pmap, jit, shard, got None"),
+        ("jit", 0, None, "batch_size must be at least 1, got 0"),
+        ("jit", 16, 0, "devices must hold at least one device, got none"),
     ],
 )
 def test_a_driver_that_cannot_be_is_refused(name, size, devices, match):
+    if devices is not None:
+        devices = jax.devices()[:devices]
     with pytest.raises(ValueError, match=match):
-        make_driver(name, batch_size=size, devices=devices and jax.devices()[:devices])
+        make_driver(name, batch_size=size, devices=devices)
+
+
+def test_arguments_of_the_wrong_type_are_named():
+    with pytest.raises(TypeError, match="batch_size must be a Python integer, got True"):
+        make_driver("jit", batch_size=True)
+    with pytest.raises(TypeError, match="devices must be a sequence of devices, got 1"):
+        make_driver("jit", devices=1)
+    with pytest.raises(TypeError, match="batch_size must be a Python integer, got None"):
+        make_run_steps(lambda *_: None, SAMPLER, make_driver("jit"), batch_size=None)

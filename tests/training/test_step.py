@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from capsjax import models
-from capsjax.data import Batch, Sampler, Shifted
+from capsjax.data import Batch, Sample, Sampler, Shifted
 from capsjax.training import (
     Variables,
     cross_entropy_loss,
@@ -77,6 +77,40 @@ def test_the_network_is_told_the_true_classes_in_training(digits):
     variables = Variables(jnp.zeros((BATCH, 10)), {})
     _, metrics = one_step(repeat_target, variables, sample_of(digits), distance)
     assert metrics == (0, 0)
+
+
+def test_labels_that_are_no_class_make_the_loss_nan():
+    def apply(variables, images, *, target, **_):
+        return models.Prediction(target + variables.params), {}
+
+    def step(labels):
+        target = jax.nn.one_hot(labels.astype(int), 3)
+        sample = Sample(jnp.zeros((2, 1, 1, 1)), labels, target, target, None, None)
+        optimizer = optax.sgd(0.0)
+        train_step = make_train_step(apply, optimizer, lambda p, *_: jnp.sum(p.scores, axis=-1))
+        return train_step(init_state(Variables(jnp.zeros((2, 3)), {}), optimizer), sample)[1]
+
+    assert step(jnp.array([0, 2])).loss == 1
+    for labels in ([0, 3], [-1, 2]):
+        assert jnp.isnan(step(jnp.array(labels)).loss)
+    with pytest.raises(TypeError, match="labels must be class numbers, .* got dtype float32"):
+        step(jnp.array([0.0, 2.0]))
+
+
+@pytest.mark.parametrize("bad", [None, 0, "paper"])
+def test_bad_arguments_are_named(bad):
+    apply, optimizer = (lambda *_, **__: None), optax.sgd(0.1)
+    for arguments, name in (
+        ((bad, optimizer, paper_loss), "apply must be a function"),
+        ((apply, bad, paper_loss), "optimizer must be an optax.GradientTransformation"),
+        ((apply, optimizer, bad), "objective must be a function"),
+    ):
+        with pytest.raises(TypeError, match=f"{name}, got {bad!r}"):
+            make_train_step(*arguments)
+    with pytest.raises(TypeError, match="network must be an nnx.Module, got"):
+        split_network(bad)
+    with pytest.raises(TypeError, match="variables must be Variables, as of split_network, got"):
+        init_state(bad, optimizer)
 
 
 def test_shifts_are_drawn_for_training(digits, tiny):
