@@ -156,13 +156,12 @@ def test_a_run_that_is_being_written_to_is_left_alone(run, galaxies):
 
 
 def test_data_of_another_name_are_loaded_as_the_options_say(galaxies, tiny, monkeypatch):
-    options = TrainConfig(dataset="image_folder", data_dir="images")
+    options = TrainConfig(dataset="image_folder", data_dir="images", image_size=32, channels=3)
     stored = RunConfig(options, tiny, DataDescription.of(galaxies))
-    monkeypatch.setattr(
-        "capsjax.training.evaluation.load", lambda name, *, data_dir: (name, data_dir)
-    )
-    assert load_own(stored) == ("image_folder", Path("images"))
-    assert load_own(stored, Path("moved")) == ("image_folder", Path("moved"))
+    monkeypatch.setattr("capsjax.training.evaluation.load", lambda name, **how: (name, how))
+    how = {"data_dir": Path("images"), "image_size": 32, "channels": 3}
+    assert load_own(stored) == ("image_folder", how)
+    assert load_own(stored, Path("moved")) == ("image_folder", {**how, "data_dir": Path("moved")})
 
 
 def test_errors_by_class():

@@ -225,7 +225,7 @@ def test_the_exported_page_needs_no_server(live, loaded, image):
 def test_fewer_test_images_than_a_page_shows_and_other_pixels(live, tmp_path, monkeypatch):
     few = copy.copy(live)
     few.test = Split(live.test.images[:3] / np.float32(255), live.test.labels[:3])
-    monkeypatch.setattr("capsjax.viz.explorer._live", lambda _: few)
+    monkeypatch.setattr("capsjax.viz.explorer._live", lambda *_: few)
     monkeypatch.setattr("capsjax.viz.explorer.export", lambda _, examples: str(examples))
     explore(ExploreConfig(run=tmp_path, export=tmp_path / "page.html"))
     assert (tmp_path / "page.html").read_text() == "(0, 1, 2)"
