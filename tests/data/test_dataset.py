@@ -34,5 +34,10 @@ def test_wrong_arrays_are_named(train, test, text):
         Dataset("tiny", train, test, ("a", "b"))
 
 
+def test_labels_that_are_no_array_are_named():
+    with pytest.raises(TypeError, match="train.labels must be an int32 array, got list"):
+        Dataset("tiny", split()._replace(labels=[0, 1]), split(), ("a", "b"))
+
+
 def test_an_error_is_one_line():
     assert str(DataError("first\n  * second\n")) == "first * second"
