@@ -130,13 +130,14 @@ def spread_loss(
     right = labels != 0
     a = jnp.where(counted, jnp.moveaxis(activations, axis, -1), 0)
     a = a.astype(accumulator(activations.dtype))
+    # A NaN or an infinity must show even in no pair, or as the better of one.
+    finite = jnp.isfinite(a) & jnp.isfinite(jnp.where(counted, labels, 0).astype(a.dtype))
+    finite = jnp.all(finite, axis=-1)[..., None, None]
     pairs = (right & counted)[..., :, None] & (~right & counted)[..., None, :]
     m = broadcast("margin", as_array("margin", margin).astype(a.dtype), a.shape[:-1])
-    m = m[..., None, None]
+    m = jnp.where(finite, m[..., None, None], jnp.nan)
     shortfall = jnp.maximum(0, m - (a[..., :, None] - a[..., None, :]))
-    total = jnp.sum(jnp.where(pairs, shortfall * shortfall, 0), axis=(-2, -1))
-    # Zero, but NaN where something is not finite that no pair shows, or as an infinite distance.
-    total += 0 * jnp.sum(a + jnp.where(counted, labels.astype(a.dtype), 0), axis=-1)
+    total = jnp.sum(jnp.where(pairs | ~finite, shortfall * shortfall, 0), axis=(-2, -1))
     return total.astype(activations.dtype)
 
 

@@ -63,8 +63,8 @@ def self_routing(
     mass = jnp.sum(shares, axis=-2)
     present = per_mass(mass, jnp.sum(weights, axis=-1)[..., None])
     s = given.gather(shares)
-    # Where votes are not finite, not even a parent without mass is a pose of zeros.
-    poses = per_mass(s, jnp.where(jnp.isfinite(s), mass[..., None], jnp.nan))
+    # Of votes that are not finite, not even a parent without mass has a pose of zeros.
+    poses = per_mass(s, mass[..., None]) + 0 * s
     return given.routed(poses, present, coupling)
 
 

@@ -66,5 +66,10 @@ def test_any_number_of_classes():
             Dataset("tiny", train, several, names, task)
 
 
+def test_labels_that_are_no_array_are_named():
+    with pytest.raises(TypeError, match="train.labels must be an int32 array, got list"):
+        Dataset("tiny", split()._replace(labels=[0, 1]), split(), ("a", "b"))
+
+
 def test_an_error_is_one_line():
     assert str(DataError("first\n  * second\n")) == "first * second"

@@ -390,7 +390,7 @@ def test_the_result_does_not_wait_for_the_picture(tmp_path, digits, tiny, monkey
 def test_pictures_of_any_number_of_channels(channels):
     pixels = np.linspace(0, 1, 6 * channels).reshape(1, 2, 3, channels)
     grid = reconstruction_grid([pixels, pixels])
-    shown = pixels if channels == 3 else pixels[..., :1]
+    shown = pixels[..., : 3 if channels > 2 else 1]
     factor = grid.shape[0] // 10
     found = grid[::factor, ::factor][2:4, 2:5]
     np.testing.assert_array_equal(found, np.broadcast_to(np.round(255 * shown[0]), (2, 3, 3)))
