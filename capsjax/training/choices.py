@@ -68,7 +68,8 @@ def hold_out(
       train: images and labels.
       number: how many to hold out; a tenth when None.
       stratified: whether to hold out the same share of each class, and at least one image of each
-        class of several if so many are held out; otherwise images are drawn whatever their class.
+        class of several if so many are held out; otherwise, and where images may be of several
+        classes, they are drawn whatever their class.
 
     Returns:
       What is left for training, and the images for validation or None.
@@ -95,7 +96,7 @@ def hold_out(
         return train, None
     order = np.random.default_rng(0).permutation(total)
     chosen = np.arange(total) < number
-    if stratified:
+    if stratified and train.labels.ndim == 1:
         # The first ones of each class in the random order, each class sorted together.
         labels = train.labels[order]
         by_class = np.argsort(labels, kind="stable")
