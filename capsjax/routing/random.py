@@ -3,11 +3,12 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
 from capsjax.ops._checks import as_integer
-from capsjax.routing._passes import as_logits, inputs
+from capsjax.routing._passes import inputs
 from capsjax.routing.record import Algorithm, Children, register
 from capsjax.routing.routed import Routed
 
@@ -57,7 +58,7 @@ def random_routing(
     except (TypeError, ValueError):
         what = getattr(key, "dtype", type(key).__name__)
         raise TypeError(f"key must be one random key, as of jax.random.key, got {what}") from None
-    coupling = given.coupled(jax.nn.softmax(as_logits("logits", logits, given)))
+    coupling = given.coupled(jax.nn.softmax(jnp.broadcast_to(logits, given.votes.shape[:-1])))
     poses = squash(given.gather(coupling))
     return given.routed(poses, length(poses), coupling)
 
