@@ -248,6 +248,10 @@ def match_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
     new_labels = np.array([position[name] for name in dataset.class_names], np.int32)
 
     def matched(split: Split) -> Split:
+        if split.labels.ndim > 1:
+            several = np.zeros((len(split.labels), len(class_names)), bool)
+            several[:, new_labels] = split.labels
+            return Split(split.images, several)
         labels = new_labels[split.labels]
         if dataset.task.classes_per_image == 1:
             return Split(split.images, labels)

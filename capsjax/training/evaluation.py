@@ -177,12 +177,13 @@ def _write_predictions(
     path: Path, opened: "_Opened", scores: np.ndarray, labels: np.ndarray
 ) -> None:
     """Writes a line of CSV for each test image; several classes in an image are joined by +."""
-    names, several = opened.class_names, opened.sampler.task.classes_per_image
-    found = np.argsort(-scores, axis=1, kind="stable")[:, :several]
+    names, order = opened.class_names, np.argsort(-scores, axis=1, kind="stable")
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["image", "label", "prediction", *(f"score of {name}" for name in names)])
-    for n, (true, predicted) in enumerate(zip(labels.reshape(len(labels), -1), found, strict=True)):
+    for n, label in enumerate(labels):
+        true = np.flatnonzero(label) if labels.dtype == bool else np.atleast_1d(label)
+        predicted = order[n, : len(true)]
         classes = ("+".join(names[c] for c in sorted(some)) for some in (true, predicted))
         lines.writerow([n, *classes, *scores[n].tolist()])
     write_text(path, text.getvalue())

@@ -111,6 +111,23 @@ def test_some_of_the_classes_will_do(digits):
     matched = choices.match_classes(Dataset("few", few, few, ("7", "4")), digits.class_names)
     assert matched.test.labels.tolist() == [7, 4, 7]
     assert matched.num_classes == 10
+    several = Split(few.images, np.array([[1, 0], [1, 1], [0, 0]], bool))
+    dataset = Dataset("several", several, several, ("7", "4"))
+    matched = choices.match_classes(dataset, digits.class_names)
+    assert [np.flatnonzero(row).tolist() for row in matched.test.labels] == [[7], [4, 7], []]
+
+
+def test_predictions_of_several_classes_name_as_many_as_there_are(run, galaxies, tmp_path):
+    predictions = tmp_path / "predictions.csv"
+    several = Split(galaxies.test.images[:2], np.zeros((2, 10), bool))
+    several.labels[0, [2, 5]] = True
+    dataset = dataclasses.replace(galaxies, train=several, test=several)
+    scores, labels = predict_test(options(run, predictions=predictions), dataset=dataset)
+    np.testing.assert_array_equal(labels, several.labels)
+    first, second = csv.DictReader(predictions.read_text().splitlines())
+    largest = sorted(np.argsort(-scores[0])[:2].tolist())
+    assert (first["label"], first["prediction"]) == ("2+5", "+".join(map(str, largest)))
+    assert (second["label"], second["prediction"]) == ("", "")
 
 
 def test_the_run_s_own_data_must_be_as_they_were(tmp_path, digits, tiny, monkeypatch):
