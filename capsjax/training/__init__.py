@@ -7,11 +7,10 @@ from capsjax.training.config import EvaluateConfig, TrainConfig
 from capsjax.training.evaluation import (
     CheckpointEvaluation,
     Evaluation,
-    TrainedNetwork,
     evaluate,
-    load_network,
     predict_test,
 )
+from capsjax.training.loading import TrainedNetwork, load_network
 from capsjax.training.memory import Memory, estimate_memory
 from capsjax.training.objectives import (
     binary_cross_entropy_loss,

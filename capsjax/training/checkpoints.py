@@ -15,7 +15,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from capsjax.errors import CheckpointError, ConfigError
 from capsjax.training.files import read_json
-from capsjax.training.step import TrainState
+from capsjax.training.step import TrainState, Variables
 
 _METRIC = "validation_error"
 
@@ -152,11 +152,40 @@ class Checkpoints:
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
+        restored: TrainState = self._restore(step, target)
+        return restored
+
+    def restore_variables(
+        self, step: int, like: Variables, sharding: jax.sharding.Sharding
+    ) -> Variables:
+        """Reads the arrays of a checkpoint's network, whatever optimizer it was trained with.
+
+        Args:
+          step: of the checkpoint.
+          like: arrays, or their shapes.
+          sharding: where to put them.
+
+        Raises:
+          CheckpointError: as in :meth:`restore`.
+        """
+        variables = {"params": like.params, "batch_stats": like.batch_stats}
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            {**self._metadata(step), **variables},
+            is_leaf=lambda x: hasattr(x, "shape"),
+        )
+        restored = self._restore(step, target)
+        return Variables(restored["params"], restored["batch_stats"])
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        """Orbax's description of the arrays of a checkpoint."""
         try:
-            found = _shapes(self._manager.item_metadata(step).tree)
-            expected = _shapes(target)
+            return dict(self._manager.item_metadata(step).tree)
         except Exception as error:
             raise self._unreadable(step, error) from None
+
+    def _restore(self, step: int, target: Any) -> Any:
+        found, expected = _shapes(self._metadata(step)), _shapes(target)
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):
                 raise CheckpointError(
@@ -164,9 +193,7 @@ class Checkpoints:
                     f" {found.get(name, 'none')}, expected {expected.get(name, 'none')}"
                 )
         try:
-            restored: TrainState = self._manager.restore(
-                step, args=ocp.args.StandardRestore(target)
-            )
+            restored = self._manager.restore(step, args=ocp.args.StandardRestore(target))
         except Exception as error:
             raise self._unreadable(step, error) from None
         self._check_run(step)
@@ -261,7 +288,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in _leaves(tree)}
 
 
-def _checksums(state: TrainState) -> dict[str, int]:
+def _checksums(state: Any) -> dict[str, int]:
     """CRC-32 of each array, by path."""
     arrays = _leaves(jax.device_get(state))
     return {name: zlib.crc32(np.ascontiguousarray(array).data) for name, array in arrays}

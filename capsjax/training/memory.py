@@ -8,11 +8,10 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from capsjax import models
 from capsjax.training.programs import Driver
-from capsjax.training.step import Variables, split_network
+from capsjax.training.step import Variables, split_abstract
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 # Of a float32 parameter: itself, its gradient, and Adam's two moments.
@@ -106,8 +105,7 @@ def estimate_memory(
 @functools.lru_cache(maxsize=64)
 def _network(model: models.ModelConfig, batch_size: int) -> tuple[int, int]:
     """Number of parameters, and bytes that the forward pass of a batch keeps for the backward."""
-    network = nnx.eval_shape(lambda: models.build(model, rngs=nnx.Rngs(0)))
-    apply, (params, batch_stats) = split_network(network)
+    apply, (params, batch_stats) = split_abstract(model)
 
     def kept(params: chex.ArrayTree, batch_stats: chex.ArrayTree, images: jax.Array) -> object:
         def forward(params: chex.ArrayTree) -> list[jax.Array]:

@@ -21,8 +21,9 @@ from capsjax.errors import ConfigError
 from capsjax.training import choices
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import TrainConfig, check_together
-from capsjax.training.evaluation import Evaluation, load_own
+from capsjax.training.evaluation import Evaluation
 from capsjax.training.files import write_json
+from capsjax.training.loading import load_own
 from capsjax.training.loop import Progress, Run, Setup, begin, is_over, train_and_test
 from capsjax.training.memory import estimate_memory
 from capsjax.training.picture import draw_reconstructions

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from capsjax import models
 from capsjax.data import Sample, is_right
-from capsjax.models import Network, Prediction
 from capsjax.ops._checks import check_callable, check_number
 from capsjax.training.objectives import Objective
 
@@ -62,10 +62,10 @@ class StepMetrics(NamedTuple):
 
 
 TrainStep = Callable[[TrainState, Sample], tuple[TrainState, StepMetrics]]
-Apply = Callable[..., tuple[Prediction, chex.ArrayTree]]
+Apply = Callable[..., tuple[models.Prediction, chex.ArrayTree]]
 
 
-def split_network(network: Network) -> tuple[Apply, Variables]:
+def split_network(network: models.Network) -> tuple[Apply, Variables]:
     """Splits a network into a pure function and its arrays.
 
     Returns:
@@ -95,7 +95,7 @@ def split_network(network: Network) -> tuple[Apply, Variables]:
         train: bool = False,
         axis_name: str | None = None,
         **options: Any,
-    ) -> tuple[Prediction, chex.ArrayTree]:
+    ) -> tuple[models.Prediction, chex.ArrayTree]:
         network = nnx.merge(graphdef, variables.params, variables.batch_stats)
         network.set_attributes(
             nnx.BatchNorm,
@@ -103,10 +103,15 @@ def split_network(network: Network) -> tuple[Apply, Variables]:
             axis_name=axis_name,
             raise_if_not_found=False,
         )
-        prediction: Prediction = network(images, **options)
+        prediction: models.Prediction = network(images, **options)
         return prediction, nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
 
     return apply, Variables(*map(nnx.to_pure_dict, states))
+
+
+def split_abstract(config: models.ModelConfig) -> tuple[Apply, Variables]:
+    """Like :func:`split_network` of a network that is not built: shapes in place of arrays."""
+    return split_network(nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0))))
 
 
 def paper_optimizer(

@@ -152,7 +152,7 @@ def test_a_run_s_images_are_read_as_it_read_them(tmp_path, digits, tiny, monkeyp
         raise DataError("enough")
 
     monkeypatch.setattr("capsjax.training.run.load", load)
-    monkeypatch.setattr("capsjax.training.evaluation.load", load)
+    monkeypatch.setattr("capsjax.training.loading.load", load)
     run, folder = RunDirectory(tmp_path / "run"), tmp_path / "data"
     config = options(tmp_path, dataset="image_folder", data_dir=folder, image_size=8, channels=3)
     run.create()

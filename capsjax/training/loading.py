@@ -1,0 +1,192 @@
+"""Reading what was trained: a run's configuration, network and images from its directory."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from capsjax import models
+from capsjax.data import Cropped, Dataset, Pairs, Sampler, Shifted, Split, load, names, source_of
+from capsjax.errors import ConfigError
+from capsjax.training import choices
+from capsjax.training.checkpoints import Checkpoints
+from capsjax.training.config import TrainConfig
+from capsjax.training.programs import Driver, as_batch
+from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
+from capsjax.training.step import Variables, split_abstract, split_network
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedNetwork:
+    """A trained network and the data set that it was trained on.
+
+    Attributes:
+      network: with the parameters of the checkpoint.
+      dataset: the run's.
+      test: the network's test images; single ones for a network for pairs.
+      step: of the checkpoint; None for a network that comes with the package.
+    """
+
+    network: models.Network
+    dataset: Dataset
+    test: Split
+    step: int | None
+
+
+def load_network(
+    run_dir: Path,
+    checkpoint: str | int = "last",
+    *,
+    dataset: Dataset | None = None,
+    data_dir: Path | None = None,
+) -> TrainedNetwork:
+    """Reads a run's network, and the data set that goes with it.
+
+    Args:
+      run_dir: the run's directory; or, where there is none, the name of a network that comes with
+        the package, which goes with the digits in it.
+      checkpoint: ``"last"``, ``"best"`` (by validation error), or a step.
+      dataset: images to use in place of the run's own, with classes of the same names.
+      data_dir: directory to load the run's data set from; the run's own when None.
+
+    Returns:
+      :class:`TrainedNetwork`; the network normalises with the running statistics.
+
+    Raises:
+      ConfigError: the directory holds no run, the data set is not the run's, or the network's
+        input cannot be drawn.
+      capsjax.data.DataError: the data set is missing or damaged.
+      CheckpointError: the checkpoint cannot be read.
+    """
+    run = read_run(run_dir)
+    dataset = load_images(run, dataset, data_dir=data_dir)
+    network = models.build(run.model, rngs=nnx.Rngs(0))
+    driver = choices.choose_driver("jit", None)
+    step, variables = restore(run_dir, checkpoint, run, driver)
+    for values in variables:
+        nnx.update(network, values)
+    network.eval()
+    return TrainedNetwork(network, dataset, _as_shown(dataset), step)
+
+
+def _as_shown(dataset: Dataset) -> Split:
+    """The network's test images on the host."""
+    images, labels = dataset.test
+    if labels.ndim > 1:
+        raise ConfigError(
+            f"data set {dataset.name} has any number of classes in an image, which figures cannot"
+            " show"
+        )
+    if isinstance(dataset.task, Pairs):
+        return Split(np.asarray(dataset.task.singly(jnp.asarray(images))), labels)
+    if isinstance(dataset.task, Shifted):
+        return dataset.test
+    if isinstance(dataset.task, Cropped):
+        raise ConfigError(
+            f"networks for {dataset.name} take standardised images, which figures cannot show"
+        )
+    sampler = Sampler(dataset.task, dataset.num_classes)
+    sample = sampler.test(as_batch(dataset.test), jnp.arange(len(labels)))
+    return Split(np.asarray(sample.images), np.asarray(sample.labels))
+
+
+def load_own(
+    run: RunConfig,
+    data_dir: Path | None = None,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+) -> Dataset:
+    """Loads the data set that a run was trained on, from another directory if one is given.
+
+    Raises:
+      ConfigError: it was not loaded by name.
+      capsjax.data.DataError: it is missing or damaged.
+    """
+    if run.dataset not in names():
+        raise ConfigError(
+            f"the run in {run.train.run_dir} was trained on data of its own, {run.dataset}, which"
+            " have to be given: dataset=..."
+        )
+    choices.check_data_dir(run.dataset, data_dir)
+    return load(
+        run.dataset,
+        data_dir=data_dir or run.train.data_dir,
+        image_size=image_size or run.train.image_size,
+        channels=channels or run.train.channels,
+    )
+
+
+def load_images(
+    run: RunConfig,
+    dataset: Dataset | None,
+    *,
+    name: str | None = None,
+    data_dir: Path | None = None,
+    image_size: int | None = None,
+    channels: int | None = None,
+) -> Dataset:
+    """The images that are given or named, with the run's classes; otherwise the run's own."""
+    own = dataset is None and name is None and data_dir is None
+    if dataset is None and name in (None, run.dataset):
+        dataset = load_own(run, data_dir, image_size=image_size, channels=channels)
+    elif dataset is None:
+        assert name is not None
+        choices.check_data_dir(name, data_dir)
+        # A run's own directory goes with its own data set only, or with what is made of the same.
+        known = run.dataset in names() and source_of(name) == source_of(run.dataset)
+        if data_dir is None and known:
+            data_dir = run.train.data_dir
+        dataset = load(name, data_dir=data_dir, image_size=image_size, channels=channels)
+    if not own:
+        dataset = choices.match_classes(dataset, run.data.class_names)
+    choices.check_dataset(dataset, run.model)
+    if own:
+        run.data.check(DataDescription.of(dataset))
+    return dataset
+
+
+def _is_packaged(run_dir: Path) -> bool:
+    """Whether this is no directory but the name of a network that comes with the package."""
+    return not run_dir.exists() and str(run_dir) in models.pretrained()
+
+
+def read_run(run_dir: Path) -> RunConfig:
+    """The configuration of a run, or of a network that comes with the package."""
+    if _is_packaged(run_dir):
+        about, digits = models.about_pretrained(str(run_dir)), load("mnist_5k")
+        model = models.configure(about.preset, **about.overrides)
+        train = TrainConfig(preset=about.preset, dataset="mnist_5k")
+        return RunConfig(train, model, DataDescription.of(digits))
+    if not run_dir.exists():
+        raise ConfigError(
+            f"{run_dir} is no run directory, and no network that comes with the package"
+            f" ({', '.join(models.pretrained())})"
+        )
+    return RunDirectory(run_dir).read_config()
+
+
+def restore(
+    run_dir: Path, which: str | int, run: RunConfig, driver: Driver
+) -> tuple[int | None, Variables]:
+    """Returns the step and the arrays of a checkpoint; no step for a packaged network.
+
+    Raises:
+      ConfigError: a checkpoint of a packaged network is named.
+      CheckpointError: there is no such checkpoint, or it cannot be read.
+    """
+    if _is_packaged(run_dir):
+        if which != "last":
+            raise ConfigError(f"{run_dir} comes without checkpoints, got --checkpoint {which}")
+        _, variables = split_network(models.load_pretrained(str(run_dir)))
+        return None, driver.replicate(variables)
+    _, like = split_abstract(run.model)
+    folder = RunDirectory(run_dir).checkpoints
+    checkpoints = Checkpoints(folder, read_only=True, run=run.shaping())
+    try:
+        step = checkpoints.choose(which)
+        return step, checkpoints.restore_variables(step, like, driver.sharding())
+    finally:
+        checkpoints.close()
