@@ -11,6 +11,7 @@ import functools
 import importlib
 import io
 import logging
+import math
 import os
 import re
 import shlex
@@ -148,14 +149,15 @@ def _evaluate(config: Any) -> None:
     evaluated = evaluate(config)
     test, step = evaluated.test, evaluated.step
     _print_error(f"{evaluated.dataset} test error", test)
-    print(f"balanced error, the mean over the classes: {test.balanced_error:.2%}")
-    for name, wrong, count in zip(
-        evaluated.class_names, test.class_wrong, test.class_count, strict=True
-    ):
+    by_class = zip(evaluated.class_names, test.class_wrong, test.class_count, strict=True)
+    if test.wrong is not None:
+        print(f"balanced error, the mean over the classes: {test.balanced_error:.2%}")
+    for name, wrong, count in by_class if test.wrong is not None else ():
         share = f"{wrong / count:.2%}" if count else "none"
         print(f"  {name}: {share} ({wrong:,} of {count:,} wrong)")
     source = "network of the package" if step is None else f"checkpoint of step {step:,}"
-    print(f"loss {test.loss:.4f}; {source}")
+    # That of an objective that was given in Python is not known here.
+    print(source if math.isnan(test.loss) else f"loss {test.loss:.4f}; {source}")
     if config.predictions is not None:
         print(f"predictions: {config.predictions}")
 
@@ -420,7 +422,12 @@ def _print_result(result: "Result") -> None:
 
 
 def _print_error(what: str, evaluation: "Evaluation") -> None:
-    print(f"{what}: {evaluation.error:.2%} ({evaluation.wrong:,} of {evaluation.count:,} wrong)")
+    """Prints the error, and the metrics; of numbers to predict the metrics alone."""
+    if evaluation.wrong is not None:
+        counts = f"{evaluation.wrong:,} of {evaluation.count:,} wrong"
+        print(f"{what}: {evaluation.error:.2%} ({counts})")
+    for name, value in evaluation.metrics.items():
+        print(f"{what.removesuffix(' error')} {name}: {value:.4g} ({evaluation.count:,} images)")
 
 
 def _duration(seconds: float) -> str:

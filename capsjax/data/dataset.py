@@ -14,12 +14,12 @@ class Split(NamedTuple):
 
     Attributes:
       images: ``[N, H, W, C]``: uint8 from 0 to 255, uint16 from 0 to 65535, or float32 in [0, 1].
-      labels: int32 ``[N]``, class indices; or bool ``[N, J]``, for each class whether the image
-        shows it.
+      labels: int32 ``[N]``, class indices; bool ``[N, J]``, for each class whether the image shows
+        it; or float32 ``[N, J]``, numbers that a network is to predict.
     """
 
     images: npt.NDArray[Any]
-    labels: npt.NDArray[np.int32] | npt.NDArray[np.bool_]
+    labels: npt.NDArray[np.int32] | npt.NDArray[np.bool_] | npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Dataset:
       name: name of the set, as :func:`load` takes it.
       train: training split.
       test: test split.
-      class_names: one name per class, in the order of the labels.
+      class_names: one name per class, in the order of the labels; per number for float32 labels.
       task: how the network's inputs and targets are made from the images.
 
     Raises:
@@ -70,15 +70,18 @@ class Dataset:
                     raise ValueError(
                         f"{split_name}.images must lie in [0, 1] as float32, got {low}..{high}"
                     )
-            multi_hot = (len(images), self.num_classes)
+            several = (len(images), self.num_classes)
             if (labels.dtype, labels.shape) not in (
-                (np.int32, multi_hot[:1]),
-                (np.bool_, multi_hot),
+                (np.int32, several[:1]),
+                (np.bool_, several),
+                (np.float32, several),
             ):
                 raise ValueError(
-                    f"{split_name}.labels must be int32 {list(multi_hot[:1])} or bool "
-                    f"{list(multi_hot)}, got {labels.dtype} {list(labels.shape)}"
+                    f"{split_name}.labels must be int32 {list(several[:1])}, or bool or float32 "
+                    f"{list(several)}, got {labels.dtype} {list(labels.shape)}"
                 )
+            if labels.dtype == np.float32 and not np.isfinite(labels).all():
+                raise ValueError(f"{split_name}.labels must be finite")
             if (
                 labels.dtype == np.int32
                 and labels.size
@@ -89,7 +92,10 @@ class Dataset:
                     f"got {labels.min()}..{labels.max()}"
                 )
         if self.train.labels.dtype != self.test.labels.dtype:
-            raise ValueError("labels of both splits must be class indices, or those of both bool")
+            raise ValueError(
+                "labels of both splits must have the same dtype, got"
+                f" {self.train.labels.dtype} and {self.test.labels.dtype}"
+            )
         if self.train.images.shape[1:] != self.test.images.shape[1:]:
             raise ValueError(
                 "test images must have the shape of train images,"
@@ -115,7 +121,12 @@ class Dataset:
     @property
     def has_several_classes(self) -> bool:
         """Whether an image may show several classes."""
-        return self.task.classes_per_image > 1 or self.train.labels.ndim > 1
+        return self.task.classes_per_image > 1 or self.train.labels.dtype == np.bool_
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the labels are numbers to predict, instead of classes."""
+        return self.train.labels.dtype == np.float32
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

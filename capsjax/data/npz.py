@@ -15,6 +15,8 @@ from capsjax.errors import DataError
 from capsjax.files import replacing
 
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+# In place of labels: numbers to predict.
+_TARGETS = ("train_images", "train_targets", "test_images", "test_targets")
 _OPTIONAL = ("class_names", "name")
 
 _log = logging.getLogger(__name__)
@@ -24,8 +26,9 @@ def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
     """Writes a data set to a compressed file, which ``load("npz", data_dir=path)`` reads.
 
     The file holds the arrays ``train_images``, ``train_labels``, ``test_images``, ``test_labels``
-    and ``class_names``, and the set's ``name``, but not the task. ``load`` reads it under that name
-    too, and then knows the task.
+    and ``class_names``, and the set's ``name``, but not the task; numbers to predict are
+    ``train_targets`` and ``test_targets`` instead of labels. ``load`` reads it under that name too,
+    and then knows the task.
 
     Raises:
       ValueError: the path does not end in ``.npz``.
@@ -43,11 +46,11 @@ def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
     path = Path(os.path.expanduser(path))
     if path.suffix != ".npz":
         raise ValueError(f"path must end in .npz, got {path}")
-    arrays = {
-        f"{name}_{kind}": array
-        for name in ("train", "test")
-        for kind, array in getattr(dataset, name)._asdict().items()
-    }
+    labels = "targets" if dataset.is_regression else "labels"
+    arrays: dict[str, Any] = {}
+    for split in ("train", "test"):
+        images, values = getattr(dataset, split)
+        arrays |= {f"{split}_images": images, f"{split}_{labels}": values}
     arrays |= {"name": np.array(dataset.name), "class_names": np.array(dataset.class_names)}
     with replacing(path) as file:
         np.savez_compressed(file, **arrays)
@@ -73,14 +76,16 @@ def load_npz(path: Path, name: str | None = None, task: Task | None = None) -> D
                 raise ValueError(
                     f"file must hold {name}, got {found}; --dataset npz reads files of any name"
                 )
-            if missing := [array for array in _ARRAYS if array not in stored]:
+            has_targets = _TARGETS[1] in stored and _ARRAYS[1] not in stored
+            arrays, convert = (_TARGETS, _targets) if has_targets else (_ARRAYS, _labels)
+            if missing := [array for array in arrays if array not in stored]:
                 raise ValueError(
-                    f"file must hold the arrays {', '.join(_ARRAYS)}, and may hold class_names:"
+                    f"file must hold the arrays {', '.join(arrays)}, and may hold class_names:"
                     f" {', '.join(missing)} missing, got {', '.join(stored) or 'none'}"
                 )
             train, test = (
-                Split(_images(stored[images]), _labels(labels, stored[labels]))
-                for images, labels in (_ARRAYS[:2], _ARRAYS[2:])
+                Split(_images(stored[images]), convert(labels, stored[labels]))
+                for images, labels in (arrays[:2], arrays[2:])
             )
             if "class_names" in stored:
                 names = tuple(map(str, stored["class_names"]))
@@ -88,7 +93,7 @@ def load_npz(path: Path, name: str | None = None, task: Task | None = None) -> D
                 names = tuple(map(str, range(train.labels.shape[1])))
             else:
                 names = _numbers(np.concatenate([train.labels, test.labels]))
-            unused = [array for array in stored if array not in (*_ARRAYS, *_OPTIONAL)]
+            unused = [array for array in stored if array not in (*arrays, *_OPTIONAL)]
         dataset = Dataset(found, train, test, names, task or Shifted())
     except Exception as error:  # a damaged zip raises nearly any exception
         raise DataError(f"data set {name or 'npz'} cannot be read from {path}: {error}") from None
@@ -123,6 +128,15 @@ def _labels(name: str, labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
             )
         return whole.astype(np.bool_)
     return whole
+
+
+def _targets(name: str, targets: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Converts numbers to float32 ``[N, J]``."""
+    if targets.dtype.kind not in "biuf" or targets.ndim not in (1, 2):
+        raise ValueError(
+            f"{name} must be numbers [N] or [N, J], got {targets.dtype} {list(targets.shape)}"
+        )
+    return targets.reshape(len(targets), -1).astype(np.float32)
 
 
 def _numbers(labels: npt.NDArray[np.int32]) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     Attributes:
       images: uint8, uint16 or float32 ``[B, H, W, C]``; ``[B, 2, H, W, C]`` in a batch of pairs.
       labels: int32 ``[B]``; ``[B, 2]`` in a batch of pairs; bool ``[B, J]`` where an image may show
-        any number of classes.
+        any number of classes; float32 ``[B, J]``, numbers to predict.
     """
 
     images: jax.Array
@@ -51,10 +51,11 @@ class Sample(NamedTuple):
 
     Attributes:
       images: network input, pixels in [0, 1] or standardised, float32 ``[B, H, W, C]``.
-      labels: int32 ``[B]``; ``[B, 2]`` for pairs; bool ``[B, J]`` for any number of classes.
-      target: classes that are present, one- or multi-hot, float32 ``[B, J]``.
+      labels: int32 ``[B]``; ``[B, 2]`` for pairs; bool ``[B, J]`` for any number of classes;
+        float32 ``[B, J]``, numbers to predict.
+      target: classes that are present, one- or multi-hot, float32 ``[B, J]``; or the numbers.
       masks: classes whose capsules the decoder is given, float32 ``[B, J]``; one after the other
-        for pairs, ``[B, 2, J]``.
+        for pairs, ``[B, 2, J]``; all capsules where the labels are numbers to predict.
       drawings: what the decoder should reconstruct, float32 ``[B, H, W, C]`` or
         ``[B, 2, H, W, C]``.
       keys: one for each example, for the network's own randomness, ``[B]``; None in tests.
@@ -360,7 +361,7 @@ class Sampler:
           TypeError: the key is not a typed key, or the labels are not integers.
         """
         split = Batch(*map(as_array, ("split.images", "split.labels"), split))
-        if split.images.shape[:-3] != split.labels.shape[: split.labels.ndim - _multi_hot(split)]:
+        if split.images.shape[:-3] != split.labels.shape[: split.labels.ndim - _has_vectors(split)]:
             raise ValueError(
                 f"split must have one label per image, shape {split.images.shape[:-3]}, got"
                 f" labels of shape {split.labels.shape}"
@@ -402,12 +403,14 @@ class Sampler:
         self, keys: jax.Array, batch: Batch, network_keys: jax.Array | None, *, train: bool
     ) -> Sample:
         images, drawings = self.task.render(keys, batch.images, train=train)
-        if _multi_hot(batch):
-            labels, masks = batch.labels, batch.labels.astype(jnp.float32)
+        labels = batch.labels
+        if _has_vectors(batch):
+            target = labels.astype(jnp.float32)
+            masks = target if labels.dtype == bool else jnp.ones_like(target)
         else:
-            labels = _as_labels(batch.labels)
+            labels = _as_labels(labels)
             masks = jax.nn.one_hot(labels, self.num_classes)
-        target = masks.sum(1) if self.task.classes_per_image > 1 else masks
+            target = masks.sum(1) if self.task.classes_per_image > 1 else masks
         return Sample(images, labels, target, masks, drawings, network_keys)
 
 
@@ -450,8 +453,9 @@ def _as_labels(labels: ArrayLike) -> jax.Array:
     return labels
 
 
-def _multi_hot(batch: Batch) -> bool:
-    return batch.labels.dtype == bool
+def _has_vectors(batch: Batch) -> bool:
+    """Whether labels are vectors of one entry per class, instead of class numbers."""
+    return batch.labels.dtype == bool or jnp.issubdtype(batch.labels.dtype, jnp.floating)
 
 
 def _fold_in(key: jax.Array, numbers: jax.Array) -> jax.Array:

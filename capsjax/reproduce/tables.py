@@ -286,6 +286,7 @@ class _Row:
         result = directory.read_result()
         assert result is not None  # it has been trained
         dataset = self.get(self.recipe.dataset)
+        assert result.test_wrong is not None  # tables are of classes
         errors = {dataset.name: result.test_wrong / result.test_count}
         counts = {dataset.name: result.test_count}
         if self.recipe.also_tested_on is not None:

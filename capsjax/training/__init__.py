@@ -2,24 +2,29 @@
 
 from capsjax.errors import CheckpointError, ConfigError, DivergedError
 from capsjax.training.checkpoints import Checkpoints
-from capsjax.training.choices import hold_out
 from capsjax.training.config import EvaluateConfig, TrainConfig
+from capsjax.training.drivers import Driver, make_driver
 from capsjax.training.evaluation import (
     CheckpointEvaluation,
     Evaluation,
     evaluate,
     predict_test,
 )
+from capsjax.training.holdout import hold_out
 from capsjax.training.loading import TrainedNetwork, load_network
 from capsjax.training.memory import Memory, estimate_memory
 from capsjax.training.objectives import (
+    absolute_error,
     binary_cross_entropy_loss,
     cross_entropy_loss,
     official_loss,
     paper_loss,
     spread_objective,
+    squared_error_loss,
+    weigh_classes,
 )
-from capsjax.training.programs import Driver, make_driver, make_evaluate, make_run_steps, make_step
+from capsjax.training.optimizers import paper_optimizer
+from capsjax.training.programs import make_evaluate, make_run_steps, make_step
 from capsjax.training.run import Result, train, train_seeds
 from capsjax.training.step import (
     StepMetrics,
@@ -27,7 +32,6 @@ from capsjax.training.step import (
     Variables,
     init_state,
     make_train_step,
-    paper_optimizer,
     split_network,
 )
 
@@ -47,6 +51,7 @@ __all__ = [
     "TrainState",
     "TrainedNetwork",
     "Variables",
+    "absolute_error",
     "binary_cross_entropy_loss",
     "cross_entropy_loss",
     "estimate_memory",
@@ -65,6 +70,8 @@ __all__ = [
     "predict_test",
     "split_network",
     "spread_objective",
+    "squared_error_loss",
     "train",
     "train_seeds",
+    "weigh_classes",
 ]

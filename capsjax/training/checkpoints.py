@@ -17,7 +17,8 @@ from capsjax.errors import CheckpointError, ConfigError
 from capsjax.training.files import read_json
 from capsjax.training.step import TrainState, Variables
 
-_METRIC = "validation_error"
+# What the best checkpoint has least of, by whether labels are numbers to predict.
+_METRICS = {False: "validation_error", True: "validation_loss"}
 
 
 class Checkpoints:
@@ -27,6 +28,7 @@ class Checkpoints:
       path: their directory; made if it is missing.
       keep: number of latest checkpoints to keep, besides the best.
       read_only: whether only to read.
+      regression: whether the score of a checkpoint is its validation loss, instead of its error.
       run: JSON values of what shapes the run's parameters; written with each checkpoint, and
         expected of each that is read.
 
@@ -40,10 +42,11 @@ class Checkpoints:
         *,
         keep: int = 3,
         read_only: bool = False,
+        regression: bool = False,
         run: Mapping[str, Any] | None = None,
     ):
         self.path = path.absolute()
-        self._run = run
+        self._run, self._regression = run, regression
         best = preservation_policy.BestN(
             get_metric_fn=_error, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
@@ -74,8 +77,13 @@ class Checkpoints:
         """Returns the steps that have a complete checkpoint, in order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, step: int, validation_error: float | None) -> None:
+    def save(self, state: TrainState, step: int, score: float | None) -> None:
         """Starts writing a checkpoint; the state may be donated as soon as this returns.
+
+        Args:
+          state: what to save.
+          step: of the state.
+          score: the validation error, or loss for regression; None if it was not validated.
 
         Raises:
           CheckpointError: this or the previous checkpoint could not be written.
@@ -83,8 +91,9 @@ class Checkpoints:
         if step in self.steps():  # it was saved without the validation that it now has
             self._guard(step, lambda: self._manager.delete(step))
         snapshot = jax.tree.map(lambda x: x.copy(), state)
-        metrics = None if validation_error is None else {_METRIC: validation_error}
-        about = {"checksums": _checksums(snapshot), _METRIC: validation_error, "run": self._run}
+        metric = _METRICS[self._regression]
+        metrics = None if score is None else {metric: score}
+        about = {"checksums": _checksums(snapshot), metric: score, "run": self._run}
         self._guard(
             step,
             lambda: self._manager.save(
@@ -134,7 +143,7 @@ class Checkpoints:
                 self._check_metrics(step)
             best = self._manager.best_step()
             if best is None or _error(self._manager.metrics(best)) == math.inf:
-                raise CheckpointError(f"no checkpoint in {self.path} has a validation error")
+                raise CheckpointError(f"no checkpoint in {self.path} was validated")
             return int(best)
         if isinstance(which, str) and not which.isdecimal():
             raise CheckpointError(f"checkpoint must be last, best or a step, got {which!r}")
@@ -218,8 +227,10 @@ class Checkpoints:
         """Raises a CheckpointError unless the validation error is the one that was written."""
         about = self._about(step)
         metrics = self._manager.metrics(step) or {}
-        if _METRIC in about and about[_METRIC] != metrics.get(_METRIC):
-            raise self._unreadable(step, ValueError("its validation error was changed"))
+        for name in _METRICS.values():
+            if name in about and about[name] != metrics.get(name):
+                named = name.replace("_", " ")
+                raise self._unreadable(step, ValueError(f"its {named} was changed"))
 
     def _check_run(self, step: int) -> None:
         """Raises a CheckpointError unless the checkpoint was written by this run as it is now."""
@@ -253,8 +264,13 @@ class Checkpoints:
             ) from None
 
 
-class _Metrics(msgspec.Struct):
-    validation_error: Annotated[float, msgspec.Meta(ge=0, le=1)]
+class _Metrics(msgspec.Struct, omit_defaults=True):
+    validation_error: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    validation_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.validation_error is None) == (self.validation_loss is None):
+            raise ValueError("it must hold either validation_error or validation_loss")
 
 
 def _check_metric_files(folders: Iterable[Path]) -> None:
@@ -269,7 +285,8 @@ def _check_metric_files(folders: Iterable[Path]) -> None:
 
 
 def _error(metrics: Any) -> float:
-    return math.inf if metrics is None else float(metrics[_METRIC])
+    values = [] if metrics is None else [metrics[n] for n in _METRICS.values() if n in metrics]
+    return float(values[0]) if values else math.inf
 
 
 def _line(error: BaseException) -> str:

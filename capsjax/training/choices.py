@@ -2,11 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
+import chex
 import jax
+import msgspec
 import numpy as np
 import optax
 
@@ -14,11 +16,12 @@ from capsjax import models
 from capsjax.data import Dataset, Pairs, Shifted, Split, Task
 from capsjax.data.transforms import Fill
 from capsjax.errors import ConfigError
+from capsjax.ops._checks import check_callable
 from capsjax.routing import algorithm
-from capsjax.training.config import TrainConfig
-from capsjax.training.objectives import LOSSES, Objective, choose_loss
-from capsjax.training.programs import Driver, make_driver
-from capsjax.training.step import paper_optimizer
+from capsjax.training.config import ClassWeights, TrainConfig
+from capsjax.training.drivers import Driver, make_driver
+from capsjax.training.objectives import LOSSES, Metric, Objective, absolute_error, choose_loss
+from capsjax.training.optimizers import freeze
 
 
 def choose_model(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
@@ -30,14 +33,18 @@ def choose_model(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
     chosen = {"routing": config.routing, "num_iterations": config.num_iterations}
     overrides: dict[str, Any] = {name: v for name, v in chosen.items() if v is not None}
     preset = models.configure(config.preset)
+    fields = _fields(config, preset)
     if not config.reconstruction:
         if not getattr(preset, "decoder_features", ()):
             raise ConfigError(f"--no-reconstruction: {config.preset} has no decoder anyway")
         overrides["decoder_features"] = ()
+        if "decoder_features" in fields:
+            raise ConfigError("--override decoder_features has no effect without reconstruction")
     for name in overrides:
         if not hasattr(preset, name):
             option = "--" + name.replace("_", "-")
             raise ConfigError(f"{option} is for capsule networks, not for {config.preset}")
+    overrides |= fields
     try:
         preset = models.configure(config.preset, **overrides)
     except ValueError as error:
@@ -57,84 +64,35 @@ def choose_model(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
         raise ConfigError(f"data set {dataset.name} does not suit the network: {error}") from None
 
 
-def hold_out(
-    train: Split, number: int | None, *, stratified: bool = True
-) -> tuple[Split, Split | None]:
-    """Splits images for validation off the training images.
-
-    Which ones does not depend on a run's seed, so that runs with different seeds share them.
-
-    Args:
-      train: images and labels.
-      number: how many to hold out; a tenth when None.
-      stratified: whether to hold out the same share of each class, and at least one image of each
-        class of several if so many are held out; otherwise, and where images may be of several
-        classes, they are drawn whatever their class.
-
-    Returns:
-      What is left for training, and the images for validation or None.
-
-    Raises:
-      ConfigError: nothing would be left to train on.
-
-    Example:
-      >>> import numpy as np
-      >>> from capsjax.data import Split
-      >>> from capsjax.training import hold_out
-      >>> split = Split(np.zeros((50, 28, 28, 1), np.uint8), np.arange(50) % 10)
-      >>> train, validation = hold_out(split, None)
-      >>> len(train.labels), len(validation.labels)
-      (45, 5)
-    """
-    total = len(train.labels)
-    number = total // 10 if number is None else number
-    if number >= total:
-        raise ConfigError(
-            f"--validation must be less than the number of training images, {total}, got {number}"
-        )
-    if not number:
-        return train, None
-    order = np.random.default_rng(0).permutation(total)
-    chosen = np.arange(total) < number
-    if stratified and train.labels.ndim == 1:
-        # The first ones of each class in the random order, each class sorted together.
-        labels = train.labels[order]
-        by_class = np.argsort(labels, kind="stable")
-        counts = np.bincount(labels)
-        rank = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
-        chosen[by_class] = rank < np.repeat(_shares(counts, number), counts)
-    held, kept = np.sort(order[chosen]), np.sort(order[~chosen])
-    return (
-        Split(train.images[kept], train.labels[kept]),
-        Split(train.images[held], train.labels[held]),
-    )
+# Fields of a network's configuration that are not overridden, and what decides them.
+_DECIDED = {
+    "image_shape": "the data set",
+    "num_classes": "the data set",
+    "dtype": "--dtype",
+    "routing": "--routing",
+    "num_iterations": "--num-iterations",
+}
 
 
-def _shares(counts: np.ndarray, number: int) -> np.ndarray:
-    """How many of each class to hold out: in proportion, by the method of largest remainders."""
-    quotas = number * counts / counts.sum()
-    most = np.maximum(counts - 1, 0)  # one of each class remains to train on
-    if most.sum() < number:
-        most = counts
-    least = np.minimum(most, 1)
-    if least.sum() > number:
-        least = np.zeros_like(most)
-    shares = np.clip(np.floor(quotas).astype(int), least, most)
-    while shares.sum() < number:
-        shares[np.argmax(np.where(shares < most, quotas - shares, -np.inf))] += 1
-    while shares.sum() > number:
-        shares[np.argmin(np.where(shares > least, quotas - shares, np.inf))] -= 1
-    return shares
-
-
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Returns Adam with the options' learning rates."""
-    return paper_optimizer(
-        config.learning_rate,
-        decay_rate=config.decay_rate,
-        decay_steps=config.decay_steps,
-        floor=config.min_learning_rate,
-    )
+def _fields(config: TrainConfig, preset: models.ModelConfig) -> dict[str, Any]:
+    """The fields of the network's configuration that --override gives, by name."""
+    kinds, fields = get_type_hints(type(preset)), {}
+    known = [field.name for field in dataclasses.fields(preset) if field.name not in _DECIDED]
+    for text in config.override:
+        name, _, value = text.partition("=")
+        if name in _DECIDED:
+            raise ConfigError(f"--override: {_DECIDED[name]} decides {name}, got {text!r}")
+        if name not in known:
+            raise ConfigError(
+                f"--override must name a field of {config.preset}: {', '.join(known)}; got {text!r}"
+            )
+        several = get_origin(kinds[name]) is tuple
+        values: Any = [v for v in value.split(",") if v] if several else value
+        try:
+            fields[name] = msgspec.convert(values, kinds[name], strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"--override {text}: {error}") from None
+    return fields
 
 
 def choose_task(dataset: Dataset, max_shift: int | None, fill: Fill | None = None) -> Task:
@@ -196,7 +154,7 @@ def choose_driver(name: str, devices: int | None, batch_size: int | None = None)
 
 
 def choose_objective(
-    loss: str | None, preset: str, model: models.ModelConfig, *, several_classes: bool
+    loss: str | None, preset: str, model: models.ModelConfig, dataset: Dataset
 ) -> Objective:
     """Returns the loss of this name; the one that the preset's source trains with when None.
 
@@ -204,7 +162,74 @@ def choose_objective(
       ConfigError: the loss does not go with the network or the data set.
     """
     try:
-        return LOSSES[choose_loss(loss, preset, model, several_classes=several_classes)]
+        name = choose_loss(
+            loss,
+            preset,
+            model,
+            several_classes=dataset.has_several_classes,
+            regression=dataset.is_regression,
+        )
+    except ValueError as error:
+        raise _option_error(error) from None
+    if name == "squared_error" and not isinstance(model, models.BaselineConfig):
+        low, high = dataset.train.labels.min(), dataset.train.labels.max()
+        if not 0 <= low <= high <= 1:
+            raise ConfigError(
+                f"data set {dataset.name} has numbers to predict from {low:g} to {high:g}; the"
+                " scores of capsule networks lie in [0, 1]: scale the numbers, or give train() an"
+                " objective of the poses"
+            )
+    return LOSSES[name]
+
+
+def choose_class_weights(
+    weights: ClassWeights, dataset: Dataset, train: Split
+) -> tuple[float, ...] | None:
+    """Returns the weight of each class; None for equal ones.
+
+    Raises:
+      ConfigError: there is not one for each class, or a class has no training images.
+    """
+    if weights is None:
+        return None
+    if dataset.is_regression:
+        raise ConfigError("--class-weights is for classes, not for numbers to predict")
+    if weights != "balanced":
+        if len(weights) != dataset.num_classes:
+            raise ConfigError(
+                f"--class-weights must be {dataset.num_classes} numbers, one for each class, got"
+                f" {len(weights)}"
+            )
+        return weights
+    labels = train.labels
+    several = labels.ndim > 1
+    counts = labels.sum(0) if several else np.bincount(labels, minlength=dataset.num_classes)
+    for name, count in zip(dataset.class_names, counts, strict=True):
+        if not count:
+            raise ConfigError(f"--class-weights balanced: class {name!r} has no training images")
+    return tuple((counts.sum() / (len(counts) * counts)).tolist())
+
+
+def choose_metrics(
+    metrics: Mapping[str, Metric] | None, is_regression: bool
+) -> Mapping[str, Metric]:
+    """Returns the metrics that are given; the absolute error of regression when None."""
+    if metrics is None:
+        return {"absolute_error": absolute_error} if is_regression else {}
+    check_callable(**{f"metrics[{name!r}]": metric for name, metric in metrics.items()})
+    return metrics
+
+
+def freeze_parts(
+    optimizer: optax.GradientTransformation, params: chex.ArrayTree, parts: Sequence[str]
+) -> optax.GradientTransformation:
+    """Returns an optimizer that does not train these parts; see :func:`freeze`.
+
+    Raises:
+      ConfigError: a part is none of the network's, or nothing is left to train.
+    """
+    try:
+        return freeze(optimizer, params, parts)
     except ValueError as error:
         raise _option_error(error) from None
 
@@ -237,6 +262,11 @@ def match_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
     """
     if dataset.class_names == tuple(class_names):
         return dataset
+    if dataset.is_regression and set(dataset.class_names) != set(class_names):
+        raise ConfigError(
+            f"data set {dataset.name} has the numbers {', '.join(dataset.class_names)}, the run"
+            f" predicts {', '.join(class_names)}"
+        )
     position = {name: n for n, name in enumerate(class_names)}
     for name in dataset.class_names:
         if name not in position:
@@ -249,7 +279,7 @@ def match_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
 
     def matched(split: Split) -> Split:
         if split.labels.ndim > 1:
-            several = np.zeros((len(split.labels), len(class_names)), bool)
+            several: Any = np.zeros((len(split.labels), len(class_names)), split.labels.dtype)
             several[:, new_labels] = split.labels
             return Split(split.images, several)
         labels = new_labels[split.labels]
@@ -268,11 +298,8 @@ def match_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
 
 def check_model(config: TrainConfig, model: models.ModelConfig) -> None:
     """Raises a ConfigError if an option has no effect on a network that is given."""
-    options = {"routing": None, "num_iterations": None, "reconstruction": True}
-    for name, default in options.items():
-        if getattr(config, name) != default:
-            option = "--" + name.replace("_", "-")
-            raise ConfigError(f"{option} has no effect on a network whose configuration is given")
+    where = "on a network whose configuration is given"
+    config.check_default(where, "routing", "num_iterations", "reconstruction", "override")
     if config.dtype not in ("float32", model.dtype):
         raise ConfigError(
             f"--dtype has no effect on a network whose configuration is given: {model.dtype}, got"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,8 +13,8 @@ from capsjax import data, models, routing
 from capsjax.data.transforms import Fill, Flip
 from capsjax.errors import ConfigError
 from capsjax.files import expand_paths, require_folder
+from capsjax.training.drivers import DriverName
 from capsjax.training.objectives import LossName
-from capsjax.training.programs import DriverName
 
 if TYPE_CHECKING:
     PresetName = str
@@ -22,6 +23,8 @@ else:
     PresetName = Literal[models.presets()]
     DatasetName = Literal[data.names()]
 ChannelsNumber = Literal[1, 3, 4]
+ScheduleName = Literal["exponential", "cosine", "constant"]
+ClassWeights = Literal["balanced"] | tuple[float, ...] | None
 _ROUTING = (
     f"Routing algorithm of the capsule layers: {', '.join(routing.algorithms())}, or one that a"
     " module of yours registers; the network's own if not given."
@@ -50,6 +53,10 @@ class TrainConfig:
     reconstruction: bool = True
     """Train with a decoder that reconstructs the images, if the network has one."""
 
+    override: tuple[str, ...] = ()
+    """Fields of the network's configuration, as FIELD=VALUE: conv_features=32
+    decoder_features=128,256."""
+
     num_iterations: int | None = None
     """Routing iterations, for algorithms that iterate; the network's own if not given."""
 
@@ -76,6 +83,17 @@ class TrainConfig:
     run_dir: Path | None = None
     """Run directory; runs/DATASET-PRESET-TIME if not given."""
 
+    init_from: Path | None = None
+    """Start from the parameters of this run, or of a network that comes with the package
+    (mnist_small): those of the same name and shape; the others are initialised."""
+
+    init_checkpoint: str = "last"
+    """Which checkpoint of INIT_FROM: last, best (by validation error), or a step."""
+
+    freeze: tuple[str, ...] = ()
+    """Parts of the network that are not trained, by the beginning of their parameters' names: conv
+    primary."""
+
     resume: bool = False
     """Go on with the run in RUN_DIR from its last checkpoint and with its options, except those
     that are given; options that shape the parameters must stay the same."""
@@ -90,19 +108,34 @@ class TrainConfig:
     until_error: float | None = None
     """End earlier, at the first checkpoint whose validation error is at most this share."""
 
+    patience: int | None = None
+    """End earlier, when the validation error has not become smaller in so many validations."""
+
     batch_size: int = 128
     """Examples in a step, over all devices together."""
 
     loss: LossName | None = None
     """Objective: paper (margin + 0.0005 x squared error), official (the authors' scale: the
-    reconstruction counts 20 times more), spread (matrix capsules' own), cross_entropy (baseline
-    only); the preset's own if not given."""
+    reconstruction counts 20 times more), spread (matrix capsules' own), cross_entropy and
+    binary_cross_entropy (baseline only), squared_error (numbers to predict); the preset's own if
+    not given."""
+
+    class_weights: ClassWeights = None
+    """Factors of the loss of examples of each class in training: balanced (inverse to the number of
+    the class's examples, 1 on average), or a number for each class; equal if not given."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the computation; parameters, norms and routing sums are float32 in both."""
 
     learning_rate: float = 1e-3
-    """Adam's learning rate at the first step."""
+    """Adam's learning rate at the first step, or after the warm-up."""
+
+    schedule: ScheduleName = "exponential"
+    """How the learning rate falls: exponential (by DECAY_RATE every DECAY_STEPS steps), cosine (to
+    MIN_LEARNING_RATE at the last step), constant."""
+
+    warmup_steps: int = 0
+    """Steps over which the learning rate first rises linearly; the schedule begins after them."""
 
     decay_rate: float = 0.96
     """The learning rate is multiplied by this factor every DECAY_STEPS steps, continuously."""
@@ -112,6 +145,13 @@ class TrainConfig:
 
     min_learning_rate: float = 1e-6
     """The learning rate never falls below this."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW, of kernels alone; none if 0."""
+
+    clip_norm: float | None = None
+    """Largest global norm of the gradients, which are scaled down to it; not clipped if not
+    given."""
 
     max_shift: int | None = None
     """Training images are shifted by up to this many pixels along both axes; 2 if not given, of
@@ -161,41 +201,59 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Checks every option that can be checked without data and devices."""
-        expand_paths(self, "data_dir", "run_dir")
+        expand_paths(self, "data_dir", "run_dir", "init_from")
         if self.routing is not None and self.routing not in routing.algorithms():
             names = ", ".join(routing.algorithms())
             raise ConfigError(f"--routing must be one of {names}, got {self.routing!r}")
         require_at_least(self, 1, "epochs", "steps", "batch_size", "num_iterations", "test_size")
         require_at_least(self, 1, "decay_steps", "devices", "steps_per_dispatch", "log_every")
         require_at_least(self, 1, "checkpoint_every", "keep")
-        require_at_least(self, 1, "image_size")
-        require_at_least(self, 0, "validation", "max_shift")
+        require_at_least(self, 1, "image_size", "patience")
+        require_at_least(self, 0, "validation", "max_shift", "warmup_steps")
         few = self.num_iterations is None or self.num_iterations <= 1000
         require(self, "num_iterations", few, "at most 1000")
-        for name in ("steps", "batch_size", "decay_steps", "steps_per_dispatch"):
+        for name in ("steps", "batch_size", "decay_steps", "steps_per_dispatch", "warmup_steps"):
             value = getattr(self, name)
             require(self, name, value is None or value < 2**31, "below 2147483648")
         grey = isinstance(self.fill, int | float) and 0 <= self.fill <= 1
         require(self, "fill", self.fill in (None, "edge") or grey, "edge or from 0 to 1")
         require(self, "seed", 0 <= self.seed < 2**32, "between 0 and 4294967295")
-        for name in ("learning_rate", "min_learning_rate"):
+        for name in ("learning_rate", "min_learning_rate", "clip_norm"):
             value = getattr(self, name)
-            require(self, name, math.isfinite(value) and value > 0, "positive")
+            positive = value is None or (math.isfinite(value) and value > 0)
+            require(self, name, positive, "positive")
+        require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
+        if isinstance(self.class_weights, tuple):
+            positive = all(0 < weight < math.inf for weight in self.class_weights)
+            require(self, "class_weights", bool(self.class_weights) and positive, "positive")
+        for text in self.override:
+            if not re.fullmatch(r"\w+=.+", text):
+                raise ConfigError(f"--override must be FIELD=VALUE, got {text!r}")
         least, first = self.min_learning_rate, self.learning_rate
         require(self, "min_learning_rate", least <= first, f"at most the learning rate, {first}")
         require(self, "decay_rate", 0 < self.decay_rate <= 1, "above 0 and at most 1")
         if self.until_error is not None:
             require(self, "until_error", 0 <= self.until_error < 1, "at least 0 and below 1")
+        for option in self.stopping:
             if self.validation == 0:
-                raise ConfigError("--until-error needs validation images, got --validation 0")
+                raise ConfigError(f"{option} needs validation images, got --validation 0")
         if self.resume and self.run_dir is None:
             raise ConfigError("--resume needs --run-dir, the directory of the run to go on with")
+
+    @property
+    def stopping(self) -> tuple[str, ...]:
+        """The options given that may end the run before its last step."""
+        ending = {"--until-error": self.until_error, "--patience": self.patience}
+        return tuple(option for option, value in ending.items() if value is not None)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the options as JSON values, for the run directory."""
         values = dataclasses.asdict(self)
         # Absolute: the run may be read from another directory.
         values["data_dir"] = None if self.data_dir is None else str(self.data_dir.absolute())
+        if self.init_from is not None:
+            named = not self.init_from.exists()  # a network that comes with the package
+            values["init_from"] = str(self.init_from if named else self.init_from.absolute())
         for name in _OF_THE_CALL:
             del values[name]
         return values
@@ -210,12 +268,20 @@ class TrainConfig:
         """Raises a ConfigError if an option of a new run has no effect."""
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(f"--epochs has no effect with --steps {self.steps}")
-        if self.decay_rate == 1:
-            for field in dataclasses.fields(self):
-                given = getattr(self, field.name) != field.default
-                if field.name in ("decay_steps", "min_learning_rate") and given:
-                    option = "--" + field.name.replace("_", "-")
-                    raise ConfigError(f"{option} has no effect with --decay-rate 1")
+        if self.schedule != "exponential":
+            self.check_default(f"with --schedule {self.schedule}", "decay_rate", "decay_steps")
+        elif self.decay_rate == 1:
+            self.check_default("with --decay-rate 1", "decay_steps", "min_learning_rate")
+        if self.schedule == "constant":
+            self.check_default("with --schedule constant", "min_learning_rate")
+        if self.init_from is None:
+            self.check_default("without --init-from", "init_checkpoint")
+
+    def check_default(self, where: str, *names: str) -> None:
+        """Raises a ConfigError if one of these options, which have no effect, is given."""
+        for field in dataclasses.fields(self):
+            if field.name in names and getattr(self, field.name) != field.default:
+                raise ConfigError(f"--{field.name.replace('_', '-')} has no effect {where}")
 
     def check_resumes(self, started: "TrainConfig") -> None:
         """Raises a ConfigError if an option that shapes the parameters differs from the run's."""
@@ -239,19 +305,30 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
         return
     if len({dataclasses.replace(c, seed=0, run_dir=Path()) for c in configs}) > 1:
         raise ConfigError("runs that train together must differ in --seed and --run-dir only")
-    if configs[0].until_error is not None:
-        raise ConfigError("--until-error is for one run: several would end at different steps")
+    for option in configs[0].stopping:
+        raise ConfigError(f"{option} is for one run: several would end at different steps")
     if len({c.run_dir for c in configs} - {None}) < len(configs):
         raise ConfigError("runs that train together need a --run-dir each")
 
 
 _OF_THE_CALL = ("run_dir", "resume")
+# Changes of these on the way are recorded, see RunConfig.
+OF_LEARNING_RATE = (
+    "learning_rate",
+    "schedule",
+    "warmup_steps",
+    "decay_rate",
+    "decay_steps",
+    "min_learning_rate",
+)
 _MAY_CHANGE = (
     *_OF_THE_CALL,
+    *OF_LEARNING_RATE,
     "data_dir",
     "epochs",
     "steps",
     "until_error",
+    "patience",
     "driver",
     "devices",
     "steps_per_dispatch",

@@ -5,19 +5,29 @@ import dataclasses
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from capsjax.data import Batch, Dataset, Sampler, Split
 from capsjax.files import write_text
+from capsjax.models import Prediction
 from capsjax.training import choices
 from capsjax.training.config import EvaluateConfig
+from capsjax.training.drivers import Driver
 from capsjax.training.loading import load_images, read_run, restore
-from capsjax.training.objectives import Objective
-from capsjax.training.programs import Driver, Evaluate, Pace, as_batch, make_evaluate
+from capsjax.training.objectives import Metric, Objective
+from capsjax.training.programs import (
+    Evaluate,
+    EvaluationSums,
+    Pace,
+    as_batch,
+    make_evaluate,
+    unstack,
+)
 from capsjax.training.step import Apply, Variables, split_abstract
 
 
@@ -27,22 +37,24 @@ class Evaluation:
 
     Attributes:
       loss: mean of the objective, with the true classes as the decoder's target.
-      wrong: number of wrong predictions.
+      wrong: number of wrong predictions; None where the labels are numbers to predict.
       count: number of examples, every one counted once.
       class_wrong: number of wrong predictions for examples of each class.
       class_count: number of examples of each class; one of several classes counts for each.
+      metrics: mean of each metric, by name.
     """
 
     loss: float
-    wrong: int
+    wrong: int | None
     count: int
     class_wrong: tuple[int, ...] = ()
     class_count: tuple[int, ...] = ()
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def error(self) -> float:
-        """Share of wrong predictions."""
-        return self.wrong / self.count
+        """Share of wrong predictions; NaN where the labels are numbers to predict."""
+        return math.nan if self.wrong is None else self.wrong / self.count
 
     @property
     def class_errors(self) -> tuple[float, ...]:
@@ -52,8 +64,9 @@ class Evaluation:
 
     @property
     def balanced_error(self) -> float:
-        """Mean of the classes' errors, over the classes that have examples."""
-        return float(np.nanmean(self.class_errors))
+        """Mean of the classes' errors, over the classes that have examples; NaN without any."""
+        errors = [error for error in self.class_errors if not math.isnan(error)]
+        return sum(errors) / len(errors) if errors else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +88,13 @@ class CheckpointEvaluation:
     class_names: tuple[str, ...]
 
 
-def evaluate(config: EvaluateConfig, *, dataset: Dataset | None = None) -> CheckpointEvaluation:
+def evaluate(
+    config: EvaluateConfig,
+    *,
+    dataset: Dataset | None = None,
+    objective: Objective | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+) -> CheckpointEvaluation:
     """Evaluates a run's checkpoint on a whole test set.
 
     The classes of other data than the run's are those of the same names.
@@ -83,6 +102,9 @@ def evaluate(config: EvaluateConfig, *, dataset: Dataset | None = None) -> Check
     Args:
       config: the options.
       dataset: the images; loaded by the options when None.
+      objective: loss per example; the run's when None. The loss is NaN if the run was trained with
+        an objective that was given, and none is given here.
+      metrics: other values per example, ``(prediction, target) -> [B]``, by name.
 
     Returns:
       The evaluation; every test image is counted once.
@@ -95,7 +117,12 @@ def evaluate(config: EvaluateConfig, *, dataset: Dataset | None = None) -> Check
     """
     opened = _open(config, dataset)
     program = make_evaluate(
-        opened.apply, opened.objective, opened.sampler, opened.driver, batch_size=opened.batch_size
+        opened.apply,
+        objective or opened.objective,
+        opened.sampler,
+        opened.driver,
+        batch_size=opened.batch_size,
+        metrics=choices.choose_metrics(metrics, opened.is_regression),
     )
     found = count_errors(
         program,
@@ -123,7 +150,7 @@ def predict_test(
 
     Returns:
       The scores, float32 ``[N, J]``, and the labels, int32 ``[N]``; ``[N, 2]`` for pairs;
-      bool ``[N, J]`` for any number of classes.
+      bool ``[N, J]`` for any number of classes; float32 ``[N, J]`` for numbers to predict.
 
     Raises:
       ConfigError: as in :func:`evaluate`; so are the other errors.
@@ -160,10 +187,20 @@ def _predict(opened: "_Opened") -> tuple[np.ndarray, np.ndarray]:
 def _write_predictions(
     path: Path, opened: "_Opened", scores: np.ndarray, labels: np.ndarray
 ) -> None:
-    """Writes a line of CSV for each test image; several classes in an image are joined by +."""
+    """Writes a line of CSV for each test image; several classes in an image are joined by +.
+
+    Of regression it is the numbers and their predictions.
+    """
     names, order = opened.class_names, np.argsort(-scores, axis=1, kind="stable")
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
+    if opened.is_regression:
+        labelled = (f"{kind} of {name}" for kind in ("label", "prediction") for name in names)
+        lines.writerow(["image", *labelled])
+        for n, label in enumerate(labels):
+            lines.writerow([n, *label.tolist(), *scores[n].tolist()])
+        write_text(path, text.getvalue())
+        return
     lines.writerow(["image", "label", "prediction", *(f"score of {name}" for name in names)])
     for n, label in enumerate(labels):
         true = np.flatnonzero(label) if labels.dtype == bool else np.atleast_1d(label)
@@ -188,6 +225,7 @@ class _Opened:
     test: Split
     number: int
     step: int | None
+    is_regression: bool
 
 
 def _open(config: EvaluateConfig, dataset: Dataset | None) -> _Opened:
@@ -213,11 +251,10 @@ def _open(config: EvaluateConfig, dataset: Dataset | None) -> _Opened:
     return _Opened(
         apply=apply,
         variables=variables,
-        objective=choices.choose_objective(
-            started.loss if own else None,
-            started.preset,
-            model,
-            several_classes=dataset.has_several_classes,
+        objective=_unknown_loss
+        if "objective" in run.custom
+        else choices.choose_objective(
+            started.loss if own else None, started.preset, model, dataset
         ),
         sampler=Sampler(task, model.num_classes),
         driver=driver,
@@ -227,7 +264,14 @@ def _open(config: EvaluateConfig, dataset: Dataset | None) -> _Opened:
         test=dataset.test,
         number=number,
         step=step,
+        is_regression=dataset.is_regression,
     )
+
+
+def _unknown_loss(prediction: Prediction, target: jax.Array, images: jax.Array) -> jax.Array:
+    """In place of an objective that was given in Python, and is not now."""
+    del target, images
+    return jnp.full(prediction.scores.shape[:-1], jnp.nan)
 
 
 def count_errors(
@@ -253,25 +297,27 @@ def count_errors(
       An evaluation for each seed.
     """
     batches = -(-number // batch_size)
-    pace, first, total = Pace(batches), 0, (0.0, 0, 0, 0, 0)
+    pace, first, total = Pace(batches), 0, None
+    classifies = not np.issubdtype(examples.labels.dtype, np.floating)
     while first < batches:
         if should_stop():
             return None
         amount, start = pace.amount(batches - first), time.monotonic()
-        sums = jax.device_get(
+        sums: EvaluationSums = jax.device_get(
             evaluate(variables, examples, np.int32(first), np.int32(amount), np.int32(number))
         )
         pace.observe(amount, time.monotonic() - start)
-        total = tuple(a + b for a, b in zip(total, sums, strict=True))
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
         first += amount
-    seeds = total if np.ndim(total[0]) else [np.asarray(x)[None] for x in total]
+    assert total is not None  # there is at least one batch
     return [
         Evaluation(
-            float(loss) / int(examples),
-            int(wrong),
-            int(examples),
-            tuple(class_wrong.tolist()),
-            tuple(class_examples.tolist()),
+            float(sums.loss) / int(sums.examples),
+            int(sums.wrong) if classifies else None,
+            int(sums.examples),
+            tuple(sums.class_wrong.tolist()),
+            tuple(sums.class_examples.tolist()),
+            {name: float(value) / int(sums.examples) for name, value in sums.metrics.items()},
         )
-        for loss, wrong, examples, class_wrong, class_examples in zip(*seeds, strict=True)
+        for sums in unstack(total, np.size(total.loss))
     ]

@@ -13,7 +13,8 @@ from capsjax.errors import ConfigError
 from capsjax.training import choices
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import TrainConfig
-from capsjax.training.programs import Driver, as_batch
+from capsjax.training.drivers import Driver
+from capsjax.training.programs import as_batch
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
 from capsjax.training.step import Variables, split_abstract, split_network
 
@@ -141,6 +142,9 @@ def load_images(
             data_dir = run.train.data_dir
         dataset = load(name, data_dir=data_dir, image_size=image_size, channels=channels)
     if not own:
+        if dataset.is_regression != (run.data.label_dtype == "float32"):
+            kind = "numbers to predict" if dataset.is_regression else "classes"
+            raise ConfigError(f"data set {dataset.name} has {kind}, unlike the run's data")
         dataset = choices.match_classes(dataset, run.data.class_names)
     choices.check_dataset(dataset, run.model)
     if own:

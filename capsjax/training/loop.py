@@ -5,76 +5,23 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, Literal, NoReturn
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from capsjax import models
-from capsjax.data import Batch, Sampler, Split
+from capsjax.data import Batch
 from capsjax.errors import ConfigError, DivergedError
 from capsjax.training.checkpoints import Checkpoints
-from capsjax.training.config import TrainConfig
 from capsjax.training.evaluation import Evaluation, count_errors
-from capsjax.training.programs import (
-    NEVER,
-    Driver,
-    Evaluate,
-    Pace,
-    RunSteps,
-    StepSums,
-    as_batch,
-    stack,
-    unstack,
-)
+from capsjax.training.programs import NEVER, Pace, StepSums, as_batch, stack, unstack
 from capsjax.training.reporting import Report
 from capsjax.training.run_directory import Record, RunDirectory
-from capsjax.training.step import Apply, TrainState
+from capsjax.training.setup import Setup
+from capsjax.training.step import TrainState
 from capsjax.training.stopping import StopRequest
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What runs compute; several seeds add a leading axis to the arrays that differ between them.
-
-    Attributes:
-      configs: the options of each run.
-      model: the network's configuration.
-      train: the training images on the host, without those held out.
-      validation: the images held out, on the devices, or None.
-      test: the test images on the host.
-      sampler: makes the samples.
-      driver: where it runs.
-      apply: the network as a pure function.
-      initial: the state before the first step.
-      run_steps: ``(state, step, num_steps) -> (state, sums)``; the state is donated.
-      evaluate: from :func:`make_evaluate`.
-      steps_per_epoch: number of whole batches of training images.
-      total_steps: at which the runs end.
-      num_parameters: of one network.
-    """
-
-    configs: Sequence[TrainConfig]
-    model: models.ModelConfig
-    train: Split
-    validation: Batch | None
-    test: Split
-    sampler: Sampler
-    driver: Driver
-    apply: Apply
-    initial: TrainState
-    run_steps: RunSteps
-    evaluate: Evaluate
-    steps_per_epoch: int
-    total_steps: int
-    num_parameters: int
-
-    @property
-    def config(self) -> TrainConfig:
-        """The options that all runs share."""
-        return self.configs[0]
 
 
 @dataclasses.dataclass
@@ -85,13 +32,14 @@ class Progress:
       state: on the devices.
       step: number of steps started.
       validated: the last step that was validated.
-      errors: the runs' validation errors at that step; empty before.
+      history: what each validation so far found for each run: the error, or the loss where the
+        labels are numbers to predict.
     """
 
     state: TrainState
     step: int = 0
     validated: int = 0
-    errors: tuple[float, ...] = ()
+    history: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +82,7 @@ def train_and_test(run: Run, progress: Progress) -> list[Evaluation] | None:
     if unvalidated and is_due(every):
         _checkpoint(run, progress)  # the run was stopped while it validated this step
     pace, window = Pace(config.steps_per_dispatch), _Window()
-    while not run.stop.requested() and not is_over(setup, progress.step, progress.errors):
+    while not run.stop.requested() and not is_over(setup, progress.step, progress.history):
         target = min(total, *(_next_multiple(progress.step, n) for n in (every, config.log_every)))
         _advance(run, progress, target, pace, window)
         if is_due(config.log_every):
@@ -143,8 +91,14 @@ def train_and_test(run: Run, progress: Progress) -> list[Evaluation] | None:
         if is_due(every):
             _checkpoint(run, progress)
             window.start = time.monotonic()  # neither validation nor saving counts as training
+    if config.patience is not None and _since_best(progress.history) >= config.patience:
+        best = min(score for (score,) in progress.history)
+        run.report.say(
+            f"no better validation in the last {_since_best(progress.history)}: the best had"
+            f" {best:.4f}; its checkpoint is kept, --checkpoint best"
+        )
     tests = None
-    if is_over(setup, progress.step, progress.errors):
+    if is_over(setup, progress.step, progress.history):
         with run.report.evaluating("testing"):
             examples = setup.driver.replicate(as_batch(setup.test))
             tests = _evaluate(run, progress, examples, config.test_size)
@@ -213,26 +167,28 @@ def _checkpoint(run: Run, progress: Progress) -> None:
     """Validates and saves, unless asked to stop meanwhile: then the run saves where it stands."""
     _check_finite(run, progress)
     setup = run.setup
-    errors: list[float | None] = [None] * len(run.checkpoints)
+    scores: Sequence[float | None] = [None] * len(run.checkpoints)
     line = f"step {progress.step:,} of {setup.total_steps:,}"
     if setup.validation is not None:
         with run.report.evaluating("validating"):
             found = _evaluate(run, progress, setup.validation, None)
         if found is None:
             return
-        progress.validated, progress.errors = progress.step, tuple(each.error for each in found)
-        errors = list(progress.errors)
+        values = tuple(each.loss if setup.is_regression else each.error for each in found)
+        progress.validated, scores = progress.step, values
+        progress.history.append(values)
         run.report.record("validation", progress.step, [_metrics(each) for each in found])
-        line += f": validation error {np.mean(progress.errors):.2%}"
-        line += f", loss {np.mean([each.loss for each in found]):.4f}"
-    _save(run, progress, errors)
+        loss = f"loss {np.mean([each.loss for each in found]):.4f}"
+        error = "" if setup.is_regression else f"error {np.mean(values):.2%}, "
+        line += f": validation {error}{loss}"
+    _save(run, progress, scores)
     run.report.say(line)
 
 
-def _save(run: Run, progress: Progress, errors: Sequence[float | None]) -> None:
+def _save(run: Run, progress: Progress, scores: Sequence[float | None]) -> None:
     states = unstack(progress.state, len(run.checkpoints))
-    for checkpoints, state, error in zip(run.checkpoints, states, errors, strict=True):
-        checkpoints.save(state, progress.step, error)
+    for checkpoints, state, score in zip(run.checkpoints, states, scores, strict=True):
+        checkpoints.save(state, progress.step, score)
 
 
 def _evaluate(
@@ -248,8 +204,9 @@ def _evaluate(
     )
 
 
-def _metrics(evaluation: Evaluation) -> dict[str, float]:
-    return {"loss": evaluation.loss, "error": evaluation.error, "count": evaluation.count}
+def _metrics(evaluation: Evaluation) -> dict[str, Any]:
+    values = {"loss": evaluation.loss, "error": evaluation.error, "count": evaluation.count}
+    return values | ({"metrics": evaluation.metrics} if evaluation.metrics else {})
 
 
 def begin(
@@ -273,22 +230,41 @@ def begin(
             f"the run in {directories[0].path} stands at step {step:,} already, beyond the"
             f" {setup.total_steps:,} that were asked for"
         )
-    last: list[Record] = []
+    kept: list[list[Record]] = []
     for directory, each in zip(directories, checkpoints, strict=True):
         each.forget_after(step)  # steps that the others of the group have not reached
-        kept = directory.forget_metrics_after(step)
-        last += [r for r in kept if r["split"] == "validation"][-1:]
-    if len(last) == len(directories):
-        progress.validated = min(record["step"] for record in last)
-        progress.errors = tuple(math.inf if (e := r["error"]) is None else e for r in last)
+        kept.append(directory.forget_metrics_after(step))
+    progress.validated, progress.history = read_history(setup, kept)
     return progress
 
 
-def is_over(setup: Setup, step: int, errors: Sequence[float | None]) -> bool:
-    """Whether runs end at this step, with these validation errors."""
-    goal = setup.config.until_error
-    reached = goal is not None and all(e is not None and e <= goal for e in errors)
-    return step >= setup.total_steps or (bool(errors) and reached)
+def read_history(
+    setup: Setup, metrics: Sequence[Sequence[Record]]
+) -> tuple[int, list[tuple[float, ...]]]:
+    """Returns the last step that all runs validated, or 0, and :class:`Progress`'s history."""
+    validations = [[r for r in records if r["split"] == "validation"] for records in metrics]
+    # A crash may have come between the records of two runs.
+    validations = [each[: min(map(len, validations))] for each in validations]
+    name: Literal["loss", "error"] = "loss" if setup.is_regression else "error"
+    scores = [[math.inf if (v := r[name]) is None else v for r in each] for each in validations]
+    last = [each[-1]["step"] for each in validations if each]
+    return min(last, default=0), list(zip(*scores, strict=True))
+
+
+def is_over(setup: Setup, step: int, history: Sequence[tuple[float, ...]]) -> bool:
+    """Whether runs end at this step, after these validations."""
+    goal, patience = setup.config.until_error, setup.config.patience
+    if step >= setup.total_steps:
+        return True
+    if goal is not None and history and all(error <= goal for error in history[-1]):
+        return True
+    return patience is not None and _since_best(history) >= patience
+
+
+def _since_best(history: Sequence[tuple[float, ...]]) -> int:
+    """Number of validations of one run since its best, the first of several that are as good."""
+    scores = [score for (score,) in history]
+    return len(scores) - 1 - int(np.argmin(scores)) if scores else 0
 
 
 def _check_finite(run: Run, progress: Progress) -> None:
@@ -305,7 +281,7 @@ def _diverged(run: Run, step: int, what: str, number: int = 0) -> NoReturn:
     if steps:
         good = f"the last good checkpoint is of step {steps[-1]}, in {checkpoints.path}"
     raise DivergedError(
-        f"{what} at step {step}; {good}; a new run with a lower --learning-rate may help"
+        f"{what} at step {step}; {good}; a lower --learning-rate may help, also on --resume"
     )
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from capsjax import models
-from capsjax.training.programs import Driver
+from capsjax.training.drivers import Driver
 from capsjax.training.step import Variables, split_abstract
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")

@@ -1,6 +1,7 @@
-"""What training minimises: one value per example from a prediction."""
+"""What training minimises, and what else is measured: one value per example from a prediction."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -14,9 +15,13 @@ from capsjax.ops._checks import as_one_hot, check_choice
 
 RECONSTRUCTION_WEIGHT = 0.0005
 
-LossName = Literal["paper", "official", "spread", "cross_entropy", "binary_cross_entropy"]
+LossName = Literal[
+    "paper", "official", "spread", "cross_entropy", "binary_cross_entropy", "squared_error"
+]
 # Of prediction, target and images; and of the step, if it has a parameter of this name.
 Objective = Callable[..., jax.Array]
+# Of prediction and target.
+Metric = Callable[[Prediction, jax.Array], jax.Array]
 
 
 def paper_loss(prediction: Prediction, target: jax.Array, images: jax.Array) -> jax.Array:
@@ -145,28 +150,103 @@ def binary_cross_entropy_loss(
     return optax.sigmoid_binary_cross_entropy(prediction.scores, labels).sum(-1)
 
 
+def squared_error_loss(prediction: Prediction, target: jax.Array, images: jax.Array) -> jax.Array:
+    r"""Squared error of the scores and reconstruction loss, for targets that are numbers.
+
+    .. math::
+      L = \sum_j (s_j - y_j)^2 + 0.0005 \sum_p (\hat x_p - x_p)^2
+
+    The scores of capsule networks lie in [0, 1], those of plain networks anywhere. Arguments and
+    result are those of :func:`paper_loss`, with any numbers as the target.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax.models import Prediction
+      >>> from capsjax.training import squared_error_loss
+      >>> prediction = Prediction(jnp.array([[0.5, 0.2]]))
+      >>> print(squared_error_loss(prediction, jnp.array([[1.0, 0.2]]), jnp.ones((1, 2, 2, 1))))
+      [0.25]
+    """
+    loss = jnp.sum(_difference(prediction, target) ** 2, axis=-1)
+    return loss + _weighed_reconstruction(prediction, images)
+
+
+def absolute_error(prediction: Prediction, target: jax.Array) -> jax.Array:
+    """Mean of the absolute errors of an example's scores, a metric of regression.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax.models import Prediction
+      >>> from capsjax.training import absolute_error
+      >>> print(absolute_error(Prediction(jnp.array([[0.5, 0.2]])), jnp.array([[1.0, 0.2]])))
+      [0.25]
+    """
+    return jnp.mean(jnp.abs(_difference(prediction, target)), axis=-1)
+
+
+def weigh_classes(objective: Objective, weights: Sequence[float]) -> Objective:
+    """Returns an objective that multiplies each example's loss by the weight of its class.
+
+    An example of several classes has the mean of their weights, one of none the weight 1.
+
+    Args:
+      objective: loss per example, such as :func:`paper_loss`.
+      weights: one for each class.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from capsjax.models import Prediction
+      >>> from capsjax.training import cross_entropy_loss, weigh_classes
+      >>> objective = weigh_classes(cross_entropy_loss, [3.0, 1.0])
+      >>> prediction, images = Prediction(jnp.zeros((2, 2))), jnp.ones((2, 2, 2, 1))
+      >>> print(objective(prediction, jnp.eye(2), images) / jnp.log(2))
+      [3. 1.]
+    """
+
+    @functools.wraps(objective)
+    def weighed(
+        prediction: Prediction, target: jax.Array, images: jax.Array, **options: ArrayLike
+    ) -> jax.Array:
+        count = jnp.sum(target, axis=-1)
+        mean = jnp.sum(target * jnp.asarray(weights), axis=-1) / jnp.maximum(count, 1)
+        losses = objective(prediction, target, images, **options)
+        return jnp.where(count > 0, mean, 1.0) * losses
+
+    return weighed
+
+
 LOSSES: dict[str, Objective] = {
     "paper": paper_loss,
     "official": official_loss,
     "spread": spread_objective,
     "cross_entropy": cross_entropy_loss,
     "binary_cross_entropy": binary_cross_entropy_loss,
+    "squared_error": squared_error_loss,
 }
 # Networks of the authors' code, which has a scale of its own.
 _OFFICIAL = ("official", "cifar10", "smallnorb", "svhn")
 _ONE_CLASS = ("spread", "cross_entropy")
+_OF_LOGITS = ("cross_entropy", "binary_cross_entropy")
 
 
 def choose_loss(
-    name: str | None, preset: str, model: ModelConfig, *, several_classes: bool = False
+    name: str | None,
+    preset: str,
+    model: ModelConfig,
+    *,
+    several_classes: bool = False,
+    regression: bool = False,
 ) -> str:
     """Returns the loss's name; None chooses the one that the preset's source trains with.
 
     Raises:
-      ValueError: the loss does not go with the network, or not with images of several classes.
+      ValueError: the loss does not go with the network, not with images of several classes, or not
+        with numbers to predict.
     """
     plain = isinstance(model, BaselineConfig)
     if name is None:
+        if regression:
+            return "squared_error"
         if plain:
             return "binary_cross_entropy" if several_classes else "cross_entropy"
         if several_classes:
@@ -175,12 +255,26 @@ def choose_loss(
             return "spread"
         return "official" if preset in _OFFICIAL else "paper"
     check_choice("loss", name, LOSSES)
-    if plain != (name in ("cross_entropy", "binary_cross_entropy")):
+    if regression != (name == "squared_error"):
+        labels = "numbers to predict" if regression else "classes"
+        fitting = "squared_error" if regression else "for classes"
+        raise ValueError(f"loss for labels that are {labels} must be {fitting}, got {name!r}")
+    if not regression and plain != (name in _OF_LOGITS):
         fitting = "cross_entropy" if plain else "paper, official or spread"
         raise ValueError(f"loss for preset {preset!r} must be {fitting}, got {name!r}")
     if several_classes and name in _ONE_CLASS:
         raise ValueError(f"loss must be for several classes in an image, got {name!r}")
     return name
+
+
+def _difference(prediction: Prediction, target: jax.Array) -> jax.Array:
+    """Scores minus the target, which must have their shape."""
+    scores = prediction.scores
+    if jnp.shape(target) != scores.shape:
+        raise ValueError(
+            f"target must have the shape of the scores, {scores.shape}, got {jnp.shape(target)}"
+        )
+    return scores - target
 
 
 def _labels(prediction: Prediction, target: jax.Array) -> jax.Array:

@@ -92,7 +92,9 @@ class Report:
 
     def progress(self, step: int, loss: float, error: float, examples_per_second: float) -> None:
         """Moves the bar."""
-        status = f"{examples_per_second:,.0f} examples/s  loss {loss:.4f}  error {error:.1%}"
+        status = f"{examples_per_second:,.0f} examples/s  loss {loss:.4f}"
+        if not math.isnan(error):
+            status += f"  error {error:.1%}"
         self._progress.update(self._task, completed=step, description="training", status=status)
 
     def measure(self, num_steps: int, seconds: float) -> None:
@@ -116,14 +118,16 @@ class Report:
         yield
         self._progress.update(self._task, description="training")
 
-    def record(self, split: str, step: int, metrics: Sequence[Mapping[str, float]]) -> None:
-        """Records the metrics of a split at a step, of each run."""
+    def record(self, split: str, step: int, metrics: Sequence[Mapping[str, Any]]) -> None:
+        """Records the metrics of a split at a step, of each run; further ones by name in one."""
         seconds = round(time.monotonic() - self._started, 3)
         for directory, values in zip(self._directories, metrics, strict=True):
-            finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+            finite = {name: _finite(value) for name, value in values.items()}
             directory.append_metrics({"split": split, "step": step, "seconds": seconds, **finite})
         for events, values in zip(self._events, metrics, strict=False):
-            events.add({f"{split}/{name}": value for name, value in values.items()}, step)
+            numbers = {**values, **values.get("metrics", {})}
+            numbers.pop("metrics", None)
+            events.add({f"{split}/{name}": value for name, value in numbers.items()}, step)
 
 
 class _Events:
@@ -157,6 +161,13 @@ class _Events:
 
         with naming(self._path):
             self._writer.write_event(Event(wall_time=time.time(), step=step, **fields))
+
+
+def _finite(value: Any) -> Any:
+    """The value as it is written in JSON: None for a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {name: _finite(v) for name, v in value.items()}
+    return value if math.isfinite(value) else None
 
 
 def _duration(seconds: float) -> str:

@@ -3,44 +3,34 @@
 import contextlib
 import dataclasses
 import datetime
-import functools
 import math
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
-from flax import nnx
+import optax
 
 from capsjax import models
-from capsjax.data import Dataset, Sampler, epoch_order, load
+from capsjax.data import Dataset, load
 from capsjax.errors import ConfigError
 from capsjax.training import choices
 from capsjax.training.checkpoints import Checkpoints
-from capsjax.training.config import TrainConfig, check_together
+from capsjax.training.config import OF_LEARNING_RATE, TrainConfig, check_together
 from capsjax.training.evaluation import Evaluation
 from capsjax.training.files import write_json
 from capsjax.training.loading import load_own
-from capsjax.training.loop import Progress, Run, Setup, begin, is_over, train_and_test
-from capsjax.training.memory import estimate_memory
+from capsjax.training.loop import Progress, Run, begin, is_over, read_history, train_and_test
+from capsjax.training.objectives import Metric, Objective
 from capsjax.training.picture import draw_reconstructions
-from capsjax.training.programs import (
-    StepSums,
-    as_batch,
-    make_evaluate,
-    make_run_steps,
-    stack,
-    unstack,
-)
-from capsjax.training.reporting import Report, say
+from capsjax.training.programs import unstack
+from capsjax.training.reporting import Report
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
-from capsjax.training.step import TrainState, init_state, make_train_step, split_network
+from capsjax.training.setup import Custom, Setup, set_up
 from capsjax.training.stopping import StopRequest
-
-_EPOCHS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +57,13 @@ class Result:
 
 
 def train(
-    config: TrainConfig, *, model: models.ModelConfig | None = None, dataset: Dataset | None = None
+    config: TrainConfig,
+    *,
+    model: models.ModelConfig | None = None,
+    dataset: Dataset | None = None,
+    objective: Objective | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Result:
     """Trains a network, or goes on with a run.
 
@@ -76,6 +72,12 @@ def train(
       model: the network's configuration; the preset's for the data set when None. A resumed run
         keeps its own.
       dataset: the images; loaded by the options when None.
+      objective: ``(prediction, target, images) -> losses``, one per example; see
+        :func:`make_train_step`. Chosen by the options when None.
+      optimizer: an optax transformation; Adam by the options when None. A run that was trained with
+        an objective or an optimizer that was given is resumed with the same.
+      metrics: other values per example, ``(prediction, target) -> [B]``, by name; their means over
+        validation and test images are recorded.
 
     Returns:
       The run's :class:`Result`.
@@ -85,8 +87,32 @@ def train(
       capsjax.data.DataError: the data set is missing or damaged.
       CheckpointError: a checkpoint cannot be written or read.
       DivergedError: the loss is not finite; the last good checkpoint is kept.
+
+    Example:
+      >>> import tempfile, jax, numpy as np, optax
+      >>> from capsjax import models
+      >>> from capsjax.data import Dataset, Split
+      >>> from capsjax.training import TrainConfig, train
+      >>> pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
+      >>> brightness = pixels.mean((1, 2, 3), keepdims=False)[:, None].astype(np.float32) / 255
+      >>> split = Split(pixels, brightness)
+      >>> dataset = Dataset("brightness", split, split, ("mean",))  # float32: numbers to predict
+      >>> model = models.configure("baseline", image_shape=(8, 8, 1), num_classes=1,
+      ...                          conv_features=(4,), dense_features=(4,))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...   config = TrainConfig(run_dir=folder, steps=2, batch_size=8, validation=0, driver="jit")
+      ...   result = train(config, model=model, dataset=dataset, optimizer=optax.sgd(0.1))
+      >>> result.step, list(result.test.metrics)
+      (2, ['absolute_error'])
     """
-    (result,) = train_seeds((config,), model=model, dataset=dataset)
+    (result,) = train_seeds(
+        (config,),
+        model=model,
+        dataset=dataset,
+        objective=objective,
+        optimizer=optimizer,
+        metrics=metrics,
+    )
     return result
 
 
@@ -95,6 +121,9 @@ def train_seeds(
     *,
     model: models.ModelConfig | None = None,
     dataset: Dataset | None = None,
+    objective: Objective | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    metrics: Mapping[str, Metric] | None = None,
     deadline: float = math.inf,
 ) -> list[Result]:
     """Trains several seeds at once, by ``vmap``; each leaves a run directory of its own.
@@ -105,28 +134,33 @@ def train_seeds(
       configs: the options of each run, which differ in `seed` and `run_dir` only.
       model: as in :func:`train`.
       dataset: as in :func:`train`.
+      objective: as in :func:`train`.
+      optimizer: as in :func:`train`.
+      metrics: as in :func:`train`.
       deadline: the value of `time.monotonic` at which the runs save and end, as when stopped.
 
     Returns:
       A :class:`Result` for each run.
 
     Raises:
-      ConfigError: as in :func:`train`; or the options differ in more, or `until_error` is given,
-        which may end the runs at different steps.
+      ConfigError: as in :func:`train`; or the options differ in more, or `until_error` or
+        `patience` is given, which may end the runs at different steps.
     """
     started = time.monotonic()
     check_together(configs)
+    custom = Custom(objective, optimizer, metrics)
+    custom.check(configs[0])
     name = configs[0].dataset if dataset is None else dataset.name
     directories = [RunDirectory(_run_dir(each, name)) for each in configs]
     with contextlib.ExitStack() as locks:
         if configs[0].resume:
             for directory in directories:
                 locks.enter_context(directory.locked())
-            setup, stored = _resume(configs, directories, model, dataset)
+            setup, stored = _resume(configs, directories, model, dataset, custom)
         else:
             for directory in directories:
                 directory.check_new()  # before anything is loaded
-            setup, stored = _start(configs, model, dataset)
+            setup, stored = _start(configs, model, dataset, custom)
             for directory in directories:
                 directory.create()
                 locks.enter_context(directory.locked())
@@ -144,7 +178,10 @@ def train_seeds(
 
 
 def _start(
-    configs: Sequence[TrainConfig], model: models.ModelConfig | None, dataset: Dataset | None
+    configs: Sequence[TrainConfig],
+    model: models.ModelConfig | None,
+    dataset: Dataset | None,
+    custom: Custom,
 ) -> tuple[Setup, list[RunConfig]]:
     """What new runs compute, and what is stored of each."""
     config = configs[0]
@@ -163,8 +200,10 @@ def _start(
     else:
         choices.check_model(config, model)
     data = DataDescription.of(dataset)
-    setup = set_up(configs, model, dataset)
-    return setup, [RunConfig(each, model, data, given=given) for each in configs]
+    setup = set_up(configs, model, dataset, custom)
+    return setup, [
+        RunConfig(each, model, data, given=given, custom=custom.shaping) for each in configs
+    ]
 
 
 def _resume(
@@ -172,12 +211,20 @@ def _resume(
     directories: Sequence[RunDirectory],
     model: models.ModelConfig | None,
     dataset: Dataset | None,
+    custom: Custom,
 ) -> tuple[Setup, list[RunConfig]]:
     """What resumed runs compute, and what is stored of each."""
     resumed = [directory.read_config() for directory in directories]
     for each, before in zip(configs, resumed, strict=True):
         check_same_run(each, model, before)
         model = before.model
+        if custom.shaping != before.custom:
+            both = (before.custom, custom.shaping)
+            then, now = (" and ".join(names) or "neither" for names in both)
+            raise ConfigError(
+                f"of objective and optimizer the run in {each.run_dir} was given {then} in Python,"
+                f" and must be to go on, got {now}"
+            )
     stratified = {before.stratified for before in resumed}
     if len(stratified) > 1:
         raise ConfigError("these runs hold out different images; resume each by itself")
@@ -190,10 +237,31 @@ def _resume(
         before.data.check(data)
     data = dataclasses.replace(data, name=resumed[0].data.name)
     assert model is not None  # there is at least one run
-    setup = set_up(configs, model, dataset, stratified=all(stratified))
+    setup = set_up(
+        configs,
+        model,
+        dataset,
+        custom,
+        stratified=all(stratified),
+        initialise=not any(directory.last_checkpoint() for directory in directories),
+    )
     _check_unfinished(setup, directories)
-    given = resumed[0].given
-    return setup, [RunConfig(each, model, data, all(stratified), given) for each in configs]
+    return setup, [
+        before._replace(
+            train=each,
+            model=model,
+            data=data,
+            changes=(*before.changes, *_changes(before, each, directory.last_checkpoint())),
+        )
+        for each, before, directory in zip(configs, resumed, directories, strict=True)
+    ]
+
+
+def _changes(before: RunConfig, config: TrainConfig, step: int) -> list[dict[str, Any]]:
+    """What a run that is resumed at this step records of a change of its learning rate."""
+    options = {name: getattr(config, name) for name in OF_LEARNING_RATE}
+    changed = {n: v for n, v in options.items() if v != getattr(before.train, n)}
+    return [{"step": step, **changed}] if changed else []
 
 
 def _run(
@@ -208,7 +276,12 @@ def _run(
     # The request ends first: while files are closed, a signal ends the process.
     with contextlib.ExitStack() as opened, StopRequest(deadline) as stop:
         checkpoints = [
-            Checkpoints(directory.checkpoints, keep=config.keep, run=each.shaping())
+            Checkpoints(
+                directory.checkpoints,
+                keep=config.keep,
+                regression=setup.is_regression,
+                run=each.shaping(),
+            )
             for directory, each in zip(directories, stored, strict=True)
         ]
         for saved in checkpoints:
@@ -231,7 +304,7 @@ def _run(
                 directory.path,
                 progress.step,
                 None if tests is None else tests[n],
-                progress.errors[n] if progress.errors else None,
+                progress.history[-1][n] if progress.history and not setup.is_regression else None,
                 first_step,
                 time.monotonic() - started,
                 stop.signal if tests is None else None,
@@ -241,93 +314,6 @@ def _run(
         if tests is not None:
             _write_results(run, progress, results)
     return results
-
-
-def set_up(
-    configs: Sequence[TrainConfig],
-    model: models.ModelConfig,
-    dataset: Dataset,
-    *,
-    stratified: bool = True,
-) -> Setup:
-    """Builds what runs compute, with images held out as by :func:`hold_out`.
-
-    Before it builds anything, it says which memory that takes.
-
-    Raises:
-      ConfigError: the options do not go together, or not with this machine or these images.
-    """
-    config = configs[0]
-    choices.check_dataset(dataset, model)
-    train, validation = choices.hold_out(dataset.train, config.validation, stratified=stratified)
-    if config.until_error is not None and validation is None:
-        raise ConfigError(
-            "--until-error needs validation images, a tenth of"
-            f" {len(dataset.train.labels)} training images is none"
-        )
-    task = choices.choose_task(dataset, config.max_shift, config.fill)
-    objective = choices.choose_objective(
-        config.loss, config.preset, model, several_classes=dataset.has_several_classes
-    )
-    driver = choices.choose_driver(config.driver, config.devices, config.batch_size)
-    choices.check_test_size(dataset, config.test_size)
-    steps_per_epoch = choices.count_batches(train, config.batch_size)
-    total_steps = config.steps or (config.epochs or _EPOCHS) * steps_per_epoch
-    if total_steps >= 2**31:
-        raise ConfigError(f"--epochs must make fewer than 2147483648 steps, got {total_steps}")
-    sampler = Sampler(task, model.num_classes, config.flip)
-    optimizer = choices.make_optimizer(config)
-    memory = estimate_memory(
-        model,
-        driver,
-        batch_size=config.batch_size,
-        examples=dataset.train.images.nbytes,
-        num_seeds=len(configs),
-    )
-    say(f"{config.preset}: {memory}")
-    keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
-    networks = [split_network(models.build(model, rngs=nnx.Rngs(init))) for init, _, _ in keys]
-    apply, _ = networks[0]
-    batch_size, several = config.batch_size, len(configs) > 1
-    compiled = make_run_steps(
-        make_train_step(apply, optimizer, objective, axis_name=driver.axis_name),
-        sampler,
-        driver,
-        batch_size=batch_size,
-        several_seeds=several,
-    )
-    examples = driver.replicate(as_batch(train))
-    step_key = driver.replicate(stack([key for _, _, key in keys]))
-
-    @functools.lru_cache(maxsize=1)
-    def order(epoch: int) -> jax.Array:
-        count = len(train.labels)
-        orders = [epoch_order(jax.random.fold_in(key, epoch), count) for _, key, _ in keys]
-        return driver.replicate(stack(orders))
-
-    def run_steps(state: TrainState, step: int, num_steps: int) -> tuple[TrainState, StepSums]:
-        """Starts steps that do not cross the end of an epoch."""
-        epoch = step // steps_per_epoch
-        return compiled(state, examples, order(epoch), step_key, np.int32(num_steps))
-
-    return Setup(
-        configs=configs,
-        model=model,
-        train=train,
-        validation=None if validation is None else driver.replicate(as_batch(validation)),
-        test=dataset.test,
-        sampler=sampler,
-        driver=driver,
-        apply=apply,
-        initial=stack([init_state(variables, optimizer) for _, variables in networks]),
-        run_steps=run_steps,
-        evaluate=make_evaluate(
-            apply, objective, sampler, driver, batch_size=batch_size, several_seeds=several
-        ),
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        num_parameters=memory.num_parameters,
-    )
 
 
 def check_same_run(
@@ -346,10 +332,11 @@ def _write_results(run: Run, progress: Progress, results: Sequence[Result]) -> N
         assert result.test is not None  # results are written of runs that were tested
         values = {
             "step": result.step,
-            "test_error": result.test.error,
+            "test_error": None if setup.is_regression else result.test.error,
             "test_wrong": result.test.wrong,
             "test_count": result.test.count,
             "test_loss": result.test.loss,
+            "test_metrics": result.test.metrics,
             "validation_error": result.validation_error,
             "parameters": setup.num_parameters,
             "seconds": round(result.seconds, 1),
@@ -364,11 +351,12 @@ def _write_results(run: Run, progress: Progress, results: Sequence[Result]) -> N
 def _check_unfinished(setup: Setup, directories: Sequence[RunDirectory]) -> None:
     """Raises a ConfigError if there is nothing left to do in any directory."""
     results = [each.read_result() for each in directories]
-    ends = [r.step for r in results if r and is_over(setup, r.step, [r.validation_error])]
+    _, history = read_history(setup, [each.read_metrics() for each in directories])
+    ends = [r.step for r in results if r and is_over(setup, r.step, history)]
     if len(ends) == len(directories):
         raise ConfigError(
-            f"the run in {directories[0].path} is finished at step {ends[0]:,}; raise --epochs or"
-            " --steps to continue"
+            f"the run in {directories[0].path} is finished at step {ends[0]:,}; raise --epochs,"
+            " --steps or --patience to continue"
         )
 
 

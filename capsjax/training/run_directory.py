@@ -49,6 +49,7 @@ class DataDescription:
       test_images: number of test images; None, as what follows, if an older version described it.
       test_checksum: CRC-32 of the test images and labels.
       task: name of the task's class.
+      label_dtype: dtype of the labels: int32, bool (several classes), float32 (numbers to predict).
     """
 
     name: str
@@ -58,6 +59,7 @@ class DataDescription:
     test_images: int | None = None
     test_checksum: int | None = None
     task: str | None = None
+    label_dtype: str | None = None
 
     @classmethod
     def of(cls, dataset: Dataset) -> "DataDescription":
@@ -70,6 +72,7 @@ class DataDescription:
             len(dataset.test.labels),
             _checksum(dataset.test),
             type(dataset.task).__name__,
+            dataset.train.labels.dtype.name,
         )
 
     def check(self, found: "DataDescription") -> None:
@@ -97,6 +100,8 @@ class RunConfig(NamedTuple):
       data: describes the data set.
       stratified: whether the images held out for validation were drawn class by class.
       given: whether the data set was given, instead of loaded by the options.
+      custom: which of objective and optimizer were given, instead of chosen by the options.
+      changes: changes of the learning rate's options when the run was resumed, each with the step.
     """
 
     train: TrainConfig
@@ -104,6 +109,8 @@ class RunConfig(NamedTuple):
     data: DataDescription
     stratified: bool = True
     given: bool = False
+    custom: tuple[str, ...] = ()
+    changes: tuple[dict[str, Any], ...] = ()
 
     @property
     def dataset(self) -> str:
@@ -119,12 +126,14 @@ class RunConfig(NamedTuple):
             "data": dataclasses.asdict(self.data),
             "stratified": self.stratified,
             "given": self.given,
+            "custom": self.custom,
+            "changes": self.changes,
         }
 
     def shaping(self) -> dict[str, Any]:
         """Returns that part of the contents which shapes the parameters, as JSON values."""
         values = self.to_json()
-        del values["given"]
+        del values["given"], values["changes"]
         shaping = self.train.shaping()
         values["train"] = {k: v for k, v in values["train"].items() if k in shaping}
         plain: dict[str, Any] = json.loads(json.dumps(values))
@@ -146,19 +155,20 @@ class Record(TypedDict):
     error: ErrorRate | None
     count: NotRequired[Count]
     examples_per_second: NotRequired[Seconds]
+    metrics: NotRequired[dict[str, float | None]]
 
 
 class StoredResult(msgspec.Struct):
     """What is read of result.json."""
 
     step: Count
-    test_wrong: Count
+    test_wrong: Count | None
     test_count: Count
     validation_error: ErrorRate | None
     seconds: Seconds
 
     def __post_init__(self) -> None:
-        if self.test_wrong > self.test_count or not self.test_count:
+        if (self.test_wrong or 0) > self.test_count or not self.test_count:
             raise ValueError(f"{self.test_wrong} of {self.test_count} test images are wrong")
 
 
@@ -168,6 +178,8 @@ class _StoredConfig(msgspec.Struct):
     data: DataDescription
     stratified: bool = False  # as it was when this was not recorded
     given: bool = False
+    custom: tuple[Literal["objective", "optimizer"], ...] = ()
+    changes: tuple[dict[str, Any], ...] = ()
 
 
 class _StoredModel(msgspec.Struct):
@@ -273,12 +285,14 @@ class RunDirectory:
                 f"--run-dir {self.path} cannot be made: {error.strerror or error}"
             ) from None
 
+    def last_checkpoint(self) -> int:
+        """Returns the last step that has a checkpoint; 0 without any."""
+        folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return max((int(path.name) for path in folders if path.name.isdecimal()), default=0)
+
     def remove_unless_begun(self) -> None:
         """Removes a run that failed before its first checkpoint and its first record."""
-        begun = self.checkpoints.is_dir() and any(
-            path.name.isdecimal() for path in self.checkpoints.iterdir()
-        )
-        if begun or (self.metrics.exists() and self.metrics.stat().st_size):
+        if self.last_checkpoint() or (self.metrics.exists() and self.metrics.stat().st_size):
             return
         for folder in (self.checkpoints, self.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)
@@ -304,7 +318,8 @@ class RunDirectory:
         kind = decode(stored.model, _StoredModel, f"model in {self.config}").kind
         model = decode(stored.model, _MODELS[kind], f"model in {self.config}")
         train = dataclasses.replace(stored.train, run_dir=self.path, resume=True)
-        return RunConfig(train, model, stored.data, stored.stratified, stored.given)
+        about = (stored.data, stored.stratified, stored.given, stored.custom, stored.changes)
+        return RunConfig(train, model, *about)
 
     def _check_exists(self) -> None:
         if not self.path.is_dir():

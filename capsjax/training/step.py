@@ -1,7 +1,7 @@
 """The train step: one pure function of state and sample."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -12,7 +12,7 @@ from flax import nnx
 
 from capsjax import models
 from capsjax.data import Sample, is_right
-from capsjax.ops._checks import check_callable, check_number
+from capsjax.ops._checks import check_callable
 from capsjax.training.objectives import Objective
 
 
@@ -54,7 +54,7 @@ class StepMetrics(NamedTuple):
 
     Attributes:
       loss: the objective.
-      error: share of wrong predictions.
+      error: share of wrong predictions; NaN where the labels are numbers to predict.
     """
 
     loss: jax.Array
@@ -65,8 +65,14 @@ TrainStep = Callable[[TrainState, Sample], tuple[TrainState, StepMetrics]]
 Apply = Callable[..., tuple[models.Prediction, chex.ArrayTree]]
 
 
-def split_network(network: models.Network) -> tuple[Apply, Variables]:
+def split_network(
+    network: models.Network, *, frozen: Sequence[str] = ()
+) -> tuple[Apply, Variables]:
     """Splits a network into a pure function and its arrays.
+
+    Args:
+      network: of any kind.
+      frozen: parts that are not trained: they use the running statistics in training, too.
 
     Returns:
       ``apply(variables, images, *, train=False, axis_name=None, **options)``, which returns the
@@ -103,6 +109,9 @@ def split_network(network: models.Network) -> tuple[Apply, Variables]:
             axis_name=axis_name,
             raise_if_not_found=False,
         )
+        for path, module in nnx.iter_modules(network) if frozen else ():
+            if isinstance(module, nnx.BatchNorm) and is_part(".".join(map(str, path)), frozen):
+                module.use_running_average = True
         prediction: models.Prediction = network(images, **options)
         return prediction, nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
 
@@ -114,53 +123,11 @@ def split_abstract(config: models.ModelConfig) -> tuple[Apply, Variables]:
     return split_network(nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0))))
 
 
-def paper_optimizer(
-    learning_rate: float = 1e-3,
-    *,
-    decay_rate: float = 0.96,
-    decay_steps: int = 2000,
-    floor: float = 1e-6,
-) -> optax.GradientTransformation:
-    r"""Adam with an exponentially decaying learning rate.
-
-    .. math::
-      \eta_t = \max(\eta_0 \, \gamma^{t / T}, \eta_\mathrm{floor})
-
-    Args:
-      learning_rate: :math:`\eta_0`.
-      decay_rate: :math:`\gamma`.
-      decay_steps: :math:`T`; the decay is continuous.
-      floor: the learning rate never falls below it.
-
-    Returns:
-      An optax transformation.
-
-    Example:
-      >>> from capsjax.training import paper_optimizer
-      >>> optimizer = paper_optimizer(1e-3)
-
-    Reference:
-      Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 4; the
-      constants are those of the authors' code.
-    """
-    check_number("learning_rate", learning_rate, least=0)
-    check_number("decay_rate", decay_rate, least=0)
-    check_number("decay_steps", decay_steps, least=1)
-    check_number("floor", floor, least=0)
-
-    def schedule(count: chex.Numeric) -> jax.Array:
-        # Not optax.exponential_decay, which takes the floor for a ceiling at a decay rate of 1.
-        steps = jnp.asarray(count, jnp.float32)
-        return jnp.maximum(learning_rate * decay_rate ** (steps / decay_steps), floor)
-
-    return optax.adam(schedule)
-
-
 def init_state(variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first step."""
     if not isinstance(variables, Variables):
         raise TypeError(f"variables must be Variables, as of split_network, got {variables!r}")
-    _check_optimizer(optimizer)
+    check_optimizer(optimizer)
     return TrainState(
         jnp.zeros((), jnp.int32),
         variables.params,
@@ -184,19 +151,20 @@ def make_train_step(
     Args:
       apply: the network as a pure function, from :func:`split_network`.
       optimizer: an optax transformation.
-      objective: loss per example, such as :func:`paper_loss`; one with a parameter ``step`` is
-        given the number of steps taken.
+      objective: ``(prediction, target, images) -> losses``, one per example, such as
+        :func:`paper_loss`; one with a parameter ``step`` is given the number of steps taken.
       axis_name: the mapped axis over which the batch is split; None if it is not.
 
     Returns:
       ``train_step(state, sample) -> (state, metrics)`` with a :class:`TrainState`, a
       :class:`capsjax.data.Sample` of B examples and :class:`StepMetrics`. With NaN
       among the parameters or the pixels, or a label that is not from 0 to J - 1, the loss is NaN.
+      Labels may also be float32 ``[B, J]``, numbers to predict.
 
     Raises:
-      TypeError: an argument is not what it should be; or, when the step is traced, the labels are
-        not integers.
-      ValueError: when the step is traced, the target is not one-hot or multi-hot.
+      TypeError: an argument is not what it should be.
+      ValueError: when the step is traced, the target is not what the objective takes, or the
+        objective does not return one loss per example.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -216,7 +184,7 @@ def make_train_step(
       1
     """
     check_callable(apply=apply, objective=objective)
-    _check_optimizer(optimizer)
+    check_optimizer(optimizer)
     takes_step = "step" in inspect.signature(objective).parameters
 
     def train_step(state: TrainState, sample: Sample) -> tuple[TrainState, StepMetrics]:
@@ -232,14 +200,17 @@ def make_train_step(
                 keys=sample.keys,
             )
             losses = objective(prediction, sample.target, sample.drawings, **options)
-            wrong = ~is_right(prediction.scores, sample.labels)
-            return jnp.mean(losses), (jnp.mean(wrong, dtype=jnp.float32), batch_stats)
+            check_per_example("objective", losses, sample)
+            error = jnp.mean(is_wrong(prediction, sample), dtype=jnp.float32)
+            return jnp.mean(losses), (error, batch_stats)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (error, batch_stats)), grads = grad_fn(state.params)
         # Labels cannot be checked while tracing; their targets would be those of no class.
-        known = (sample.labels >= 0) & (sample.labels < sample.target.shape[-1])
-        metrics = StepMetrics(jnp.where(jnp.all(known), loss, jnp.nan), error)
+        if jnp.issubdtype(sample.labels.dtype, jnp.integer):
+            known = (sample.labels >= 0) & (sample.labels < sample.target.shape[-1])
+            loss = jnp.where(jnp.all(known), loss, jnp.nan)
+        metrics = StepMetrics(loss, error)
         if axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -249,6 +220,28 @@ def make_train_step(
     return train_step
 
 
-def _check_optimizer(optimizer: Any) -> None:
+def is_part(name: str, parts: Sequence[str]) -> bool:
+    """Whether a dotted name, such as conv.kernel, begins with one of these."""
+    return any(f"{name}.".startswith(f"{part}.") for part in parts)
+
+
+def is_wrong(prediction: models.Prediction, sample: Sample) -> jax.Array:
+    """Which predictions are wrong, bool ``[B]``; NaN where the labels are numbers to predict."""
+    if jnp.issubdtype(sample.labels.dtype, jnp.floating):
+        return jnp.full(sample.labels.shape[:1], jnp.nan)
+    return ~is_right(prediction.scores, sample.labels)
+
+
+def check_per_example(name: str, values: jax.Array, sample: Sample) -> None:
+    """Raises a ValueError unless an objective or a metric has one value per example."""
+    expected = sample.target.shape[:-1]
+    if jnp.shape(values) != expected:
+        raise ValueError(
+            f"{name} must return one value per example, shape {expected}, got {jnp.shape(values)}"
+        )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raises a TypeError unless this is an optimizer."""
     if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
         raise TypeError(f"optimizer must be an optax.GradientTransformation, got {optimizer!r}")

@@ -1,0 +1,183 @@
+"""Where programs run: pmap over devices, jit over a sharded mesh, or jit on one device.
+
+A driver hides two differences between the three: how a function of replicated arguments is
+compiled, and which part of a batch one run of that function works on. Everything else is the same
+code.
+"""
+
+import abc
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from capsjax.ops._checks import as_integer, check_choice
+
+AXIS = "batch"
+Tree = TypeVar("Tree")
+
+
+@dataclasses.dataclass(frozen=True)
+class Driver(abc.ABC):
+    """Compiles and feeds functions whose arguments are replicated over devices.
+
+    Attributes:
+      devices: the devices used.
+      axis_name: the mapped axis inside of a compiled function, or None.
+      most_devices: the largest number of devices; None for any.
+    """
+
+    axis_name: ClassVar[str | None] = None
+    most_devices: ClassVar[int | None] = None
+    devices: tuple[jax.Device, ...]
+
+    def replicate(self, tree: Tree) -> Tree:
+        """Copies arrays to each device, once."""
+        placed: Tree = jax.device_put(tree, self.sharding())
+        return placed
+
+    def sharding(self, *axes: str) -> NamedSharding:
+        """Returns the sharding of the leading dimensions over these axes; replicated for none."""
+        return NamedSharding(Mesh(np.array(self.devices), (AXIS,)), PartitionSpec(*axes))
+
+    @abc.abstractmethod
+    def compile(self, function: Callable[..., Any], *, donate: bool = False) -> Callable[..., Any]:
+        """Compiles a function of replicated arguments and results.
+
+        Args:
+          function: a function of arrays. Where it sees the axis :attr:`axis_name`, its results must
+            be equal on all devices.
+          donate: whether the first argument's memory is given to the results.
+        """
+
+    @abc.abstractmethod
+    def batch_positions(self, batch_size: int) -> jax.Array:
+        """Inside of a compiled function: the positions in the batch to work on, int32."""
+
+    @abc.abstractmethod
+    def sum(self, tree: Tree) -> Tree:
+        """Inside of a compiled function: sums over the parts of the batch."""
+
+
+class Jit(Driver):
+    """One device, which works on the whole batch."""
+
+    most_devices: ClassVar[int | None] = 1
+
+    def compile(self, function: Callable[..., Any], *, donate: bool = False) -> Callable[..., Any]:
+        """Compiles one program for all devices."""
+        return jax.jit(
+            function, out_shardings=self.sharding(), donate_argnums=(0,) if donate else ()
+        )
+
+    def batch_positions(self, batch_size: int) -> jax.Array:
+        """All of them."""
+        return jnp.arange(batch_size)
+
+    def sum(self, tree: Tree) -> Tree:
+        """The sums of the one program."""
+        return tree
+
+
+class Shard(Jit):
+    """One global program; the batch is sharded and the compiler inserts the communication."""
+
+    most_devices: ClassVar[int | None] = None
+
+    def batch_positions(self, batch_size: int) -> jax.Array:
+        """All of them, sharded over the devices."""
+        positions = super().batch_positions(batch_size)
+        return jax.lax.with_sharding_constraint(positions, self.sharding(AXIS))
+
+
+class Pmap(Driver):
+    """The function is mapped over the devices, and averages explicitly over a named axis."""
+
+    axis_name = AXIS
+
+    def compile(self, function: Callable[..., Any], *, donate: bool = False) -> Callable[..., Any]:
+        """Compiles the program of each device."""
+
+        # pmap needs one argument that is mapped; the state stays replicated and unstacked.
+        @functools.wraps(function)
+        def mapped(_: jax.Array, *arguments: Any) -> Any:
+            return function(*arguments)
+
+        compiled = jax.pmap(
+            mapped,
+            axis_name=AXIS,
+            in_axes=(0, *[None for _ in inspect.signature(function).parameters]),
+            out_axes=None,
+            devices=self.devices,
+            donate_argnums=(1,) if donate else (),
+        )
+        return functools.partial(compiled, np.arange(len(self.devices)))
+
+    def batch_positions(self, batch_size: int) -> jax.Array:
+        """The device's part."""
+        part = batch_size // len(self.devices)
+        return jax.lax.axis_index(AXIS) * part + jnp.arange(part)
+
+    def sum(self, tree: Tree) -> Tree:
+        """Adds up the devices' sums."""
+        total: Tree = jax.lax.psum(tree, AXIS)
+        return total
+
+
+_DRIVERS: dict[str, type[Driver]] = {"pmap": Pmap, "jit": Jit, "shard": Shard}
+
+if TYPE_CHECKING:
+    DriverName = str
+else:
+    DriverName = Literal[tuple(_DRIVERS)]
+
+
+def make_driver(
+    name: str, *, batch_size: int | None = None, devices: Sequence[jax.Device] | None = None
+) -> Driver:
+    """Makes a driver.
+
+    Args:
+      name: ``"pmap"``, ``"jit"`` or ``"shard"``.
+      batch_size: examples in the whole batch, which must be divisible among the devices; not
+        checked when None.
+      devices: the devices to use; all of them, or the first for ``"jit"``, when None.
+
+    Returns:
+      A :class:`Driver`.
+
+    Raises:
+      TypeError: the devices are not devices, or the size of the batch is not an integer.
+      ValueError: the name is unknown, ``"jit"`` was given several devices, there is no device, or
+        the batch cannot be divided among the devices.
+
+    Example:
+      >>> from capsjax.training import make_driver
+      >>> len(make_driver("jit", batch_size=128).devices)
+      1
+    """
+    check_choice("driver", name, _DRIVERS)
+    kind = _DRIVERS[name]
+    chosen = tuple(jax.devices()[: kind.most_devices]) if devices is None else _as_devices(devices)
+    if kind.most_devices is not None and len(chosen) > kind.most_devices:
+        raise ValueError(f"driver {name!r} runs on one device, got {len(chosen)}")
+    if batch_size is not None and as_integer("batch_size", batch_size) % len(chosen):
+        raise ValueError(
+            f"batch_size must be divisible by the number of devices, {len(chosen)}, got"
+            f" {batch_size}"
+        )
+    return kind(chosen)
+
+
+def _as_devices(devices: Any) -> tuple[jax.Device, ...]:
+    if not isinstance(devices, Sequence) or not all(hasattr(d, "platform") for d in devices):
+        raise TypeError(f"devices must be a sequence of devices, got {devices!r}")
+    if not devices:
+        raise ValueError("devices must hold at least one device, got none")
+    return tuple(devices)

@@ -1,0 +1,131 @@
+"""Optimizers, from optax."""
+
+from collections.abc import Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from capsjax.ops._checks import check_number
+from capsjax.training.config import TrainConfig
+from capsjax.training.step import is_part
+
+
+def paper_optimizer(
+    learning_rate: float = 1e-3,
+    *,
+    decay_rate: float = 0.96,
+    decay_steps: int = 2000,
+    floor: float = 1e-6,
+) -> optax.GradientTransformation:
+    r"""Adam with an exponentially decaying learning rate.
+
+    .. math::
+      \eta_t = \max(\eta_0 \, \gamma^{t / T}, \eta_\mathrm{floor})
+
+    Args:
+      learning_rate: :math:`\eta_0`.
+      decay_rate: :math:`\gamma`.
+      decay_steps: :math:`T`; the decay is continuous.
+      floor: the learning rate never falls below it.
+
+    Returns:
+      An optax transformation.
+
+    Example:
+      >>> from capsjax.training import paper_optimizer
+      >>> optimizer = paper_optimizer(1e-3)
+
+    Reference:
+      Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 4; the
+      constants are those of the authors' code.
+    """
+    check_number("learning_rate", learning_rate, least=0)
+    check_number("decay_rate", decay_rate, least=0)
+    check_number("decay_steps", decay_steps, least=1)
+    check_number("floor", floor, least=0)
+
+    return optax.adam(exponential_schedule(learning_rate, decay_rate, decay_steps, floor))
+
+
+def exponential_schedule(
+    learning_rate: float, decay_rate: float, decay_steps: int, floor: float
+) -> optax.Schedule:
+    """The schedule of :func:`paper_optimizer`."""
+
+    def schedule(count: chex.Numeric) -> jax.Array:
+        # Not optax.exponential_decay, which takes the floor for a ceiling at a decay rate of 1.
+        steps = jnp.asarray(count, jnp.float32)
+        return jnp.maximum(learning_rate * decay_rate ** (steps / decay_steps), floor)
+
+    return schedule
+
+
+def make_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
+    """Returns the learning rate by step that the options choose for a run of so many steps."""
+    first, least, warmup = config.learning_rate, config.min_learning_rate, config.warmup_steps
+    if config.schedule == "exponential":
+        schedule = exponential_schedule(first, config.decay_rate, config.decay_steps, least)
+    elif config.schedule == "cosine":
+        # At the last step, which is numbered one less than there are steps, the rate is the least.
+        length = max(total_steps - 1 - warmup, 1)
+        schedule = optax.cosine_decay_schedule(first, length, alpha=least / first)
+    else:
+        schedule = optax.constant_schedule(first)
+    if not warmup:
+        return schedule
+    # The first step takes a part of the learning rate, not none of it.
+    rising = optax.linear_schedule(first / (warmup + 1), first, warmup)
+    return optax.join_schedules([rising, schedule], [warmup])
+
+
+def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
+    """Returns the optimizer that the options choose for a run of so many steps."""
+    schedule = make_schedule(config, total_steps)
+    optimizer = optax.adam(schedule)
+    if config.weight_decay:
+        optimizer = optax.adamw(schedule, weight_decay=config.weight_decay, mask=_are_kernels)
+    if config.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return optimizer
+
+
+def _are_kernels(params: chex.ArrayTree) -> chex.ArrayTree:
+    """Which parameters have several axes: neither biases nor scales."""
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def freeze(
+    optimizer: optax.GradientTransformation, params: chex.ArrayTree, parts: Sequence[str]
+) -> optax.GradientTransformation:
+    """Returns an optimizer that leaves these parts of a network's parameters as they are.
+
+    Args:
+      optimizer: of the other parameters.
+      params: nested dicts of arrays, as of :func:`split_network`.
+      parts: beginnings of names such as ``decoder.layers.0.kernel``, whole words of them.
+
+    Raises:
+      ValueError: a part is none of the network's, or nothing is left to train.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from capsjax.training.optimizers import freeze
+      >>> params = {"conv": {"kernel": jnp.ones(2)}, "classes": {"kernel": jnp.ones(2)}}
+      >>> optimizer = freeze(optax.sgd(0.5), params, ["conv"])
+      >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
+      >>> print(updates["conv"]["kernel"], updates["classes"]["kernel"])
+      [0. 0.] [-0.5 -0.5]
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat]
+    for part in parts:
+        if not any(is_part(name, [part]) for name in names):
+            known = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
+            raise ValueError(f"freeze must name parts of the network, {known}, got {part!r}")
+    frozen = [is_part(name, parts) for name in names]
+    if all(frozen):
+        raise ValueError(f"freeze must leave something to train, got {', '.join(parts)}")
+    labels = jax.tree.unflatten(structure, ["frozen" if f else "trained" for f in frozen])
+    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)

@@ -1,0 +1,266 @@
+"""What runs compute: programs, data and the first state, built from options."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from capsjax import models
+from capsjax.data import Batch, Dataset, Sampler, Split, epoch_order
+from capsjax.errors import ConfigError
+from capsjax.ops._checks import check_callable
+from capsjax.training import choices
+from capsjax.training.config import OF_LEARNING_RATE, TrainConfig
+from capsjax.training.drivers import Driver
+from capsjax.training.holdout import hold_out
+from capsjax.training.loading import read_run, restore
+from capsjax.training.memory import estimate_memory
+from capsjax.training.objectives import Metric, Objective, weigh_classes
+from capsjax.training.optimizers import make_optimizer
+from capsjax.training.programs import (
+    Evaluate,
+    RunSteps,
+    StepSums,
+    as_batch,
+    make_evaluate,
+    make_run_steps,
+    stack,
+)
+from capsjax.training.reporting import say
+from capsjax.training.step import (
+    Apply,
+    TrainState,
+    Variables,
+    check_optimizer,
+    init_state,
+    make_train_step,
+    split_network,
+)
+from capsjax.training.transfer import transfer
+
+_EPOCHS = 20
+
+
+class Custom(NamedTuple):
+    """What is given in Python in place of what the options choose.
+
+    Attributes:
+      objective: loss per example; see :func:`make_train_step`.
+      optimizer: an optax transformation.
+      metrics: other values per example, by name; see :func:`make_evaluate`.
+    """
+
+    objective: Objective | None = None
+    optimizer: optax.GradientTransformation | None = None
+    metrics: Mapping[str, Metric] | None = None
+
+    def check(self, config: TrainConfig) -> None:
+        """Raises a TypeError or ConfigError if it cannot be used, or an option has no effect."""
+        if self.objective is not None:
+            check_callable(objective=self.objective)
+            config.check_default("on an objective that is given", "loss", "class_weights")
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer)
+            names = (*OF_LEARNING_RATE, "weight_decay", "clip_norm")
+            config.check_default("on an optimizer that is given", *names)
+
+    @property
+    def shaping(self) -> tuple[str, ...]:
+        """Names of what is given and shapes the parameters."""
+        given = {"objective": self.objective, "optimizer": self.optimizer}
+        return tuple(name for name, value in given.items() if value is not None)
+
+
+_NONE = Custom()
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What runs compute; several seeds add a leading axis to the arrays that differ between them.
+
+    Attributes:
+      configs: the options of each run.
+      model: the network's configuration.
+      train: the training images on the host, without those held out.
+      validation: the images held out, on the devices, or None.
+      test: the test images on the host.
+      sampler: makes the samples.
+      driver: where it runs.
+      apply: the network as a pure function.
+      initial: the state before the first step.
+      run_steps: ``(state, step, num_steps) -> (state, sums)``; the state is donated.
+      evaluate: from :func:`make_evaluate`.
+      steps_per_epoch: number of whole batches of training images.
+      total_steps: at which the runs end.
+      num_parameters: of one network.
+      is_regression: whether the labels are numbers to predict.
+    """
+
+    configs: Sequence[TrainConfig]
+    model: models.ModelConfig
+    train: Split
+    validation: Batch | None
+    test: Split
+    sampler: Sampler
+    driver: Driver
+    apply: Apply
+    initial: TrainState
+    run_steps: RunSteps
+    evaluate: Evaluate
+    steps_per_epoch: int
+    total_steps: int
+    num_parameters: int
+    is_regression: bool
+
+    @property
+    def config(self) -> TrainConfig:
+        """The options that all runs share."""
+        return self.configs[0]
+
+
+def set_up(
+    configs: Sequence[TrainConfig],
+    model: models.ModelConfig,
+    dataset: Dataset,
+    custom: Custom = _NONE,
+    *,
+    stratified: bool = True,
+    initialise: bool = True,
+) -> Setup:
+    """Builds what runs compute, with images held out as by :func:`hold_out`.
+
+    Before it builds anything, it says which memory that takes.
+
+    Args:
+      configs: the options of each run.
+      model: the network's configuration.
+      dataset: the images.
+      custom: what is given in place of what the options choose.
+      stratified: see :func:`hold_out`.
+      initialise: whether the first state is that of a new run, and not replaced by a checkpoint.
+
+    Raises:
+      ConfigError: the options do not go together, or not with this machine or these images.
+    """
+    config = configs[0]
+    choices.check_dataset(dataset, model)
+    train, validation = hold_out(dataset.train, config.validation, stratified=stratified)
+    for option in config.stopping:
+        if validation is None:
+            raise ConfigError(
+                f"{option} needs validation images, a tenth of {len(dataset.train.labels)} training"
+                " images is none"
+            )
+    task = choices.choose_task(dataset, config.max_shift, config.fill)
+    objective = custom.objective or choices.choose_objective(
+        config.loss, config.preset, model, dataset
+    )
+    weights = choices.choose_class_weights(config.class_weights, dataset, train)
+    driver = choices.choose_driver(config.driver, config.devices, config.batch_size)
+    choices.check_test_size(dataset, config.test_size)
+    steps_per_epoch = choices.count_batches(train, config.batch_size)
+    total_steps = config.steps or (config.epochs or _EPOCHS) * steps_per_epoch
+    if total_steps >= 2**31:
+        raise ConfigError(f"--epochs must make fewer than 2147483648 steps, got {total_steps}")
+    sampler = Sampler(task, model.num_classes, config.flip)
+    memory = estimate_memory(
+        model,
+        driver,
+        batch_size=config.batch_size,
+        examples=dataset.train.images.nbytes,
+        num_seeds=len(configs),
+    )
+    say(f"{config.preset}: {memory}")
+    keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
+    networks = [
+        split_network(models.build(model, rngs=nnx.Rngs(init)), frozen=config.freeze)
+        for init, _, _ in keys
+    ]
+    apply, variables = networks[0]
+    optimizer = custom.optimizer or make_optimizer(config, total_steps)
+    if config.freeze:
+        optimizer = choices.freeze_parts(optimizer, variables.params, config.freeze)
+    first = [variables for _, variables in networks]
+    if config.init_from is not None and initialise:
+        first = _transferred(config, first, driver)
+    batch_size, several = config.batch_size, len(configs) > 1
+    compiled = make_run_steps(
+        make_train_step(
+            apply,
+            optimizer,
+            objective if weights is None else weigh_classes(objective, weights),
+            axis_name=driver.axis_name,
+        ),
+        sampler,
+        driver,
+        batch_size=batch_size,
+        several_seeds=several,
+    )
+    examples = driver.replicate(as_batch(train))
+    step_key = driver.replicate(stack([key for _, _, key in keys]))
+
+    @functools.lru_cache(maxsize=1)
+    def order(epoch: int) -> jax.Array:
+        count = len(train.labels)
+        orders = [epoch_order(jax.random.fold_in(key, epoch), count) for _, key, _ in keys]
+        return driver.replicate(stack(orders))
+
+    def run_steps(state: TrainState, step: int, num_steps: int) -> tuple[TrainState, StepSums]:
+        """Starts steps that do not cross the end of an epoch."""
+        epoch = step // steps_per_epoch
+        return compiled(state, examples, order(epoch), step_key, np.int32(num_steps))
+
+    return Setup(
+        configs=configs,
+        model=model,
+        train=train,
+        validation=None if validation is None else driver.replicate(as_batch(validation)),
+        test=dataset.test,
+        sampler=sampler,
+        driver=driver,
+        apply=apply,
+        initial=stack([init_state(variables, optimizer) for variables in first]),
+        run_steps=run_steps,
+        evaluate=make_evaluate(
+            apply,
+            objective,
+            sampler,
+            driver,
+            batch_size=batch_size,
+            metrics=choices.choose_metrics(custom.metrics, dataset.is_regression),
+            several_seeds=several,
+        ),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        num_parameters=memory.num_parameters,
+        is_regression=dataset.is_regression,
+    )
+
+
+def _transferred(
+    config: TrainConfig, networks: Sequence[Variables], driver: Driver
+) -> list[Variables]:
+    """These networks with the parameters of the network that they start from."""
+    assert config.init_from is not None
+    run = read_run(config.init_from)
+    step, source = restore(config.init_from, config.init_checkpoint, run, driver)
+    started: list[Variables] = []
+    kept: tuple[str, ...] = ()
+    for variables in networks:
+        variables, kept = transfer(variables, source)
+        started.append(variables)
+    total = len(jax.tree.leaves(networks[0].params))
+    if len(kept) == total:
+        raise ConfigError(
+            f"--init-from {config.init_from} has no parameter of this network's names and shapes;"
+            f" its network is {run.model}"
+        )
+    checkpoint = "" if step is None else f", checkpoint of step {step:,}"
+    new = f"; new: {', '.join(kept)}" if kept else ""
+    say(f"{total - len(kept)} of {total} parameter arrays from {config.init_from}{checkpoint}{new}")
+    return started
