@@ -68,6 +68,11 @@ class Sample(NamedTuple):
     drawings: jax.Array
     keys: jax.Array | None
 
+    @property
+    def is_regression(self) -> bool:
+        """Whether the labels are numbers to predict, instead of classes."""
+        return _has_vectors(self.labels) and self.labels.dtype != bool
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -361,7 +366,8 @@ class Sampler:
           TypeError: the key is not a typed key, or the labels are not integers.
         """
         split = Batch(*map(as_array, ("split.images", "split.labels"), split))
-        if split.images.shape[:-3] != split.labels.shape[: split.labels.ndim - _has_vectors(split)]:
+        images, labels = split
+        if images.shape[:-3] != labels.shape[: labels.ndim - _has_vectors(labels)]:
             raise ValueError(
                 f"split must have one label per image, shape {split.images.shape[:-3]}, got"
                 f" labels of shape {split.labels.shape}"
@@ -404,7 +410,7 @@ class Sampler:
     ) -> Sample:
         images, drawings = self.task.render(keys, batch.images, train=train)
         labels = batch.labels
-        if _has_vectors(batch):
+        if _has_vectors(labels):
             target = labels.astype(jnp.float32)
             masks = target if labels.dtype == bool else jnp.ones_like(target)
         else:
@@ -453,9 +459,10 @@ def _as_labels(labels: ArrayLike) -> jax.Array:
     return labels
 
 
-def _has_vectors(batch: Batch) -> bool:
+def _has_vectors(labels: jax.Array) -> bool:
     """Whether labels are vectors of one entry per class, instead of class numbers."""
-    return batch.labels.dtype == bool or jnp.issubdtype(batch.labels.dtype, jnp.floating)
+    is_number = labels.ndim == 2 and jnp.issubdtype(labels.dtype, jnp.floating)
+    return labels.dtype == bool or is_number
 
 
 def _fold_in(key: jax.Array, numbers: jax.Array) -> jax.Array:

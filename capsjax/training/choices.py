@@ -48,6 +48,8 @@ def choose_model(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
     try:
         preset = models.configure(config.preset, **overrides)
     except ValueError as error:
+        if str(error).split()[0] in fields:
+            raise ConfigError(f"--override: {error}") from None
         raise _option_error(error) from None
     routing = getattr(preset, "routing", "")
     if config.num_iterations is not None and not algorithm(routing).iterates:

@@ -204,15 +204,16 @@ def weigh_classes(objective: Objective, weights: Sequence[float]) -> Objective:
     """
 
     @functools.wraps(objective)
-    def weighed(
+    def with_weights(
         prediction: Prediction, target: jax.Array, images: jax.Array, **options: ArrayLike
     ) -> jax.Array:
         count = jnp.sum(target, axis=-1)
-        mean = jnp.sum(target * jnp.asarray(weights), axis=-1) / jnp.maximum(count, 1)
+        weighed = target * jnp.broadcast_to(jnp.asarray(weights), target.shape)
+        mean = jnp.sum(weighed, axis=-1) / jnp.maximum(count, 1)
         losses = objective(prediction, target, images, **options)
         return jnp.where(count > 0, mean, 1.0) * losses
 
-    return weighed
+    return with_weights
 
 
 LOSSES: dict[str, Objective] = {

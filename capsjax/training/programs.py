@@ -177,7 +177,7 @@ def make_evaluate(
             prediction, _ = apply(variables, sample.images, target=sample.masks)
             loss = objective(prediction, sample.target, sample.drawings)
             check_per_example("objective", loss, sample)
-            if jnp.issubdtype(sample.labels.dtype, jnp.floating):
+            if sample.is_regression:
                 wrong, shown = jnp.zeros_like(real), jnp.zeros(sample.target.shape, bool)
             else:
                 wrong = is_wrong(prediction, sample)

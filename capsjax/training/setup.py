@@ -150,6 +150,8 @@ def set_up(
     config = configs[0]
     choices.check_dataset(dataset, model)
     train, validation = hold_out(dataset.train, config.validation, stratified=stratified)
+    if config.until_error is not None and dataset.is_regression:
+        raise ConfigError("--until-error is for classes, not for numbers to predict")
     for option in config.stopping:
         if validation is None:
             raise ConfigError(

@@ -227,7 +227,7 @@ def is_part(name: str, parts: Sequence[str]) -> bool:
 
 def is_wrong(prediction: models.Prediction, sample: Sample) -> jax.Array:
     """Which predictions are wrong, bool ``[B]``; NaN where the labels are numbers to predict."""
-    if jnp.issubdtype(sample.labels.dtype, jnp.floating):
+    if sample.is_regression:
         return jnp.full(sample.labels.shape[:1], jnp.nan)
     return ~is_right(prediction.scores, sample.labels)
 

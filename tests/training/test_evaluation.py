@@ -29,6 +29,7 @@ from capsjax.training import (
     train,
 )
 from capsjax.training.loading import load_own
+from capsjax.training.optimizers import make_optimizer
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
 
 
@@ -41,7 +42,7 @@ def write_run(path, dataset, model):
     directory.write_config(stored)
     _, variables = split_network(models.build(model, rngs=nnx.Rngs(0)))
     checkpoints = Checkpoints(directory.checkpoints, run=stored.shaping())
-    checkpoints.save(init_state(variables, choices.make_optimizer(options)), 2, None)
+    checkpoints.save(init_state(variables, make_optimizer(options, 4)), 2, None)
     checkpoints.finish()
     checkpoints.close()
     return directory
@@ -216,7 +217,7 @@ def test_runs_that_held_out_otherwise_go_on_as_they_began(run, galaxies, monkeyp
     try:
         for stored, expected in ((values, False), (json.loads(text), True)):
             run.config.write_text(json.dumps(stored))
-            monkeypatch.setattr(choices, "hold_out", _expecting(expected))
+            monkeypatch.setattr("capsjax.training.setup.hold_out", _expecting(expected))
             with pytest.raises(_Stopped):
                 train(resumed(run), dataset=galaxies)
     finally:

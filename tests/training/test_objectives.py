@@ -1,9 +1,19 @@
+import inspect
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from capsjax.models import BaselineConfig, CapsNetConfig, MatrixCapsNetConfig, Prediction
-from capsjax.training import cross_entropy_loss, official_loss, paper_loss, spread_objective
+from capsjax.training import (
+    absolute_error,
+    cross_entropy_loss,
+    official_loss,
+    paper_loss,
+    spread_objective,
+    squared_error_loss,
+    weigh_classes,
+)
 from capsjax.training.objectives import LOSSES, binary_cross_entropy_loss, choose_loss
 
 
@@ -75,7 +85,10 @@ def test_every_loss_of_a_nan_is_nan_and_wants_one_number_per_class(case, name):
     assert jnp.isnan(losses[0])
     assert jnp.isfinite(losses[1:]).all()
     assert jnp.isnan(LOSSES[name](prediction, target.at[0].set(jnp.nan), images)[0])
-    with pytest.raises(ValueError, match="must be one-hot .* for class numbers use jax.nn.one_hot"):
+    match = "must be one-hot .* for class numbers use jax.nn.one_hot"
+    if name == "squared_error":
+        match = r"target must have the shape of the scores, \(3, \d+\), got \(3,\)"
+    with pytest.raises(ValueError, match=match):
         LOSSES[name](prediction, jnp.array([1, 5, 9]), images)
 
 
@@ -113,3 +126,35 @@ def test_the_preset_chooses_its_loss():
 def test_a_loss_that_does_not_fit_is_named(name, preset, model, match):
     with pytest.raises(ValueError, match=match):
         choose_loss(name, preset, model)
+
+
+def test_numbers_to_predict_have_a_loss_of_their_own():
+    assert choose_loss(None, "small", CapsNetConfig(), regression=True) == "squared_error"
+    assert choose_loss(None, "baseline", BaselineConfig(), regression=True) == "squared_error"
+    with pytest.raises(ValueError, match="are numbers to predict must be squared_error, got 'pap"):
+        choose_loss("paper", "small", CapsNetConfig(), regression=True)
+    with pytest.raises(ValueError, match="are classes must be for classes, got 'squared_error'"):
+        choose_loss("squared_error", "small", CapsNetConfig())
+
+
+def test_squared_error_is_the_formula(case):
+    prediction, _, images, _, squared = case
+    target = np.random.default_rng(1).normal(size=prediction.scores.shape).astype(np.float32)
+    expected = ((np.asarray(prediction.scores, np.float64) - target) ** 2).sum(1)
+    loss = squared_error_loss(prediction, jnp.asarray(target), images)
+    np.testing.assert_allclose(loss, expected + 0.0005 * squared, rtol=1e-5)
+    errors = np.abs(np.asarray(prediction.scores) - target).mean(1)
+    np.testing.assert_allclose(absolute_error(prediction, jnp.asarray(target)), errors, rtol=1e-5)
+
+
+def test_classes_weigh_what_they_are_given(case):
+    prediction, _, images, _, _ = case
+    number = prediction.scores.shape[1]
+    weights = np.arange(1.0, number + 1)
+    target = np.zeros((3, number))
+    target[0, 2] = target[1, 0] = target[1, 3] = 1  # one class, two classes, none
+    plain = paper_loss(prediction, jnp.asarray(target), images)
+    weighed = weigh_classes(paper_loss, weights.tolist())(prediction, jnp.asarray(target), images)
+    np.testing.assert_allclose(weighed / plain, [3, 2.5, 1], rtol=1e-6)
+    growing = weigh_classes(spread_objective, weights.tolist())
+    assert "step" in inspect.signature(growing).parameters  # which make_train_step looks for

@@ -27,11 +27,12 @@ from capsjax.training import (
     paper_loss,
     train,
 )
-from capsjax.training.choices import choose_task, make_optimizer
+from capsjax.training.choices import choose_task
+from capsjax.training.optimizers import make_optimizer
 from capsjax.training.picture import draw_reconstructions, reconstruction_grid
 from capsjax.training.programs import as_batch
-from capsjax.training.run import set_up
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
+from capsjax.training.setup import set_up
 
 
 def by_class(split):
@@ -103,7 +104,7 @@ def test_a_network_is_trained_on_any_number_of_classes(tmp_path, digits, tiny):
     config = options(tmp_path)
     setup = set_up([config], tiny, dataset)
     sample = setup.sampler.test(as_batch(dataset.test), np.arange(4))
-    step = make_train_step(setup.apply, make_optimizer(config), paper_loss)
+    step = make_train_step(setup.apply, make_optimizer(config, 4), paper_loss)
     _, metrics = jax.eval_shape(step, setup.initial, sample)
     assert metrics.error.shape == ()
     variables, path = setup.initial.variables, tmp_path / "picture.png"

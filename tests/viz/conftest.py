@@ -11,7 +11,7 @@ from flax import nnx
 from capsjax import models
 from capsjax.data import Dataset, Split, load
 from capsjax.training import Checkpoints, TrainConfig, TrainedNetwork, init_state, split_network
-from capsjax.training.choices import make_optimizer
+from capsjax.training.optimizers import make_optimizer
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
 from capsjax.viz.explorer import Server, make_app
 from capsjax.viz.live import Live
@@ -52,7 +52,7 @@ def run(tmp_path_factory, loaded):
     directory.write_config(RunConfig(options, TINY, DataDescription.of(load("mnist_5k"))))
     _, variables = split_network(loaded.network)
     checkpoints = Checkpoints(directory.checkpoints)
-    checkpoints.save(init_state(variables, make_optimizer(options)), 2, None)
+    checkpoints.save(init_state(variables, make_optimizer(options, 4)), 2, None)
     checkpoints.finish()
     checkpoints.close()
     for step in (1, 2):
