@@ -340,7 +340,13 @@ def _wide_enough() -> Iterator[None]:
             os.environ["COLUMNS"] = given
 
 
-_KINDS = {"INT": "an integer", "FLOAT": "a number", "PATH": "a path", "STR": "a text"}
+_KINDS = {
+    "INT": "an integer",
+    "FLOAT": "a number",
+    "PATH": "a path",
+    "STR": "a text",
+    "{[FLOAT [FLOAT ...]]}": "numbers",
+}
 
 
 def _refuse(prog: str, arguments: Sequence[str], event: Any) -> None:
@@ -398,7 +404,8 @@ def _flags(command: str) -> list[str]:
 
 def _kind(argument: Any) -> str:
     metavar = argument.lowered.metavar.removeprefix("{None}|")
-    return " or ".join(_KINDS.get(kind, kind) for kind in metavar.split("|"))
+    kinds = (kind.replace("{None,", "{") for kind in metavar.split("|"))
+    return " or ".join(_KINDS.get(kind, kind.strip("{}")) for kind in kinds)
 
 
 def _name(argument: Any) -> str:

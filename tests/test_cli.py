@@ -340,7 +340,7 @@ BAD = [
     (["evaluate", "missing"], "missing is no run directory, and no network that comes with"),
     (["evaluate", "--run-dir", "missing"], "missing is no run directory"),
     (["evaluate", "--run-dir=missing"], "missing is no run directory"),
-    (["evaluate", "mnist_small", "--checkpoint", "9"], "without checkpoints, got --checkpoint 9"),
+    (["evaluate", "mnist_small", "--checkpoint", "9"], "without checkpoints, got checkpoint 9"),
     (["train", "--resume", "missing"], "run directory missing does not exist"),
     (["evaluate"], "needs run_dir"),
     (["evaluate", "a", "b"], "unknown: b"),

@@ -2,10 +2,11 @@
 
 from capsjax.errors import CheckpointError, ConfigError, DivergedError
 from capsjax.training.checkpoints import Checkpoints
-from capsjax.training.config import EvaluateConfig, TrainConfig
+from capsjax.training.config import TrainConfig
 from capsjax.training.drivers import Driver, make_driver
 from capsjax.training.evaluation import (
     CheckpointEvaluation,
+    EvaluateConfig,
     Evaluation,
     evaluate,
     predict_test,

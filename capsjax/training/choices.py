@@ -80,7 +80,7 @@ def _fields(config: TrainConfig, preset: models.ModelConfig) -> dict[str, Any]:
     """The fields of the network's configuration that --override gives, by name."""
     kinds, fields = get_type_hints(type(preset)), {}
     known = [field.name for field in dataclasses.fields(preset) if field.name not in _DECIDED]
-    for text in config.override:
+    for text in config.override or ():
         name, _, value = text.partition("=")
         if name in _DECIDED:
             raise ConfigError(f"--override: {_DECIDED[name]} decides {name}, got {text!r}")

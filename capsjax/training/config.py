@@ -12,7 +12,7 @@ from typing_extensions import Doc
 from capsjax import data, models, routing
 from capsjax.data.transforms import Fill, Flip
 from capsjax.errors import ConfigError
-from capsjax.files import expand_paths, require_folder
+from capsjax.files import expand_paths
 from capsjax.training.drivers import DriverName
 from capsjax.training.objectives import LossName
 
@@ -53,7 +53,7 @@ class TrainConfig:
     reconstruction: bool = True
     """Train with a decoder that reconstructs the images, if the network has one."""
 
-    override: tuple[str, ...] = ()
+    override: tuple[str, ...] | None = None
     """Fields of the network's configuration, as FIELD=VALUE: conv_features=32
     decoder_features=128,256."""
 
@@ -90,7 +90,7 @@ class TrainConfig:
     init_checkpoint: str = "last"
     """Which checkpoint of INIT_FROM: last, best (by validation error), or a step."""
 
-    freeze: tuple[str, ...] = ()
+    freeze: tuple[str, ...] | None = None
     """Parts of the network that are not trained, by the beginning of their parameters' names: conv
     primary."""
 
@@ -223,10 +223,13 @@ class TrainConfig:
             positive = value is None or (math.isfinite(value) and value > 0)
             require(self, name, positive, "positive")
         require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
+        for name in ("class_weights", "freeze", "override"):
+            if getattr(self, name) == ():
+                raise ConfigError(f"--{name.replace('_', '-')} needs at least one value")
         if isinstance(self.class_weights, tuple):
             positive = all(0 < weight < math.inf for weight in self.class_weights)
-            require(self, "class_weights", bool(self.class_weights) and positive, "positive")
-        for text in self.override:
+            require(self, "class_weights", positive, "positive")
+        for text in self.override or ():
             if not re.fullmatch(r"\w+=.+", text):
                 raise ConfigError(f"--override must be FIELD=VALUE, got {text!r}")
         least, first = self.min_learning_rate, self.learning_rate
@@ -338,51 +341,6 @@ _MAY_CHANGE = (
     "tensorboard",
     "test_size",
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Evaluate a run's checkpoint on the whole test set."""
-
-    run_dir: Path
-    """Directory of the run, or mnist_small for the network that comes with the package."""
-
-    checkpoint: str = "last"
-    """Which checkpoint: last, best (by validation error), or a step."""
-
-    dataset: DatasetName | None = None
-    """Evaluate on the test images of this data set; the run's own if not given."""
-
-    data_dir: Path | None = None
-    """Directory of prepared data sets; the run's own if not given."""
-
-    image_size: int | None = None
-    """Rows and columns of images of image_folder; the run's own if not given."""
-
-    channels: ChannelsNumber | None = None
-    """Channels of images of image_folder; the run's own if not given."""
-
-    test_size: int | None = None
-    """Number of test images to generate, for multi_mnist, expanded_mnist and affine_mnist; that of
-    the set if not given."""
-
-    batch_size: int = 100
-    """Examples in a batch, over all devices together; rounded up to a multiple of their number."""
-
-    driver: DriverName = "pmap"
-    """How it runs: pmap, shard, or jit (one device)."""
-
-    devices: int | None = None
-    """Use the first so many devices; all of them if not given (one for jit)."""
-
-    predictions: Path | None = None
-    """File to write: CSV with the classes, the prediction and the scores of each test image."""
-
-    def __post_init__(self) -> None:
-        """Checks every option that can be checked without data and devices."""
-        expand_paths(self, "run_dir", "data_dir", "predictions")
-        require_at_least(self, 1, "batch_size", "devices", "test_size", "image_size")
-        require_folder(self, "predictions")
 
 
 def require(config: Any, name: str, holds: bool, expected: str) -> None:

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from capsjax.data import Batch, Dataset, Sampler, Split
-from capsjax.files import write_text
+from capsjax.files import expand_paths, require_folder, write_text
 from capsjax.models import Prediction
 from capsjax.training import choices
-from capsjax.training.config import EvaluateConfig
-from capsjax.training.drivers import Driver
+from capsjax.training.config import ChannelsNumber, DatasetName, require_at_least
+from capsjax.training.drivers import Driver, DriverName
 from capsjax.training.loading import load_images, read_run, restore
 from capsjax.training.objectives import Metric, Objective
 from capsjax.training.programs import (
@@ -29,6 +29,51 @@ from capsjax.training.programs import (
     unstack,
 )
 from capsjax.training.step import Apply, Variables, split_abstract
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluate a run's checkpoint on the whole test set."""
+
+    run_dir: Path
+    """Directory of the run, or mnist_small for the network that comes with the package."""
+
+    checkpoint: str = "last"
+    """Which checkpoint: last, best (by validation error), or a step."""
+
+    dataset: DatasetName | None = None
+    """Evaluate on the test images of this data set; the run's own if not given."""
+
+    data_dir: Path | None = None
+    """Directory of prepared data sets; the run's own if not given."""
+
+    image_size: int | None = None
+    """Rows and columns of images of image_folder; the run's own if not given."""
+
+    channels: ChannelsNumber | None = None
+    """Channels of images of image_folder; the run's own if not given."""
+
+    test_size: int | None = None
+    """Number of test images to generate, for multi_mnist, expanded_mnist and affine_mnist; that of
+    the set if not given."""
+
+    batch_size: int = 100
+    """Examples in a batch, over all devices together; rounded up to a multiple of their number."""
+
+    driver: DriverName = "pmap"
+    """How it runs: pmap, shard, or jit (one device)."""
+
+    devices: int | None = None
+    """Use the first so many devices; all of them if not given (one for jit)."""
+
+    predictions: Path | None = None
+    """File to write: CSV with the classes, the prediction and the scores of each test image."""
+
+    def __post_init__(self) -> None:
+        """Checks every option that can be checked without data and devices."""
+        expand_paths(self, "run_dir", "data_dir", "predictions")
+        require_at_least(self, 1, "batch_size", "devices", "test_size", "image_size")
+        require_folder(self, "predictions")
 
 
 @dataclasses.dataclass(frozen=True)

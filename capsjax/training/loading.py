@@ -183,7 +183,7 @@ def restore(
     """
     if _is_packaged(run_dir):
         if which != "last":
-            raise ConfigError(f"{run_dir} comes without checkpoints, got --checkpoint {which}")
+            raise ConfigError(f"{run_dir} comes without checkpoints, got checkpoint {which}")
         _, variables = split_network(models.load_pretrained(str(run_dir)))
         return None, driver.replicate(variables)
     _, like = split_abstract(run.model)

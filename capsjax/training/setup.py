@@ -180,7 +180,7 @@ def set_up(
     say(f"{config.preset}: {memory}")
     keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
     networks = [
-        split_network(models.build(model, rngs=nnx.Rngs(init)), frozen=config.freeze)
+        split_network(models.build(model, rngs=nnx.Rngs(init)), frozen=config.freeze or ())
         for init, _, _ in keys
     ]
     apply, variables = networks[0]
@@ -259,8 +259,8 @@ def _transferred(
     total = len(jax.tree.leaves(networks[0].params))
     if len(kept) == total:
         raise ConfigError(
-            f"--init-from {config.init_from} has no parameter of this network's names and shapes;"
-            f" its network is {run.model}"
+            f"--init-from {config.init_from} has no parameter of this network's names and shapes:"
+            f" it is of preset {run.train.preset}, this one of {config.preset}"
         )
     checkpoint = "" if step is None else f", checkpoint of step {step:,}"
     new = f"; new: {', '.join(kept)}" if kept else ""

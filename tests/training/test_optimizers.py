@@ -119,7 +119,8 @@ def test_options_without_effect(options, match):
         ({"patience": 0}, "--patience must be at least 1, got 0"),
         ({"patience": 1, "validation": 0}, "--patience needs validation images, got --validation"),
         ({"class_weights": (1.0, 0.0)}, "--class-weights must be positive"),
-        ({"class_weights": ()}, "--class-weights must be positive"),
+        ({"class_weights": ()}, "--class-weights needs at least one value"),
+        ({"freeze": ()}, "--freeze needs at least one value"),
         ({"override": ("conv_features",)}, "--override must be FIELD=VALUE, got 'conv_features'"),
     ],
 )
