@@ -76,10 +76,10 @@ def _as_shown(dataset: Dataset) -> Split:
     """The network's test images on the host."""
     images, labels = dataset.test
     if labels.ndim > 1:
-        raise ConfigError(
-            f"data set {dataset.name} has any number of classes in an image, which figures cannot"
-            " show"
+        kind = (
+            "numbers to predict" if dataset.is_regression else "any number of classes in an image"
         )
+        raise ConfigError(f"data set {dataset.name} has {kind}, which figures cannot show")
     if isinstance(dataset.task, Pairs):
         return Split(np.asarray(dataset.task.singly(jnp.asarray(images))), labels)
     if isinstance(dataset.task, Shifted):
