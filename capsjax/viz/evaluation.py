@@ -129,7 +129,7 @@ def worst_errors(labels: npt.NDArray[Any], scores: Array) -> npt.NDArray[np.int6
 def training_curves(
     runs: Mapping[str, Sequence[Mapping[str, Any]]], *, theme: ThemeName = "light"
 ) -> Figure:
-    """Draws the loss and the error of one or several runs over their steps.
+    """Draws the loss, the error and other metrics of one or several runs over their steps.
 
     Training is drawn as lines, validation as dots, and the test as stars.
 
@@ -139,7 +139,7 @@ def training_curves(
       theme: ``"light"`` or ``"dark"``.
 
     Returns:
-      A matplotlib figure of two axes.
+      A matplotlib figure of axes for the loss, the error, and each metric that the records hold.
 
     Raises:
       ValueError: there are no runs, or a run has no records.
@@ -147,10 +147,15 @@ def training_curves(
     if not runs or not all(runs.values()):
         empty = [name for name, records in runs.items() if not records]
         raise ValueError(f"runs must have records, got none of {', '.join(empty) or 'any run'}")
+    flat = {name: [{**x, **x.get("metrics", {})} for x in runs[name]] for name in runs}
+    records = [x for each in flat.values() for x in each]
+    others = {name: None for x in records for name in x.get("metrics", {})}
+    measured = [k for k in ("error", *others) if any(x.get(k) is not None for x in records)]
+    keys = ["loss", *measured]
     with themed(theme) as colours:
-        figure = new_figure(9.6, 3.2)
-        for ax, key in zip(figure.subplots(1, 2), ("loss", "error"), strict=True):
-            for n, (name, records) in enumerate(runs.items()):
+        figure = new_figure(4.8 * len(keys), 3.2)
+        for ax, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+            for n, (name, records) in enumerate(flat.items()):
                 colour = colours.accents[n % len(colours.accents)]
                 for split, style in (
                     ("train", {"lw": 1.6}),
@@ -171,13 +176,16 @@ def training_curves(
                             gid=f"{name}-{split}-{key}",
                             **style,
                         )
-            ax.set_yscale("log")
+            ax.set_yscale("log" if key in ("loss", "error") else "linear")
             ax.set_title(key, loc="left")
             ax.set_xlabel("step")
-        # The axes of the errors come last.
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-        ax.yaxis.set_minor_locator(NullLocator())
+            if key == "error":
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+                ax.yaxis.set_minor_locator(NullLocator())
         # Beside the axes, where no curve can cross it.
-        ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
+        handles = {h.get_label(): h for a in figure.axes for h in a.get_legend_handles_labels()[0]}
+        figure.axes[-1].legend(
+            handles=handles.values(), loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0
+        )
         return figure

@@ -126,6 +126,13 @@ def test_curves_hold_the_records(run):
         viz.training_curves({"c": []})
 
 
+def test_curves_of_numbers_have_metrics_and_no_error():
+    record = {"split": "test", "step": 1, "loss": 2.0, "error": None, "metrics": {"mean": 0.5}}
+    figure = viz.training_curves({"a": [record]})
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["loss", "mean"]
+    assert figure.axes[1].lines[0].get_ydata() == [0.5]
+
+
 def test_loading_gives_the_network_that_was_saved(run, loaded, image):
     found = load_network(run)
     assert found.step == 2
