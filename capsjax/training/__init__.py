@@ -3,6 +3,7 @@
 from capsjax.errors import CheckpointError, ConfigError, DivergedError
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.choices import hold_out
+from capsjax.training.classifier import Classifier, load_classifier
 from capsjax.training.config import EvaluateConfig, TrainConfig
 from capsjax.training.evaluation import (
     CheckpointEvaluation,
@@ -10,6 +11,7 @@ from capsjax.training.evaluation import (
     evaluate,
     predict_test,
 )
+from capsjax.training.exporting import ExportConfig, export
 from capsjax.training.loading import TrainedNetwork, load_network
 from capsjax.training.memory import Memory, estimate_memory
 from capsjax.training.objectives import (
@@ -19,6 +21,7 @@ from capsjax.training.objectives import (
     paper_loss,
     spread_objective,
 )
+from capsjax.training.predicting import PredictConfig, Predictions, predict
 from capsjax.training.programs import Driver, make_driver, make_evaluate, make_run_steps, make_step
 from capsjax.training.run import Result, train, train_seeds
 from capsjax.training.step import (
@@ -35,12 +38,16 @@ __all__ = [
     "CheckpointError",
     "CheckpointEvaluation",
     "Checkpoints",
+    "Classifier",
     "ConfigError",
     "DivergedError",
     "Driver",
     "EvaluateConfig",
     "Evaluation",
+    "ExportConfig",
     "Memory",
+    "PredictConfig",
+    "Predictions",
     "Result",
     "StepMetrics",
     "TrainConfig",
@@ -51,8 +58,10 @@ __all__ = [
     "cross_entropy_loss",
     "estimate_memory",
     "evaluate",
+    "export",
     "hold_out",
     "init_state",
+    "load_classifier",
     "load_network",
     "make_driver",
     "make_evaluate",
@@ -62,6 +71,7 @@ __all__ = [
     "official_loss",
     "paper_loss",
     "paper_optimizer",
+    "predict",
     "predict_test",
     "split_network",
     "spread_objective",

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from capsjax.data import Batch, Dataset, Sampler, Split
+from capsjax.data import Batch, Dataset, Sampler, Split, is_right
 from capsjax.files import write_text
 from capsjax.training import choices
 from capsjax.training.config import EvaluateConfig
@@ -94,22 +94,13 @@ def evaluate(config: EvaluateConfig, *, dataset: Dataset | None = None) -> Check
       CheckpointError: the checkpoint cannot be read.
     """
     opened = _open(config, dataset)
-    program = make_evaluate(
-        opened.apply, opened.objective, opened.sampler, opened.driver, batch_size=opened.batch_size
-    )
-    found = count_errors(
-        program,
-        opened.variables,
-        opened.driver.replicate(as_batch(opened.test)),
-        opened.number,
-        batch_size=opened.batch_size,
-    )
-    assert found is not None  # only a request to stop ends it early, and there is none
-    if config.predictions is not None:
-        _write_predictions(config.predictions, opened, *_predict(opened))
-    return CheckpointEvaluation(
-        config.run_dir, opened.step, opened.name, found[0], opened.class_names
-    )
+    if config.predictions is None:
+        test = _count(opened)
+    else:
+        scores, labels, losses = _predict(opened)
+        test = _summarise(scores, labels, losses)
+        _write_predictions(config.predictions, opened, scores, labels)
+    return CheckpointEvaluation(config.run_dir, opened.step, opened.name, test, opened.class_names)
 
 
 def predict_test(
@@ -129,22 +120,40 @@ def predict_test(
       ConfigError: as in :func:`evaluate`; so are the other errors.
     """
     opened = _open(config, dataset)
-    scores, labels = _predict(opened)
+    scores, labels, _ = _predict(opened)
     if config.predictions is not None:
         _write_predictions(config.predictions, opened, scores, labels)
     return scores, labels
 
 
-def _predict(opened: "_Opened") -> tuple[np.ndarray, np.ndarray]:
-    """The scores and the labels of the test images."""
+def _count(opened: "_Opened") -> Evaluation:
+    """Evaluates on the devices, which return nothing but sums."""
+    program = make_evaluate(
+        opened.apply, opened.objective, opened.sampler, opened.driver, batch_size=opened.batch_size
+    )
+    found = count_errors(
+        program,
+        opened.variables,
+        opened.driver.replicate(as_batch(opened.test)),
+        opened.number,
+        batch_size=opened.batch_size,
+    )
+    assert found is not None  # only a request to stop ends it early, and there is none
+    return found[0]
+
+
+def _predict(opened: "_Opened") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The scores, the labels and the losses of the test images."""
     examples = opened.driver.replicate(as_batch(opened.test))
 
     @jax.jit
     def predict(
         variables: Variables, examples: Batch, numbers: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         sample = opened.sampler.test(examples, numbers)
-        return opened.apply(variables, sample.images)[0].scores, sample.labels
+        prediction, _ = opened.apply(variables, sample.images, target=sample.masks)
+        losses = opened.objective(prediction, sample.target, sample.drawings)
+        return prediction.scores, sample.labels, losses
 
     size, last = opened.batch_size, opened.number - 1
     batches = [
@@ -153,8 +162,24 @@ def _predict(opened: "_Opened") -> tuple[np.ndarray, np.ndarray]:
         )
         for first in range(0, opened.number, size)
     ]
-    scores, labels = map(np.concatenate, zip(*batches, strict=True))
-    return scores[: opened.number], labels[: opened.number]
+    scores, labels, losses = map(np.concatenate, zip(*batches, strict=True))
+    return scores[: opened.number], labels[: opened.number], losses[: opened.number]
+
+
+def _summarise(scores: np.ndarray, labels: np.ndarray, losses: np.ndarray) -> Evaluation:
+    """The evaluation that the predictions of all test images make."""
+    wrong = ~np.asarray(is_right(scores, labels))
+    shown = labels
+    if labels.dtype != bool:
+        classes = np.arange(scores.shape[1])
+        shown = (labels.reshape(len(labels), -1, 1) == classes).any(axis=1)
+    return Evaluation(
+        float(losses.mean(dtype=np.float64)),
+        int(wrong.sum()),
+        len(wrong),
+        tuple(shown[wrong].sum(axis=0).tolist()),
+        tuple(shown.sum(axis=0).tolist()),
+    )
 
 
 def _write_predictions(
