@@ -20,16 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
+import capsjax.process as process  # `from capsjax import process` would import JAX
 from capsjax.errors import CapsjaxError, CheckpointError, ConfigError, how_to_install
-from capsjax.process import (
-    drop_output,
-    exit_at_once,
-    find_devices,
-    interruptible,
-    print_any_character,
-    quieten_libraries,
-    wide_enough,
-)
 from capsjax.version import __version__
 
 if TYPE_CHECKING:
@@ -40,7 +32,7 @@ _TYRO = (tyro.conf.PositionalRequiredArgs, tyro.conf.CascadeSubcommandArgs)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs ``capsjax``; the arguments are those of the process when None."""
-    print_any_character()
+    process.print_any_character()
     arguments = _complete(list(sys.argv[1:] if argv is None else argv))
     prog = " ".join(["capsjax", *(a for a in arguments[:1] if a in _COMMANDS)])
     try:
@@ -53,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(error, CheckpointError):
             # Reads and writes that Orbax gave up on would end in tracebacks while Python shuts
             # down.
-            exit_at_once(error.exit_code)
+            process.exit_at_once(error.exit_code)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of the output has left, as `head` does; what is still buffered goes nowhere.
-        drop_output()
+        process.drop_output()
         sys.exit(1)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
@@ -66,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as interrupt:
         _report(prog, "interrupted")
         # XLA may still be compiling in another thread, which Python must not be taken from.
-        exit_at_once(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
+        process.exit_at_once(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
 
 
 def _run(prog: str, arguments: Sequence[str]) -> None:
@@ -74,8 +66,8 @@ def _run(prog: str, arguments: Sequence[str]) -> None:
         print(f"capsjax {__version__}")
         return
     run = _parse(prog, arguments)
-    quieten_libraries()
-    with interruptible():
+    process.quieten_libraries()
+    with process.interruptible():
         run()
 
 
@@ -87,7 +79,7 @@ def _train(config: Any) -> None:
     """
     from capsjax.training import train
 
-    find_devices()
+    process.find_devices()
     result = train(config)
     if result.stopped_by is not None:
         command = f"capsjax train --resume --run-dir {shlex.quote(str(result.run_dir))}"
@@ -103,7 +95,7 @@ def _evaluate(config: Any) -> None:
     """Evaluate a run's checkpoint on the whole test set."""
     from capsjax.training import evaluate
 
-    find_devices()
+    process.find_devices()
     evaluated = evaluate(config)
     test, step = evaluated.test, evaluated.step
     _print_error(f"{evaluated.dataset} test error", test)
@@ -129,7 +121,7 @@ def _reproduce(config: Any) -> None:
     """
     from capsjax.reproduce import reproduce
 
-    find_devices()
+    process.find_devices()
     for row in reproduce(config):
         print(f"{row.title}, {row.dataset}, {row.steps:,} steps: error {row.text} %")
 
@@ -147,7 +139,7 @@ def _draw(config: Any) -> None:
     """Draw what a trained network computes: NAME RUN, or curves RUN RUN ... to compare runs."""
     from capsjax.viz.draw import draw
 
-    find_devices()
+    process.find_devices()
     print(*draw(config), sep="\n")
 
 
@@ -155,7 +147,7 @@ def _explore(config: Any) -> None:
     """Explore a trained network in the browser, on this machine only; Ctrl-C stops it."""
     from capsjax.viz.explorer import explore
 
-    find_devices()
+    process.find_devices()
     explore(config)
 
 
@@ -168,7 +160,7 @@ def _predict(config: Any) -> None:
     """
     from capsjax.training import predict
 
-    find_devices()
+    process.find_devices()
     found = predict(config)
     print(*found.lines(), sep="\n")
     if config.output is not None:
@@ -181,7 +173,7 @@ def _export(config: Any) -> None:
     """Export a trained network to StableHLO, to be run by jax without capsjax, for any batch."""
     from capsjax.training import export
 
-    find_devices()
+    process.find_devices()
     print(f"exported {export(config)}; {config.out / 'load.py'} runs it without capsjax")
 
 
@@ -300,7 +292,7 @@ def _parse(prog: str, arguments: Sequence[str]) -> Callable[[], None]:
 
     # The hook is not a part of tyro's stable interface: without it tyro prints errors in its way.
     hook = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
-    with hook(functools.partial(_refuse, prog, arguments)), wide_enough():
+    with hook(functools.partial(_refuse, prog, arguments)), process.wide_enough():
         run: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
             {name: choice(command) for name, command in _COMMANDS.items()},
             prog="capsjax",

@@ -466,7 +466,7 @@ def test_signals_end_a_command_in_one_line(capsys, monkeypatch):
     def exit_at_once(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(cli, "exit_at_once", exit_at_once)
+    monkeypatch.setattr("capsjax.process.exit_at_once", exit_at_once)
     monkeypatch.setattr(cli, "_run", lambda *_: signal.raise_signal(signal.SIGINT))
     stopped = call(capsys, "evaluate", "run")
     assert (stopped.returncode, stopped.stderr) == (130, "capsjax evaluate: error: interrupted\n")
