@@ -79,7 +79,7 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> Path:
-    """Exports a run's network by :mod:`jax.export`, with its parameters, for batches of any size.
+    """Exports a run's network by ``jax.export``, with its parameters, for batches of any size.
 
     The exported function takes images as they are stored and returns a dict: ``scores``
     ``[B, J]`` and, of a capsule network, ``poses`` ``[B, J, D]``, both as the network computes
