@@ -9,24 +9,19 @@ import dataclasses
 import difflib
 import functools
 import importlib
-import io
-import logging
 import math
-import os
 import re
 import shlex
-import shutil
 import signal
 import sys
-import threading
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
+import capsjax.process as process  # `from capsjax import process` would import JAX
 from capsjax.errors import CapsjaxError, CheckpointError, ConfigError, how_to_install
 from capsjax.version import __version__
 
@@ -34,13 +29,11 @@ if TYPE_CHECKING:
     from capsjax.training import Evaluation, Result
 
 _TYRO = (tyro.conf.PositionalRequiredArgs, tyro.conf.CascadeSubcommandArgs)
-# The narrowest terminal that help is printed for: tyro never ends where no word fits.
-_NARROWEST = 40
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs ``capsjax``; the arguments are those of the process when None."""
-    _print_any_character()
+    process.print_any_character()
     arguments = _complete(list(sys.argv[1:] if argv is None else argv))
     prog = " ".join(["capsjax", *(a for a in arguments[:1] if a in _COMMANDS)])
     try:
@@ -53,13 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(error, CheckpointError):
             # Reads and writes that Orbax gave up on would end in tracebacks while Python shuts
             # down.
-            _exit_at_once(error.exit_code)
+            process.exit_at_once(error.exit_code)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of the output has left, as `head` does; what is still buffered goes nowhere.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.dup2(nowhere, sys.stderr.fileno())
+        process.drop_output()
         sys.exit(1)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
@@ -68,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as interrupt:
         _report(prog, "interrupted")
         # XLA may still be compiling in another thread, which Python must not be taken from.
-        _exit_at_once(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
+        process.exit_at_once(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
 
 
 def _run(prog: str, arguments: Sequence[str]) -> None:
@@ -76,49 +67,9 @@ def _run(prog: str, arguments: Sequence[str]) -> None:
         print(f"capsjax {__version__}")
         return
     run = _parse(prog, arguments)
-    _quieten_libraries()
-    with _interruptible():
+    process.quieten_libraries()
+    with process.interruptible():
         run()
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Raises KeyboardInterrupt for signals that would otherwise end the process on the spot."""
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt(number)
-
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is signal.SIG_DFL]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
-    for number in numbers:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _find_devices() -> None:
-    """Initialises JAX's devices; raises a ConfigError if those that are asked for are missing."""
-    import jax
-
-    # Where there is no TPU, JAX keeps libtpu, if it is installed, from asking for the TPU's
-    # metadata, whose absence libtpu reports at length.
-    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1" and not _has_tpu():
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "no such device is visible"
-        platforms = os.environ.get("JAX_PLATFORMS", "not set")
-        raise ConfigError(f"JAX finds no device, JAX_PLATFORMS is {platforms}: {reason}") from None
-
-
-def _has_tpu() -> bool:
-    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 
 
 def _train(config: Any) -> None:
@@ -129,7 +80,7 @@ def _train(config: Any) -> None:
     """
     from capsjax.training import train
 
-    _find_devices()
+    process.find_devices()
     result = train(config)
     if result.stopped_by is not None:
         command = f"capsjax train --resume --run-dir {shlex.quote(str(result.run_dir))}"
@@ -145,7 +96,7 @@ def _evaluate(config: Any) -> None:
     """Evaluate a run's checkpoint on the whole test set."""
     from capsjax.training import evaluate
 
-    _find_devices()
+    process.find_devices()
     evaluated = evaluate(config)
     test, step = evaluated.test, evaluated.step
     _print_error(f"{evaluated.dataset} test error", test)
@@ -172,7 +123,7 @@ def _reproduce(config: Any) -> None:
     """
     from capsjax.reproduce import reproduce
 
-    _find_devices()
+    process.find_devices()
     for row in reproduce(config):
         print(f"{row.title}, {row.dataset}, {row.steps:,} steps: error {row.text} %")
 
@@ -190,7 +141,7 @@ def _draw(config: Any) -> None:
     """Draw what a trained network computes: NAME RUN, or curves RUN RUN ... to compare runs."""
     from capsjax.viz.draw import draw
 
-    _find_devices()
+    process.find_devices()
     print(*draw(config), sep="\n")
 
 
@@ -198,8 +149,34 @@ def _explore(config: Any) -> None:
     """Explore a trained network in the browser, on this machine only; Ctrl-C stops it."""
     from capsjax.viz.explorer import explore
 
-    _find_devices()
+    process.find_devices()
     explore(config)
+
+
+def _predict(config: Any) -> None:
+    """Predict the classes of images, files or directories, with a trained network.
+
+    Images are read and scaled as image_folder reads them. They should look like those of the
+    training: MNIST's digits, for example, are white on black. Ends with 1 if an image could not be
+    read; the others are predicted all the same.
+    """
+    from capsjax.training import predict
+
+    process.find_devices()
+    found = predict(config)
+    print(*found.lines(), sep="\n")
+    if config.output is not None:
+        print(f"scores of all classes: {config.output}")
+    if found.unreadable:
+        sys.exit(1)
+
+
+def _export(config: Any) -> None:
+    """Export a trained network to StableHLO, to be run by jax without capsjax, for any batch."""
+    from capsjax.training import export
+
+    process.find_devices()
+    print(f"exported {export(config)}; {config.out / 'load.py'} runs it without capsjax")
 
 
 def _imported(name: str, extra: str | None = None) -> Any:
@@ -254,6 +231,8 @@ def _command(run: Callable[[Any], None], options: str, extra: str | None = None)
 _COMMANDS = {
     "train": _command(_train, "capsjax.training:TrainConfig")._replace(default=_resumed_options),
     "evaluate": _command(_evaluate, "capsjax.training:EvaluateConfig"),
+    "predict": _command(_predict, "capsjax.training:PredictConfig"),
+    "export": _command(_export, "capsjax.training:ExportConfig"),
     "reproduce": _command(_reproduce, "capsjax.reproduce:ReproduceConfig"),
     "bench": _Command(_bench, _bench_options, lambda _: _imported("capsjax.bench:BenchConfig")()),
     "draw": _command(_draw, "capsjax.viz.draw:DrawConfig", "viz"),
@@ -269,7 +248,7 @@ def _complete(arguments: list[str]) -> list[str]:
     file = r"\0--dataset[=\0]([^\0]+\.npz)(?=\0|$)"
     arguments = re.sub(file, r"\0--dataset\0npz\0--data-dir\0\1", text).split("\0")[1:]
     command = arguments[0] if arguments else ""
-    if command in ("evaluate", "explore"):
+    if command in ("evaluate", "predict", "export", "explore"):
         given = (re.sub(r"^--run[-_]dir(=|$)", "", argument) for argument in arguments)
         return [argument for argument in given if argument]
     if command == "train" and "--resume" in arguments:
@@ -315,7 +294,7 @@ def _parse(prog: str, arguments: Sequence[str]) -> Callable[[], None]:
 
     # The hook is not a part of tyro's stable interface: without it tyro prints errors in its way.
     hook = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
-    with hook(functools.partial(_refuse, prog, arguments)), _wide_enough():
+    with hook(functools.partial(_refuse, prog, arguments)), process.wide_enough():
         run: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
             {name: choice(command) for name, command in _COMMANDS.items()},
             prog="capsjax",
@@ -324,20 +303,6 @@ def _parse(prog: str, arguments: Sequence[str]) -> Callable[[], None]:
             config=_TYRO,
         )
     return run
-
-
-@contextlib.contextmanager
-def _wide_enough() -> Iterator[None]:
-    """Makes a very narrow terminal look wider."""
-    given = os.environ.get("COLUMNS")
-    if shutil.get_terminal_size().columns < _NARROWEST:
-        os.environ["COLUMNS"] = str(_NARROWEST)
-    try:
-        yield
-    finally:
-        os.environ.pop("COLUMNS", None)
-        if given is not None:
-            os.environ["COLUMNS"] = given
 
 
 _KINDS = {
@@ -440,41 +405,6 @@ def _print_error(what: str, evaluation: "Evaluation") -> None:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _print_any_character() -> None:
-    """Escapes what the encoding of a stream lacks, where printing it would raise an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _quieten_libraries() -> None:
-    """Silences other libraries, whose failures are reported as errors of capsjax."""
-    ours = logging.getLogger("capsjax")
-    if not ours.handlers:
-        ours.addHandler(logging.StreamHandler())
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    previous = sys.unraisablehook
-
-    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        # At its first error Orbax closes the event loop on which other reads and writes go on: each
-        # of them would report it, as would each coroutine that is dropped.
-        code = getattr(unraisable.object, "cr_code", None)
-        dropped = code is not None and "orbax" in code.co_filename
-        if not dropped and str(unraisable.exc_value) != "Event loop is closed":
-            previous(unraisable)
-
-    sys.unraisablehook = hook
-
-
-def _exit_at_once(code: int) -> NoReturn:
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
 
 
 def _report(prog: str, message: str) -> None:

@@ -23,6 +23,7 @@ from PIL import Image
 from capsjax import cli
 from capsjax.cli import main
 from capsjax.data import Split, load, save_npz
+from capsjax.process import interruptible
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -348,6 +349,23 @@ BAD = [
     (["evaluate", "--run-dir=missing"], "missing is no run directory"),
     (["evaluate", "mnist_small", "--checkpoint", "9"], "without checkpoints, got checkpoint 9"),
     (["train", "--resume", "missing"], "run directory missing does not exist"),
+    (["predict", "missing", "."], r"no images \(bmp, .*\) in \."),
+    (["predict", "mnist_small", "a.png"], "no image or directory a.png"),
+    (["predict", "mnist_small"], "needs images: files or directories"),
+    (["predict", "run", "a.png", "--output", "none/a.csv"], "--output: no directory none"),
+    (["predict", "run", "a.png", "--threshold", "nan"], "--threshold must be a number, got nan"),
+    (["predict", "run", "a.png", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+    (["export", "missing", "out"], "missing is no run directory, and no network that comes with"),
+    (["export", "--run-dir", "missing", "out"], "missing is no run directory"),
+    (["export", "mnist_small"], "needs out"),
+    (["export", "mnist_small", "out", "--checkpoint", "9"], "comes without checkpoints, got"),
+    (["export", "mnist_small", "out", "--platforms", "gpu"], "must be one of .*, got 'gpu'"),
+    (["export", "mnist_small", "out", "--platforms"], "--platforms needs at least one of cpu, "),
+    (
+        ["export", "run", "out", "--pixels", "int8"],
+        "--pixels must be one of uint8, .*'int8'",
+    ),
+    (["export", "mnist_small", "out", "--image-size", "9"], "--image-size has no effect on a net"),
     (["evaluate"], "needs run_dir"),
     (["evaluate", "a", "b"], "unknown: b"),
     (["bench", "compare", "a"], "needs new"),
@@ -355,9 +373,12 @@ BAD = [
     (["draw", "portrait", "run"], "name must be one of diagram, .*, got 'portrait'"),
     (["explore", "run", "--port", "http"], "--port must be an integer, got 'http'"),
     (["evaluate", "missing", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-    (["fit"], "command must be one of train, evaluate, reproduce, bench, draw, .*, got 'fit'"),
+    (["fit"], "command must be one of train, evaluate, predict, export, reproduce, .*, got 'fit'"),
     (["--verbose"], "command must be one of train, .*, got '--verbose'"),
-    ([], "needs a command, one of train, evaluate, reproduce, bench, draw, explore"),
+    (
+        [],
+        "needs a command, one of train, evaluate, predict, export, .*, bench, draw, explore",
+    ),
 ]
 
 
@@ -424,7 +445,7 @@ def test_devices_that_are_missing_are_one_line(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     environ = {**os.environ, "JAX_PLATFORMS": "tpu", "TPU_SKIP_MDS_QUERY": "1"}
     monkeypatch.setattr(os, "environ", environ)
-    monkeypatch.setattr(cli, "_has_tpu", lambda: False)
+    monkeypatch.setattr("capsjax.process._has_tpu", lambda: False)
     for error, reason in (
         (AssertionError(), "no such device is visible"),
         (RuntimeError("Unable to initialize backend\nmore"), "Unable to initialize backend"),
@@ -433,6 +454,8 @@ def test_devices_that_are_missing_are_one_line(capsys, monkeypatch, tmp_path):
         for arguments in (
             ["train"],
             ["evaluate", "run"],
+            ["predict", "run", "image"],
+            ["export", "run", "out"],
             ["reproduce", "small"],
             ["draw", "lengths", "run"],
             ["explore", "run"],
@@ -449,11 +472,11 @@ def test_signals_end_a_command_in_one_line(capsys, monkeypatch):
     def exit_at_once(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(cli, "_exit_at_once", exit_at_once)
+    monkeypatch.setattr("capsjax.process.exit_at_once", exit_at_once)
     monkeypatch.setattr(cli, "_run", lambda *_: signal.raise_signal(signal.SIGINT))
     stopped = call(capsys, "evaluate", "run")
     assert (stopped.returncode, stopped.stderr) == (130, "capsjax evaluate: error: interrupted\n")
-    with cli._interruptible(), pytest.raises(KeyboardInterrupt) as interrupt:
+    with interruptible(), pytest.raises(KeyboardInterrupt) as interrupt:
         signal.raise_signal(signal.SIGTERM)
     assert interrupt.value.args == (signal.SIGTERM,)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -520,7 +543,7 @@ def test_a_damaged_configuration_is_one_line(uninterrupted, tmp_path, capsys):
     assert "config.json is damaged" in one_line(capsys.readouterr().err, "capsjax evaluate")
 
 
-COMMANDS = ["train", "evaluate", "reproduce", "bench", "draw", "explore"]
+COMMANDS = ["train", "evaluate", "predict", "export", "reproduce", "bench", "draw", "explore"]
 
 
 @pytest.mark.parametrize("arguments", [[], *[[c] for c in COMMANDS], ["bench", "compare"]])

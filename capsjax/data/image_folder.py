@@ -19,7 +19,7 @@ _SPLITS = ("train", "test")
 # What others call the folders of the splits.
 _SPLIT_NAMES = {*_SPLITS, "training", "testing", "val", "valid", "validation"}
 _HELD_OUT = 10  # one image in so many is for test where there is no folder of test images
-_CHANNELS = (1, 3, 4)
+CHANNELS = (1, 3, 4)  # of image files
 
 _log = logging.getLogger(__name__)
 _File = tuple[Path, int]
@@ -56,7 +56,7 @@ def load_image_folder(
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
-    if channels is not None and channels not in _CHANNELS:
+    if channels is not None and channels not in CHANNELS:
         raise ValueError(f"channels must be 1, 3 or 4, got {channels}")
     if data_dir is None:
         raise DataError(
@@ -80,14 +80,69 @@ def load_image_folder(
     return Dataset("image_folder", train, test, class_names=classes)
 
 
+def list_images(path: Path) -> list[Path]:
+    """The images in a folder and in the folders inside of it, in order; a file itself.
+
+    Raises:
+      DataError: there is no such file or folder, or it holds no images.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"no image or directory {path}")
+    images = [file for file in _files(path) if file.suffix.lower() in _SUFFIXES]
+    if not images:
+        raise DataError(f"no images ({_kinds()}) in {path}")
+    return images
+
+
+def read_image(
+    file: Path,
+    *,
+    lost: "Counter[str]",
+    size: tuple[int, int] | None = None,
+    channels: int | None = None,
+) -> npt.NDArray[Any]:
+    """Reads the pixels of an image, see :func:`image_pixels`.
+
+    Args:
+      file: the image.
+      lost: counts the images of which a part is lost.
+      size: as in :func:`image_pixels`.
+      channels: as in :func:`load_image_folder`.
+
+    Raises:
+      DataError: it is no image, or damaged.
+      OSError: the operating system refuses to read it.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError(
+            f"images need Pillow, which is not installed: {how_to_install('data')}"
+        ) from error
+    try:
+        with Image.open(file) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                lost["only the first image of each file of several"] += 1
+            if image.mode in ("RGB", "RGBA", "LA") and ";16" in str(image.tile):
+                lost["16-bit colours as 8-bit ones, as Pillow does"] += 1
+            return image_pixels(image, size=size, channels=channels)
+    except PermissionError:
+        raise
+    # Pillow raises any of these for a damaged file.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot read {file} as an image: {error}") from error
+
+
 def image_pixels(
-    image: Any, *, size: int | None = None, channels: int | None = None
+    image: Any, *, size: tuple[int, int] | None = None, channels: int | None = None
 ) -> npt.NDArray[Any]:
     """Returns the pixels of a Pillow image, uint8, uint16 or float32 ``[H, W, C]``.
 
     Args:
       image: as it was opened.
-      size: as `image_size` of :func:`load_image_folder`.
+      size: rows and columns to which it is scaled, its longer side cropped at both ends.
       channels: as in :func:`load_image_folder`.
 
     Raises:
@@ -125,11 +180,11 @@ def image_pixels(
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _fitted(image: Any, size: int) -> Any:
-    """Scales and crops an image to a square."""
+def _fitted(image: Any, size: tuple[int, int]) -> Any:
+    """Scales and crops an image to so many rows and columns."""
     from PIL import Image, ImageOps
 
-    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -194,14 +249,19 @@ def _files(folder: Path) -> Iterator[Path]:
             yield from _files(entry)
 
 
+def _kinds() -> str:
+    return ", ".join(suffix[1:] for suffix in _SUFFIXES)
+
+
 def _image_files(folder: Path, classes: tuple[str, ...]) -> list[_File]:
     """Returns the paths of all images of a split with their labels."""
     files: list[_File] = []
     for label, name in enumerate(classes):
         images = [file for file in _files(folder / name) if file.suffix.lower() in _SUFFIXES]
         if not images:
-            kinds = ", ".join(suffix[1:] for suffix in _SUFFIXES)
-            raise DataError(f"image_folder expects images ({kinds}) in {folder / name}, got none")
+            raise DataError(
+                f"image_folder expects images ({_kinds()}) in {folder / name}, got none"
+            )
         files += [(file, label) for file in images]
     return files
 
@@ -247,7 +307,8 @@ class _Reader:
     """Decodes images of one shape, and counts those of which a part is lost."""
 
     def __init__(self, size: int | None, channels: int | None):
-        self._size, self._channels = size, channels
+        self._size = None if size is None else (size, size)
+        self._channels = channels
         self._expected: tuple[int, ...] | None = None
         self._lost: Counter[str] = Counter()
 
@@ -255,7 +316,7 @@ class _Reader:
         """Reads the images of a split, in the widest of their dtypes."""
         images: npt.NDArray[Any] | None = None
         for index, (file, _) in enumerate(files):
-            image = self._decode(file)
+            image = read_image(file, lost=self._lost, size=self._size, channels=self._channels)
             self._expected = self._expected or image.shape
             if image.shape != self._expected:
                 raise DataError(
@@ -266,8 +327,8 @@ class _Reader:
             if images is None:
                 images = np.empty((len(files), *image.shape), image.dtype)
             widest = np.result_type(images, image)
-            images = _widened(images, widest)
-            images[index] = _widened(image, widest)
+            images = widened(images, widest)
+            images[index] = widened(image, widest)
         assert images is not None  # an empty split has been refused
         return Split(images, np.array([label for _, label in files], np.int32))
 
@@ -276,32 +337,12 @@ class _Reader:
         for what, number in self._lost.items():
             _log.warning("image_folder reads %s: %s files in %s", what, f"{number:,}", root)
 
-    def _decode(self, file: Path) -> npt.NDArray[Any]:
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise DataError(
-                f"image_folder needs Pillow, which is not installed: {how_to_install('data')}"
-            ) from error
-        try:
-            with Image.open(file) as image:
-                if getattr(image, "n_frames", 1) > 1:
-                    self._lost["only the first image of each file of several"] += 1
-                if image.mode in ("RGB", "RGBA", "LA") and ";16" in str(image.tile):
-                    self._lost["16-bit colours as 8-bit ones, as Pillow does"] += 1
-                return image_pixels(image, size=self._size, channels=self._channels)
-        except PermissionError:
-            raise
-        # Pillow raises any of these for a damaged file.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"image_folder cannot read {file} as an image: {error}") from error
-
 
 def _text(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _widened(pixels: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def widened(pixels: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """Scales pixels to the white of a dtype that holds all of their values."""
     if pixels.dtype == dtype:
         return pixels

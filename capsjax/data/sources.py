@@ -13,7 +13,8 @@ from capsjax.data.image_folder import load_image_folder
 from capsjax.data.npz import load_npz
 from capsjax.data.tasks import Distorted, Pairs, Placed, Task
 from capsjax.data.tfds_source import NAMES as TFDS_NAMES
-from capsjax.data.tfds_source import load_tfds, task_of
+from capsjax.data.tfds_source import load_tfds
+from capsjax.data.tfds_source import task_of as tfds_task_of
 from capsjax.errors import DataError
 
 # Sets that are made from MNIST's digits on the device and never stored.
@@ -134,6 +135,11 @@ def source_of(name: str) -> str:
       ('mnist', 'kmnist')
     """
     return "mnist" if name in _MADE else name
+
+
+def task_of(name: str) -> Task:
+    """Task of a data set: how the network's inputs are made from its images."""
+    return _MADE.get(name) or tfds_task_of(name)
 
 
 def _by_class(split: Split) -> Split:

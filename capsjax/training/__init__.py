@@ -2,6 +2,7 @@
 
 from capsjax.errors import CheckpointError, ConfigError, DivergedError
 from capsjax.training.checkpoints import Checkpoints
+from capsjax.training.classifier import Classifier, load_classifier
 from capsjax.training.config import TrainConfig
 from capsjax.training.drivers import Driver, make_driver
 from capsjax.training.evaluation import (
@@ -11,6 +12,7 @@ from capsjax.training.evaluation import (
     evaluate,
     predict_test,
 )
+from capsjax.training.exporting import ExportConfig, export
 from capsjax.training.holdout import hold_out
 from capsjax.training.loading import TrainedNetwork, load_network
 from capsjax.training.memory import Memory, estimate_memory
@@ -25,6 +27,7 @@ from capsjax.training.objectives import (
     weigh_classes,
 )
 from capsjax.training.optimizers import paper_optimizer
+from capsjax.training.predicting import PredictConfig, Predictions, predict
 from capsjax.training.programs import make_evaluate, make_run_steps, make_step
 from capsjax.training.run import Result, train, train_seeds
 from capsjax.training.step import (
@@ -40,12 +43,16 @@ __all__ = [
     "CheckpointError",
     "CheckpointEvaluation",
     "Checkpoints",
+    "Classifier",
     "ConfigError",
     "DivergedError",
     "Driver",
     "EvaluateConfig",
     "Evaluation",
+    "ExportConfig",
     "Memory",
+    "PredictConfig",
+    "Predictions",
     "Result",
     "StepMetrics",
     "TrainConfig",
@@ -57,8 +64,10 @@ __all__ = [
     "cross_entropy_loss",
     "estimate_memory",
     "evaluate",
+    "export",
     "hold_out",
     "init_state",
+    "load_classifier",
     "load_network",
     "make_driver",
     "make_evaluate",
@@ -68,6 +77,7 @@ __all__ = [
     "official_loss",
     "paper_loss",
     "paper_optimizer",
+    "predict",
     "predict_test",
     "split_network",
     "spread_objective",

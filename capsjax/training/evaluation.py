@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from capsjax.data import Batch, Dataset, Sampler, Split
+from capsjax.data import Batch, Dataset, Sampler, Split, is_right
 from capsjax.files import expand_paths, require_folder, write_text
 from capsjax.models import Prediction
 from capsjax.training import choices
@@ -160,28 +160,14 @@ def evaluate(
       capsjax.data.DataError: the data set is missing or damaged.
       CheckpointError: the checkpoint cannot be read.
     """
-    opened = _open(config, dataset)
-    program = make_evaluate(
-        opened.apply,
-        objective or opened.objective,
-        opened.sampler,
-        opened.driver,
-        batch_size=opened.batch_size,
-        metrics=choices.choose_metrics(metrics, opened.is_regression),
-    )
-    found = count_errors(
-        program,
-        opened.variables,
-        opened.driver.replicate(as_batch(opened.test)),
-        opened.number,
-        batch_size=opened.batch_size,
-    )
-    assert found is not None  # only a request to stop ends it early, and there is none
-    if config.predictions is not None:
-        _write_predictions(config.predictions, opened, *_predict(opened))
-    return CheckpointEvaluation(
-        config.run_dir, opened.step, opened.name, found[0], opened.class_names
-    )
+    opened = _open(config, dataset, objective, metrics)
+    if config.predictions is None:
+        test = _count(opened)
+    else:
+        scores, labels, losses, values = _predict(opened)
+        test = _summarise(scores, labels, losses, values)
+        _write_predictions(config.predictions, opened, scores, labels)
+    return CheckpointEvaluation(config.run_dir, opened.step, opened.name, test, opened.class_names)
 
 
 def predict_test(
@@ -201,22 +187,48 @@ def predict_test(
       ConfigError: as in :func:`evaluate`; so are the other errors.
     """
     opened = _open(config, dataset)
-    scores, labels = _predict(opened)
+    scores, labels, _, _ = _predict(opened)
     if config.predictions is not None:
         _write_predictions(config.predictions, opened, scores, labels)
     return scores, labels
 
 
-def _predict(opened: "_Opened") -> tuple[np.ndarray, np.ndarray]:
-    """The scores and the labels of the test images."""
+def _count(opened: "_Opened") -> Evaluation:
+    """Evaluates on the devices, which return nothing but sums."""
+    program = make_evaluate(
+        opened.apply,
+        opened.objective,
+        opened.sampler,
+        opened.driver,
+        batch_size=opened.batch_size,
+        metrics=opened.metrics,
+    )
+    found = count_errors(
+        program,
+        opened.variables,
+        opened.driver.replicate(as_batch(opened.test)),
+        opened.number,
+        batch_size=opened.batch_size,
+    )
+    assert found is not None  # only a request to stop ends it early, and there is none
+    return found[0]
+
+
+def _predict(
+    opened: "_Opened",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """The scores, labels, losses and metrics of the test images."""
     examples = opened.driver.replicate(as_batch(opened.test))
 
     @jax.jit
     def predict(
         variables: Variables, examples: Batch, numbers: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, jax.Array]]:
         sample = opened.sampler.test(examples, numbers)
-        return opened.apply(variables, sample.images)[0].scores, sample.labels
+        prediction, _ = opened.apply(variables, sample.images, target=sample.masks)
+        losses = opened.objective(prediction, sample.target, sample.drawings)
+        values = {n: metric(prediction, sample.target) for n, metric in opened.metrics.items()}
+        return prediction.scores, sample.labels, losses, values
 
     size, last = opened.batch_size, opened.number - 1
     batches = [
@@ -225,8 +237,34 @@ def _predict(opened: "_Opened") -> tuple[np.ndarray, np.ndarray]:
         )
         for first in range(0, opened.number, size)
     ]
-    scores, labels = map(np.concatenate, zip(*batches, strict=True))
-    return scores[: opened.number], labels[: opened.number]
+    # The last batch repeats the last image.
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts)[: opened.number], *batches)
+    scores, labels, losses, values = whole
+    return scores, labels, losses, values
+
+
+def _summarise(
+    scores: np.ndarray, labels: np.ndarray, losses: np.ndarray, values: dict[str, np.ndarray]
+) -> Evaluation:
+    """The evaluation that the predictions of all test images make."""
+    loss = float(losses.mean(dtype=np.float64))
+    means = {name: float(value.mean(dtype=np.float64)) for name, value in values.items()}
+    if labels.dtype == np.float32:  # numbers to predict
+        none = (0,) * scores.shape[1]
+        return Evaluation(loss, None, len(labels), none, none, means)
+    wrong = ~np.asarray(is_right(scores, labels))
+    shown = labels
+    if labels.dtype != bool:
+        classes = np.arange(scores.shape[1])
+        shown = (labels.reshape(len(labels), -1, 1) == classes).any(axis=1)
+    return Evaluation(
+        loss,
+        int(wrong.sum()),
+        len(wrong),
+        tuple(shown[wrong].sum(axis=0).tolist()),
+        tuple(shown.sum(axis=0).tolist()),
+        means,
+    )
 
 
 def _write_predictions(
@@ -262,6 +300,7 @@ class _Opened:
     apply: Apply
     variables: Variables
     objective: Objective
+    metrics: Mapping[str, Metric]
     sampler: Sampler
     driver: Driver
     batch_size: int
@@ -273,7 +312,12 @@ class _Opened:
     is_regression: bool
 
 
-def _open(config: EvaluateConfig, dataset: Dataset | None) -> _Opened:
+def _open(
+    config: EvaluateConfig,
+    dataset: Dataset | None,
+    objective: Objective | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+) -> _Opened:
     run = read_run(config.run_dir)
     started, model = run.train, run.model
     driver = choices.choose_driver(config.driver, config.devices)
@@ -293,14 +337,16 @@ def _open(config: EvaluateConfig, dataset: Dataset | None) -> _Opened:
     apply, _ = split_abstract(model)
     step, variables = restore(config.run_dir, config.checkpoint, run, driver)
     number = len(dataset.test.labels) if config.test_size is None else config.test_size
+    if objective is None and "objective" in run.custom:
+        objective = _unknown_loss
+    if objective is None:
+        loss = started.loss if own else None
+        objective = choices.choose_objective(loss, started.preset, model, dataset)
     return _Opened(
         apply=apply,
         variables=variables,
-        objective=_unknown_loss
-        if "objective" in run.custom
-        else choices.choose_objective(
-            started.loss if own else None, started.preset, model, dataset
-        ),
+        objective=objective,
+        metrics=choices.choose_metrics(metrics, dataset.is_regression),
         sampler=Sampler(task, model.num_classes),
         driver=driver,
         batch_size=-(-min(config.batch_size, number) // share) * share,

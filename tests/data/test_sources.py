@@ -4,7 +4,8 @@ import sys
 import numpy as np
 import pytest
 
-from capsjax.data import DataError, load, names
+from capsjax.data import Cropped, DataError, Pairs, Shifted, load, names
+from capsjax.data.sources import task_of
 
 from . import conftest
 
@@ -25,6 +26,11 @@ def test_names():
         "image_folder",
         "npz",
     )
+
+
+def test_tasks():
+    tasks = (Pairs(), Cropped(24), Shifted(2))
+    assert tuple(map(task_of, ("multi_mnist", "cifar10", "mnist_5k"))) == tasks
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax import nnx
+from runs import write_run
 
-from capsjax import models
 from capsjax.data import Dataset, Split
 from capsjax.training import (
     CheckpointError,
-    Checkpoints,
     ConfigError,
     EvaluateConfig,
     Evaluation,
@@ -22,30 +20,12 @@ from capsjax.training import (
     choices,
     evaluate,
     hold_out,
-    init_state,
     load_network,
     predict_test,
-    split_network,
     train,
 )
 from capsjax.training.loading import load_own
-from capsjax.training.optimizers import make_optimizer
-from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
-
-
-def write_run(path, dataset, model):
-    """A run directory as training leaves it, with random parameters."""
-    directory = RunDirectory(path)
-    directory.create()
-    options = TrainConfig(steps=2, batch_size=16, validation=0, driver="jit", tensorboard=False)
-    stored = RunConfig(options, model, DataDescription.of(dataset), given=True)
-    directory.write_config(stored)
-    _, variables = split_network(models.build(model, rngs=nnx.Rngs(0)))
-    checkpoints = Checkpoints(directory.checkpoints, run=stored.shaping())
-    checkpoints.save(init_state(variables, make_optimizer(options, 4)), 2, None)
-    checkpoints.finish()
-    checkpoints.close()
-    return directory
+from capsjax.training.run_directory import DataDescription, RunConfig
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,116 @@
+"""The process of a command: signals, standard streams, terminal, log, devices."""
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from capsjax.errors import ConfigError
+
+# The narrowest terminal that help is printed for: tyro never ends where no word fits.
+_NARROWEST = 40
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Raises KeyboardInterrupt for signals that would otherwise end the process on the spot."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def find_devices() -> None:
+    """Initialises JAX's devices; raises a ConfigError if those that are asked for are missing."""
+    import jax
+
+    # Where there is no TPU, JAX keeps libtpu, if it is installed, from asking for the TPU's
+    # metadata, whose absence libtpu reports at length.
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1" and not _has_tpu():
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "no such device is visible"
+        platforms = os.environ.get("JAX_PLATFORMS", "not set")
+        raise ConfigError(f"JAX finds no device, JAX_PLATFORMS is {platforms}: {reason}") from None
+
+
+def _has_tpu() -> bool:
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+
+
+@contextlib.contextmanager
+def wide_enough() -> Iterator[None]:
+    """Makes a very narrow terminal look wider."""
+    given = os.environ.get("COLUMNS")
+    if shutil.get_terminal_size().columns < _NARROWEST:
+        os.environ["COLUMNS"] = str(_NARROWEST)
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if given is not None:
+            os.environ["COLUMNS"] = given
+
+
+def print_any_character() -> None:
+    """Escapes what the encoding of a stream lacks, where printing it would raise an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def quieten_libraries() -> None:
+    """Silences other libraries, whose failures are reported as errors of capsjax."""
+    ours = logging.getLogger("capsjax")
+    if not ours.handlers:
+        ours.addHandler(logging.StreamHandler())
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    previous = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        # At its first error Orbax closes the event loop on which other reads and writes go on: each
+        # of them would report it, as would each coroutine that is dropped.
+        code = getattr(unraisable.object, "cr_code", None)
+        dropped = code is not None and "orbax" in code.co_filename
+        if not dropped and str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def drop_output() -> None:
+    """Sends what is still buffered, and all later output, nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, sys.stderr.fileno())
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """Ends the process without Python's own end, which would wait for other threads."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

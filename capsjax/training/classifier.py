@@ -1,0 +1,195 @@
+"""A trained network as a function of images as they are stored, without its data set."""
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from capsjax import models
+from capsjax.data import Cropped, Task
+from capsjax.data.image_folder import CHANNELS, read_image
+from capsjax.data.sources import task_of
+from capsjax.errors import ConfigError
+from capsjax.ops._checks import as_integer
+from capsjax.training import choices
+from capsjax.training.loading import read_run, restore
+from capsjax.training.step import Apply, Variables, split_abstract
+
+# Tasks that put whole images on a larger canvas.
+_CANVASES = ("Distorted", "Pairs", "Placed")
+# Rows and columns of the images of which cifar10's networks see the middle.
+_UNCROPPED = {"cifar10": 32}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Classifier:
+    """A trained network with what is done to images before it sees them.
+
+    Attributes:
+      model: the network's configuration.
+      class_names: names of the classes, in the order of the scores.
+      image_shape: rows, columns and channels of the images that it takes.
+      classes_per_image: number of classes that an image shows.
+      step: of the checkpoint; None for a network that comes with the package.
+    """
+
+    model: models.ModelConfig
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    classes_per_image: int
+    step: int | None
+    _apply: Apply = dataclasses.field(repr=False)
+    _variables: Variables = dataclasses.field(repr=False)
+    _task: Task = dataclasses.field(repr=False)
+    _has_canvas: bool = dataclasses.field(repr=False)
+
+    def predict(self, images: jax.Array) -> models.Prediction:
+        """Predicts images ``[B, H, W, C]``: a pure function, which JAX can transform and export.
+
+        Args:
+          images: uint8, uint16, or floating-point from 0 to 1.
+
+        Raises:
+          TypeError: the images have another dtype.
+          ValueError: the images have another shape than :attr:`image_shape`.
+        """
+        # The compiler looks for minutes into what it may take for constants.
+        return self._predict(jax.lax.optimization_barrier(self._variables), images)
+
+    def __call__(self, images: npt.ArrayLike, *, batch_size: int = 100) -> npt.NDArray[np.float32]:
+        """Returns the scores of images, float32 ``[N, J]``, one batch after the other.
+
+        Args:
+          images: as in :meth:`predict`, ``[N, H, W, C]``.
+          batch_size: number of images that the device works on at once.
+
+        Raises:
+          TypeError: as in :meth:`predict`.
+          ValueError: as in :meth:`predict`, or `batch_size` is not positive.
+        """
+        as_integer("batch_size", batch_size)
+        images = np.asarray(images)
+        number = len(images)
+        scores = [np.empty((0, len(self.class_names)), np.float32)]
+        for first in range(0, number, batch_size):
+            # All batches have one size, for which the program is compiled once.
+            positions = np.minimum(first + np.arange(min(batch_size, number)), number - 1)
+            scores.append(np.asarray(self._scores(self._variables, images[positions])))
+        return np.concatenate(scores)[:number]
+
+    def read_image(self, file: Path, *, lost: "Counter[str] | None" = None) -> npt.NDArray[Any]:
+        """Reads an image as training reads those of an ``image_folder``, in the network's shape.
+
+        An image of another shape is scaled, and its longer side cropped at both ends. Networks of
+        ``multi_mnist``, ``expanded_mnist`` and ``affine_mnist``, which put digits on a larger
+        canvas, see a smaller image unscaled, in the middle of a black one.
+
+        Args:
+          file: the image.
+          lost: counts the images of which a part is lost, such as all but the first of several.
+
+        Returns:
+          uint8, uint16 or float32, of shape :attr:`image_shape`.
+
+        Raises:
+          ConfigError: the network takes images of so many channels that no file has them.
+          capsjax.data.DataError: it is no image, or damaged.
+          OSError: the operating system refuses to read it.
+        """
+        *size, channels = self.image_shape
+        lost = Counter() if lost is None else lost
+        if channels not in CHANNELS:
+            raise ConfigError(
+                f"the network takes images of {channels} channels, which only arrays (.npy) have"
+            )
+        if self._has_canvas:
+            pixels = read_image(file, lost=Counter(), channels=channels)
+            margins = np.subtract(size, pixels.shape[:2])
+            if margins.min() >= 0:
+                return np.pad(pixels, [*((n // 2, n - n // 2) for n in margins), (0, 0)])
+        return read_image(file, lost=lost, size=(size[0], size[1]), channels=channels)
+
+    def _predict(self, variables: Variables, images: jax.Array) -> models.Prediction:
+        if images.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"images must have shape [B, {', '.join(map(str, self.image_shape))}], got"
+                f" {list(images.shape)}"
+            )
+        # Nothing is drawn from these keys: only training images vary.
+        keys = jax.random.split(jax.random.key(0), images.shape[0])
+        pixels, _ = self._task.render(keys, images, train=False)
+        return self._apply(variables, pixels)[0]
+
+    @functools.cached_property
+    def _scores(self) -> Callable[[Variables, npt.NDArray[Any]], jax.Array]:
+        return jax.jit(lambda variables, images: self._predict(variables, images).scores)
+
+
+def load_classifier(
+    run_dir: Path, checkpoint: str | int = "last", *, image_size: int | None = None
+) -> Classifier:
+    """Reads a run's network, for images that are not of its data set.
+
+    Args:
+      run_dir: the run's directory, or the name of a network that comes with the package.
+      checkpoint: ``"last"``, ``"best"`` (by validation error), or a step.
+      image_size: rows and columns to which images are scaled before a network sees their middle;
+        by default 32 for one of cifar10.
+
+    Returns:
+      :class:`Classifier`.
+
+    Raises:
+      ConfigError: the directory holds no run, the network's images are made in an unknown way, or
+        `image_size` is needed, or has no effect.
+      CheckpointError: the checkpoint cannot be read.
+
+    Example:
+      >>> from capsjax.data import load
+      >>> from capsjax.training import load_classifier
+      >>> classifier, digits = load_classifier("mnist_small"), load("mnist_5k").test
+      >>> scores = classifier(digits.images[:4])
+      >>> [classifier.class_names[n] for n in scores.argmax(-1)], digits.labels[:4].tolist()
+      (['7', '2', '1', '0'], [7, 2, 1, 0])
+    """
+    run_dir = Path(run_dir)
+    run = read_run(run_dir)
+    name = run.data.task or type(task_of(run.dataset)).__name__  # older versions left it out
+    rows, columns, channels = run.model.image_shape
+    task = Task()
+    if name == "Cropped":
+        task = Cropped(rows)
+        rows = columns = image_size or _UNCROPPED.get(run.dataset, 0)
+        if rows < task.size:
+            raise ConfigError(
+                f"--image-size must be that of the images of {run.data.name}, at least {task.size}:"
+                f" the network sees their middle; got {image_size}"
+            )
+    elif name not in ("Shifted", "Task", *_CANVASES):
+        raise ConfigError(
+            f"the images of {run.data.name} are made by a task of its own, {name}, without which"
+            " no others can be"
+        )
+    elif image_size is not None:
+        raise ConfigError(
+            f"--image-size has no effect on a network that sees whole images, of {rows}x{columns}"
+        )
+    apply, _ = split_abstract(run.model)
+    step, variables = restore(run_dir, checkpoint, run, choices.choose_driver("jit", None))
+    return Classifier(
+        model=run.model,
+        class_names=run.data.class_names,
+        image_shape=(rows, columns, channels),
+        classes_per_image=2 if name == "Pairs" else 1,
+        step=step,
+        _apply=apply,
+        _variables=variables,
+        _task=task,
+        _has_canvas=name in _CANVASES,
+    )

@@ -1,0 +1,172 @@
+"""``capsjax export``: a trained network as a folder that runs without capsjax."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import export as jax_export
+
+from capsjax.data import white_of
+from capsjax.errors import ConfigError, how_to_install
+from capsjax.files import expand_paths, replacing, write_text
+from capsjax.training.classifier import Classifier, load_classifier
+from capsjax.training.files import write_json
+from capsjax.version import __version__
+
+Platform = Literal["cpu", "cuda", "rocm", "tpu"]
+PixelDtype = Literal["uint8", "uint16", "float32"]
+
+_FORMAT = "capsjax export 1"
+_NETWORK, _ABOUT, _LOADER = "network.bin", "about.json", "load.py"
+
+# Written beside the network: the whole of what is needed to run it.
+_LOAD = '''\
+"""Runs the network in this folder, with the packages jax and flatbuffers alone."""
+
+import json
+from pathlib import Path
+
+import jax
+from jax import export
+
+folder = Path(__file__).parent
+about = json.loads((folder / "about.json").read_text())
+network = export.deserialize((folder / "network.bin").read_bytes())
+# predict(images)["scores"] is float32 [B, classes]; images are as about["images"] says, for any B.
+predict = jax.jit(network.call)
+'''
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Export a trained network to StableHLO."""
+
+    run_dir: Path
+    """Directory of the run, or mnist_small for the network that comes with the package."""
+
+    out: Path
+    """Folder to write: network.bin, about.json and load.py; an earlier export is replaced."""
+
+    checkpoint: str = "last"
+    """Which checkpoint: last, best (by validation error), or a step."""
+
+    platforms: tuple[Platform, ...] = ("cpu", "cuda", "tpu")
+    """Platforms that the network is lowered for, none of which has to be present."""
+
+    pixels: PixelDtype = "uint8"
+    """Pixels of the images that the exported network takes: uint8 from 0 to 255, uint16 from 0 to
+    65535, or float32 from 0 to 1."""
+
+    image_size: int | None = None
+    """Rows and columns of the images of a network that sees only their middle; 32 for one of
+    cifar10 if not given."""
+
+    def __post_init__(self) -> None:
+        """Checks every option that can be checked without the network."""
+        expand_paths(self, "run_dir", "out")
+        for name, choices in (("platforms", Platform), ("pixels", PixelDtype)):
+            given = getattr(self, name)
+            for value in given if isinstance(given, tuple) else (given,):
+                if value not in get_args(choices):
+                    known = ", ".join(get_args(choices))
+                    raise ConfigError(f"--{name} must be of {known}, got {value!r}")
+        if not self.platforms:
+            raise ConfigError(f"--platforms needs at least one of {', '.join(get_args(Platform))}")
+
+
+def export(config: ExportConfig) -> Path:
+    """Exports a run's network by ``jax.export``, with its parameters, for batches of any size.
+
+    The exported function takes images as they are stored and returns a dict: ``scores``
+    ``[B, J]`` and, of a capsule network, ``poses`` ``[B, J, D]``, both as the network computes
+    them. It does what the run's task does to test images, too: scaling, or cutting out the middle
+    and standardising it.
+
+    Args:
+      config: the options.
+
+    Returns:
+      The folder: ``network.bin``, the serialised function; ``about.json``, its images and classes;
+      ``load.py``, which runs it without capsjax.
+
+    Raises:
+      ConfigError: an option is invalid, the folder holds files of others, flatbuffers is not
+        installed, or see :func:`load_classifier`.
+      CheckpointError: the checkpoint cannot be read.
+      OSError: a file cannot be written.
+    """
+    _check_folder(config.out)
+    if importlib.util.find_spec("flatbuffers") is None:  # which jax.export does not declare
+        raise ConfigError(f"needs the package flatbuffers: {how_to_install('export')}")
+    classifier = load_classifier(config.run_dir, config.checkpoint, image_size=config.image_size)
+    exported = export_classifier(classifier, config.platforms, jnp.dtype(config.pixels))
+    network = exported.serialize()
+    config.out.mkdir(parents=True, exist_ok=True)
+    # Comes first, as it marks the folder: what a crash leaves behind can be replaced.
+    write_json(config.out / _ABOUT, _describe(config, classifier, exported))
+    with replacing(config.out / _NETWORK) as file:
+        file.write(network)
+    write_text(config.out / _LOADER, _LOAD)
+    return config.out
+
+
+def export_classifier(
+    classifier: Classifier, platforms: tuple[str, ...], dtype: jnp.dtype
+) -> jax_export.Exported:
+    """Lowers a network for some platforms, with a batch of unknown size."""
+
+    def predict(images: jax.Array) -> dict[str, jax.Array]:
+        prediction = classifier.predict(images)
+        values = {"scores": prediction.scores, "poses": prediction.poses}
+        return {name: value for name, value in values.items() if value is not None}
+
+    (batch,) = jax_export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *classifier.image_shape), dtype)
+    return jax_export.export(jax.jit(predict), platforms=platforms)(images)
+
+
+def _check_folder(out: Path) -> None:
+    """Raises a ConfigError unless the folder is new, empty, or that of an earlier export."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"{out} is not a directory")
+    found = {path.name for path in out.iterdir()}
+    try:
+        about: Any = json.loads((out / _ABOUT).read_bytes()) if _ABOUT in found else None
+    except ValueError:
+        about = None
+    ours = isinstance(about, dict) and about.get("format") == _FORMAT
+    if found and not ours:
+        raise ConfigError(f"{out} holds files that capsjax did not export; name another folder")
+
+
+def _describe(
+    config: ExportConfig, classifier: Classifier, exported: jax_export.Exported
+) -> dict[str, Any]:
+    """The contents of about.json."""
+    return {
+        "format": _FORMAT,
+        "images": {
+            "shape": ["batch", *classifier.image_shape],
+            "dtype": config.pixels,
+            "white": white_of(config.pixels),
+        },
+        "classes": classifier.class_names,
+        "classes_per_image": classifier.classes_per_image,
+        "outputs": {
+            name: ["batch", *value.shape[1:]]
+            for name, value in jax.tree.unflatten(exported.out_tree, exported.out_avals).items()
+        },
+        "platforms": exported.platforms,
+        "run": str(config.run_dir),
+        "step": classifier.step,
+        "model": dataclasses.asdict(classifier.model),
+        "capsjax": __version__,
+        "jax": jax.__version__,
+        "calling_convention": exported.calling_convention_version,
+    }

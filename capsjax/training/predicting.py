@@ -1,0 +1,213 @@
+"""``capsjax predict``: the classes of images that are not of a data set."""
+
+import csv
+import dataclasses
+import io
+import itertools
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from capsjax.data import white_of
+from capsjax.data.image_folder import list_images, widened
+from capsjax.errors import ConfigError, DataError
+from capsjax.files import expand_paths, require_folder, write_text
+from capsjax.training.classifier import Classifier, load_classifier
+from capsjax.training.config import require, require_at_least
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Predict the classes of images with a trained network."""
+
+    run_dir: Path
+    """Directory of the run, or mnist_small for the network that comes with the package."""
+
+    images: tuple[Path, ...]
+    """Images; directories, whose images are read, those in directories inside of them too; or .npy
+    files of arrays [N, H, W, C] or [N, H, W] in the network's shape."""
+
+    checkpoint: str = "last"
+    """Which checkpoint: last, best (by validation error), or a step."""
+
+    output: Path | None = None
+    """File to write: CSV with the prediction and the scores of all classes for each image."""
+
+    threshold: float | None = None
+    """Predict all classes with at least this score, for networks of several classes in an image; if
+    not given, the class with the largest score, or the two with the largest for multi_mnist."""
+
+    image_size: int | None = None
+    """Rows and columns to which images are scaled for a network that sees only their middle; 32 for
+    one of cifar10 if not given."""
+
+    batch_size: int = 100
+    """Images in a batch."""
+
+    def __post_init__(self) -> None:
+        """Checks every option that can be checked without the network."""
+        expand_paths(self, "run_dir", "images", "output")
+        require_at_least(self, 1, "batch_size", "image_size")
+        require(self, "threshold", not math.isnan(self.threshold or 0), "a number")
+        require_folder(self, "output")
+        if not self.images:
+            raise ConfigError("needs images: files or directories")
+
+
+class Predictions(NamedTuple):
+    """Predictions of images.
+
+    Attributes:
+      names: the images' paths; those of an array end in its number, as in ``digits.npy[3]``.
+      scores: one per class, float32 ``[N, J]``; the larger, the likelier.
+      classes: numbers of the predicted classes of each image.
+      class_names: names of the classes, in the order of the scores.
+      unreadable: number of images that could not be read; each was named in a warning.
+    """
+
+    names: list[str]
+    scores: npt.NDArray[np.float32]
+    classes: list[tuple[int, ...]]
+    class_names: tuple[str, ...]
+    unreadable: int
+
+    def label(self, n: int) -> str:
+        """Names of the predicted classes of image n, joined by +."""
+        return "+".join(self.class_names[c] for c in self.classes[n])
+
+    def lines(self) -> Iterator[str]:
+        """A table of the predicted classes with their scores, a line for each image."""
+        rows = [("score", "class", "image")]
+        for n, name in enumerate(self.names):
+            scores = "+".join(f"{self.scores[n, c]:.4f}" for c in self.classes[n])
+            rows.append((scores or "-", self.label(n) or "none", name))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for scores, label, name in rows:
+            yield f"{scores:>{widths[0]}}  {label:{widths[1]}}  {name}"
+
+
+def predict(config: PredictConfig) -> Predictions:
+    """Predicts the classes of images with a run's network, which needs no data set.
+
+    Images are read as ``image_folder`` reads them, see :meth:`Classifier.read_image`. One that
+    cannot be read is named in a warning, and left out.
+
+    Args:
+      config: the options.
+
+    Returns:
+      :class:`Predictions`, in the order of the images.
+
+    Raises:
+      ConfigError: an option is invalid, the directory holds no run, or see
+        :func:`load_classifier`.
+      capsjax.data.DataError: an image or a directory is missing, or a directory without images.
+      CheckpointError: the checkpoint cannot be read.
+    """
+    files = [file for path in config.images for file in list_images(path)]
+    classifier = load_classifier(config.run_dir, config.checkpoint, image_size=config.image_size)
+    reader = _Reader(classifier)
+    names: list[str] = []
+    scores = [np.empty((0, len(classifier.class_names)), np.float32)]
+    images = reader.images(files)
+    while batch := list(itertools.islice(images, config.batch_size)):
+        # The last of several batches is as large as the others, so that it needs no compilation.
+        size = config.batch_size if names else len(batch)
+        names += [name for name, _ in batch]
+        scores.append(_score(classifier, [pixels for _, pixels in batch], size))
+    reader.report()
+    joined = np.concatenate(scores)
+    predictions = Predictions(
+        names,
+        joined,
+        _classes(joined, classifier.classes_per_image, config.threshold),
+        classifier.class_names,
+        reader.unreadable,
+    )
+    if config.output is not None:
+        _write(config.output, predictions)
+    return predictions
+
+
+def _score(
+    classifier: Classifier, images: Sequence[npt.NDArray[Any]], batch_size: int
+) -> npt.NDArray[np.float32]:
+    """Scores of a batch, in the widest of its dtypes, filled up to `batch_size`."""
+    dtype = np.result_type(*images)
+    stacked = np.stack([widened(pixels, dtype) for pixels in images])
+    positions = np.minimum(np.arange(batch_size), len(images) - 1)
+    return classifier(stacked[positions], batch_size=batch_size)[: len(images)]
+
+
+def _classes(
+    scores: npt.NDArray[np.float32], number: int, threshold: float | None
+) -> list[tuple[int, ...]]:
+    """The predicted classes in ascending order: those of the largest scores."""
+    if threshold is not None:
+        return [tuple(np.flatnonzero(row >= threshold).tolist()) for row in scores]
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return [tuple(row) for row in np.sort(order[:, :number]).tolist()]
+
+
+class _Reader:
+    """Reads images for a network, and counts those that it cannot read."""
+
+    def __init__(self, classifier: Classifier):
+        self._classifier = classifier
+        self._lost: Counter[str] = Counter()
+        self.unreadable = 0
+
+    def images(self, files: Sequence[Path]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        """Names and pixels of the images that can be read."""
+        for file in files:
+            try:
+                if file.suffix == ".npy":
+                    for n, pixels in enumerate(self._array(file)):
+                        yield f"{file}[{n}]", np.asarray(pixels)
+                else:
+                    yield str(file), self._classifier.read_image(file, lost=self._lost)
+            except (DataError, OSError) as error:
+                self.unreadable += 1
+                _log.warning("%s", error)
+
+    def report(self) -> None:
+        """Warns of images of which a part is lost."""
+        for what, number in self._lost.items():
+            _log.warning("reads %s: %s files", what, f"{number:,}")
+
+    def _array(self, file: Path) -> npt.NDArray[Any]:
+        """The images of an array."""
+        try:
+            images = np.load(file, allow_pickle=False)
+            images = images[..., None] if images.ndim == 3 else images
+            shape = self._classifier.image_shape
+            if images.shape[1:] != shape:
+                raise ValueError(
+                    f"shape must be [N, {', '.join(map(str, shape))}], got {list(images.shape)}"
+                )
+            if white_of(images.dtype) == 1 and not (
+                images.min(initial=0) >= 0 and images.max(initial=0) <= 1
+            ):
+                raise ValueError("floating-point pixels must lie in [0, 1]")
+        except (ValueError, TypeError, EOFError) as error:
+            raise DataError(f"cannot read {file} as an array of images: {error}") from None
+        return images
+
+
+def _write(path: Path, predictions: Predictions) -> None:
+    """Writes a line of CSV for each image."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    names = predictions.class_names
+    lines.writerow(["image", "prediction", *(f"score of {name}" for name in names)])
+    for n, (name, scores) in enumerate(zip(predictions.names, predictions.scores, strict=True)):
+        lines.writerow([name, predictions.label(n), *scores.tolist()])
+    write_text(path, text.getvalue())

@@ -1,0 +1,150 @@
+"""An exported network runs without capsjax, for any batch, and as on every platform."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from capsjax import models, routing
+from capsjax.data import Cropped, Task, load
+from capsjax.models import CapsNetConfig
+from capsjax.training import (
+    Classifier,
+    ConfigError,
+    ExportConfig,
+    export,
+    load_classifier,
+    split_network,
+)
+from capsjax.training.exporting import export_classifier
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+# Runs load.py on the arrays of a file where nothing of capsjax can be imported.
+WITHOUT_CAPSJAX = """
+import runpy, sys
+import numpy as np
+sys.modules["capsjax"] = sys.modules["flax"] = None
+loaded = runpy.run_path(sys.argv[1])
+images = np.load(sys.argv[2])
+outputs = {n: loaded["predict"](images[:n]) for n in (1, 7)}
+np.savez(sys.argv[3], **{f"{name}{n}": x for n in outputs for name, x in outputs[n].items()})
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    return export(
+        ExportConfig(run_dir="mnist_small", out=tmp_path_factory.mktemp("exported") / "digits")
+    )
+
+
+def test_a_process_without_capsjax_computes_the_same(exported, tmp_path):
+    images = load("mnist_5k").test.images[:7]
+    np.save(tmp_path / "images.npy", images)
+    files = [exported / "load.py", tmp_path / "images.npy", tmp_path / "outputs.npz"]
+    command = [sys.executable, "-I", "-c", WITHOUT_CAPSJAX, *map(str, files)]
+    done = subprocess.run(
+        command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    expected = jax.jit(load_classifier("mnist_small").predict)(images)
+    with np.load(files[2]) as outputs:
+        for n in (1, 7):
+            for name in ("scores", "poses"):
+                values = getattr(expected, name)[:n]
+                np.testing.assert_allclose(outputs[f"{name}{n}"], values, atol=1e-6)
+    assert len((exported / "load.py").read_text().splitlines()) <= 15
+
+
+def test_the_folder_says_what_the_network_takes_and_gives(exported):
+    network = jax.export.deserialize((exported / "network.bin").read_bytes())
+    assert network.platforms == PLATFORMS
+    about = json.loads((exported / "about.json").read_text())
+    assert about["images"] == {"shape": ["batch", 28, 28, 1], "dtype": "uint8", "white": 255}
+    assert about["outputs"] == {"poses": ["batch", 10, 16], "scores": ["batch", 10]}
+    assert (about["classes"], about["platforms"]) == (list("0123456789"), list(PLATFORMS))
+    assert (about["run"], about["step"], about["jax"]) == ("mnist_small", None, jax.__version__)
+
+
+def untrained(config, task, shape=None):
+    """A network with random parameters."""
+    apply, variables = split_network(models.build(config, rngs=nnx.Rngs(0)))
+    names = tuple(map(str, range(config.num_classes)))
+    return Classifier(
+        config, names, shape or config.image_shape, 1, None, apply, variables, task, False
+    )
+
+
+TINY = {
+    "conv_features": 8,
+    "conv_strides": 3,
+    "primary_types": 2,
+    "primary_features": 4,
+    "primary_kernel": 3,
+    "class_features": 4,
+    "decoder_features": (),
+}
+MATRIX = {
+    "conv_features": 8,
+    "primary_types": 2,
+    "capsule_types": (2,),
+    "capsule_strides": (2,),
+    "num_iterations": 1,
+}
+NETWORKS = [
+    *(("small", {**TINY, "routing": name}) for name in routing.algorithms()),
+    *(("small", {**TINY, "implementation": name}) for name in ("reference", "blocked", "lanes")),
+    ("matrix_capsnet_small", MATRIX),
+    ("efficient_capsnet", {}),
+    ("baseline_small", {}),
+]
+
+
+@pytest.mark.parametrize(("preset", "options"), NETWORKS)
+def test_every_kind_of_network_lowers_for_every_platform(preset, options):
+    classifier = untrained(models.configure(preset, **options), Task())
+    network = export_classifier(classifier, PLATFORMS, jnp.dtype("float32"))
+    assert network.platforms == PLATFORMS
+    assert {str(x.shape[0]) for x in network.out_avals} == {"batch"}
+    # Nothing in it has to be registered where it runs: this one is for sizes, and jax's own.
+    assert set(re.findall(r"custom_call @(\w+)", network.mlir_module())) <= {"shape_assertion"}
+
+
+def test_what_the_task_does_to_images_is_exported_too():
+    config = CapsNetConfig(**TINY, image_shape=(24, 24, 3))
+    classifier = untrained(config, Cropped(24), (32, 32, 3))
+    network = export_classifier(classifier, ("cpu",), jnp.dtype("uint16"))
+    images = jax.random.randint(jax.random.key(0), (2, 32, 32, 3), 0, 65535).astype(jnp.uint16)
+    task = Cropped(24)
+    pixels, _ = task.render(jax.random.split(jax.random.key(1), 2), images, train=False)
+    expected = jax.jit(classifier._apply)(classifier._variables, pixels)[0].scores
+    np.testing.assert_allclose(jax.jit(network.call)(images)["scores"], expected, atol=1e-6)
+
+
+def test_files_of_others_are_left_alone_and_an_earlier_export_is_replaced(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    options = ExportConfig(run_dir="mnist_small", out=out, platforms=("cpu",), pixels="float32")
+    for text in ("{}", "no json"):
+        (out / "about.json").write_text(text)
+        with pytest.raises(ConfigError, match="holds files that capsjax did not export; name"):
+            export(options)
+        assert [path.read_text() for path in out.iterdir()] == [text]
+    with pytest.raises(ConfigError, match=r"about\.json is not a directory"):
+        export(ExportConfig(run_dir="mnist_small", out=out / "about.json"))
+    (out / "about.json").unlink()
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    with pytest.raises(ConfigError, match=r"needs the package flatbuffers: pip install .*export"):
+        export(options)
+    assert list(out.iterdir()) == []
+    monkeypatch.undo()
+    for _ in range(2):
+        assert export(options) == out
+    assert json.loads((out / "about.json").read_text())["images"]["white"] == 1
