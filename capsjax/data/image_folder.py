@@ -18,8 +18,14 @@ _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".
 _SPLITS = ("train", "test")
 # What others call the folders of the splits.
 _SPLIT_NAMES = {*_SPLITS, "training", "testing", "val", "valid", "validation"}
+_NAMED = 5  # of the images that cannot be read
 _HELD_OUT = 10  # one image in so many is for test where there is no folder of test images
 CHANNELS = (1, 3, 4)  # of image files
+
+
+class UnreadableImageError(DataError):
+    """Raised for a file that is no image, or damaged."""
+
 
 _log = logging.getLogger(__name__)
 _File = tuple[Path, int]
@@ -35,8 +41,8 @@ def load_image_folder(
 
     Classes and files are sorted by name; folders inside of a class are read too. Without ``test``,
     a tenth of the images of each class is for test, chosen by a fixed seed; without ``train``
-    either, the folders of the classes are those in ``data_dir``. Files that are not used are
-    counted in a warning.
+    either, the folders of the classes are those in ``data_dir``. Files that are not used, and
+    images that cannot be read, are counted and named in warnings.
 
     Images are turned as their EXIF orientation says. 16-bit and floating-point grayscale images
     keep their precision, and the others of a split are scaled to it. Transparent images are laid
@@ -50,8 +56,8 @@ def load_image_folder(
         for others, which must be the same for all.
 
     Raises:
-      DataError: a folder is missing or empty, the classes of the splits differ, a file cannot be
-        read, or an image differs from the first in size or channels.
+      DataError: a folder is missing or empty, the classes of the splits differ, no image of a class
+        can be read, or an image differs from the first in size or channels.
       ValueError: `image_size` is not positive, or `channels` is another number.
     """
     if image_size is not None and image_size < 1:
@@ -74,6 +80,9 @@ def load_image_folder(
             files = _hold_out(files["train"], root)
         read = _Reader(image_size, channels)
         train, test = (read.split(files[split]) for split in _SPLITS)
+        for label, name in enumerate(classes):
+            if label not in train.labels:
+                raise read.no_image_of(name)
         read.report(root)
     except OSError as error:
         raise DataError(f"image_folder cannot read {error.filename}: {error.strerror}") from error
@@ -112,7 +121,8 @@ def read_image(
       channels: as in :func:`load_image_folder`.
 
     Raises:
-      DataError: it is no image, or damaged.
+      UnreadableImageError: it is no image, or damaged.
+      DataError: Pillow is missing.
       OSError: the operating system refuses to read it.
     """
     try:
@@ -132,7 +142,7 @@ def read_image(
         raise
     # Pillow raises any of these for a damaged file.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read {file} as an image: {error}") from error
+        raise UnreadableImageError(f"cannot read {file} as an image: {error}") from error
 
 
 def image_pixels(
@@ -311,12 +321,20 @@ class _Reader:
         self._channels = channels
         self._expected: tuple[int, ...] | None = None
         self._lost: Counter[str] = Counter()
+        self._unreadable: list[str] = []
+        self._number = 0
 
     def split(self, files: list[_File]) -> Split:
         """Reads the images of a split, in the widest of their dtypes."""
         images: npt.NDArray[Any] | None = None
-        for index, (file, _) in enumerate(files):
-            image = read_image(file, lost=self._lost, size=self._size, channels=self._channels)
+        labels: list[int] = []
+        self._number += len(files)
+        for file, label in files:
+            try:
+                image = read_image(file, lost=self._lost, size=self._size, channels=self._channels)
+            except UnreadableImageError as error:
+                self._unreadable.append(str(error))
+                continue
             self._expected = self._expected or image.shape
             if image.shape != self._expected:
                 raise DataError(
@@ -328,12 +346,26 @@ class _Reader:
                 images = np.empty((len(files), *image.shape), image.dtype)
             widest = np.result_type(images, image)
             images = widened(images, widest)
-            images[index] = widened(image, widest)
-        assert images is not None  # an empty split has been refused
-        return Split(images, np.array([label for _, label in files], np.int32))
+            images[len(labels)] = widened(image, widest)
+            labels.append(label)
+        if images is None:
+            raise DataError(f"image_folder finds no image: {self._unreadable[0]}")
+        return Split(images[: len(labels)], np.array(labels, np.int32))
+
+    def no_image_of(self, name: str) -> DataError:
+        """The error of a class without an image that can be read."""
+        return DataError(f"image_folder finds no image of class {name!r}: {self._unreadable[0]}")
 
     def report(self, root: Path) -> None:
-        """Warns of images of which a part is lost."""
+        """Warns of images that cannot be read, or of which a part is lost."""
+        if self._unreadable:
+            _log.warning(
+                "image_folder leaves out %s of %s images, which cannot be read: %s%s",
+                f"{len(self._unreadable):,}",
+                f"{self._number:,}",
+                "; ".join(self._unreadable[:_NAMED]),
+                "; …" if len(self._unreadable) > _NAMED else "",
+            )
         for what, number in self._lost.items():
             _log.warning("image_folder reads %s: %s files in %s", what, f"{number:,}", root)
 

@@ -4,11 +4,11 @@ from capsjax.errors import CheckpointError, ConfigError, DivergedError
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.classifier import Classifier, load_classifier
 from capsjax.training.config import TrainConfig
+from capsjax.training.counting import Evaluation
 from capsjax.training.drivers import Driver, make_driver
 from capsjax.training.evaluation import (
     CheckpointEvaluation,
     EvaluateConfig,
-    Evaluation,
     evaluate,
     predict_test,
 )

@@ -37,6 +37,7 @@ class Classifier:
       image_shape: rows, columns and channels of the images that it takes.
       classes_per_image: number of classes that an image shows.
       step: of the checkpoint; None for a network that comes with the package.
+      is_regression: whether the scores are predicted numbers, instead of scores of classes.
     """
 
     model: models.ModelConfig
@@ -44,6 +45,7 @@ class Classifier:
     image_shape: tuple[int, int, int]
     classes_per_image: int
     step: int | None
+    is_regression: bool
     _apply: Apply = dataclasses.field(repr=False)
     _variables: Variables = dataclasses.field(repr=False)
     _task: Task = dataclasses.field(repr=False)
@@ -188,6 +190,7 @@ def load_classifier(
         image_shape=(rows, columns, channels),
         classes_per_image=2 if name == "Pairs" else 1,
         step=step,
+        is_regression=run.data.label_dtype == "float32",
         _apply=apply,
         _variables=variables,
         _task=task,

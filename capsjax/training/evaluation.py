@@ -3,9 +3,7 @@
 import csv
 import dataclasses
 import io
-import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -17,16 +15,13 @@ from capsjax.files import expand_paths, require_folder, write_text
 from capsjax.models import Prediction
 from capsjax.training import choices
 from capsjax.training.config import ChannelsNumber, DatasetName, require_at_least
+from capsjax.training.counting import Evaluation, count_errors
 from capsjax.training.drivers import Driver, DriverName
 from capsjax.training.loading import load_images, read_run, restore
 from capsjax.training.objectives import Metric, Objective
 from capsjax.training.programs import (
-    Evaluate,
-    EvaluationSums,
-    Pace,
     as_batch,
     make_evaluate,
-    unstack,
 )
 from capsjax.training.step import Apply, Variables, split_abstract
 
@@ -74,44 +69,6 @@ class EvaluateConfig:
         expand_paths(self, "run_dir", "data_dir", "predictions")
         require_at_least(self, 1, "batch_size", "devices", "test_size", "image_size")
         require_folder(self, "predictions")
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Result of an evaluation.
-
-    Attributes:
-      loss: mean of the objective, with the true classes as the decoder's target.
-      wrong: number of wrong predictions; None where the labels are numbers to predict.
-      count: number of examples, every one counted once.
-      class_wrong: number of wrong predictions for examples of each class.
-      class_count: number of examples of each class; one of several classes counts for each.
-      metrics: mean of each metric, by name.
-    """
-
-    loss: float
-    wrong: int | None
-    count: int
-    class_wrong: tuple[int, ...] = ()
-    class_count: tuple[int, ...] = ()
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def error(self) -> float:
-        """Share of wrong predictions; NaN where the labels are numbers to predict."""
-        return math.nan if self.wrong is None else self.wrong / self.count
-
-    @property
-    def class_errors(self) -> tuple[float, ...]:
-        """Share of wrong predictions for examples of each class; NaN where there are none."""
-        pairs = zip(self.class_wrong, self.class_count, strict=True)
-        return tuple(wrong / count if count else math.nan for wrong, count in pairs)
-
-    @property
-    def balanced_error(self) -> float:
-        """Mean of the classes' errors, over the classes that have examples; NaN without any."""
-        errors = [error for error in self.class_errors if not math.isnan(error)]
-        return sum(errors) / len(errors) if errors else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,52 +320,3 @@ def _unknown_loss(prediction: Prediction, target: jax.Array, images: jax.Array) 
     """In place of an objective that was given in Python, and is not now."""
     del target, images
     return jnp.full(prediction.scores.shape[:-1], jnp.nan)
-
-
-def count_errors(
-    evaluate: Evaluate,
-    variables: Variables,
-    examples: Batch,
-    number: int,
-    *,
-    batch_size: int,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> list[Evaluation] | None:
-    """Evaluates the first test samples; None if asked to stop on the way.
-
-    Args:
-      evaluate: from :func:`make_evaluate`.
-      variables: the arrays of the network, or of one for each seed.
-      examples: what the samples are made of, on the devices.
-      number: of samples.
-      batch_size: that of the program.
-      should_stop: asked between calls of the devices.
-
-    Returns:
-      An evaluation for each seed.
-    """
-    batches = -(-number // batch_size)
-    pace, first, total = Pace(batches), 0, None
-    classifies = not np.issubdtype(examples.labels.dtype, np.floating)
-    while first < batches:
-        if should_stop():
-            return None
-        amount, start = pace.amount(batches - first), time.monotonic()
-        sums: EvaluationSums = jax.device_get(
-            evaluate(variables, examples, np.int32(first), np.int32(amount), np.int32(number))
-        )
-        pace.observe(amount, time.monotonic() - start)
-        total = sums if total is None else jax.tree.map(np.add, total, sums)
-        first += amount
-    assert total is not None  # there is at least one batch
-    return [
-        Evaluation(
-            float(sums.loss) / int(sums.examples),
-            int(sums.wrong) if classifies else None,
-            int(sums.examples),
-            tuple(sums.class_wrong.tolist()),
-            tuple(sums.class_examples.tolist()),
-            {name: float(value) / int(sums.examples) for name, value in sums.metrics.items()},
-        )
-        for sums in unstack(total, np.size(total.loss))
-    ]

@@ -15,7 +15,7 @@ import numpy as np
 from capsjax.data import Batch
 from capsjax.errors import ConfigError, DivergedError
 from capsjax.training.checkpoints import Checkpoints
-from capsjax.training.evaluation import Evaluation, count_errors
+from capsjax.training.counting import Evaluation, count_errors
 from capsjax.training.programs import NEVER, Pace, StepSums, as_batch, stack, unstack
 from capsjax.training.reporting import Report
 from capsjax.training.run_directory import Record, RunDirectory

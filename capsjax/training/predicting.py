@@ -67,31 +67,41 @@ class Predictions(NamedTuple):
 
     Attributes:
       names: the images' paths; those of an array end in its number, as in ``digits.npy[3]``.
-      scores: one per class, float32 ``[N, J]``; the larger, the likelier.
-      classes: numbers of the predicted classes of each image.
+      scores: one per class, float32 ``[N, J]``; the larger, the likelier. Predicted numbers for a
+        network that was trained on such.
+      classes: numbers of the predicted classes of each image; None for predicted numbers.
       class_names: names of the classes, in the order of the scores.
       unreadable: number of images that could not be read; each was named in a warning.
     """
 
     names: list[str]
     scores: npt.NDArray[np.float32]
-    classes: list[tuple[int, ...]]
+    classes: list[tuple[int, ...]] | None
     class_names: tuple[str, ...]
     unreadable: int
 
     def label(self, n: int) -> str:
         """Names of the predicted classes of image n, joined by +."""
+        assert self.classes is not None
         return "+".join(self.class_names[c] for c in self.classes[n])
 
     def lines(self) -> Iterator[str]:
         """A table of the predicted classes with their scores, a line for each image."""
-        rows = [("score", "class", "image")]
-        for n, name in enumerate(self.names):
-            scores = "+".join(f"{self.scores[n, c]:.4f}" for c in self.classes[n])
-            rows.append((scores or "-", self.label(n) or "none", name))
+        rows: list[tuple[str, ...]]
+        if self.classes is None:
+            rows = [(*self.class_names, "image")]
+            rows += [
+                (*(f"{x:.4f}" for x in scores), name)
+                for name, scores in zip(self.names, self.scores, strict=True)
+            ]
+        else:
+            rows = [("score", "class", "image")]
+            for n, name in enumerate(self.names):
+                best = "+".join(f"{self.scores[n, c]:.4f}" for c in self.classes[n])
+                rows.append((best or "-", self.label(n) or "none", name))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for scores, label, name in rows:
-            yield f"{scores:>{widths[0]}}  {label:{widths[1]}}  {name}"
+        for *cells, name in rows:
+            yield "  ".join([*(f"{c:{w}}" for c, w in zip(cells, widths, strict=False)), name])
 
 
 def predict(config: PredictConfig) -> Predictions:
@@ -114,6 +124,8 @@ def predict(config: PredictConfig) -> Predictions:
     """
     files = [file for path in config.images for file in list_images(path)]
     classifier = load_classifier(config.run_dir, config.checkpoint, image_size=config.image_size)
+    if classifier.is_regression and config.threshold is not None:
+        raise ConfigError("--threshold is for classes, not for a network that predicts numbers")
     reader = _Reader(classifier)
     names: list[str] = []
     scores = [np.empty((0, len(classifier.class_names)), np.float32)]
@@ -128,7 +140,9 @@ def predict(config: PredictConfig) -> Predictions:
     predictions = Predictions(
         names,
         joined,
-        _classes(joined, classifier.classes_per_image, config.threshold),
+        None
+        if classifier.is_regression
+        else _classes(joined, classifier.classes_per_image, config.threshold),
         classifier.class_names,
         reader.unreadable,
     )
@@ -207,7 +221,11 @@ def _write(path: Path, predictions: Predictions) -> None:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     names = predictions.class_names
-    lines.writerow(["image", "prediction", *(f"score of {name}" for name in names)])
+    if predictions.classes is None:
+        lines.writerow(["image", *(f"prediction of {name}" for name in names)])
+    else:
+        lines.writerow(["image", "prediction", *(f"score of {name}" for name in names)])
     for n, (name, scores) in enumerate(zip(predictions.names, predictions.scores, strict=True)):
-        lines.writerow([name, predictions.label(n), *scores.tolist()])
+        label = [] if predictions.classes is None else [predictions.label(n)]
+        lines.writerow([name, *label, *scores.tolist()])
     write_text(path, text.getvalue())

@@ -20,7 +20,7 @@ from capsjax.errors import ConfigError
 from capsjax.training import choices
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import OF_LEARNING_RATE, TrainConfig, check_together
-from capsjax.training.evaluation import Evaluation
+from capsjax.training.counting import Evaluation
 from capsjax.training.files import write_json
 from capsjax.training.loading import load_own
 from capsjax.training.loop import Progress, Run, begin, is_over, read_history, train_and_test

@@ -232,27 +232,45 @@ def test_the_first_image_that_differs_is_named(tmp_path, mode, size):
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
-def test_unreadable_image(tmp_path, content):
-    make(tmp_path)
-    broken = tmp_path / "train" / "cat" / "1.png"
-    broken.write_bytes(content)
-    assert f"cannot read {broken} as an image" in refusal(tmp_path)
-
-
-def test_truncated_image(tmp_path):
+def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path, content, caplog):
     make(tmp_path, size=(64, 64))
-    broken = tmp_path / "test" / "cat" / "1.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    assert f"cannot read {broken} as an image" in refusal(tmp_path)
+    broken, short = tmp_path / "train" / "dog" / "0.png", tmp_path / "test" / "cat" / "1.png"
+    broken.write_bytes(content)
+    short.write_bytes(short.read_bytes()[:60])
+    dataset = load("image_folder", data_dir=tmp_path)
+    assert dataset.train.labels.tolist() == [0, 0, 1]
+    assert dataset.train.images[:, 0, 0, 0].tolist() == [0, 1, 11]
+    assert dataset.test.labels.tolist() == [0, 1, 1]
+    (warning,) = caplog.messages
+    assert warning.startswith("image_folder leaves out 2 of 8 images, which cannot be read: cannot")
+    for file in (broken, short):
+        assert f"cannot read {file} as an image" in warning
+    assert "\n" not in warning
 
 
-def test_thirty_two_bits_are_refused(tmp_path):
+def test_a_class_without_an_image_that_can_be_read(tmp_path):
+    make(tmp_path)
+    for file in (tmp_path / "train" / "dog").iterdir():
+        file.write_bytes(b"")
+    assert refusal(tmp_path).startswith("image_folder finds no image of class 'dog': cannot read")
+    for file in (tmp_path / "test").rglob("*.png"):
+        file.write_bytes(b"")
+    assert refusal(tmp_path).startswith("image_folder finds no image: cannot read")
+
+
+def test_pixels_of_unknown_range_are_left_out(tmp_path, caplog):
     make(tmp_path)
     odd = tmp_path / "train" / "cat" / "0.png"
-    Image.new("I", (6, 5)).save(odd, format="TIFF")
-    assert "pixels must have 8 or 16 bits or be floating-point, got 32-bit in" in refusal(tmp_path)
-    Image.new("F", (6, 5), 2.0).save(odd, format="TIFF")
-    assert "floating-point pixels must lie in [0, 1], got 2.0..2.0" in refusal(tmp_path)
+    for image, reason in (
+        (
+            Image.new("I", (6, 5)),
+            "pixels must have 8 or 16 bits or be floating-point, got 32-bit in",
+        ),
+        (Image.new("F", (6, 5), 2.0), "floating-point pixels must lie in [0, 1], got 2.0..2.0"),
+    ):
+        image.save(odd, format="TIFF")
+        assert len(load("image_folder", data_dir=tmp_path).train.labels) == 3
+        assert reason in caplog.messages[-1]
 
 
 def test_without_pillow(tmp_path, monkeypatch):
