@@ -87,6 +87,14 @@ def test_classes_are_matched_by_name(run, galaxies, tmp_path):
         evaluate(options(run), dataset=words)
 
 
+def test_with_predictions_the_evaluation_is_the_same(run, galaxies, tmp_path):
+    counted = evaluate(options(run), dataset=galaxies).test
+    predicting = options(run, predictions=tmp_path / "predictions.csv")
+    summarised = evaluate(predicting, dataset=galaxies).test
+    assert summarised.loss == pytest.approx(counted.loss, rel=1e-5)
+    assert dataclasses.replace(summarised, loss=counted.loss) == counted
+
+
 def test_some_of_the_classes_will_do(digits):
     few = Split(digits.test.images[:3], np.array([0, 1, 0], np.int32))
     matched = choices.match_classes(Dataset("few", few, few, ("7", "4")), digits.class_names)
