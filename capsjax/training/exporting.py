@@ -158,6 +158,7 @@ def _describe(
         },
         "classes": classifier.class_names,
         "classes_per_image": classifier.classes_per_image,
+        "is_regression": classifier.is_regression,
         "outputs": {
             name: ["batch", *value.shape[1:]]
             for name, value in jax.tree.unflatten(exported.out_tree, exported.out_avals).items()
