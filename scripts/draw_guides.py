@@ -1,6 +1,8 @@
 """Draws the figures of the guides from the guides' own code: ``python scripts/draw_guides.py``."""
 
+import contextlib
 import doctest
+import io
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ def main() -> None:
     """Draws the worked example of the page on concepts, in both themes."""
     page: dict[str, Any] = {}
     text = (DOCS / "guides" / "concepts.md").read_text()
-    for example in doctest.DocTestParser().get_examples(text):
-        exec(compile(example.source, "concepts.md", "exec"), page)
+    with contextlib.redirect_stdout(io.StringIO()):
+        for example in doctest.DocTestParser().get_examples(text):
+            exec(compile(example.source, "concepts.md", "exec"), page)
     for theme in ("light", "dark"):
         figure = routing_diagram(
             page["trace"],
