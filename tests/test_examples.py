@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from capsjax.data import load
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -110,3 +112,14 @@ def test_full_runs_reach_what_the_examples_claim(check, tmp_path):
         error, slots, halves = found
         assert error < 0.03
         assert slots > halves + 0.03
+
+
+def test_photographs_are_of_all_kinds_and_some_broken(tmp_path, shared, caplog):
+    printed = run("photographs/make", tmp_path, "photos", "--data-dir", shared / "tfds")
+    assert "460 photographs and 6 broken or other files in photos" in printed
+    files = [path for path in (tmp_path / "photos").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".jpg", ".png", ".tif", ".webp", ".txt"}
+    photos = load("image_folder", data_dir=tmp_path / "photos", image_size=28, channels=1)
+    assert photos.class_names == ("ankle-boot", "sneaker")
+    assert len(photos.train.labels) + len(photos.test.labels) == 460
+    assert "image_folder leaves out 4 of 464 images" in caplog.text

@@ -1,16 +1,20 @@
 """An exported network runs without capsjax, for any batch, and as on every platform."""
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import urllib.request
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from capsjax import models, routing
 from capsjax.data import Cropped, Task, load
@@ -43,6 +47,26 @@ def exported(tmp_path_factory):
     return export(
         ExportConfig(run_dir="mnist_small", out=tmp_path_factory.mktemp("exported") / "digits")
     )
+
+
+def test_the_example_serves_it(exported):
+    digits = load("mnist_5k").test
+    path = Path(__file__).parents[2] / "examples" / "photographs" / "serve.py"
+    body = io.BytesIO()
+    Image.fromarray(digits.images[0, ..., 0]).resize((56, 70)).save(body, "webp", lossless=True)
+    with subprocess.Popen(
+        [sys.executable, str(path), str(exported), "0"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as server:
+        try:
+            request = urllib.request.Request(server.stdout.readline().strip(), body.getvalue())
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                assert answer.read().split()[0] == b"7"
+        finally:
+            server.kill()
 
 
 def test_a_process_without_capsjax_computes_the_same(exported, tmp_path):

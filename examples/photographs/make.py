@@ -1,4 +1,4 @@
-"""A folder of photographs as people have them, to try training on: python photographs.py FOLDER.
+"""A folder of photographs as people have them, to try training on: python make.py FOLDER.
 
 Two unequal classes of garments from Fashion-MNIST, enlarged to different sizes, in different modes
 and formats, some in folders of their own, some broken.
