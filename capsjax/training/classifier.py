@@ -45,11 +45,11 @@ class Classifier:
     image_shape: tuple[int, int, int]
     classes_per_image: int
     step: int | None
-    is_regression: bool
     _apply: Apply = dataclasses.field(repr=False)
     _variables: Variables = dataclasses.field(repr=False)
     _task: Task = dataclasses.field(repr=False)
     _has_canvas: bool = dataclasses.field(repr=False)
+    is_regression: bool = False
 
     def predict(self, images: jax.Array) -> models.Prediction:
         """Predicts images ``[B, H, W, C]``: a pure function, which JAX can transform and export.
@@ -190,9 +190,9 @@ def load_classifier(
         image_shape=(rows, columns, channels),
         classes_per_image=2 if name == "Pairs" else 1,
         step=step,
-        is_regression=run.data.label_dtype == "float32",
         _apply=apply,
         _variables=variables,
         _task=task,
         _has_canvas=name in _CANVASES,
+        is_regression=run.data.label_dtype == "float32",
     )

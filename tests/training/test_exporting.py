@@ -28,6 +28,7 @@ from capsjax.training import (
     split_network,
 )
 from capsjax.training.exporting import export_classifier
+from capsjax.training.step import split_abstract
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Runs load.py on the arrays of a file where nothing of capsjax can be imported.
@@ -97,13 +98,9 @@ def test_the_folder_says_what_the_network_takes_and_gives(exported):
     assert (about["run"], about["step"], about["jax"]) == ("mnist_small", None, jax.__version__)
 
 
-def untrained(config, task, shape=None):
-    """A network with random parameters."""
-    apply, variables = split_network(models.build(config, rngs=nnx.Rngs(0)))
-    names = tuple(map(str, range(config.num_classes)))
-    return Classifier(
-        config, names, shape or config.image_shape, 1, None, apply, variables, task, False
-    )
+def classify(config, apply, variables, task=None, shape=None):
+    names, shape = tuple(map(str, range(config.num_classes))), shape or config.image_shape
+    return Classifier(config, names, shape, 1, None, apply, variables, task or Task(), False)
 
 
 TINY = {
@@ -133,8 +130,10 @@ NETWORKS = [
 
 @pytest.mark.parametrize(("preset", "options"), NETWORKS)
 def test_every_kind_of_network_lowers_for_every_platform(preset, options):
-    classifier = untrained(models.configure(preset, **options), Task())
-    network = export_classifier(classifier, PLATFORMS, jnp.dtype("float32"))
+    config = models.configure(preset, **options)
+    apply, shapes = split_abstract(config)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    network = export_classifier(classify(config, apply, zeros), PLATFORMS, jnp.dtype("float32"))
     assert network.platforms == PLATFORMS
     assert {str(x.shape[0]) for x in network.out_avals} == {"batch"}
     # Nothing in it has to be registered where it runs: this one is for sizes, and jax's own.
@@ -143,7 +142,8 @@ def test_every_kind_of_network_lowers_for_every_platform(preset, options):
 
 def test_what_the_task_does_to_images_is_exported_too():
     config = CapsNetConfig(**TINY, image_shape=(24, 24, 3))
-    classifier = untrained(config, Cropped(24), (32, 32, 3))
+    network = split_network(models.build(config, rngs=nnx.Rngs(0)))
+    classifier = classify(config, *network, Cropped(24), (32, 32, 3))
     network = export_classifier(classifier, ("cpu",), jnp.dtype("uint16"))
     images = jax.random.randint(jax.random.key(0), (2, 32, 32, 3), 0, 65535).astype(jnp.uint16)
     task = Cropped(24)
