@@ -27,7 +27,6 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "results"]
-suppress_warnings = ["toc.empty_glob"]
 html_theme = "furo"
 html_title = f"capsjax {release}"
 html_theme_options = {
@@ -39,6 +38,7 @@ html_theme_options = {
         "color-background-primary": "#0d1117",
     },
 }
+html_domain_indices = False
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 
