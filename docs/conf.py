@@ -5,7 +5,6 @@ import importlib
 import io
 import os
 import re
-import textwrap
 from typing import ClassVar
 from unittest import mock
 
@@ -27,6 +26,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "results"]
+smartquotes = False  # which makes dashes of the options of commands
 html_theme = "furo"
 html_title = f"capsjax {release}"
 html_theme_options = {
@@ -111,23 +111,32 @@ class PublicNames(SphinxDirective):
 
 
 class CommandHelp(SphinxDirective):
-    """What a command prints for ``--help``."""
+    """What a command prints for ``--help``: usage, description, and a list of its options."""
 
     required_arguments = 1
     optional_arguments = 1  # a subcommand
 
     def run(self):
-        """Returns a literal block."""
+        """Returns the nodes of the help."""
         printed = io.StringIO()
         with (
-            mock.patch.dict(os.environ, {"COLUMNS": "80", "NO_COLOR": "1"}),
+            mock.patch.dict(os.environ, {"COLUMNS": "2000"}),  # so that few lines are wrapped
             contextlib.redirect_stdout(printed),
             contextlib.suppress(SystemExit),
         ):
             cli.main([*self.arguments, "--help"])
-        lines = printed.getvalue().splitlines()
-        text = "\n".join(textwrap.fill(line, 80) if len(line) > 80 else line for line in lines)
-        return [nodes.literal_block(text, text, language="text")]
+        usage, *about = re.split(r"\n\n+", re.split(r"\n (?=\w)", printed.getvalue())[0].strip())
+        options = nodes.definition_list(classes=["options"])
+        # An option begins in the third column; what it does follows in its line and below it.
+        for line in printed.getvalue().splitlines():
+            if begins := re.match(r"  (\S.*?)(?:\s\s+(.*))?$", line):
+                term = nodes.term("", "", nodes.literal("", begins[1]))
+                text = nodes.paragraph("", begins[2] or "")
+                options += nodes.definition_list_item("", term, nodes.definition("", text))
+            elif line.startswith("   "):
+                text += nodes.Text(f" {line.strip()}")
+        block = nodes.literal_block(usage, usage, language="text")
+        return [*(nodes.paragraph("", text) for text in about), block, options]
 
 
 _PICTURE = re.compile(
