@@ -26,7 +26,6 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "results"]
-smartquotes = False  # which makes dashes of the options of commands
 html_theme = "furo"
 html_title = f"capsjax {release}"
 html_theme_options = {
@@ -131,12 +130,18 @@ class CommandHelp(SphinxDirective):
         for line in printed.getvalue().splitlines():
             if begins := re.match(r"  (\S.*?)(?:\s\s+(.*))?$", line):
                 term = nodes.term("", "", nodes.literal("", begins[1]))
-                text = nodes.paragraph("", begins[2] or "")
+                text = nodes.paragraph("", "", *_with_options(begins[2] or ""))
                 options += nodes.definition_list_item("", term, nodes.definition("", text))
             elif line.startswith("   "):
-                text += nodes.Text(f" {line.strip()}")
+                text += _with_options(f" {line.strip()}")
         block = nodes.literal_block(usage, usage, language="text")
-        return [*(nodes.paragraph("", text) for text in about), block, options]
+        return [*(nodes.paragraph("", "", *_with_options(text)) for text in about), block, options]
+
+
+def _with_options(text):
+    """The text with names of options set as code."""
+    parts = re.split(r"(--[a-z][\w-]*)", text)
+    return [nodes.literal("", p) if p.startswith("--") else nodes.Text(p) for p in parts if p]
 
 
 _PICTURE = re.compile(
