@@ -20,6 +20,7 @@ import capsjax.models
 import capsjax.reproduce
 import capsjax.training
 import capsjax.viz
+from capsjax import cli
 
 ROOT = Path(__file__).parents[1]
 MODULES = (
@@ -120,6 +121,12 @@ def test_an_example_has_a_page_with_its_output_and_picture(path):
     assert f"../../examples/{path.name}" in page
     assert f"{{literalinclude}} {path.stem}.txt" in page
     assert f"../images/{path.stem}-light.svg" in page
+
+
+def test_every_command_is_on_the_page_of_commands():
+    page = (ROOT / "docs" / "commands.rst").read_text("utf-8")
+    shown = re.findall(r"^.. command-help:: (\w+)", page, re.MULTILINE)
+    assert sorted(set(shown)) == sorted(cli._COMMANDS)
 
 
 def test_the_version_is_the_same_everywhere():
