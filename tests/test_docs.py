@@ -1,12 +1,17 @@
-"""The API reference builds without a warning, and has an entry for every public name."""
+"""The site and the pages beside it: warnings, links, an entry for every public name."""
 
 import inspect
+import re
 import subprocess
 import sys
 import zlib
+from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
+from markdown_it import MarkdownIt
 
 import capsjax
 import capsjax.bench
@@ -15,6 +20,7 @@ import capsjax.models
 import capsjax.reproduce
 import capsjax.training
 import capsjax.viz
+from capsjax import cli
 
 ROOT = Path(__file__).parents[1]
 MODULES = (
@@ -32,15 +38,100 @@ MODULES = (
 WITHOUT_PAGES = {"__version__", "nn", "routing", "ModelConfig", "Network"}
 
 
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / ".github").rglob("*.md"), *(ROOT / "docs").rglob("*.md")]
+)
+
+
 @pytest.fixture(scope="module")
-def inventory(tmp_path_factory):
-    """The names that the built pages have an entry for."""
+def site(tmp_path_factory):
+    """The folder of the built pages."""
     built = tmp_path_factory.mktemp("docs")
     command = [sys.executable, "-m", "sphinx", "-q", "-n", "-W", "-b", "html", "docs", str(built)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    packed = (built / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    return built
+
+
+@pytest.fixture(scope="module")
+def inventory(site):
+    """The names that the built pages have an entry for."""
+    packed = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
     return {line.split(" ")[0] for line in zlib.decompress(packed).decode().splitlines()}
+
+
+class Page(HTMLParser):
+    """What a page links to, and what can be linked to in it."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.anchors = set(), {""}
+        self.feed(path.read_text("utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.links |= {value for name, value in attrs if name in ("href", "src") and value}
+        self.anchors |= {value for name, value in attrs if name == "id"}
+
+
+def local(path, links):
+    """The files and anchors that links of this page lead to, except those of other sites."""
+    for link in map(urlsplit, links):
+        if not link.scheme and not link.netloc:
+            target = path.parent / unquote(link.path) if link.path else path
+            yield target.resolve(), unquote(link.fragment), f"{path.name} links to {link.geturl()}"
+
+
+def test_every_page_is_reachable_and_its_links_resolve(site):
+    pages = {path.resolve(): Page(path) for path in site.rglob("*.html")}
+    reached = {site.resolve() / "index.html"}
+    for path, page in pages.items():
+        for target, anchor, link in local(path, page.links):
+            assert target.is_file(), link
+            assert target not in pages or anchor in pages[target].anchors, link
+            reached |= {target} - {path}
+    assert set(pages) <= reached
+
+
+def slugs(text):
+    """The anchors of a Markdown page's headings, as forges and MyST make them."""
+    tokens = MarkdownIt().parse(text)
+    headings = [b.content for a, b in pairwise(tokens) if "heading" in a.type]
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_local_links_of_markdown_resolve(path):
+    text = path.read_text("utf-8")
+    tokens = [t for block in MarkdownIt().parse(text) for t in block.children or []]
+    links = [t.attrGet("href") or t.attrGet("src") for t in tokens]
+    links += re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    for target, anchor, link in local(path, filter(None, links)):
+        assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            assert anchor in slugs(target.read_text("utf-8")), link
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 110
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_an_example_has_a_page_with_its_output_and_picture(path):
+    page = (ROOT / "docs" / "examples" / f"{path.stem}.md").read_text("utf-8")
+    assert f"../../examples/{path.name}" in page
+    assert f"{{literalinclude}} {path.stem}.txt" in page
+    assert f"../images/{path.stem}-light.svg" in page
+
+
+def test_every_command_is_on_the_page_of_commands():
+    page = (ROOT / "docs" / "commands.rst").read_text("utf-8")
+    shown = re.findall(r"^.. command-help:: (\w+)", page, re.MULTILINE)
+    assert sorted(set(shown)) == sorted(cli._COMMANDS)
+
+
+def test_the_version_is_the_same_everywhere():
+    version = f"version: {capsjax.__version__}"
+    assert version in (ROOT / "CITATION.cff").read_text("utf-8").splitlines()
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
