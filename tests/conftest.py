@@ -21,6 +21,8 @@ os.environ["XLA_FLAGS"] = (
 )
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# The processes that tests start need not each compile the package's modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # What one test has compiled, another and the processes that tests start need not.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="capsjax-tests-")

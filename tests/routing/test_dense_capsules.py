@@ -509,12 +509,11 @@ def test_options_that_are_true_without_being_booleans(implementation):
 
 def test_bfloat16_is_the_float32_result_rounded():
     poses, weights = arguments(2, dtype="bfloat16")
-    function = jax.jit(dense_capsules, static_argnames=STATIC)
-    exact = function(
+    exact = dense_capsules(
         poses.astype(jnp.float32), weights.astype(jnp.float32), implementation="reference"
     )
     for implementation in ("reference", *FAST):
-        routed = function(poses, weights, implementation=implementation)
+        routed = dense_capsules(poses, weights, implementation=implementation)
         assert routed.poses.dtype == jnp.bfloat16
         assert_close(routed.poses, exact.poses, terms=CHILDREN, scale=1.0)
 
