@@ -16,9 +16,13 @@ os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
     # Nearly all of the time goes to compiling programs that run once, on tiny arrays.
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    # Code generators in parallel each start anew; on two cores that is a quarter of compiling.
+    " --xla_cpu_parallel_codegen_split_count=1"
 )
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# The processes that tests start need not each compile the package's modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # What one test has compiled, another and the processes that tests start need not.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="capsjax-tests-")

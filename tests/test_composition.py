@@ -304,6 +304,7 @@ INPUTS = normal(BATCH, TOKENS, TOKEN) + (2.0 * LABELS - 1)[:, None, None]
 WIDTHS = {"first": (TOKENS, TOKEN, HIDDEN, POSE), "second": (HIDDEN, POSE, CLASSES, POSE)}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def classify(name, weights, inputs):
     """A network of two capsule layers as a plain function: what every library has to compute."""
     hidden = layer(name, weights["first"], inputs, capsjax.length(inputs))

@@ -79,12 +79,13 @@ def load_pretrained(name: str = "mnist_small") -> Network:
       ValueError: the name is unknown.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> import capsjax
       >>> from capsjax.data import load, scale_pixels
       >>> network = capsjax.load_pretrained()
       >>> digits = load("mnist_5k").test
-      >>> scores = network(scale_pixels(jnp.asarray(digits.images[:8]))).scores
+      >>> images = scale_pixels(jnp.asarray(digits.images[:8]))
+      >>> scores = jax.jit(network)(images).scores
       >>> print(scores.argmax(-1), digits.labels[:8])
       [7 2 1 0 4 1 4 9] [7 2 1 0 4 1 4 9]
     """

@@ -65,11 +65,11 @@ class ConvCapsules(SharedWeights):
         padding are invalid.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from capsjax.nn import ConvCapsules
       >>> layer = ConvCapsules(8, 16, 4, 16, kernel_size=3, strides=2, rngs=nnx.Rngs(0))
-      >>> routed = layer(jnp.ones((2, 7, 7, 8, 16)))
+      >>> routed = jax.jit(layer)(jnp.ones((2, 7, 7, 8, 16)))
       >>> routed.poses.shape, routed.activations.shape
       ((2, 3, 3, 4, 16), (2, 3, 3, 4))
 

@@ -51,14 +51,15 @@ class DenseCapsules(nnx.Module):
         positive.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from capsjax.nn import DenseCapsules
       >>> layer = DenseCapsules(1152, 8, 10, 16, num_iterations=3, rngs=nnx.Rngs(0))
-      >>> layer(jnp.ones((2, 1152, 8))).poses.shape
+      >>> jax.jit(layer)(jnp.ones((2, 1152, 8))).poses.shape
       (2, 10, 16)
       >>> layer = DenseCapsules(288, 8, 10, 16, routing="em", rngs=nnx.Rngs(0))
-      >>> layer(jnp.ones((2, 288, 8)), activations=jnp.ones((2, 288))).activations.shape
+      >>> routed = jax.jit(layer)(jnp.ones((2, 288, 8)), activations=jnp.ones((2, 288)))
+      >>> routed.activations.shape
       (2, 10)
 
     Reference:

@@ -42,11 +42,11 @@ class MatrixPrimaryCapsules(nnx.Module):
       rngs: random streams; uses ``params``.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from capsjax.nn import MatrixPrimaryCapsules
       >>> layer = MatrixPrimaryCapsules(64, 8, 16, rngs=nnx.Rngs(0))
-      >>> poses, activations = layer(jnp.ones((2, 12, 12, 64)))
+      >>> poses, activations = jax.jit(layer)(jnp.ones((2, 12, 12, 64)))
       >>> poses.shape, activations.shape
       ((2, 12, 12, 8, 16), (2, 12, 12, 8))
 
@@ -150,11 +150,12 @@ class MatrixConvCapsules(_MatrixVotes, ConvCapsules):
       ValueError: as :class:`ConvCapsules` does, or ``features`` is no square.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from capsjax.nn import MatrixConvCapsules
       >>> layer = MatrixConvCapsules(8, 4, 16, kernel_size=3, strides=2, rngs=nnx.Rngs(0))
-      >>> routed = layer(jnp.ones((2, 7, 7, 8, 16)), activations=jnp.ones((2, 7, 7, 8)))
+      >>> poses, activations = jnp.ones((2, 7, 7, 8, 16)), jnp.ones((2, 7, 7, 8))
+      >>> routed = jax.jit(layer)(poses, activations=activations)
       >>> routed.poses.shape, routed.activations.shape, routed.coupling.shape
       ((2, 3, 3, 4, 16), (2, 3, 3, 4), (2, 3, 3, 72, 4))
 
@@ -214,11 +215,12 @@ class MatrixGridCapsules(_MatrixVotes, GridCapsules):
       ValueError: as :class:`GridCapsules` does, or ``features`` is no square.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from capsjax.nn import MatrixGridCapsules
       >>> layer = MatrixGridCapsules(4, 10, 16, rngs=nnx.Rngs(0))
-      >>> routed = layer(jnp.ones((2, 3, 3, 4, 16)), activations=jnp.ones((2, 3, 3, 4)))
+      >>> poses, activations = jnp.ones((2, 3, 3, 4, 16)), jnp.ones((2, 3, 3, 4))
+      >>> routed = jax.jit(layer)(poses, activations=activations)
       >>> routed.poses.shape, routed.activations.shape
       ((2, 10, 16), (2, 10))
 

@@ -80,7 +80,8 @@ def em_routing(
       >>> import jax, jax.numpy as jnp
       >>> from capsjax import em_routing
       >>> votes = jax.random.normal(jax.random.key(0), (288, 10, 16))
-      >>> routed = em_routing(votes, jnp.ones(288), beta_a=jnp.zeros(10), beta_u=jnp.zeros(10))
+      >>> betas = {"beta_a": jnp.zeros(10), "beta_u": jnp.zeros(10)}
+      >>> routed = jax.jit(em_routing)(votes, jnp.ones(288), **betas)
       >>> routed.poses.shape, routed.activations.shape, routed.coupling.shape
       ((10, 16), (10,), (288, 10))
 

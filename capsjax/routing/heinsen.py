@@ -127,7 +127,7 @@ def heinsen_routing(
       >>> keys = jax.random.split(jax.random.key(0), len(shapes))
       >>> parameters = HeinsenParameters(
       ...     *(jax.random.normal(k, s) / 8 for k, s in zip(keys, shapes.values())))
-      >>> heinsen_routing(jnp.ones((1000, 64)), parameters).poses.shape
+      >>> jax.jit(heinsen_routing)(jnp.ones((1000, 64)), parameters).poses.shape
       (10, 16)
 
     Reference:

@@ -81,12 +81,12 @@ def split_network(
       ``axis_name``, and returns updated running ones; otherwise it uses the running ones.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from capsjax import models
       >>> from capsjax.training import split_network
       >>> from flax import nnx
       >>> apply, variables = split_network(models.create("small", rngs=nnx.Rngs(0)))
-      >>> prediction, _ = apply(variables, jnp.zeros((1, 28, 28, 1)))
+      >>> prediction, _ = jax.jit(apply)(variables, jnp.zeros((1, 28, 28, 1)))
       >>> prediction.scores.shape
       (1, 10)
     """

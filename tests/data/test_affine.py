@@ -9,6 +9,9 @@ from scipy import io, ndimage
 from capsjax.data import AffineRanges, DataError, load, random_affine
 from capsjax.data.affine import _draw_matrix, _draw_place, _warp
 
+# One program for each shape, which tests share.
+transformed = jax.jit(random_affine, static_argnames=("size", "ranges"))
+
 
 def keys(number, seed=0):
     return jax.random.split(jax.random.key(seed), number)
@@ -39,18 +42,24 @@ def by_scipy(image, matrix, place, size):
 
 def test_is_the_affine_map_of_scipy():
     image = digit()
-    for key in keys(4):
+
+    @jax.jit
+    def transform(key):
         one, two = jax.random.split(key)
         matrix = _draw_matrix(one, AffineRanges())
-        place = _draw_place(two, jnp.asarray(image[..., None]), matrix, 40)
-        got = _warp(jnp.asarray(image[..., None], jnp.float32), matrix, place, 40)[..., 0]
+        place = _draw_place(two, image[..., None], matrix, 40)
+        warped = _warp(jnp.asarray(image[..., None], jnp.float32), matrix, place, 40)
+        return matrix, place, warped[..., 0]
+
+    for key in keys(4):
+        matrix, place, got = transform(key)
         expected = by_scipy(image, *(np.asarray(x, np.float64) for x in (matrix, place)), 40)
         # Rounding may move a pixel to the next cell, where grey levels differ a little.
         np.testing.assert_allclose(got, expected, atol=0.05)
 
 
 def test_matrices_have_the_ranges_that_they_are_drawn_from():
-    matrices = np.asarray(jax.vmap(lambda k: _draw_matrix(k, AffineRanges()))(keys(4000)))
+    matrices = np.asarray(jax.jit(jax.vmap(lambda k: _draw_matrix(k, AffineRanges())))(keys(4000)))
     # The first column of A = R S D is a R e_x.
     angles = np.rad2deg(np.arctan2(matrices[:, 1, 0], matrices[:, 0, 0]))
     across = np.linalg.norm(matrices[:, :, 0], axis=1)
@@ -75,7 +84,7 @@ def test_nothing_falls_out_and_every_place_is_reached():
     image = digit()
     still = AffineRanges(rotation=0, shear=0, least_scale=1, most_scale=1)
     images = jnp.asarray(np.stack([image] * 2000)[..., None])
-    out = np.asarray(random_affine(keys(2000), images, size=40, ranges=still))
+    out = np.asarray(transformed(keys(2000), images, size=40, ranges=still))
     assert out.shape == (2000, 40, 40, 1)
     assert out.dtype == np.uint8
     totals = out.sum((1, 2, 3), dtype=np.int64)
@@ -83,21 +92,22 @@ def test_nothing_falls_out_and_every_place_is_reached():
     np.testing.assert_allclose(totals, image.sum(dtype=np.int64), rtol=0.01)
     columns = (out > 0).any((1, 3)).argmax(1)
     assert set(range(32)) <= set(columns)  # 8 columns fit into 40 at 33 positions
-    distorted = np.asarray(random_affine(keys(200, 1), images[:200], size=40)).astype(np.float64)
+    distorted = np.asarray(transformed(keys(200, 1), images[:200], size=40)).astype(np.float64)
     assert (distorted.sum((1, 2, 3)) > 0.55 * image.sum()).all()
 
 
 def test_an_image_s_transformation_is_its_own():
     images = jnp.asarray(np.stack([digit()] * 4)[..., None])
-    together = random_affine(keys(4), images, size=40)
-    np.testing.assert_array_equal(together[2:3], random_affine(keys(4)[2:3], images[2:3], size=40))
+    together = transformed(keys(4), images, size=40)
+    alone = transformed(keys(4)[2:3], images[2:3], size=40)
+    np.testing.assert_array_equal(together[2:3], alone)
     assert (together[0] != together[1]).any()
 
 
 def test_a_blank_image_and_one_that_is_too_large():
-    blank = random_affine(keys(1), jnp.zeros((1, 28, 28, 1)), size=40)
+    blank = transformed(keys(1), np.zeros((1, 28, 28, 1), np.float32), size=40)
     np.testing.assert_array_equal(blank, 0)
-    full = random_affine(keys(1), jnp.ones((1, 28, 28, 1)), size=20)
+    full = transformed(keys(1), np.ones((1, 28, 28, 1), np.float32), size=20)
     np.testing.assert_allclose(full[0, 5:15, 5:15], 1, atol=1e-5)
 
 

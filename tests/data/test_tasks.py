@@ -1,5 +1,7 @@
 """Samples against NumPy, on one device and on eight."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,16 +72,17 @@ def pair_in_numpy(images, offsets, size, most):
 def test_pairs_are_shifted_added_and_clipped():
     rng = np.random.default_rng(0)
     images = rng.integers(1, 256, (300, 2, 28, 28, 1), np.uint8)
-    pictures, drawings = Pairs().render(keys(300), jnp.asarray(images), train=True)
+    render = jax.jit(functools.partial(Pairs().render, train=True))
+    pictures, drawings = map(np.asarray, render(keys(300), images))
     seen = set()
     for n in range(300):
         offsets = []
-        for part in np.asarray(drawings[n, ..., 0]):
+        for part in drawings[n, ..., 0]:
             rows, columns = np.nonzero(part.any(1))[0], np.nonzero(part.any(0))[0]
             offsets.append((rows[0] - 4, columns[0] - 4))
         total, parts = pair_in_numpy(images[n, ..., 0], offsets, 36, 4)
-        np.testing.assert_array_equal(np.round(np.asarray(pictures[n, ..., 0]) * 255), total)
-        np.testing.assert_array_equal(np.round(np.asarray(drawings[n, ..., 0]) * 255), parts)
+        np.testing.assert_array_equal(np.round(pictures[n, ..., 0] * 255), total)
+        np.testing.assert_array_equal(np.round(drawings[n, ..., 0] * 255), parts)
         assert total.max() == 255
         seen.update(offsets)
     assert {max(abs(r), abs(c)) for r, c in seen} <= set(range(5))
@@ -88,7 +91,8 @@ def test_pairs_are_shifted_added_and_clipped():
 
 @pytest.mark.parametrize("task", [Shifted(), Pairs(12, 2)], ids=["single", "pairs"])
 def test_targets_and_masks_are_those_of_the_labels(task):
-    sample = Sampler(task, CLASSES).train(split(), keys(1)[0], jnp.arange(6), jnp.arange(3, 9))
+    make = jax.jit(Sampler(task, CLASSES).train)
+    sample = make(split(), keys(1)[0], np.arange(6), np.arange(3, 9))
     labels = np.asarray(sample.labels).reshape(6, -1)
     hot = np.eye(CLASSES)[labels]
     np.testing.assert_array_equal(sample.target, hot.sum(1))
@@ -154,7 +158,8 @@ def test_a_split_with_other_counts_of_labels_and_images_is_refused():
 
 def test_placing_reaches_every_place_equally_often():
     image = np.full((1, 5, 5, 1), 9, np.uint8)
-    out = np.asarray(random_placement(keys(9000), jnp.asarray(np.repeat(image, 9000, 0)), size=7))
+    place = jax.jit(functools.partial(random_placement, size=7))
+    out = np.asarray(place(keys(9000), np.repeat(image, 9000, 0)))
     assert (out.sum((1, 2, 3)) == 9 * 25).all()
     rows, columns = (out[..., 0] > 0).any(2).argmax(1), (out[..., 0] > 0).any(1).argmax(1)
     counts = np.bincount(3 * rows + columns, minlength=9)
@@ -188,7 +193,7 @@ def test_a_test_sample_depends_on_its_number_alone(task):
 
 def test_test_images_are_not_shifted():
     digits = split()
-    sample = Sampler(Shifted(3), CLASSES).test(digits, jnp.arange(16))
+    sample = jax.jit(Sampler(Shifted(3), CLASSES).test)(digits, np.arange(16))
     np.testing.assert_array_equal(np.round(np.asarray(sample.images) * 255), digits.images)
 
 
@@ -200,9 +205,8 @@ def test_pixels_of_other_dtypes_are_those_of_bytes(task, dtype):
     images = np.random.default_rng(0).integers(0, 256, (4, 2, 8, 8, 1), np.uint8)
     images = images if isinstance(task, Pairs) else images[:, 0]
     other = (images / 255 * (1 if dtype == np.float32 else 65535)).astype(dtype)
-    for a, b in zip(
-        *(task.render(keys(4), jnp.asarray(x), train=True) for x in (images, other)), strict=True
-    ):
+    render = jax.jit(functools.partial(task.render, train=True))
+    for a, b in zip(*(render(keys(4), x) for x in (images, other)), strict=True):
         assert b.dtype == jnp.float32
         np.testing.assert_allclose(a, b, atol=0.51 / 255)
 
@@ -216,7 +220,7 @@ def test_flips_leave_all_else_as_it_was():
     digits = Batch(jax.random.randint(keys(1)[0], (16, 4, 4, 1), 0, 256, jnp.uint8), split().labels)
     first, key = jnp.arange(16), keys(1)[0]
     plain, flipped = (
-        Sampler(Shifted(0), CLASSES, flip).train(digits, key, first, first)
+        jax.jit(Sampler(Shifted(0), CLASSES, flip).train)(digits, key, first, first)
         for flip in (None, "horizontal")
     )
     straight = (plain.images == flipped.images).all((1, 2, 3))
@@ -245,7 +249,7 @@ def test_any_number_of_classes():
     np.testing.assert_array_equal(is_right(scores, labels), np.array([True, False, True]))
     images, three = jnp.zeros((3, 4, 4, 1), jnp.uint8), jnp.arange(3)
     sampler = Sampler(Shifted(0), num_classes=3)
-    sample = sampler.train(Batch(images, labels), keys(1)[0], three, three[::-1])
+    sample = jax.jit(sampler.train)(Batch(images, labels), keys(1)[0], three, three[::-1])
     np.testing.assert_array_equal(sample.target, labels[::-1])
     np.testing.assert_array_equal(sample.masks, labels[::-1])
     with pytest.raises(ValueError, match=r"one label per image, shape \(3,\), got .*\(2, 3\)"):
@@ -254,9 +258,8 @@ def test_any_number_of_classes():
 
 @pytest.mark.parametrize("task", [Placed(), Pairs()])
 def test_the_first_test_samples_are_of_all_classes(task):
-    labels = jnp.repeat(jnp.arange(5), 20)
-    images = Batch(jnp.zeros((100, 28, 28, 1), jnp.uint8), labels)
-    sample = Sampler(task, 5).test(images, jnp.arange(100))
+    images = Batch(np.zeros((100, 28, 28, 1), np.uint8), np.repeat(np.arange(5), 20))
+    sample = jax.jit(Sampler(task, 5).test)(images, np.arange(100))
     first = np.asarray(sample.labels).reshape(100, -1)[:, 0]
     assert set(first[:25]) == set(range(5))
     np.testing.assert_array_equal(np.bincount(first), [20] * 5)

@@ -99,8 +99,9 @@ def test_leading_axes_are_free_and_mapped_over(name, rank):
 def test_series_of_a_batch_are_not_mixed():
     layer = PrimaryCapsules(3, 2, 8, kernel_size=(9,), strides=2, rngs=nnx.Rngs(0))
     x = normal(4, 50, 3)
-    assert layer(x).shape == (4, 42, 8)
-    np.testing.assert_allclose(layer(x)[2], layer(x[2]), rtol=1e-5, atol=1e-6)
+    together = apply(layer, x, {})
+    assert together.shape == (4, 42, 8)
+    np.testing.assert_allclose(together[2], apply(layer, x[2], {}), rtol=1e-5, atol=1e-6)
     volumes = PrimaryCapsules(1, 2, 4, kernel_size=(3, 3, 3), rngs=nnx.Rngs(0))
     assert jax.eval_shape(volumes, jnp.ones((2, 7, 7, 5, 1))).shape == (2, 3 * 3 * 2 * 2, 4)
 
@@ -138,8 +139,10 @@ def test_coordinates_have_a_component_for_each_axis(rank):
     for kind, components in ((GridCapsules, [0, 1, 2]), (MatrixGridCapsules, [2, 5, 8])):
         sizes = (1, 9, 1, 9) if kind is GridCapsules else (1, 1, 9)
         plain, moved = (
-            kind(*sizes, routing="em", coordinates=c, num_spatial_dims=rank, rngs=nnx.Rngs(0))(
-                normal(*grid, 1, 9), where=one
+            apply(
+                kind(*sizes, routing="em", coordinates=c, num_spatial_dims=rank, rngs=nnx.Rngs(0)),
+                normal(*grid, 1, 9),
+                {"where": one},
             ).poses
             for c in (False, True)
         )

@@ -35,7 +35,8 @@ def arguments(*leading, shape=(CHILDREN, IN_FEATURES, PARENTS, FEATURES), dtype=
     rng = np.random.default_rng(seed)
     poses = rng.normal(size=(*leading, *shape[:2]))
     weights = rng.normal(size=shape) / np.sqrt(shape[1])
-    return jnp.asarray(poses, dtype), jnp.asarray(weights, dtype)
+    # Converted on the host, which compiles nothing.
+    return tuple(jnp.asarray(x.astype(jnp.dtype(dtype))) for x in (poses, weights))
 
 
 def bias_of(parents=PARENTS, features=FEATURES):
@@ -103,24 +104,44 @@ def test_implementations_agree_at_the_benchmarked_sizes(name):
         assert_same(got, expected, "float32", terms=sizes.children * sizes.in_features)
 
 
+# Leading axes, sizes, iterations, dtype, and whether leaky, with stopped gradients, biased, masked:
+# each with others and without, as every case is a program of each implementation.
+CASES = [
+    ((), (1, 1, 1, 1), 1, "float32", False, False, False, False),
+    ((2,), (70, 3, 5, 6), 3, "float32", False, True, True, True),
+    ((3, 1), (33, 9, 1, 2), 2, "bfloat16", True, False, False, True),
+    ((2,), (16, 2, 40, 3), 4, "float16", True, True, True, False),
+]
+
+
 @pytest.mark.parametrize("implementation", FAST)
-@settings(max_examples=6)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients_are_those_of_the_reference(implementation, case):
+    check_against_reference(implementation, *case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", FAST)
+@settings(max_examples=25)
 @given(
-    leading=st.lists(st.integers(1, 3), max_size=2),
-    sizes=st.tuples(
-        st.sampled_from([1, 3, 16, 33, 70]),
-        st.integers(1, 9),
-        st.sampled_from([1, 2, 5, 40]),
-        st.integers(1, 6),
-    ),
-    num_iterations=st.integers(1, 4),
-    dtype=st.sampled_from(FLOATS),
-    leaky=st.booleans(),
-    stop_gradient=st.booleans(),
-    biased=st.booleans(),
-    masked=st.booleans(),
+    case=st.tuples(
+        st.lists(st.integers(1, 3), max_size=2),
+        st.tuples(
+            st.sampled_from([1, 3, 16, 33, 70]),
+            st.integers(1, 9),
+            st.sampled_from([1, 2, 5, 40]),
+            st.integers(1, 6),
+        ),
+        st.integers(1, 4),
+        st.sampled_from(FLOATS),
+        *[st.booleans()] * 4,
+    )
 )
-def test_values_and_gradients_are_those_of_the_reference(
+def test_values_and_gradients_with_any_options(implementation, case):
+    check_against_reference(implementation, *case)
+
+
+def check_against_reference(
     implementation, leading, sizes, num_iterations, dtype, leaky, stop_gradient, biased, masked
 ):
     # Of some of its products XLA:CPU knows no 16-bit factors.
@@ -170,21 +191,22 @@ def test_gradients_are_those_of_differences(implementation):
 
 
 @pytest.mark.parametrize("implementation", FAST)
-@settings(max_examples=8)
-@given(
-    kind=st.sampled_from([0.0, 1e-8, 1e4, "equal"]),
-    sizes=st.sampled_from([(1, 1, 1, 1), (1, 2, 4, 3), (20, 2, 1, 3), (20, 2, 4, 3)]),
-    dtype=st.sampled_from(FLOATS),
-    num_iterations=st.sampled_from([1, 3, 10]),
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "num_iterations"),
+    [
+        ((20, 2, 4, 3), "float16", 10),
+        ((20, 2, 1, 3), "float32", 3),
+        ((1, 2, 4, 3), "float16", 3),
+        ((1, 1, 1, 1), "bfloat16", 1),
+    ],
 )
-def test_values_and_gradients_are_finite(implementation, kind, sizes, dtype, num_iterations):
-    poses, weights = arguments(2, shape=sizes, dtype=dtype)
-    if kind == "equal":
-        poses, weights = jnp.ones_like(poses), jnp.ones_like(weights)
-    else:
-        poses = jnp.asarray(poses * kind, dtype)
-    got = with_gradients(implementation, poses, weights, num_iterations=num_iterations)
-    assert all_finite(got)
+def test_values_and_gradients_are_finite(implementation, sizes, dtype, num_iterations):
+    poses, weights = (np.asarray(x, np.float32) for x in arguments(2, shape=sizes))
+    ones = np.ones_like(poses), np.ones_like(weights)
+    for kind in (*((poses * scale, weights) for scale in (0.0, 1e-8, 1.0, 1e4)), ones):
+        given = (jnp.asarray(x.astype(jnp.dtype(dtype))) for x in kind)
+        got = with_gradients(implementation, *given, num_iterations=num_iterations)
+        assert all_finite(got)
 
 
 @pytest.mark.parametrize("implementation", ["reference", *FAST])
@@ -223,10 +245,16 @@ def temporary(implementation, batch, sizes):
 
 
 @functools.cache
-def lowered(implementation, batch, sizes, platform):
+def traced(implementation, batch, sizes):
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((batch, *sizes[:2]), sizes)]
     gradient = jax.grad(functools.partial(loss, implementation=implementation), (0, 1))
-    return export.export(jax.jit(gradient), platforms=[platform])(*shapes).mlir_module()
+    return jax.jit(gradient).trace(*shapes)
+
+
+@functools.cache
+def lowered(implementation, batch, sizes, platform):
+    program = traced(implementation, batch, sizes)
+    return program.lower(lowering_platforms=(platform,)).as_text()
 
 
 def stores_votes(implementation, batch, sizes, platform="cpu"):
@@ -301,7 +329,8 @@ def test_memory_grows_with_children_and_parents_but_not_with_their_pairs():
         return (many - few) / 256
 
     # Four times as many of both are sixteen times as many pairs.
-    assert of_an_example("reference", 512, 32) > 14 * of_an_example("reference", 128, 8)
+    more, fewer = (temporary("reference", 256, (n, 8, n // 16, 16)) for n in (512, 128))
+    assert more > 12 * fewer
     assert of_an_example("blocked", 512, 32) < 5 * of_an_example("blocked", 128, 8)
 
 
@@ -313,14 +342,18 @@ def test_under_transformations(implementation):
     def one(poses, weights=weights):
         return dense_capsules(poses, weights, implementation=implementation).poses
 
-    def gradient(function):
-        return jax.jit(jax.grad(lambda p: jnp.cos(function(p)).sum()))(poses)
+    @functools.partial(jax.jit, static_argnums=0)
+    def with_gradient(function, poses):
+        routed, pullback = jax.vjp(function, poses)
+        return routed, pullback(-jnp.sin(routed))[0]
 
-    expected, close = one(poses), {"rtol": 1e-5, "atol": 1e-6}
-    for run in (one.__wrapped__, jax.vmap(one), functools.partial(jax.lax.map, one), jax.pmap(one)):
+    (expected, gradient), close = with_gradient(one, poses), {"rtol": 1e-5, "atol": 1e-6}
+    for run in (one.__wrapped__, functools.partial(jax.lax.map, one), jax.pmap(one)):
         np.testing.assert_allclose(run(poses), expected, **close)
-    np.testing.assert_allclose(gradient(jax.remat(one)), gradient(one), **close)
-    np.testing.assert_allclose(gradient(jax.vmap(one)), gradient(one), rtol=1e-4, atol=1e-6)
+    routed, mapped = with_gradient(jax.vmap(one), poses)
+    np.testing.assert_allclose(routed, expected, **close)
+    np.testing.assert_allclose(mapped, gradient, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(with_gradient(jax.remat(one), poses)[1], gradient, **close)
     ensemble = jnp.stack([weights, 2 * weights])
     several = jax.vmap(one, in_axes=(None, 0))(poses, ensemble)
     for got, member in zip(several, ensemble, strict=True):
@@ -330,7 +363,7 @@ def test_under_transformations(implementation):
 @pytest.mark.parametrize("implementation", FAST)
 def test_scan_over_stacked_layers(implementation):
     poses, first = arguments(2, shape=(6, 4, 6, 4))
-    layers = jnp.stack([first, first[::-1], -first])
+    layers = jnp.stack([first, -first[::-1]])
 
     def layer(poses, weights):
         return dense_capsules(poses, weights, implementation=implementation).poses, None
@@ -370,15 +403,17 @@ def test_under_shard_map_whichever_argument_is_sharded(implementation, varying):
         poses, weights = (jnp.broadcast_to(x, (8, *x.shape[1:])) for x in (poses, weights))
         return jax.vmap(lambda u, w: shard(u[None], w[None])[0])(poses, weights)
 
-    def total(function):
-        return lambda *arguments: jnp.cos(function(*arguments)).sum()
+    def results_and_gradients(function):
+        def total(*arguments):
+            results = function(*arguments)
+            return jnp.cos(results).sum(), results
 
-    np.testing.assert_allclose(
-        jax.jit(mapped)(poses, weights), jax.jit(each)(poses, weights), rtol=1e-5, atol=1e-6
-    )
-    got = jax.jit(jax.grad(total(mapped), (0, 1)))(poses, weights)
-    expected = jax.jit(jax.grad(total(each), (0, 1)))(poses, weights)
-    for a, b in zip(got, expected, strict=True):
+        return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(poses, weights)
+
+    (_, got), gradients = results_and_gradients(mapped)
+    (_, expected), expected_gradients = results_and_gradients(each)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    for a, b in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
@@ -451,15 +486,15 @@ def test_a_nan_stays_nan_in_its_example(implementation):
         assert not jnp.isfinite(d_weights).any()
 
 
-@pytest.mark.parametrize("implementation", FAST)
-def test_second_derivatives(implementation):
+def test_second_derivatives():
     with jax.enable_x64(True):
         poses, weights = arguments(shape=(4, 2, 3, 2), dtype="float64")
-        got, expected = (
+        expected, *others = (
             jax.jit(jax.hessian(functools.partial(loss, implementation=name)))(poses, weights)
-            for name in (implementation, "reference")
+            for name in ("reference", *FAST)
         )
-        np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
+        for got in others:
+            np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("implementation", FAST)

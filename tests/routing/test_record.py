@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -139,7 +140,7 @@ def test_a_record_says_what_its_function_takes(name):
     if record.iterates:
         given["num_iterations"] = 2
     children = routing.Children(poses, where=jnp.arange(6) > 0)
-    routed = record.route(votes, children, given)
+    routed = jax.jit(lambda: record.route(votes, children, given))()
     assert (routed.poses.shape, routed.activations.shape) == ((2, 3, 5), (2, 3))
     if record.squash is not None:
         lengths = capsjax.length(routed.poses)

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -63,6 +64,21 @@ def finished(tmp_path_factory, digits, tiny):
     tmp_path = tmp_path_factory.mktemp("finished")
     result = train(config(tmp_path, tensorboard=True), model=tiny, dataset=digits)
     return tmp_path / "run", result
+
+
+@pytest.fixture(scope="module")
+def eight_steps(tmp_path_factory, digits, tiny):
+    """A whole run of eight steps on one device, with checkpoints at 7 and 8."""
+    options = config(tmp_path_factory.mktemp("eight"), driver="jit", steps=8)
+    train(options, model=tiny, dataset=digits)
+    return options
+
+
+@pytest.fixture
+def copied(eight_steps, tmp_path):
+    """A copy of the run of eight steps, for a test to go on with or to damage."""
+    shutil.copytree(eight_steps.run_dir, tmp_path / "run")
+    return dataclasses.replace(eight_steps, run_dir=tmp_path / "run")
 
 
 def test_a_finished_run_leaves_everything_behind(finished):
@@ -168,17 +184,15 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, digits, tiny, driv
     assert_same_bits(expected, resumed)
 
 
-def test_metrics_of_a_resumed_run_have_no_step_twice(tmp_path, digits, tiny):
-    options = config(tmp_path, driver="jit", steps=8)
-    train(options, model=tiny, dataset=digits)
+def test_metrics_of_a_resumed_run_have_no_step_twice(copied, digits):
     # As if the process had died after records that no checkpoint covers.
-    path = options.run_dir / "metrics.jsonl"
+    path = copied.run_dir / "metrics.jsonl"
     path.write_text(
         path.read_text()
         + json.dumps({"split": "train", "step": 12, "loss": 9.0, "error": 1.0})
         + '\n{"split": "tr'
     )
-    train(dataclasses.replace(options, steps=16, resume=True), dataset=digits)
+    train(dataclasses.replace(copied, steps=16, resume=True), dataset=digits)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["step"] for r in records if r["split"] == "train"] == [4, 8, 12, 16]
     assert all(r["loss"] != 9.0 for r in records)
@@ -221,33 +235,25 @@ def test_a_validation_that_was_stopped_is_made_up_for(tmp_path, digits, tiny, mo
     best.close()
 
 
-def test_a_run_that_died_before_its_first_checkpoint_starts_afresh(tmp_path, digits, tiny):
-    import shutil
-
-    options = config(tmp_path, driver="jit", steps=8)
-    train(options, model=tiny, dataset=digits)
-    shutil.rmtree(options.run_dir / "checkpoints")
-    (options.run_dir / "result.json").unlink()
-    result = train(dataclasses.replace(options, resume=True), dataset=digits)
+def test_a_run_that_died_before_its_first_checkpoint_starts_afresh(copied, digits):
+    shutil.rmtree(copied.run_dir / "checkpoints")
+    (copied.run_dir / "result.json").unlink()
+    result = train(dataclasses.replace(copied, resume=True), dataset=digits)
     assert (result.first_step, result.step) == (0, 8)
-    lines = (options.run_dir / "metrics.jsonl").read_text().splitlines()
+    lines = (copied.run_dir / "metrics.jsonl").read_text().splitlines()
     assert [r["step"] for r in map(json.loads, lines) if r["split"] == "train"] == [4, 8]
 
 
-def test_a_run_is_not_cut_short_by_resuming_it(tmp_path, digits, tiny):
-    options = config(tmp_path, driver="jit", steps=8)
-    train(options, model=tiny, dataset=digits)
+def test_a_run_is_not_cut_short_by_resuming_it(copied, digits):
     with pytest.raises(ConfigError, match="is finished at step 8"):
-        train(dataclasses.replace(options, resume=True, steps=6), dataset=digits)
-    (options.run_dir / "result.json").unlink()
+        train(dataclasses.replace(copied, resume=True, steps=6), dataset=digits)
+    (copied.run_dir / "result.json").unlink()
     with pytest.raises(ConfigError, match="stands at step 8 already, beyond the 6"):
-        train(dataclasses.replace(options, resume=True, steps=6), dataset=digits)
+        train(dataclasses.replace(copied, resume=True, steps=6), dataset=digits)
 
 
-def test_other_data_than_the_run_s_are_refused(tmp_path, digits, tiny):
-    options = config(tmp_path, driver="jit", steps=1)
-    train(options, model=tiny, dataset=digits)
-    longer = dataclasses.replace(options, resume=True, steps=2)
+def test_other_data_than_the_run_s_are_refused(copied, tmp_path, digits, tiny):
+    longer = dataclasses.replace(copied, resume=True, steps=9)
     images, labels = digits.train
     for other, what in (
         (dataclasses.replace(digits, class_names=tuple("abcdefghij")), "class names were"),
@@ -261,12 +267,10 @@ def test_other_data_than_the_run_s_are_refused(tmp_path, digits, tiny):
         train(config(tmp_path / "b"), model=tiny, dataset=empty)
 
 
-def test_checkpoints_of_a_run_without_configuration_are_left_alone(tmp_path, digits, tiny):
-    options = config(tmp_path, driver="jit", steps=1)
-    train(options, model=tiny, dataset=digits)
-    (options.run_dir / "config.json").unlink()
+def test_checkpoints_of_a_run_without_configuration_are_left_alone(copied, digits, tiny):
+    (copied.run_dir / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"holds checkpoints of a run whose config.json is miss"):
-        train(options, model=tiny, dataset=digits)
+        train(copied, model=tiny, dataset=digits)
 
 
 def test_stop_request_notes_the_first_signal_and_obeys_the_second():
@@ -279,16 +283,12 @@ def test_stop_request_notes_the_first_signal_and_obeys_the_second():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
-    tmp_path, digits, tiny
-):
-    options = config(tmp_path, driver="jit", steps=7)
-    train(options, model=tiny, dataset=digits)
-    longer = dataclasses.replace(options, steps=23, resume=True, learning_rate=1e38)
-    with pytest.raises(DivergedError, match=r"at step \d+; the last good checkpoint is of step 7"):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(copied, digits):
+    longer = dataclasses.replace(copied, steps=23, resume=True, learning_rate=1e38)
+    with pytest.raises(DivergedError, match=r"at step \d+; the last good checkpoint is of step 8"):
         train(longer, dataset=digits)
-    step, state = parameters(options.run_dir)
-    assert step == 7
+    step, state = parameters(copied.run_dir)
+    assert step == 8
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
