@@ -100,12 +100,13 @@ def _evaluate(config: Any) -> None:
     evaluated = evaluate(config)
     test, step = evaluated.test, evaluated.step
     _print_error(f"{evaluated.dataset} test error", test)
-    by_class = zip(evaluated.class_names, test.class_wrong, test.class_count, strict=True)
     if test.wrong is not None:
         print(f"balanced error, the mean over the classes: {test.balanced_error:.2%}")
-    for name, wrong, count in by_class if test.wrong is not None else ():
-        share = f"{wrong / count:.2%}" if count else "none"
-        print(f"  {name}: {share} ({wrong:,} of {count:,} wrong)")
+        for name, wrong, count in zip(
+            evaluated.class_names, test.class_wrong, test.class_count, strict=True
+        ):
+            share = f"{wrong / count:.2%}" if count else "none"
+            print(f"  {name}: {share} ({wrong:,} of {count:,} wrong)")
     source = "network of the package" if step is None else f"checkpoint of step {step:,}"
     # That of an objective that was given in Python is not known here.
     print(source if math.isnan(test.loss) else f"loss {test.loss:.4f}; {source}")

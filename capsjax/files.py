@@ -70,10 +70,12 @@ def expand_paths(options: Any, *names: str) -> None:
 
 
 def require_folder(options: Any, name: str) -> None:
-    """Raises a ConfigError if the folder of a file that is to be written does not exist."""
-    path = getattr(options, name)
+    """Raises a ConfigError if a file cannot be written: a directory is missing, or in its place."""
+    path, option = getattr(options, name), "--" + name.replace("_", "-")
+    if path is not None and path.is_dir():
+        raise ConfigError(f"{option} must be a file, {path} is a directory")
     if path is not None and not path.absolute().parent.is_dir():
-        raise ConfigError(f"--{name.replace('_', '-')}: no directory {path.parent}")
+        raise ConfigError(f"{option}: no directory {path.parent}")
 
 
 def _expanded(option: str, path: str | os.PathLike[str]) -> Path:

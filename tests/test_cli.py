@@ -174,7 +174,7 @@ def test_resuming_keeps_the_run_s_options_and_may_lengthen_it(uninterrupted, tmp
     assert [r["step"] for r in records if r["split"] == "test"] == [44]
     finished = call(capsys, "train", "--resume", "--run-dir", run)
     assert finished.returncode == 2
-    assert "is finished at step 44; raise --epochs or --steps" in one_line(
+    assert "is finished at step 44; raise --epochs, --steps or --patience" in one_line(
         finished.stderr, "capsjax train"
     )
     epochs = call(capsys, "train", "--resume", "--run-dir", run, "--epochs", 30)
@@ -292,7 +292,7 @@ BAD = [
     (["train", "--max-shift", "28"], "--max-shift must be below the images' 28 pixels, got 28"),
     (["train", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     (["train", "--learning-rate", "nan"], "--learning-rate must be positive, got nan"),
-    (["train", "--fill", "grey"], "--fill must be a number or {edge}, got 'grey'"),
+    (["train", "--fill", "grey"], "--fill must be a number or edge, got 'grey'"),
     (["train", "--fill", "255"], "--fill must be edge or from 0 to 1, got 255"),
     (["train", "--image-size", "0"], "--image-size must be at least 1, got 0"),
     (["train", "--channels", "3"], "--channels are for image_folder, not for mnist_5k"),

@@ -132,6 +132,8 @@ def read_image(
             f"images need Pillow, which is not installed: {how_to_install('data')}"
         ) from error
     try:
+        if not file.is_file():  # reading a pipe would wait for ever
+            raise ValueError("it is no file")
         with Image.open(file) as image:
             if getattr(image, "n_frames", 1) > 1:
                 lost["only the first image of each file of several"] += 1

@@ -136,7 +136,7 @@ def _targets(name: str, targets: npt.NDArray[Any]) -> npt.NDArray[Any]:
         raise ValueError(
             f"{name} must be numbers [N] or [N, J], got {targets.dtype} {list(targets.shape)}"
         )
-    return targets.reshape(len(targets), -1).astype(np.float32)
+    return (targets if targets.ndim == 2 else targets[:, None]).astype(np.float32)
 
 
 def _numbers(labels: npt.NDArray[np.int32]) -> tuple[str, ...]:

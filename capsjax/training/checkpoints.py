@@ -195,10 +195,13 @@ class Checkpoints:
 
     def _restore(self, step: int, target: Any) -> Any:
         found, expected = _shapes(self._metadata(step)), _shapes(target)
-        for name in sorted(found.keys() | expected.keys()):
+        # The optimizer's arrays, which follow the parameters', come last.
+        names = found.keys() | expected.keys()
+        for name in sorted(names, key=lambda name: (name.startswith("opt_state"), name)):
             if found.get(name) != expected.get(name):
+                kind = "optimizer" if name.startswith("opt_state") else "network"
                 raise CheckpointError(
-                    f"checkpoint {self.path / str(step)} is of another network: {name} has shape"
+                    f"checkpoint {self.path / str(step)} is of another {kind}: {name} has shape"
                     f" {found.get(name, 'none')}, expected {expected.get(name, 'none')}"
                 )
         try:
@@ -307,8 +310,12 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def _checksums(state: Any) -> dict[str, int]:
     """CRC-32 of each array, by path."""
-    arrays = _leaves(jax.device_get(state))
-    return {name: zlib.crc32(np.ascontiguousarray(array).data) for name, array in arrays}
+    return {name: zlib.crc32(_bytes(jax.device_get(array))) for name, array in _leaves(state)}
+
+
+def _bytes(array: Any) -> memoryview:
+    # As bytes: NumPy gives no buffer of dtypes that it does not know, such as bfloat16.
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def choose_model(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
     try:
         preset = models.configure(config.preset, **overrides)
     except ValueError as error:
-        if str(error).split()[0] in fields:
+        if re.split(r"\W", str(error))[0] in fields:
             raise ConfigError(f"--override: {error}") from None
         raise _option_error(error) from None
     routing = getattr(preset, "routing", "")
@@ -88,6 +88,8 @@ def _fields(config: TrainConfig, preset: models.ModelConfig) -> dict[str, Any]:
             raise ConfigError(
                 f"--override must name a field of {config.preset}: {', '.join(known)}; got {text!r}"
             )
+        if name in fields:
+            raise ConfigError(f"--override has {name} twice")
         several = get_origin(kinds[name]) is tuple
         values: Any = [v for v in value.split(",") if v] if several else value
         try:
@@ -173,15 +175,21 @@ def choose_objective(
         )
     except ValueError as error:
         raise _option_error(error) from None
-    if name == "squared_error" and not isinstance(model, models.BaselineConfig):
-        low, high = dataset.train.labels.min(), dataset.train.labels.max()
-        if not 0 <= low <= high <= 1:
-            raise ConfigError(
-                f"data set {dataset.name} has numbers to predict from {low:g} to {high:g}; the"
-                " scores of capsule networks lie in [0, 1]: scale the numbers, or give train() an"
-                " objective of the poses"
-            )
     return LOSSES[name]
+
+
+def check_numbers(model: models.ModelConfig, dataset: Dataset) -> None:
+    """Raises a ConfigError if there are numbers to predict which the scores cannot be."""
+    if not dataset.is_regression or isinstance(model, models.BaselineConfig):
+        return
+    labels = np.concatenate([dataset.train.labels, dataset.test.labels])
+    low, high = labels.min(), labels.max()
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(
+            f"data set {dataset.name} has numbers to predict from {low:g} to {high:g}; the scores"
+            " of capsule networks lie in [0, 1]: scale the numbers, or give train() an objective of"
+            " the poses"
+        )
 
 
 def choose_class_weights(
@@ -218,6 +226,11 @@ def choose_metrics(
     """Returns the metrics that are given; the absolute error of regression when None."""
     if metrics is None:
         return {"absolute_error": absolute_error} if is_regression else {}
+    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
+        raise TypeError(f"metrics must be a dict of functions by name, got {metrics!r}")
+    for name in ("loss", "error", "count", "metrics"):
+        if name in metrics:
+            raise ValueError(f"metrics must not have the name {name!r}, which is recorded anyway")
     check_callable(**{f"metrics[{name!r}]": metric for name, metric in metrics.items()})
     return metrics
 

@@ -35,7 +35,7 @@ class Classifier:
       model: the network's configuration.
       class_names: names of the classes, in the order of the scores.
       image_shape: rows, columns and channels of the images that it takes.
-      classes_per_image: number of classes that an image shows.
+      classes_per_image: number of classes that an image shows; None for any number.
       step: of the checkpoint; None for a network that comes with the package.
       is_regression: whether the scores are predicted numbers, instead of scores of classes.
     """
@@ -43,7 +43,7 @@ class Classifier:
     model: models.ModelConfig
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
-    classes_per_image: int
+    classes_per_image: int | None
     step: int | None
     _apply: Apply = dataclasses.field(repr=False)
     _variables: Variables = dataclasses.field(repr=False)
@@ -73,10 +73,15 @@ class Classifier:
 
         Raises:
           TypeError: as in :meth:`predict`.
-          ValueError: as in :meth:`predict`, or `batch_size` is not positive.
+          ValueError: as in :meth:`predict`, or floating-point pixels are not from 0 to 1, or
+            `batch_size` is not positive.
         """
         as_integer("batch_size", batch_size)
         images = np.asarray(images)
+        if images.dtype.kind == "f" and images.size:
+            low, high = images.min(), images.max()
+            if not (low >= 0 and high <= 1):  # or one of them is not a number
+                raise ValueError(f"floating-point images must lie in [0, 1], got {low}..{high}")
         number = len(images)
         scores = [np.empty((0, len(self.class_names)), np.float32)]
         for first in range(0, number, batch_size):
@@ -182,13 +187,14 @@ def load_classifier(
         raise ConfigError(
             f"--image-size has no effect on a network that sees whole images, of {rows}x{columns}"
         )
+    per_image = None if run.data.label_dtype == "bool" else 2 if name == "Pairs" else 1
     apply, _ = split_abstract(run.model)
     step, variables = restore(run_dir, checkpoint, run, choices.choose_driver("jit", None))
     return Classifier(
         model=run.model,
         class_names=run.data.class_names,
         image_shape=(rows, columns, channels),
-        classes_per_image=2 if name == "Pairs" else 1,
+        classes_per_image=per_image,
         step=step,
         _apply=apply,
         _variables=variables,

@@ -5,8 +5,9 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import msgspec
 from typing_extensions import Doc
 
 from capsjax import data, models, routing
@@ -14,6 +15,7 @@ from capsjax.data.transforms import Fill, Flip
 from capsjax.errors import ConfigError
 from capsjax.files import expand_paths
 from capsjax.training.drivers import DriverName
+from capsjax.training.files import as_path
 from capsjax.training.objectives import LossName
 
 if TYPE_CHECKING:
@@ -201,7 +203,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Checks every option that can be checked without data and devices."""
+        check_types(self)
         expand_paths(self, "data_dir", "run_dir", "init_from")
+        if self.init_from is not None and self.init_from.exists():  # no name of a packaged network
+            object.__setattr__(self, "init_from", self.init_from.absolute())
         if self.routing is not None and self.routing not in routing.algorithms():
             names = ", ".join(routing.algorithms())
             raise ConfigError(f"--routing must be one of {names}, got {self.routing!r}")
@@ -254,9 +259,7 @@ class TrainConfig:
         values = dataclasses.asdict(self)
         # Absolute: the run may be read from another directory.
         values["data_dir"] = None if self.data_dir is None else str(self.data_dir.absolute())
-        if self.init_from is not None:
-            named = not self.init_from.exists()  # a network that comes with the package
-            values["init_from"] = str(self.init_from if named else self.init_from.absolute())
+        values["init_from"] = None if self.init_from is None else str(self.init_from)
         for name in _OF_THE_CALL:
             del values[name]
         return values
@@ -271,14 +274,18 @@ class TrainConfig:
         """Raises a ConfigError if an option of a new run has no effect."""
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(f"--epochs has no effect with --steps {self.steps}")
+        if self.init_from is None:
+            self.check_default("without --init-from", "init_checkpoint")
+        self.check_learning_rate()
+
+    def check_learning_rate(self) -> None:
+        """Raises a ConfigError if an option of the learning rate has no effect."""
         if self.schedule != "exponential":
             self.check_default(f"with --schedule {self.schedule}", "decay_rate", "decay_steps")
         elif self.decay_rate == 1:
             self.check_default("with --decay-rate 1", "decay_steps", "min_learning_rate")
         if self.schedule == "constant":
             self.check_default("with --schedule constant", "min_learning_rate")
-        if self.init_from is None:
-            self.check_default("without --init-from", "init_checkpoint")
 
     def check_default(self, where: str, *names: str) -> None:
         """Raises a ConfigError if one of these options, which have no effect, is given."""
@@ -341,6 +348,38 @@ _MAY_CHANGE = (
     "tensorboard",
     "test_size",
 )
+
+
+def check_types(config: Any) -> None:
+    """Raises a ConfigError for values of other types; lists become tuples, and texts paths."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        try:
+            converted = msgspec.convert(value, kind, dec_hook=as_path)
+        except msgspec.ValidationError:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} must be {_expected(kind)}, got {value!r}") from None
+        object.__setattr__(config, name, converted)
+
+
+_TYPES = {
+    bool: "True or False",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    Path: "a path",
+    tuple: "a tuple",
+}
+
+
+def _expected(kind: Any) -> str:
+    """The type of an option in words."""
+    kinds = (kind,) if get_origin(kind) in (None, Literal, tuple) else get_args(kind)
+    texts = [x for k in kinds if get_origin(k) is Literal for x in get_args(k)]
+    others = [_TYPES[get_origin(k) or k] for k in kinds if (get_origin(k) or k) in _TYPES]
+    if others:
+        return " or ".join([*map(str, texts), *others])
+    return f"one of {', '.join(map(str, texts))}"
 
 
 def require(config: Any, name: str, holds: bool, expected: str) -> None:

@@ -13,8 +13,9 @@ import numpy as np
 from capsjax.data import Batch, Dataset, Sampler, Split, is_right
 from capsjax.files import expand_paths, require_folder, write_text
 from capsjax.models import Prediction
+from capsjax.ops._checks import check_callable
 from capsjax.training import choices
-from capsjax.training.config import ChannelsNumber, DatasetName, require_at_least
+from capsjax.training.config import ChannelsNumber, DatasetName, check_types, require_at_least
 from capsjax.training.counting import Evaluation, count_errors
 from capsjax.training.drivers import Driver, DriverName
 from capsjax.training.loading import load_images, read_run, restore
@@ -22,6 +23,7 @@ from capsjax.training.objectives import Metric, Objective
 from capsjax.training.programs import (
     as_batch,
     make_evaluate,
+    measure,
 )
 from capsjax.training.step import Apply, Variables, split_abstract
 
@@ -66,6 +68,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Checks every option that can be checked without data and devices."""
+        check_types(self)
         expand_paths(self, "run_dir", "data_dir", "predictions")
         require_at_least(self, 1, "batch_size", "devices", "test_size", "image_size")
         require_folder(self, "predictions")
@@ -117,6 +120,8 @@ def evaluate(
       capsjax.data.DataError: the data set is missing or damaged.
       CheckpointError: the checkpoint cannot be read.
     """
+    if objective is not None:
+        check_callable(objective=objective)
     opened = _open(config, dataset, objective, metrics)
     if config.predictions is None:
         test = _count(opened)
@@ -183,8 +188,7 @@ def _predict(
     ) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, jax.Array]]:
         sample = opened.sampler.test(examples, numbers)
         prediction, _ = opened.apply(variables, sample.images, target=sample.masks)
-        losses = opened.objective(prediction, sample.target, sample.drawings)
-        values = {n: metric(prediction, sample.target) for n, metric in opened.metrics.items()}
+        losses, values = measure(prediction, sample, opened.objective, opened.metrics)
         return prediction.scores, sample.labels, losses, values
 
     size, last = opened.batch_size, opened.number - 1
@@ -195,9 +199,10 @@ def _predict(
         for first in range(0, opened.number, size)
     ]
     # The last batch repeats the last image.
-    whole = jax.tree.map(lambda *parts: np.concatenate(parts)[: opened.number], *batches)
-    scores, labels, losses, values = whole
-    return scores, labels, losses, values
+    whole: tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]] = jax.tree.map(
+        lambda *parts: np.concatenate(parts)[: opened.number], *batches
+    )
+    return whole
 
 
 def _summarise(

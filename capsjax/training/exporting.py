@@ -14,6 +14,7 @@ from capsjax.data import white_of
 from capsjax.errors import ConfigError, how_to_install
 from capsjax.files import expand_paths, replacing, write_text
 from capsjax.training.classifier import Classifier, load_classifier
+from capsjax.training.config import check_types
 from capsjax.training.files import write_json
 from capsjax.version import __version__
 
@@ -67,6 +68,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         """Checks every option that can be checked without the network."""
+        check_types(self)
         expand_paths(self, "run_dir", "out")
         for name, choices in (("platforms", Platform), ("pixels", PixelDtype)):
             given = getattr(self, name)

@@ -1,6 +1,8 @@
 """Small JSON files: read by type, written whole or not at all."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +21,7 @@ def decode(data: bytes | msgspec.Raw, kind: type[T], where: str) -> T:
       ConfigError: it is no JSON, a key is missing, or a value is of another type.
     """
     try:
-        return msgspec.json.decode(data, type=kind, dec_hook=_as_path)
+        return msgspec.json.decode(data, type=kind, dec_hook=as_path)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{where} is damaged: {error}") from None
 
@@ -47,10 +49,20 @@ def read_json_lines(path: Path, kind: type[T]) -> list[T]:
 
 def write_json(path: Path, values: Any) -> None:
     """Writes a JSON file; a crash leaves the old one or the new one."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
+    write_text(path, json.dumps(finite(values), indent=2) + "\n")
 
 
-def _as_path(kind: type, value: Any) -> Any:
-    if kind is Path and isinstance(value, str):
+def finite(values: Any) -> Any:
+    """Returns JSON values with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(values, Mapping):
+        return {name: finite(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def as_path(kind: type, value: Any) -> Any:
+    """Decodes a path, for msgspec."""
+    if kind is Path and isinstance(value, str | Path):
         return Path(value)
     raise TypeError(f"Expected a path, got {value!r}")

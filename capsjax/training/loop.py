@@ -95,7 +95,8 @@ def train_and_test(run: Run, progress: Progress) -> list[Evaluation] | None:
         best = min(score for (score,) in progress.history)
         run.report.say(
             f"no better validation in the last {_since_best(progress.history)}: the best had"
-            f" {best:.4f}; its checkpoint is kept, --checkpoint best"
+            f" {f'loss {best:.4f}' if setup.is_regression else f'error {best:.2%}'}; its checkpoint"
+            " is kept, --checkpoint best"
         )
     tests = None
     if is_over(setup, progress.step, progress.history):
@@ -175,6 +176,9 @@ def _checkpoint(run: Run, progress: Progress) -> None:
         if found is None:
             return
         values = tuple(each.loss if setup.is_regression else each.error for each in found)
+        if setup.is_regression and not np.isfinite(values).all():
+            bad = int(np.argmin(np.isfinite(values)))
+            _diverged(run, progress.step, "the validation loss is not finite", bad)
         progress.validated, scores = progress.step, values
         progress.history.append(values)
         run.report.record("validation", progress.step, [_metrics(each) for each in found])

@@ -257,9 +257,8 @@ def choose_loss(
         return "official" if preset in _OFFICIAL else "paper"
     check_choice("loss", name, LOSSES)
     if regression != (name == "squared_error"):
-        labels = "numbers to predict" if regression else "classes"
-        fitting = "squared_error" if regression else "for classes"
-        raise ValueError(f"loss for labels that are {labels} must be {fitting}, got {name!r}")
+        fitting = "squared_error to predict numbers" if regression else "one for classes"
+        raise ValueError(f"loss must be {fitting}, got {name!r}")
     if not regression and plain != (name in _OF_LOGITS):
         fitting = "cross_entropy" if plain else "paper, official or spread"
         raise ValueError(f"loss for preset {preset!r} must be {fitting}, got {name!r}")

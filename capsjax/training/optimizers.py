@@ -1,6 +1,7 @@
 """Optimizers, from optax."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import chex
 import jax
@@ -92,8 +93,12 @@ def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTrans
 
 
 def _are_kernels(params: chex.ArrayTree) -> chex.ArrayTree:
-    """Which parameters have several axes: neither biases nor scales."""
-    return jax.tree.map(lambda x: x.ndim > 1, params)
+    """Which parameters multiply: neither biases nor scales, gates or priors."""
+
+    def is_kernel(path: tuple[Any, ...], _: jax.Array) -> bool:
+        return jax.tree_util.keystr(path[-1:], simple=True).endswith("kernel")
+
+    return jax.tree_util.tree_map_with_path(is_kernel, params)
 
 
 def freeze(

@@ -19,7 +19,7 @@ from capsjax.data.image_folder import list_images, widened
 from capsjax.errors import ConfigError, DataError
 from capsjax.files import expand_paths, require_folder, write_text
 from capsjax.training.classifier import Classifier, load_classifier
-from capsjax.training.config import require, require_at_least
+from capsjax.training.config import check_types, require, require_at_least
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         """Checks every option that can be checked without the network."""
+        check_types(self)
         expand_paths(self, "run_dir", "images", "output")
         require_at_least(self, 1, "batch_size", "image_size")
         require(self, "threshold", not math.isnan(self.threshold or 0), "a number")
@@ -142,7 +143,7 @@ def predict(config: PredictConfig) -> Predictions:
         joined,
         None
         if classifier.is_regression
-        else _classes(joined, classifier.classes_per_image, config.threshold),
+        else _classes(joined, classifier.classes_per_image or 1, config.threshold),
         classifier.class_names,
         reader.unreadable,
     )
@@ -201,6 +202,8 @@ class _Reader:
         """The images of an array."""
         try:
             images = np.load(file, allow_pickle=False)
+            if not isinstance(images, np.ndarray):
+                raise ValueError("it is an archive (.npz) of arrays")
             images = images[..., None] if images.ndim == 3 else images
             shape = self._classifier.image_shape
             if images.shape[1:] != shape:

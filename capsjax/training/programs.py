@@ -12,7 +12,8 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from capsjax.data import Batch, Sampler, Split
+from capsjax.data import Batch, Sample, Sampler, Split
+from capsjax.models import Prediction
 from capsjax.ops._checks import as_integer
 from capsjax.training.drivers import Driver
 from capsjax.training.objectives import Metric, Objective
@@ -135,6 +136,22 @@ def make_run_steps(
     return compiled
 
 
+def measure(
+    prediction: Prediction, sample: Sample, objective: Objective, metrics: Mapping[str, Metric]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the loss and the metrics of each example, float32 ``[B]``.
+
+    Raises:
+      ValueError: one of them is not a real number per example.
+    """
+    loss = objective(prediction, sample.target, sample.drawings)
+    check_per_example("objective", loss, sample)
+    values = {name: metric(prediction, sample.target) for name, metric in metrics.items()}
+    for name, value in values.items():
+        check_per_example(f"metric {name!r}", value, sample, floating=False)
+    return loss.astype(jnp.float32), {n: v.astype(jnp.float32) for n, v in values.items()}
+
+
 def make_evaluate(
     apply: Apply,
     objective: Objective,
@@ -153,7 +170,8 @@ def make_evaluate(
 
     Args:
       apply: the network as a pure function.
-      objective: loss per example, with the true classes as target.
+      objective: loss per example, with the true classes as target; one with a parameter ``step`` is
+        not given it.
       sampler: makes the samples from the examples.
       driver: where it runs.
       batch_size: examples in the whole batch.
@@ -175,16 +193,12 @@ def make_evaluate(
             real = position < num_examples
             sample = sampler.test(examples, jnp.minimum(position, num_examples - 1))
             prediction, _ = apply(variables, sample.images, target=sample.masks)
-            loss = objective(prediction, sample.target, sample.drawings)
-            check_per_example("objective", loss, sample)
+            loss, values = measure(prediction, sample, objective, measured)
             if sample.is_regression:
                 wrong, shown = jnp.zeros_like(real), jnp.zeros(sample.target.shape, bool)
             else:
                 wrong = is_wrong(prediction, sample)
                 shown = (sample.target > 0) & real[:, None]
-            values = {name: metric(prediction, sample.target) for name, metric in measured.items()}
-            for name, value in values.items():
-                check_per_example(f"metric {name!r}", value, sample)
             return EvaluationSums(
                 sums.loss + jnp.sum(loss, where=real),
                 sums.wrong + jnp.sum(wrong & real, dtype=jnp.int32),

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from capsjax.errors import naming
+from capsjax.training.files import finite
 from capsjax.training.run_directory import RunDirectory
 
 _FLUSH_SECONDS = 10.0  # between two writes of events to the disk
@@ -122,8 +123,8 @@ class Report:
         """Records the metrics of a split at a step, of each run; further ones by name in one."""
         seconds = round(time.monotonic() - self._started, 3)
         for directory, values in zip(self._directories, metrics, strict=True):
-            finite = {name: _finite(value) for name, value in values.items()}
-            directory.append_metrics({"split": split, "step": step, "seconds": seconds, **finite})
+            record = {"split": split, "step": step, "seconds": seconds, **finite(values)}
+            directory.append_metrics(record)
         for events, values in zip(self._events, metrics, strict=False):
             numbers = {**values, **values.get("metrics", {})}
             numbers.pop("metrics", None)
@@ -161,13 +162,6 @@ class _Events:
 
         with naming(self._path):
             self._writer.write_event(Event(wall_time=time.time(), step=step, **fields))
-
-
-def _finite(value: Any) -> Any:
-    """The value as it is written in JSON: None for a number that is not finite."""
-    if isinstance(value, Mapping):
-        return {name: _finite(v) for name, v in value.items()}
-    return value if math.isfinite(value) else None
 
 
 def _duration(seconds: float) -> str:

@@ -27,7 +27,7 @@ from capsjax.training.loop import Progress, Run, begin, is_over, read_history, t
 from capsjax.training.objectives import Metric, Objective
 from capsjax.training.picture import draw_reconstructions
 from capsjax.training.programs import unstack
-from capsjax.training.reporting import Report
+from capsjax.training.reporting import Report, say
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
 from capsjax.training.setup import Custom, Setup, set_up
 from capsjax.training.stopping import StopRequest
@@ -237,6 +237,9 @@ def _resume(
         before.data.check(data)
     data = dataclasses.replace(data, name=resumed[0].data.name)
     assert model is not None  # there is at least one run
+    configs[0].check_learning_rate()
+    if not any(directory.last_checkpoint() for directory in directories):
+        say(f"the run in {directories[0].path} has no checkpoint, and begins at step 0 again")
     setup = set_up(
         configs,
         model,
@@ -259,7 +262,9 @@ def _resume(
 
 def _changes(before: RunConfig, config: TrainConfig, step: int) -> list[dict[str, Any]]:
     """What a run that is resumed at this step records of a change of its learning rate."""
-    options = {name: getattr(config, name) for name in OF_LEARNING_RATE}
+    # A cosine ends at the last step.
+    names = (*OF_LEARNING_RATE, *(("steps", "epochs") if config.schedule == "cosine" else ()))
+    options = {name: getattr(config, name) for name in names}
     changed = {n: v for n, v in options.items() if v != getattr(before.train, n)}
     return [{"step": step, **changed}] if changed else []
 

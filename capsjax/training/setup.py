@@ -5,7 +5,9 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -29,6 +31,7 @@ from capsjax.training.programs import (
     as_batch,
     make_evaluate,
     make_run_steps,
+    measure,
     stack,
 )
 from capsjax.training.reporting import say
@@ -159,9 +162,11 @@ def set_up(
                 " images is none"
             )
     task = choices.choose_task(dataset, config.max_shift, config.fill)
-    objective = custom.objective or choices.choose_objective(
-        config.loss, config.preset, model, dataset
-    )
+    objective = custom.objective
+    if objective is None:
+        choices.check_numbers(model, dataset)
+        objective = choices.choose_objective(config.loss, config.preset, model, dataset)
+    metrics = choices.choose_metrics(custom.metrics, dataset.is_regression)
     weights = choices.choose_class_weights(config.class_weights, dataset, train)
     driver = choices.choose_driver(config.driver, config.devices, config.batch_size)
     choices.check_test_size(dataset, config.test_size)
@@ -169,6 +174,11 @@ def set_up(
     total_steps = config.steps or (config.epochs or _EPOCHS) * steps_per_epoch
     if total_steps >= 2**31:
         raise ConfigError(f"--epochs must make fewer than 2147483648 steps, got {total_steps}")
+    if config.warmup_steps >= total_steps:
+        raise ConfigError(
+            f"--warmup-steps must be less than the steps of the run, {total_steps:,}, got"
+            f" {config.warmup_steps:,}"
+        )
     sampler = Sampler(task, model.num_classes, config.flip)
     memory = estimate_memory(
         model,
@@ -190,6 +200,9 @@ def set_up(
     first = [variables for _, variables in networks]
     if config.init_from is not None and initialise:
         first = _transferred(config, first, driver)
+    examples = driver.replicate(as_batch(train))
+    if custom.objective is not None or custom.metrics is not None:
+        _try(apply, first[0], objective, metrics, sampler, examples)
     batch_size, several = config.batch_size, len(configs) > 1
     compiled = make_run_steps(
         make_train_step(
@@ -203,7 +216,6 @@ def set_up(
         batch_size=batch_size,
         several_seeds=several,
     )
-    examples = driver.replicate(as_batch(train))
     step_key = driver.replicate(stack([key for _, _, key in keys]))
 
     @functools.lru_cache(maxsize=1)
@@ -234,7 +246,7 @@ def set_up(
             sampler,
             driver,
             batch_size=batch_size,
-            metrics=choices.choose_metrics(custom.metrics, dataset.is_regression),
+            metrics=metrics,
             several_seeds=several,
         ),
         steps_per_epoch=steps_per_epoch,
@@ -242,6 +254,24 @@ def set_up(
         num_parameters=memory.num_parameters,
         is_regression=dataset.is_regression,
     )
+
+
+def _try(
+    apply: Apply,
+    variables: Variables,
+    objective: Objective,
+    metrics: Mapping[str, Metric],
+    sampler: Sampler,
+    examples: Batch,
+) -> None:
+    """Traces what is given in Python, so that its errors come before the run begins."""
+
+    def evaluate(variables: Variables, examples: Batch) -> object:
+        sample = sampler.test(examples, jnp.arange(2))
+        prediction, _ = apply(variables, sample.images, target=sample.masks)
+        return measure(prediction, sample, objective, metrics)
+
+    jax.eval_shape(evaluate, variables, examples)
 
 
 def _transferred(
@@ -252,17 +282,25 @@ def _transferred(
     run = read_run(config.init_from)
     step, source = restore(config.init_from, config.init_checkpoint, run, driver)
     started: list[Variables] = []
-    kept: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
     for variables in networks:
-        variables, kept = transfer(variables, source)
+        variables, new = transfer(variables, source)
         started.append(variables)
     total = len(jax.tree.leaves(networks[0].params))
-    if len(kept) == total:
+    if len(new) == total:
+        ours, theirs = (_describe(params) for params in (networks[0].params, source.params))
         raise ConfigError(
             f"--init-from {config.init_from} has no parameter of this network's names and shapes:"
-            f" it is of preset {run.train.preset}, this one of {config.preset}"
+            f" this one has {ours}, that one {theirs}"
         )
     checkpoint = "" if step is None else f", checkpoint of step {step:,}"
-    new = f"; new: {', '.join(kept)}" if kept else ""
-    say(f"{total - len(kept)} of {total} parameter arrays from {config.init_from}{checkpoint}{new}")
+    rest = f"; new: {', '.join(new)}" if new else ""
+    say(f"{total - len(new)} of {total} parameter arrays from {config.init_from}{checkpoint}{rest}")
     return started
+
+
+def _describe(params: chex.ArrayTree) -> str:
+    """The kernels of a network with their shapes."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    named = [(jax.tree_util.keystr(p, simple=True, separator="."), x.shape) for p, x in leaves]
+    return ", ".join(f"{name} {list(shape)}" for name, shape in named if name.endswith("kernel"))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -152,7 +153,8 @@ def make_train_step(
       apply: the network as a pure function, from :func:`split_network`.
       optimizer: an optax transformation.
       objective: ``(prediction, target, images) -> losses``, one per example, such as
-        :func:`paper_loss`; one with a parameter ``step`` is given the number of steps taken.
+        :func:`paper_loss`; one with a parameter ``step`` is given the number of steps taken, and
+        must do without it in evaluations.
       axis_name: the mapped axis over which the batch is split; None if it is not.
 
     Returns:
@@ -226,19 +228,21 @@ def is_part(name: str, parts: Sequence[str]) -> bool:
 
 
 def is_wrong(prediction: models.Prediction, sample: Sample) -> jax.Array:
-    """Which predictions are wrong, bool ``[B]``; NaN where the labels are numbers to predict."""
+    """Which predictions are wrong, bool ``[B]``; for numbers to predict NaN, float32 ``[B]``."""
     if sample.is_regression:
         return jnp.full(sample.labels.shape[:1], jnp.nan)
     return ~is_right(prediction.scores, sample.labels)
 
 
-def check_per_example(name: str, values: jax.Array, sample: Sample) -> None:
-    """Raises a ValueError unless an objective or a metric has one value per example."""
-    expected = sample.target.shape[:-1]
-    if jnp.shape(values) != expected:
-        raise ValueError(
-            f"{name} must return one value per example, shape {expected}, got {jnp.shape(values)}"
-        )
+def check_per_example(name: str, values: Any, sample: Sample, *, floating: bool = True) -> None:
+    """Raises a ValueError unless an objective or a metric has one real number per example."""
+    expected, kind = sample.target.shape[:-1], "floating-point" if floating else "real"
+    if not isinstance(values, jax.Array) or values.shape != expected:
+        got = jnp.shape(values) if isinstance(values, jax.Array | np.ndarray) else repr(values)
+        raise ValueError(f"{name} must return one value per example, shape {expected}, got {got}")
+    fits = values.dtype == bool or jnp.issubdtype(values.dtype, jnp.integer)
+    if not (jnp.issubdtype(values.dtype, jnp.floating) or (fits and not floating)):
+        raise ValueError(f"{name} must return {kind} numbers, got dtype {values.dtype}")
 
 
 def check_optimizer(optimizer: Any) -> None:

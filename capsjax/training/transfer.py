@@ -21,14 +21,14 @@ def transfer(variables: Variables, source: Variables) -> tuple[Variables, tuple[
       >>> import jax.numpy as jnp
       >>> from capsjax.training import Variables
       >>> from capsjax.training.transfer import transfer
-      >>> new = Variables({"conv": jnp.zeros(2), "classes": jnp.zeros(3)}, {})
-      >>> old = Variables({"conv": jnp.ones(2), "classes": jnp.ones(10)}, {})
-      >>> variables, kept = transfer(new, old)
-      >>> print(variables.params["conv"], kept)
+      >>> few = Variables({"conv": jnp.zeros(2), "classes": jnp.zeros(3)}, {})
+      >>> many = Variables({"conv": jnp.ones(2), "classes": jnp.ones(10)}, {})
+      >>> variables, new = transfer(few, many)
+      >>> print(variables.params["conv"], new)
       [1. 1.] ('classes',)
     """
     found = dict(jax.tree_util.tree_leaves_with_path(source))
-    kept: list[str] = []
+    new: list[str] = []
 
     def replaced(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         other = found.get(path)
@@ -36,7 +36,7 @@ def transfer(variables: Variables, source: Variables) -> tuple[Variables, tuple[
             return other
         kind, *rest = path
         if kind.name == "params":
-            kept.append(jax.tree_util.keystr(tuple(rest), simple=True, separator="."))
+            new.append(jax.tree_util.keystr(tuple(rest), simple=True, separator="."))
         return leaf
 
-    return jax.tree_util.tree_map_with_path(replaced, variables), tuple(kept)
+    return jax.tree_util.tree_map_with_path(replaced, variables), tuple(new)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from capsjax import cli, routing
+from capsjax import routing
 from capsjax.bench import (
     Cost,
     Cycles,
@@ -314,7 +314,7 @@ def test_stopped_half_way_nothing_is_left_behind(
     def exit_at_once(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(cli, "_exit_at_once", exit_at_once)
+    monkeypatch.setattr("capsjax.process.exit_at_once", exit_at_once)
     threading.Thread(target=stop, daemon=True).start()
     workload = ["--workload", "blocking_for_bench:f", "--shape", "f32[3]"]
     with pytest.raises(SystemExit) as done:

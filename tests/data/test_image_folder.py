@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import numpy as np
@@ -246,6 +247,14 @@ def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path, content, ca
     for file in (broken, short):
         assert f"cannot read {file} as an image" in warning
     assert "\n" not in warning
+
+
+def test_what_is_no_file_is_left_out(tmp_path, caplog):
+    make(tmp_path)
+    os.mkfifo(tmp_path / "train" / "cat" / "pipe.png")
+    (tmp_path / "train" / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert len(load("image_folder", data_dir=tmp_path).train.labels) == 4
+    assert "leaves out 2 of 10 images" in caplog.text
 
 
 def test_a_class_without_an_image_that_can_be_read(tmp_path):

@@ -14,6 +14,7 @@ from capsjax.data import DataError, Dataset, Split, load, save_npz
 from capsjax.training import (
     Checkpoints,
     ConfigError,
+    DivergedError,
     EvaluateConfig,
     TrainConfig,
     evaluate,
@@ -22,7 +23,7 @@ from capsjax.training import (
     train,
 )
 from capsjax.training.programs import as_batch
-from capsjax.training.setup import Custom, set_up
+from capsjax.training.setup import set_up
 
 
 def options(run_dir, **others):
@@ -99,26 +100,68 @@ def test_a_run_goes_on_with_the_same(trained, digits):
         ({"objective": "far"}, {}, "objective must be a function, got 'far'"),
         ({"optimizer": "adam"}, {}, "optimizer must be an optax.GradientTransformation, got 'adam"),
         ({"metrics": {"first": 3}}, {}, r"metrics\['first'\] must be a function, got 3"),
+        ({"metrics": [length_of_first]}, {}, "metrics must be a dict of functions by name, got "),
+        ({"metrics": {1: length_of_first}}, {}, "metrics must be a dict of functions by name, got"),
+        ({"metrics": {"loss": length_of_first}}, {}, "metrics must not have the name 'loss'"),
+        ({"objective": lambda p, t, i, step: t}, {}, "missing 1 required positional arg.* 'step'"),
     ],
 )
 def test_what_cannot_be_given(tmp_path, digits, tiny, given, others, match):
-    with pytest.raises((ConfigError, TypeError), match=match):
+    with pytest.raises((ConfigError, TypeError, ValueError), match=match):
         train(options(tmp_path / "run", **others), model=tiny, dataset=digits, **given)
     assert not (tmp_path / "run").exists()
 
 
-def test_values_that_are_not_one_per_example_are_named(tmp_path, digits, tiny):
-    config, model = options(tmp_path / "run"), tiny
+def scores(prediction, target):
+    return prediction.scores
 
-    def mean(prediction, target, images):
-        return jnp.mean(far(prediction, target, images))
 
-    message = r"objective must return one value per example, shape \(16,\), got \(\)"
-    with pytest.raises(ValueError, match=message):
-        train(config, model=model, dataset=digits, objective=mean)
-    setup = set_up([config], model, digits, Custom(metrics={"all": lambda p, _: p.scores}))
-    with pytest.raises(ValueError, match=r"metric 'all' must return .* got \(16, 10\)"):
-        setup.evaluate(setup.initial.variables, as_batch(digits.test), 0, 1, 101)
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (
+            {"objective": lambda p, t, i: jnp.mean(far(p, t, i))},
+            r"objective must return one value per example, shape \(2,\), got \(\)",
+        ),
+        ({"objective": lambda *_: 3.0}, r"objective must return one .*, got 3.0"),
+        (
+            {"objective": lambda p, t, i: jnp.argmax(t, -1)},
+            "objective must return floating-point numbers, got dtype int32",
+        ),
+        ({"metrics": {"all": scores}}, r"metric 'all' must return .* got \(2, 10\)"),
+        (
+            {"metrics": {"i": lambda p, t: 1j * p.scores[:, 0]}},
+            "metric 'i' must return real numbers, got dtype complex64",
+        ),
+    ],
+)
+def test_values_that_are_not_one_number_per_example(tmp_path, digits, tiny, given, match):
+    with pytest.raises(ValueError, match=match):
+        train(options(tmp_path / "run"), model=tiny, dataset=digits, **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_predictions_are_written_of_the_same_metrics_alone(trained, digits, tmp_path):
+    config = EvaluateConfig(run_dir=trained[0].run_dir, predictions=tmp_path / "p.csv")
+    with pytest.raises(ValueError, match="metric 'all' must return one value per example"):
+        evaluate(config, dataset=digits, metrics={"all": scores})
+    with pytest.raises(TypeError, match="objective must be a function, got 3"):
+        evaluate(config, dataset=digits, objective=3)
+
+
+def half(prediction, target):
+    return jnp.where(prediction.scores[:, 0] > 0, jnp.nan, 1).astype(jnp.bfloat16)
+
+
+def test_narrow_moments_and_numbers_that_are_not_finite_are_stored(tmp_path, digits, tiny):
+    given = {"optimizer": optax.adam(1e-3, mu_dtype=jnp.bfloat16), "metrics": {"half": half}}
+    config = options(tmp_path / "run", steps=1)
+    result = train(config, model=tiny, dataset=digits, **given)
+    assert np.isnan(result.test.metrics["half"])
+    written = json.loads((config.run_dir / "result.json").read_text())
+    assert written["test_metrics"] == {"half": None}
+    longer = dataclasses.replace(config, steps=2, resume=True)
+    assert train(longer, dataset=digits, **given).first_step == 1
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +215,16 @@ def test_the_best_checkpoint_has_the_least_loss(regression):
     checkpoints.close()
 
 
+def test_a_validation_loss_that_is_not_finite_is_no_best_one(tmp_path, brightness, regression):
+    _, model, _ = regression
+
+    def objective(prediction, target, images, step=None):  # NaN in evaluations
+        return prediction.scores[:, 0] * (jnp.nan if step is None else 1.0)
+
+    with pytest.raises(DivergedError, match="the validation loss is not finite at step 2"):
+        train(options(tmp_path / "run"), model=model, dataset=brightness, objective=objective)
+
+
 def test_a_regression_goes_on(regression, brightness):
     config, _, _ = regression
     longer = dataclasses.replace(config, steps=3, resume=True)
@@ -188,6 +241,7 @@ def test_numbers_survive_a_file(brightness, tmp_path):
     for targets, match in (
         (np.array(["a", "b"]), r"train_targets must be numbers \[N\] or \[N, J\], got <U1 \[2\]"),
         (np.array([0, np.nan]), "train.labels must be finite"),
+        (np.array([]), r"train.labels must be .* got float32 \[0, 1\]"),
     ):
         np.savez(
             tmp_path / "c.npz",
@@ -207,13 +261,15 @@ def test_classes_and_numbers_are_not_mixed_up(regression, brightness, digits, tm
     for others, match in (
         ({"until_error": 0.1}, "--until-error is for classes, not for numbers to predict"),
         ({"class_weights": "balanced"}, "--class-weights is for classes, not for numbers"),
-        ({"loss": "paper"}, "--loss for labels that are numbers to predict must be squared_error"),
+        ({"loss": "paper"}, "--loss must be squared_error to predict numbers, got 'paper'"),
     ):
         with pytest.raises(ConfigError, match=match):
             set_up([options(tmp_path, **others)], model, brightness)
     large = dataclasses.replace(
-        brightness, train=brightness.train._replace(labels=10 * brightness.train.labels)
+        brightness, test=brightness.test._replace(labels=10 * brightness.test.labels)
     )
+    evaluated = evaluate(EvaluateConfig(run_dir=config.run_dir), dataset=large)
+    assert evaluated.test.metrics["absolute_error"] > 1
     with pytest.raises(ConfigError, match="from .* scores of capsule networks lie in"):
         set_up([options(tmp_path)], model, large)
 

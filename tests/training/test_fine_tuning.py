@@ -94,6 +94,7 @@ def test_several_seeds_start_from_the_same_network(source, tmp_path, digits, tin
     [
         ({"init_from": "nowhere"}, "nowhere is no run directory, and no network that comes"),
         ({"init_checkpoint": "3"}, "no checkpoint of step 3 in .*, only 2"),
+        ({"warmup_steps": 2}, "--warmup-steps must be less than the steps of the run, 2, got 2"),
         ({"freeze": ("konv",)}, "--freeze must name parts of the network, classes, conv, decoder"),
     ],
 )
@@ -107,7 +108,7 @@ def test_what_a_network_cannot_start_from(source, tmp_path, digits, tiny, others
 def test_a_network_of_other_layers_is_no_start(source, tmp_path, digits):
     model = EfficientCapsNetConfig(conv_features=(4, 4, 4, 128))
     config = options(tmp_path / "run", init_from=source[0])
-    with pytest.raises(ConfigError, match="has no parameter of this network's names and shapes"):
+    with pytest.raises(ConfigError, match=r"shapes: this one has .*convs.0.kernel \[5, 5, 1, 4\]"):
         train(config, model=model, dataset=digits)
 
 
@@ -152,6 +153,11 @@ def test_a_learning_rate_that_changes_is_recorded(tmp_path, digits, tiny):
     written = json.loads((config.run_dir / "config.json").read_text())
     assert written["changes"] == [{"step": 2, **tiny_rate}]
     assert written["train"]["learning_rate"] == 1e-30
+    train(dataclasses.replace(config, steps=6, schedule="cosine"), dataset=digits)
+    changes = json.loads((config.run_dir / "config.json").read_text())["changes"]
+    assert changes[1:] == [{"step": 4, "schedule": "cosine", "steps": 6}]
+    with pytest.raises(ConfigError, match="--decay-steps has no effect with --schedule constant"):
+        train(dataclasses.replace(config, schedule="constant", decay_steps=5), dataset=digits)
     with pytest.raises(ConfigError, match="--weight-decay must stay 0.0 to resume the run"):
         train(dataclasses.replace(config, weight_decay=0.1), dataset=digits)
 
@@ -194,6 +200,7 @@ def test_fields_of_the_network_are_overridden(digits):
         ("conv_features=many", "--override conv_features=many: Expected `int`, got `str`"),
         ("conv_features=0", "--override: conv_features must be at least 1, got 0"),
         ("padding=MAYBE", "padding must be 'VALID' or 'SAME', got 'MAYBE'"),
+        ("decoder_features=0", r"--override: decoder_features\[0\] must be at least 1, got 0"),
         ("routing=em", "--override: --routing decides routing, got 'routing=em'"),
         ("num_classes=3", "--override: the data set decides num_classes, got 'num_classes=3'"),
     ],
@@ -201,6 +208,11 @@ def test_fields_of_the_network_are_overridden(digits):
 def test_fields_that_cannot_be_overridden(digits, text, match):
     with pytest.raises(ConfigError, match=match):
         choose_model(TrainConfig(override=(text,)), digits)
+
+
+def test_a_field_is_overridden_once(digits):
+    with pytest.raises(ConfigError, match="--override has conv_features twice"):
+        choose_model(TrainConfig(override=("conv_features=8", "conv_features=9")), digits)
 
 
 def test_a_network_that_is_given_is_not_overridden(tmp_path, digits, tiny):

@@ -131,9 +131,9 @@ def test_a_loss_that_does_not_fit_is_named(name, preset, model, match):
 def test_numbers_to_predict_have_a_loss_of_their_own():
     assert choose_loss(None, "small", CapsNetConfig(), regression=True) == "squared_error"
     assert choose_loss(None, "baseline", BaselineConfig(), regression=True) == "squared_error"
-    with pytest.raises(ValueError, match="are numbers to predict must be squared_error, got 'pap"):
+    with pytest.raises(ValueError, match="loss must be squared_error to predict numbers, got"):
         choose_loss("paper", "small", CapsNetConfig(), regression=True)
-    with pytest.raises(ValueError, match="are classes must be for classes, got 'squared_error'"):
+    with pytest.raises(ValueError, match="loss must be one for classes, got 'squared_error'"):
         choose_loss("squared_error", "small", CapsNetConfig())
 
 

@@ -12,7 +12,7 @@ from capsjax.training.optimizers import make_optimizer, make_schedule
 
 PARAMS = {
     "conv": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
-    "convs": {"0": {"kernel": jnp.ones((2, 2))}},
+    "convs": {"0": {"kernel": jnp.ones((2, 2)), "prior": jnp.ones((2, 2))}},
 }
 GRADS = jax.tree.map(lambda x: 0.5 * x, PARAMS)
 
@@ -58,6 +58,7 @@ def test_weight_decay_is_of_kernels_alone():
     plain = updates(make_optimizer(TrainConfig(), 10), GRADS)
     decayed = updates(make_optimizer(TrainConfig(weight_decay=0.1), 10), GRADS)
     np.testing.assert_array_equal(decayed["conv"]["bias"], plain["conv"]["bias"])
+    np.testing.assert_array_equal(decayed["convs"]["0"]["prior"], plain["convs"]["0"]["prior"])
     kernel = plain["conv"]["kernel"] - 1e-3 * 0.1
     np.testing.assert_allclose(decayed["conv"]["kernel"], kernel, rtol=1e-5)
 
@@ -78,7 +79,7 @@ def test_frozen_parts_stay_and_have_no_moments():
     np.testing.assert_array_equal(found["conv"]["kernel"], 0)
     assert (found["convs"]["0"]["kernel"] != 0).all()  # whose name begins with the same letters
     arrays = jax.tree.leaves(optimizer.init(PARAMS))
-    assert [x.shape for x in arrays if x.ndim] == [(2, 2), (2, 2)]
+    assert [x.shape for x in arrays if x.ndim] == [(2, 2)] * 4
 
 
 @pytest.mark.parametrize(
@@ -110,6 +111,12 @@ def test_options_without_effect(options, match):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"schedule": "linear"}, "--schedule must be one of exponential, cosine, constant, got 'l"),
+        ({"patience": 1.5}, "--patience must be an integer, got 1.5"),
+        ({"freeze": "conv"}, "--freeze must be a tuple, got 'conv'"),
+        ({"class_weights": "same"}, "--class-weights must be balanced or a tuple, got 'same'"),
+        ({"class_weights": [-1.0]}, r"--class-weights must be positive, got \(-1.0,\)"),
+        ({"run_dir": 3}, "--run-dir must be a path, got 3"),
         ({"clip_norm": 0.0}, "--clip-norm must be positive, got 0.0"),
         ({"clip_norm": float("nan")}, "--clip-norm must be positive, got nan"),
         ({"weight_decay": -1.0}, "--weight-decay must be at least 0, got -1.0"),

@@ -170,4 +170,36 @@ def test_images_of_a_wrong_shape_are_refused(classifier):
         classifier(np.zeros((2, 28, 28), np.uint8))
     with pytest.raises(TypeError, match="uint8, uint16 or floating-point, got int32"):
         classifier(np.zeros((2, 28, 28, 1), np.int32))
+    for pixel in (200.0, np.nan):
+        with pytest.raises(ValueError, match=r"floating-point images must lie in \[0, 1\], got"):
+            classifier(np.full((2, 28, 28, 1), pixel, np.float32))
     assert classifier(np.zeros((0, 28, 28, 1), np.uint8)).shape == (0, 10)
+
+
+def test_an_archive_that_is_named_like_an_array(tmp_path, caplog):
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 28, 28), np.uint8))
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    found = predict(PredictConfig(run_dir="mnist_small", images=(tmp_path / "a.npy",)))
+    assert (found.names, found.unreadable) == ([], 1)
+    assert "as an array of images: it is an archive (.npz) of arrays" in caplog.text
+    with pytest.raises(ConfigError, match=f"--output must be a file, {tmp_path} is a directory"):
+        PredictConfig(run_dir="mnist_small", images=(tmp_path / "a.npy",), output=tmp_path)
+
+
+def test_a_network_for_numbers_predicts_them(tmp_path, digits, tiny):
+    means = digits.test.images.mean((1, 2, 3))[:, None].astype(np.float32) / 255
+    split = digits.test._replace(labels=means)
+    dataset = Dataset("brightness", split, split, ("mean",))
+    run = write_run(tmp_path / "run", dataset, dataclasses.replace(tiny, num_classes=1))
+    np.save(tmp_path / "images.npy", digits.test.images[:2])
+    config = PredictConfig(
+        run_dir=run.path, images=(tmp_path / "images.npy",), output=tmp_path / "p.csv"
+    )
+    found = predict(config)
+    assert found.classes is None
+    header, first, _ = found.lines()
+    assert header.split() == ["mean", "image"]
+    assert first.split() == [f"{found.scores[0, 0]:.4f}", f"{tmp_path / 'images.npy'}[0]"]
+    assert config.output.read_text().splitlines()[0] == "image,prediction of mean"
+    with pytest.raises(ConfigError, match="--threshold is for classes, not for a network that"):
+        predict(dataclasses.replace(config, threshold=0.5))
