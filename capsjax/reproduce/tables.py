@@ -267,11 +267,11 @@ class _Row:
             )
             for seed in seeds
         ]
+        for each in options if begun else ():
+            before = RunDirectory(self.run_dir(each.seed)).read_config()
+            check_same_run(each, model, before, may_change_rate=False)
+            before.data.check(DataDescription.of(dataset))
         if finished:  # and then the command was stopped before it added the result
-            for each in options:
-                before = RunDirectory(self.run_dir(each.seed)).read_config()
-                check_same_run(each, model, before)
-                before.data.check(DataDescription.of(dataset))
             return True
         results: list[Result] = train_seeds(
             options, model=model, dataset=dataset, deadline=deadline

@@ -293,14 +293,19 @@ class TrainConfig:
             if field.name in names and getattr(self, field.name) != field.default:
                 raise ConfigError(f"--{field.name.replace('_', '-')} has no effect {where}")
 
-    def check_resumes(self, started: "TrainConfig") -> None:
-        """Raises a ConfigError if an option that shapes the parameters differs from the run's."""
+    def check_resumes(self, started: "TrainConfig", *, may_change_rate: bool = True) -> None:
+        """Raises a ConfigError if an option that shapes the parameters differs from the run's.
+
+        Args:
+          started: the options of the run.
+          may_change_rate: whether those of the learning rate may differ.
+        """
         if self.steps is not None and self.epochs not in (None, started.epochs):
             raise ConfigError(
                 f"--epochs has no effect on the run in {self.run_dir}, which ends after --steps"
                 f" {self.steps}"
             )
-        for name in self.shaping():
+        for name in (*self.shaping(), *(() if may_change_rate else OF_LEARNING_RATE)):
             now, then = getattr(self, name), getattr(started, name)
             if now != then:
                 option = "--" + name.replace("_", "-")

@@ -322,10 +322,14 @@ def _run(
 
 
 def check_same_run(
-    config: TrainConfig, model: models.ModelConfig | None, before: RunConfig
+    config: TrainConfig,
+    model: models.ModelConfig | None,
+    before: RunConfig,
+    *,
+    may_change_rate: bool = True,
 ) -> None:
     """Raises a ConfigError unless options, and the network if any, are those of a run."""
-    config.check_resumes(before.train)
+    config.check_resumes(before.train, may_change_rate=may_change_rate)
     if model is not None and model != before.model:
         raise ConfigError(f"the run in {config.run_dir} is of another network: {before.model}")
 

@@ -197,6 +197,9 @@ def set_up(
     optimizer = custom.optimizer or make_optimizer(config, total_steps)
     if config.freeze:
         optimizer = choices.freeze_parts(optimizer, variables.params, config.freeze)
+    state = jax.eval_shape(optimizer.init, variables.params)
+    if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(state)):
+        raise ConfigError("optimizer must not keep a random key, which checkpoints do not store")
     first = [variables for _, variables in networks]
     if config.init_from is not None and initialise:
         first = _transferred(config, first, driver)

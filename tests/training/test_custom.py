@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -98,6 +99,11 @@ def test_a_run_goes_on_with_the_same(trained, digits):
         ({"optimizer": optax.sgd(1.0)}, {"learning_rate": 0.1}, "--learning-rate has no effect on"),
         ({"optimizer": optax.sgd(1.0)}, {"clip_norm": 0.1}, "--clip-norm has no effect on an opt"),
         ({"objective": "far"}, {}, "objective must be a function, got 'far'"),
+        (
+            {"optimizer": optax.add_noise(0.1, 0.5, jax.random.key(0))},
+            {},
+            "must not keep a random key",
+        ),
         ({"optimizer": "adam"}, {}, "optimizer must be an optax.GradientTransformation, got 'adam"),
         ({"metrics": {"first": 3}}, {}, r"metrics\['first'\] must be a function, got 3"),
         ({"metrics": [length_of_first]}, {}, "metrics must be a dict of functions by name, got "),
