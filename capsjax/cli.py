@@ -177,7 +177,7 @@ def _export(config: Any) -> None:
     from capsjax.training import export
 
     process.find_devices()
-    print(f"exported {export(config)}; {config.out / 'load.py'} runs it without capsjax")
+    print(f"export: {export(config)}; {config.out / 'load.py'} runs it without capsjax")
 
 
 def _imported(name: str, extra: str | None = None) -> Any:

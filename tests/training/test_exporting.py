@@ -1,5 +1,6 @@
 """An exported network runs without capsjax, for any batch, and as on every platform."""
 
+import importlib.util
 import io
 import json
 import os
@@ -86,6 +87,33 @@ def test_a_process_without_capsjax_computes_the_same(exported, tmp_path):
                 values = getattr(expected, name)[:n]
                 np.testing.assert_allclose(outputs[f"{name}{n}"], values, atol=1e-6)
     assert len((exported / "load.py").read_text().splitlines()) <= 15
+
+
+# Compiles an exported network for a TPU that is not there, batch by batch.
+FOR_A_TPU = """
+import sys
+import jax, jax.numpy as jnp
+from jax import export
+from jax.sharding import SingleDeviceSharding
+from capsjax.bench import libtpu_lock, parse_target
+network = export.deserialize(open(sys.argv[1], "rb").read())
+with libtpu_lock():
+    sharding = SingleDeviceSharding(parse_target("v5e-1").devices()[0])
+    for batch in (1, 7):
+        images = jax.ShapeDtypeStruct((batch, 28, 28, 1), jnp.uint8, sharding=sharding)
+        print(jax.jit(network.call).lower(images).compile().out_info["scores"].shape)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_the_tpu_s_compiler_takes_it(exported):
+    done = subprocess.run(
+        [sys.executable, "-c", FOR_A_TPU, str(exported / "network.bin")],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split("\n")[:2] == ["(1, 10)", "(7, 10)"], done.stderr
 
 
 def test_the_folder_says_what_the_network_takes_and_gives(exported):
