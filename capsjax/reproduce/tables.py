@@ -30,7 +30,7 @@ from capsjax.reproduce.results import (
     rows_of,
 )
 from capsjax.training import EvaluateConfig, Result, evaluate, predict_test, train_seeds
-from capsjax.training.config import require, require_at_least
+from capsjax.training.options import require, require_at_least
 from capsjax.training.run import check_same_run
 from capsjax.training.run_directory import DataDescription, RunDirectory
 

@@ -15,11 +15,12 @@ from capsjax.files import expand_paths, require_folder, write_text
 from capsjax.models import Prediction
 from capsjax.ops._checks import check_callable
 from capsjax.training import choices
-from capsjax.training.config import ChannelsNumber, DatasetName, check_types, require_at_least
+from capsjax.training.config import ChannelsNumber, DatasetName
 from capsjax.training.counting import Evaluation, count_errors
 from capsjax.training.drivers import Driver, DriverName
 from capsjax.training.loading import load_images, read_run, restore
 from capsjax.training.objectives import Metric, Objective
+from capsjax.training.options import check_types, require_at_least
 from capsjax.training.programs import (
     as_batch,
     make_evaluate,

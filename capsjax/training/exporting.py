@@ -14,8 +14,8 @@ from capsjax.data import white_of
 from capsjax.errors import ConfigError, how_to_install
 from capsjax.files import expand_paths, replacing, write_text
 from capsjax.training.classifier import Classifier, load_classifier
-from capsjax.training.config import check_types
 from capsjax.training.files import write_json
+from capsjax.training.options import check_types
 from capsjax.version import __version__
 
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]

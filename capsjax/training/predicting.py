@@ -19,7 +19,7 @@ from capsjax.data.image_folder import list_images, widened
 from capsjax.errors import ConfigError, DataError
 from capsjax.files import expand_paths, require_folder, write_text
 from capsjax.training.classifier import Classifier, load_classifier
-from capsjax.training.config import check_types, require, require_at_least
+from capsjax.training.options import check_types, require, require_at_least
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,55 @@
+"""Checks of options, which every command shares."""
+
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from capsjax.errors import ConfigError
+from capsjax.training.files import as_path
+
+
+def check_types(config: Any) -> None:
+    """Raises a ConfigError for values of other types; lists become tuples, and texts paths."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        try:
+            converted = msgspec.convert(value, kind, dec_hook=as_path)
+        except msgspec.ValidationError:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} must be {_expected(kind)}, got {value!r}") from None
+        object.__setattr__(config, name, converted)
+
+
+_TYPES = {
+    bool: "True or False",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    Path: "a path",
+    tuple: "a tuple",
+}
+
+
+def _expected(kind: Any) -> str:
+    """The type of an option in words."""
+    kinds = (kind,) if get_origin(kind) in (None, Literal, tuple) else get_args(kind)
+    texts = [x for k in kinds if get_origin(k) is Literal for x in get_args(k)]
+    others = [_TYPES[get_origin(k) or k] for k in kinds if (get_origin(k) or k) in _TYPES]
+    if others:
+        return " or ".join([*map(str, texts), *others])
+    return f"one of {', '.join(map(str, texts))}"
+
+
+def require(config: Any, name: str, holds: bool, expected: str) -> None:
+    """Raises a ConfigError that names an option unless something holds."""
+    if not holds:
+        option = "--" + name.replace("_", "-")
+        raise ConfigError(f"{option} must be {expected}, got {getattr(config, name)}")
+
+
+def require_at_least(config: Any, least: int, *names: str) -> None:
+    """Raises a ConfigError if one of these options is given and smaller."""
+    for name in names:
+        value = getattr(config, name)
+        require(config, name, value is None or value >= least, f"at least {least}")
