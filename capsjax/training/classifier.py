@@ -200,5 +200,5 @@ def load_classifier(
         _variables=variables,
         _task=task,
         _has_canvas=name in _CANVASES,
-        is_regression=run.data.label_dtype == "float32",
+        is_regression=run.data.is_regression,
     )

@@ -142,7 +142,7 @@ def load_images(
             data_dir = run.train.data_dir
         dataset = load(name, data_dir=data_dir, image_size=image_size, channels=channels)
     if not own:
-        if dataset.is_regression != (run.data.label_dtype == "float32"):
+        if dataset.is_regression != run.data.is_regression:
             kind = "numbers to predict" if dataset.is_regression else "classes"
             raise ConfigError(f"data set {dataset.name} has {kind}, unlike the run's data")
         dataset = choices.match_classes(dataset, run.data.class_names)

@@ -75,6 +75,11 @@ class DataDescription:
             dataset.train.labels.dtype.name,
         )
 
+    @property
+    def is_regression(self) -> bool:
+        """Whether the labels are numbers to predict, instead of classes."""
+        return self.label_dtype == "float32"
+
     def check(self, found: "DataDescription") -> None:
         """Raises a ConfigError unless these are the data that a run was started with."""
         for field in dataclasses.fields(self)[1:]:  # they may go by another name
