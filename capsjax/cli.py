@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import inspect
 import math
 import re
 import shlex
@@ -17,7 +18,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 import tyro
 
@@ -46,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(error, CheckpointError):
             # Reads and writes that Orbax gave up on would end in tracebacks while Python shuts
             # down.
-            process.exit_at_once(error.exit_code)
-        sys.exit(error.exit_code)
+            _exit(error, error.exit_code, at_once=True)
+        _exit(error, error.exit_code)
     except BrokenPipeError:
         # The reader of the output has left, as `head` does; what is still buffered goes nowhere.
         process.drop_output()
@@ -55,11 +56,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         _report(prog, f"{error.strerror or error}{where}")
-        sys.exit(1)
+        _exit(error, 1)
     except KeyboardInterrupt as interrupt:
         _report(prog, "interrupted")
         # XLA may still be compiling in another thread, which Python must not be taken from.
-        process.exit_at_once(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
+        code = 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+        _exit(interrupt, code, at_once=True)
+
+
+def _exit(error: BaseException, code: int, *, at_once: bool = False) -> NoReturn:
+    """Ends the process after an error that has been printed, and tells the other processes."""
+    processes = sys.modules.get("capsjax.training.processes")
+    if processes is not None and processes.number() > 1:
+        processes.report_failure(error)
+        at_once = True  # and not wait for the others
+    if at_once:
+        process.exit_at_once(code)
+    sys.exit(code)
 
 
 def _run(prog: str, arguments: Sequence[str]) -> None:
@@ -78,26 +91,30 @@ def _train(config: Any) -> None:
     The run directory receives the configuration, metrics as JSON lines and for TensorBoard,
     checkpoints, the test result, and a picture of test images over their reconstructions.
     """
-    from capsjax.training import train
+    from capsjax.training import processes, train
 
-    process.find_devices()
     result = train(config)
+    if not processes.is_first():
+        return
     if result.stopped_by is not None:
         command = f"capsjax train --resume --run-dir {shlex.quote(str(result.run_dir))}"
         print(
             f"stopped by {result.stopped_by.name} at step {result.step:,}, everything saved;"
             f" go on with: {command}"
         )
+        if processes.number() > 1:  # whose launcher would count them as failed
+            return
         sys.exit(128 + result.stopped_by)
     _print_result(result)
 
 
 def _evaluate(config: Any) -> None:
     """Evaluate a run's checkpoint on the whole test set."""
-    from capsjax.training import evaluate
+    from capsjax.training import evaluate, processes
 
-    process.find_devices()
     evaluated = evaluate(config)
+    if not processes.is_first():
+        return
     test, step = evaluated.test, evaluated.step
     _print_error(f"{evaluated.dataset} test error", test)
     if test.wrong is not None:
@@ -123,10 +140,27 @@ def _reproduce(config: Any) -> None:
     code against the formulas as printed), small (networks for two processor cores).
     """
     from capsjax.reproduce import reproduce
+    from capsjax.training import processes
 
-    process.find_devices()
     for row in reproduce(config):
+        if not processes.is_first():
+            break
         print(f"{row.title}, {row.dataset}, {row.steps:,} steps: error {row.text} %")
+
+
+def _join(run: Callable[[Any], None], prog: str, config: Any, options: Any) -> None:
+    """Runs a command as one of several processes, or alone."""
+    from capsjax.training import processes
+
+    if not processes.initialize(options, command=prog):
+        process.find_devices()
+        run(config)
+        return
+    with processes.together():
+        process.find_devices()
+        print(processes.describe(), file=sys.stderr)
+        run(config)
+    processes.finish()
 
 
 def _bench(config: Any) -> None:
@@ -193,13 +227,26 @@ def _imported(name: str, extra: str | None = None) -> Any:
 
 def _resumed_options(arguments: Sequence[str]) -> Any:
     """The options of the run that is to be resumed, of which the arguments change some."""
-    if "--resume" not in arguments:
+    if "--resume" not in arguments or "--help" in arguments:
         return None
     given = re.search(r"\0--run[-_]dir[=\0]([^\0]+)", "\0".join(arguments))
     if given is None:
         return None
+    _imported("capsjax.training:initialize")(_process_options(arguments), command="capsjax train")
     directory = _imported("capsjax.training.run_directory:RunDirectory")
     return directory(Path(given[1]).expanduser()).read_config().train
+
+
+def _process_options(arguments: Sequence[str]) -> Any:
+    """How processes are joined, by arguments that are parsed with all others later."""
+    kind = _imported("capsjax.training:ProcessOptions")
+    given: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        option = f"--{field.name}".replace("_", "[-_]")
+        if found := re.search(rf"\0{option}[=\0]([^\0]+)", "\0" + "\0".join(arguments)):
+            text = found[1]
+            given[field.name] = int(text) if field.name != "coordinator" else text
+    return kind(**given)
 
 
 def _bench_options() -> Any:
@@ -218,11 +265,13 @@ class _Command(NamedTuple):
       run: called with the options.
       options: imports the type of the options.
       default: makes the options that the arguments change; None for those of the type.
+      joins: whether several processes run it as one.
     """
 
     run: Callable[[Any], None]
     options: Callable[[], Any]
     default: Callable[[Sequence[str]], Any] | None = None
+    joins: bool = False
 
 
 def _command(run: Callable[[Any], None], options: str, extra: str | None = None) -> _Command:
@@ -230,11 +279,13 @@ def _command(run: Callable[[Any], None], options: str, extra: str | None = None)
 
 
 _COMMANDS = {
-    "train": _command(_train, "capsjax.training:TrainConfig")._replace(default=_resumed_options),
-    "evaluate": _command(_evaluate, "capsjax.training:EvaluateConfig"),
+    "train": _command(_train, "capsjax.training:TrainConfig")._replace(
+        default=_resumed_options, joins=True
+    ),
+    "evaluate": _command(_evaluate, "capsjax.training:EvaluateConfig")._replace(joins=True),
     "predict": _command(_predict, "capsjax.training:PredictConfig"),
     "export": _command(_export, "capsjax.training:ExportConfig"),
-    "reproduce": _command(_reproduce, "capsjax.reproduce:ReproduceConfig"),
+    "reproduce": _command(_reproduce, "capsjax.reproduce:ReproduceConfig")._replace(joins=True),
     "bench": _Command(_bench, _bench_options, lambda _: _imported("capsjax.bench:BenchConfig")()),
     "draw": _command(_draw, "capsjax.viz.draw:DrawConfig", "viz"),
     "explore": _command(_explore, "capsjax.viz.explorer:ExploreConfig", "explore"),
@@ -281,16 +332,31 @@ def _parse(prog: str, arguments: Sequence[str]) -> Callable[[], None]:
     """Returns the chosen command with its options."""
 
     def choice(command: _Command) -> Callable[..., Any]:
-        def choose(config: Any) -> Callable[[], None]:
-            return functools.partial(command.run, config)
-
         options = tyro.conf.arg(name="", constructor_factory=command.options)
-        choose.__annotations__["config"] = Annotated[Any, options]
-        choose.__doc__ = command.run.__doc__
         chosen = [command] == [_COMMANDS.get(a) for a in arguments[:1]]
         default = command.default(arguments) if chosen and command.default else None
-        if default is not None:
-            choose.__defaults__ = (default,)
+        kinds: dict[str, Any] = {"config": Annotated[Any, options]}
+        if command.joins:
+            joined = functools.partial(_imported, "capsjax.training:ProcessOptions")
+            kinds["processes"] = Annotated[Any, tyro.conf.arg(name="", constructor_factory=joined)]
+
+        def choose(**given: Any) -> Callable[[], None]:
+            if command.joins:
+                return functools.partial(_join, command.run, prog, *given.values())
+            return functools.partial(command.run, *given.values())
+
+        parameters = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                annotation=kind,
+                default=default if name == "config" and default else inspect.Parameter.empty,
+            )
+            for name, kind in kinds.items()
+        ]
+        choose.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        choose.__annotations__ = kinds
+        choose.__doc__ = command.run.__doc__
         return choose
 
     # The hook is not a part of tyro's stable interface: without it tyro prints errors in its way.
@@ -358,6 +424,8 @@ def _unknown(token: str, arguments: Sequence[str]) -> str:
 def _flags(command: str) -> list[str]:
     """The options of a command, as they are written."""
     types = typing.get_args(_COMMANDS[command].options()) or (_COMMANDS[command].options(),)
+    if _COMMANDS[command].joins:
+        types = (*types, _imported("capsjax.training:ProcessOptions"))
     kinds = [getattr(kind, "__origin__", kind) for kind in types]
     flags = ["--model"] if command == "train" else []
     for field in (field for kind in kinds for field in dataclasses.fields(kind)):

@@ -29,7 +29,14 @@ from capsjax.reproduce.results import (
     read_results,
     rows_of,
 )
-from capsjax.training import EvaluateConfig, Result, evaluate, predict_test, train_seeds
+from capsjax.training import (
+    EvaluateConfig,
+    Result,
+    evaluate,
+    predict_test,
+    processes,
+    train_seeds,
+)
 from capsjax.training.options import require, require_at_least
 from capsjax.training.run import check_same_run
 from capsjax.training.run_directory import DataDescription, RunDirectory
@@ -135,22 +142,27 @@ def reproduce(config: ReproduceConfig, *, say: Callable[[str], None] = print) ->
         trained differently.
       capsjax.data.DataError: a data set is missing or damaged.
     """
+    with processes.together():
+        return _reproduce(config, say if processes.is_first() else lambda line: None)
+
+
+def _reproduce(config: ReproduceConfig, say: Callable[[str], None]) -> list[RowResult]:
     if config.list:
         lines = read_results(config.results)
         say("\n\n".join(_listing(recipe, lines) for recipe in config.recipes()))
         say(f"\n'here' is {config.output}; RESULTS.md has the results of other machines")
         return []
-    try:
-        config.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as reason:
-        raise ConfigError(f"--output {config.output} cannot be written: {reason}") from None
+    options = {"--" + n.replace("_", "-"): str(v) for n, v in dataclasses.asdict(config).items()}
+    del options["--data-dir"]
+    processes.check_alike(options, what="with")
+    processes.first(lambda: _make_folder(config), type(None))
     deadline = math.inf if config.seconds is None else time.monotonic() + config.seconds
     get = functools.cache(lambda name: load(name, data_dir=config.data_dir))
     for recipe in config.recipes():
         row = _Row(recipe, config, get)
         row.check()
         while row.missing():
-            if time.monotonic() >= deadline:
+            if processes.decide(time.monotonic() >= deadline):
                 say("time limit reached; run the same command to continue")
                 return _rows(config)
             with row.claimed() as seeds:
@@ -158,7 +170,8 @@ def reproduce(config: ReproduceConfig, *, say: Callable[[str], None] = print) ->
                     say(f"{recipe.name}: another command trains seeds {row.missing()}")
                     break
                 if not row.train(seeds, deadline):
-                    say("time limit reached; run the same command to continue")
+                    reason = "time limit reached" if time.monotonic() >= deadline else "stopped"
+                    say(f"{reason}; run the same command to continue")
                     return _rows(config)
                 for seed in seeds:
                     say(row.finish(seed, together=len(seeds)))
@@ -193,7 +206,8 @@ class _Row:
     def lines(self) -> list[Line]:
         """The results so far."""
         like = self.line(seed=0, errors={"": 0.0})
-        return [line for line in read_results(self.config.results) if line.same_row(like)]
+        lines = processes.first(lambda: read_results(self.config.results), list[Line])
+        return [line for line in lines if line.same_row(like)]
 
     def check(self) -> None:
         """Raises a ConfigError if finished trials of this name were trained differently."""
@@ -226,14 +240,18 @@ class _Row:
                 if len(seeds) == most or not same or apart:
                     break
                 common = common & steps if seeds else steps
-                with contextlib.suppress(Timeout):
-                    locks.enter_context(FileLock(f"{self.run_dir(seed)}.lock", blocking=False))
-                    if seed in self.missing():  # read again: the other command may have ended
-                        seeds.append(seed)
+                lock = FileLock(f"{self.run_dir(seed)}.lock", blocking=False)
+                if not processes.first(functools.partial(_try_enter, locks, lock), bool):
+                    continue
+                if seed in self.missing():  # read again: the other command may have ended
+                    seeds.append(seed)
             yield seeds
 
     def _checkpoints(self, seed: int) -> set[int]:
         """The steps of its checkpoints."""
+        return processes.first(lambda: self._find_checkpoints(seed), set[int])
+
+    def _find_checkpoints(self, seed: int) -> set[int]:
         folder = RunDirectory(self.run_dir(seed)).checkpoints
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         return {int(name) for name in names if name.isdecimal()}
@@ -241,7 +259,10 @@ class _Row:
     def _begun(self, seed: int) -> tuple[bool, bool]:
         """Whether its run has begun, and whether it is finished."""
         directory = RunDirectory(self.run_dir(seed))
-        return directory.config.exists(), directory.result.exists()
+        return (
+            processes.first(directory.config.exists, bool),
+            processes.first(directory.result.exists, bool),
+        )
 
     def train(self, seeds: Sequence[int], deadline: float) -> bool:
         """Trains seeds at once; False if the time was over first."""
@@ -276,7 +297,7 @@ class _Row:
         results: list[Result] = train_seeds(
             options, model=model, dataset=dataset, deadline=deadline
         )
-        if results[0].stopped_by is not None:
+        if results[0].stopped_by is not None and processes.number() == 1:
             signal.raise_signal(results[0].stopped_by)  # everything is saved: stop the command too
         return results[0].test is not None
 
@@ -306,7 +327,7 @@ class _Row:
             of=describe(self.recipe, dataset),
             run=directory.path.relative_to(self.config.output).as_posix(),
         )
-        add_result(self.config.results, line)
+        processes.first(lambda: add_result(self.config.results, line), bool)
         text = ", ".join(f"{error:.2%} on {name}" for name, error in errors.items())
         return f"{self.recipe.name}, seed {seed}: error {text}"
 
@@ -317,7 +338,8 @@ class _Row:
             found, labels = predict_test(self._evaluation(seed, None), dataset=dataset)
             scores.append(found)
         error = float(1 - np.mean(is_right(np.mean(scores, axis=0), labels)))
-        add_result(self.config.results, self.line(ensemble=self.config.seeds, error=error))
+        line = self.line(ensemble=self.config.seeds, error=error)
+        processes.first(lambda: add_result(self.config.results, line), bool)
         return f"{self.recipe.name}, ensemble of {self.config.seeds}: error {error:.2%}"
 
     def _evaluation(self, seed: int, dataset: str | None) -> EvaluateConfig:
@@ -335,8 +357,24 @@ def _rows(config: ReproduceConfig) -> list[RowResult]:
 
 def _write_table(config: ReproduceConfig) -> None:
     """Writes all rows that have results, not only those that are asked for."""
-    rows = _rows(dataclasses.replace(config, rows=()))
-    write_text(config.folder.with_suffix(".md"), markdown(rows))
+    text = markdown(_rows(dataclasses.replace(config, rows=())))
+    processes.first(lambda: write_text(config.folder.with_suffix(".md"), text), type(None))
+
+
+def _make_folder(config: ReproduceConfig) -> None:
+    try:
+        config.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise ConfigError(f"--output {config.output} cannot be written: {reason}") from None
+
+
+def _try_enter(opened: contextlib.ExitStack, lock: FileLock) -> bool:
+    """Holds a lock until `opened` is closed; False if another command holds it."""
+    try:
+        opened.enter_context(lock)
+    except Timeout:
+        return False
+    return True
 
 
 def _listing(recipe: Recipe, lines: Sequence[Line]) -> str:

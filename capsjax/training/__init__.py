@@ -28,6 +28,7 @@ from capsjax.training.objectives import (
 )
 from capsjax.training.optimizers import paper_optimizer
 from capsjax.training.predicting import PredictConfig, Predictions, predict
+from capsjax.training.processes import ProcessOptions, initialize
 from capsjax.training.programs import make_evaluate, make_run_steps, make_step
 from capsjax.training.run import Result, train, train_seeds
 from capsjax.training.step import (
@@ -53,6 +54,7 @@ __all__ = [
     "Memory",
     "PredictConfig",
     "Predictions",
+    "ProcessOptions",
     "Result",
     "StepMetrics",
     "TrainConfig",
@@ -67,6 +69,7 @@ __all__ = [
     "export",
     "hold_out",
     "init_state",
+    "initialize",
     "load_classifier",
     "load_network",
     "make_driver",

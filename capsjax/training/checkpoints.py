@@ -22,7 +22,7 @@ _METRICS = {False: "validation_error", True: "validation_loss"}
 
 
 class Checkpoints:
-    """The checkpoints of a run.
+    """The checkpoints of a run; of several processes the first writes and reads them.
 
     Args:
       path: their directory; made if it is missing.
@@ -50,19 +50,26 @@ class Checkpoints:
         best = preservation_policy.BestN(
             get_metric_fn=_error, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
+        if not read_only:
+            with contextlib.suppress(OSError):  # Orbax says why it cannot write there
+                self.path.mkdir(parents=True, exist_ok=True)
+        only = _this_process()
         options = ocp.CheckpointManagerOptions(
             best_fn=_error,
             best_mode="min",
             preservation_policy=preservation_policy.AnyPreservationPolicy(
                 [preservation_policy.LatestN(keep), best]
             ),
-            create=not read_only,
+            create=False,
+            multiprocessing_options=only,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
         try:
             self._manager = ocp.CheckpointManager(
-                self.path, options=options, item_handlers=ocp.StandardCheckpointHandler()
+                self.path,
+                options=options,
+                item_handlers=ocp.StandardCheckpointHandler(multiprocessing_options=only),
             )
         except Exception as error:
             _check_metric_files(folder for folder in path.glob("*") if folder.name.isdecimal())
@@ -90,7 +97,8 @@ class Checkpoints:
         """
         if step in self.steps():  # it was saved without the validation that it now has
             self._guard(step, lambda: self._manager.delete(step))
-        snapshot = jax.tree.map(lambda x: x.copy(), state)
+        # Orbax refuses arrays of one process among several, but takes NumPy's.
+        snapshot = jax.tree.map(np.array, jax.device_get(state))
         metric = _METRICS[self._regression]
         metrics = None if score is None else {metric: score}
         about = {"checksums": _checksums(snapshot), metric: score, "run": self._run}
@@ -153,35 +161,27 @@ class Checkpoints:
         return int(which)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Reads a checkpoint into arrays with the shapes, dtypes and shardings of `like`.
+        """Reads a checkpoint into NumPy arrays with the shapes and dtypes of `like`.
 
         Raises:
           CheckpointError: it is of another network or run, or it cannot be read.
         """
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-        )
-        restored: TrainState = self._restore(step, target)
+        restored: TrainState = self._restore(step, jax.tree.map(_empty, like))
         return restored
 
-    def restore_variables(
-        self, step: int, like: Variables, sharding: jax.sharding.Sharding
-    ) -> Variables:
+    def restore_variables(self, step: int, like: Variables) -> Variables:
         """Reads the arrays of a checkpoint's network, whatever optimizer it was trained with.
 
         Args:
           step: of the checkpoint.
           like: arrays, or their shapes.
-          sharding: where to put them.
 
         Raises:
           CheckpointError: as in :meth:`restore`.
         """
         variables = {"params": like.params, "batch_stats": like.batch_stats}
         target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            {**self._metadata(step), **variables},
-            is_leaf=lambda x: hasattr(x, "shape"),
+            _empty, {**self._metadata(step), **variables}, is_leaf=lambda x: hasattr(x, "shape")
         )
         restored = self._restore(step, target)
         return Variables(restored["params"], restored["batch_stats"])
@@ -285,6 +285,20 @@ def _check_metric_files(folders: Iterable[Path]) -> None:
                 read_json(file, _Metrics)
             except ConfigError as error:
                 raise CheckpointError(f"{error}; move {folder} away to use the others") from None
+
+
+def _this_process() -> ocp.options.MultiprocessingOptions:
+    """Keeps Orbax from waiting for other processes."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    this = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process-{this}"
+    )
+
+
+def _empty(array: Any) -> np.ndarray:
+    return np.empty(array.shape, array.dtype)
 
 
 def _error(metrics: Any) -> float:

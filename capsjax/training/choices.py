@@ -1,5 +1,6 @@
 """What the options choose, and every check of them that needs the data or the devices."""
 
+import collections
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -142,9 +143,18 @@ def choose_driver(name: str, devices: int | None, batch_size: int | None = None)
     """Returns the driver over the first so many devices, all of them when None.
 
     Raises:
-      ConfigError: there are not so many, or the batch cannot be divided among them.
+      ConfigError: there are not so many, the batch cannot be divided among them, or several
+        processes have different numbers of them or would not all take part.
     """
     available = jax.devices()
+    counts = collections.Counter(device.process_index for device in available)
+    if len(set(counts.values())) > 1:
+        numbers = ", ".join(f"process {process} has {count}" for process, count in counts.items())
+        raise ConfigError(f"all processes must have as many devices: {numbers}")
+    if len(counts) > 1 and devices not in (None, len(available)):
+        raise ConfigError(
+            f"--devices must be all {len(available)} with several processes, got {devices}"
+        )
     if devices is not None and devices > len(available):
         raise ConfigError(
             f"--devices must be at most {len(available)}, the number of"

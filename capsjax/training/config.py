@@ -99,6 +99,10 @@ class TrainConfig:
     """Go on with the run in RUN_DIR from its last checkpoint and with its options, except those
     that are given; options that shape the parameters must stay the same."""
 
+    auto_resume: bool = False
+    """Go on with the run in RUN_DIR if it has begun, and begin it if not: one command for the first
+    start and for every restart. Give all options each time."""
+
     epochs: int | None = None
     """Passes over the training images, each in a new order; a last incomplete batch is left out.
     20 if neither epochs nor steps are given."""
@@ -246,6 +250,10 @@ class TrainConfig:
                 raise ConfigError(f"{option} needs validation images, got --validation 0")
         if self.resume and self.run_dir is None:
             raise ConfigError("--resume needs --run-dir, the directory of the run to go on with")
+        if self.auto_resume and self.run_dir is None:
+            raise ConfigError("--auto-resume needs --run-dir, the directory of the run")
+        if self.auto_resume and self.resume:
+            raise ConfigError("--auto-resume has no effect with --resume")
 
     @property
     def stopping(self) -> tuple[str, ...]:
@@ -325,7 +333,7 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
         raise ConfigError("runs that train together need a --run-dir each")
 
 
-_OF_THE_CALL = ("run_dir", "resume")
+_OF_THE_CALL = ("run_dir", "resume", "auto_resume")
 # Changes of these on the way are recorded, see RunConfig.
 OF_LEARNING_RATE = (
     "learning_rate",

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from capsjax.data import Batch
+from capsjax.training import processes
 from capsjax.training.programs import Evaluate, EvaluationSums, Pace, unstack
 from capsjax.training.step import Variables
 
@@ -79,7 +80,8 @@ def count_errors(
     while first < batches:
         if should_stop():
             return None
-        amount, start = pace.amount(batches - first), time.monotonic()
+        amount = processes.decide(pace.amount(batches - first))
+        start = time.monotonic()
         sums: EvaluationSums = jax.device_get(
             evaluate(variables, examples, np.int32(first), np.int32(amount), np.int32(number))
         )

@@ -37,14 +37,19 @@ class Driver(abc.ABC):
     most_devices: ClassVar[int | None] = None
     devices: tuple[jax.Device, ...]
 
+    @property
+    def local_devices(self) -> tuple[jax.Device, ...]:
+        """Those of this process."""
+        process = jax.process_index()
+        return tuple(d for d in self.devices if d.process_index == process)
+
     def replicate(self, tree: Tree) -> Tree:
-        """Copies arrays to each device, once."""
-        placed: Tree = jax.device_put(tree, self.sharding())
-        return placed
+        """Copies arrays, which all processes have alike, to each device, once."""
+        return _replicate(tree, self.sharding())
 
     def sharding(self, *axes: str) -> NamedSharding:
         """Returns the sharding of the leading dimensions over these axes; replicated for none."""
-        return NamedSharding(Mesh(np.array(self.devices), (AXIS,)), PartitionSpec(*axes))
+        return _sharding(self.devices, *axes)
 
     @abc.abstractmethod
     def compile(self, function: Callable[..., Any], *, donate: bool = False) -> Callable[..., Any]:
@@ -102,7 +107,7 @@ class Pmap(Driver):
     axis_name = AXIS
 
     def compile(self, function: Callable[..., Any], *, donate: bool = False) -> Callable[..., Any]:
-        """Compiles the program of each device."""
+        """Compiles the program of each device; results are those of the process's own devices."""
 
         # pmap needs one argument that is mapped; the state stays replicated and unstacked.
         @functools.wraps(function)
@@ -117,7 +122,11 @@ class Pmap(Driver):
             devices=self.devices,
             donate_argnums=(1,) if donate else (),
         )
-        return functools.partial(compiled, np.arange(len(self.devices)))
+        return functools.partial(compiled, np.arange(len(self.local_devices)))
+
+    def replicate(self, tree: Tree) -> Tree:
+        """Copies arrays to each device of the process, as :meth:`compile` returns them."""
+        return _replicate(tree, _sharding(self.local_devices))
 
     def batch_positions(self, batch_size: int) -> jax.Array:
         """The device's part."""
@@ -147,7 +156,8 @@ def make_driver(
       name: ``"pmap"``, ``"jit"`` or ``"shard"``.
       batch_size: examples in the whole batch, which must be divisible among the devices; not
         checked when None.
-      devices: the devices to use; all of them, or the first for ``"jit"``, when None.
+      devices: the devices to use; when None all of them, of all processes, or for ``"jit"`` the
+        first of this process.
 
     Returns:
       A :class:`Driver`.
@@ -164,7 +174,12 @@ def make_driver(
     """
     check_choice("driver", name, _DRIVERS)
     kind = _DRIVERS[name]
-    chosen = tuple(jax.devices()[: kind.most_devices]) if devices is None else _as_devices(devices)
+    if devices is not None:
+        chosen = _as_devices(devices)
+    elif kind.most_devices is None:
+        chosen = tuple(jax.devices())
+    else:
+        chosen = tuple(jax.local_devices()[: kind.most_devices])
     if kind.most_devices is not None and len(chosen) > kind.most_devices:
         raise ValueError(f"driver {name!r} runs on one device, got {len(chosen)}")
     if batch_size is not None and as_integer("batch_size", batch_size) % len(chosen):
@@ -173,6 +188,34 @@ def make_driver(
             f" {batch_size}"
         )
     return kind(chosen)
+
+
+def local(tree: Tree) -> Tree:
+    """Returns one of this process's copies of replicated arrays; no other process takes part."""
+    first: Tree = jax.tree.map(lambda x: x.addressable_data(0), tree)
+    return first
+
+
+def _sharding(devices: Sequence[jax.Device], *axes: str) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(*axes))
+
+
+def _replicate(tree: Tree, sharding: NamedSharding) -> Tree:
+    placed: Tree
+    if sharding.is_fully_addressable:
+        placed = jax.device_put(tree, sharding)
+        return placed
+    devices = [d for d in sharding.mesh.devices.flat if d.process_index == jax.process_index()]
+
+    def place(array: Any) -> jax.Array:
+        if isinstance(array, jax.Array) and array.sharding == sharding:
+            return array
+        # `device_put` would send the array to all processes, to compare it.
+        copies = [jax.device_put(array, device) for device in devices]
+        return jax.make_array_from_single_device_arrays(copies[0].shape, sharding, copies)
+
+    placed = jax.tree.map(place, tree)
+    return placed
 
 
 def _as_devices(devices: Any) -> tuple[jax.Device, ...]:

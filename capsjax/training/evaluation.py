@@ -14,10 +14,10 @@ from capsjax.data import Batch, Dataset, Sampler, Split, is_right
 from capsjax.files import expand_paths, require_folder, write_text
 from capsjax.models import Prediction
 from capsjax.ops._checks import check_callable
-from capsjax.training import choices
+from capsjax.training import choices, processes
 from capsjax.training.config import ChannelsNumber, DatasetName
 from capsjax.training.counting import Evaluation, count_errors
-from capsjax.training.drivers import Driver, DriverName
+from capsjax.training.drivers import Driver, DriverName, local
 from capsjax.training.loading import load_images, read_run, restore
 from capsjax.training.objectives import Metric, Objective
 from capsjax.training.options import check_types, require_at_least
@@ -26,6 +26,7 @@ from capsjax.training.programs import (
     make_evaluate,
     measure,
 )
+from capsjax.training.run_directory import DataDescription
 from capsjax.training.step import Apply, Variables, split_abstract
 
 
@@ -123,13 +124,14 @@ def evaluate(
     """
     if objective is not None:
         check_callable(objective=objective)
-    opened = _open(config, dataset, objective, metrics)
-    if config.predictions is None:
-        test = _count(opened)
-    else:
-        scores, labels, losses, values = _predict(opened)
-        test = _summarise(scores, labels, losses, values)
-        _write_predictions(config.predictions, opened, scores, labels)
+    with processes.together():
+        opened = _open(config, dataset, objective, metrics)
+        if config.predictions is None:
+            test = _count(opened)
+        else:
+            scores, labels, losses, values = _predict(opened)
+            test = _summarise(scores, labels, losses, values)
+            _write_predictions(config.predictions, opened, scores, labels)
     return CheckpointEvaluation(config.run_dir, opened.step, opened.name, test, opened.class_names)
 
 
@@ -149,10 +151,11 @@ def predict_test(
     Raises:
       ConfigError: as in :func:`evaluate`; so are the other errors.
     """
-    opened = _open(config, dataset)
-    scores, labels, _, _ = _predict(opened)
-    if config.predictions is not None:
-        _write_predictions(config.predictions, opened, scores, labels)
+    with processes.together():
+        opened = _open(config, dataset)
+        scores, labels, _, _ = _predict(opened)
+        if config.predictions is not None:
+            _write_predictions(config.predictions, opened, scores, labels)
     return scores, labels
 
 
@@ -181,7 +184,9 @@ def _predict(
     opened: "_Opened",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """The scores, labels, losses and metrics of the test images."""
-    examples = opened.driver.replicate(as_batch(opened.test))
+    # Each process predicts by itself, on one device.
+    examples = jax.device_put(as_batch(opened.test), jax.local_devices()[0])
+    variables = local(opened.variables)
 
     @jax.jit
     def predict(
@@ -194,9 +199,7 @@ def _predict(
 
     size, last = opened.batch_size, opened.number - 1
     batches = [
-        jax.device_get(
-            predict(opened.variables, examples, np.minimum(first + np.arange(size), last))
-        )
+        jax.device_get(predict(variables, examples, np.minimum(first + np.arange(size), last)))
         for first in range(0, opened.number, size)
     ]
     # The last batch repeats the last image.
@@ -237,6 +240,8 @@ def _write_predictions(
 
     Of regression it is the numbers and their predictions.
     """
+    if not processes.is_first():
+        return
     names, order = opened.class_names, np.argsort(-scores, axis=1, kind="stable")
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
@@ -281,6 +286,10 @@ def _open(
     objective: Objective | None = None,
     metrics: Mapping[str, Metric] | None = None,
 ) -> _Opened:
+    options = {"--" + n.replace("_", "-"): str(v) for n, v in dataclasses.asdict(config).items()}
+    for name in ("--data-dir", "--predictions"):
+        del options[name]
+    processes.check_alike(options, what="with")
     run = read_run(config.run_dir)
     started, model = run.train, run.model
     driver = choices.choose_driver(config.driver, config.devices)
@@ -294,6 +303,9 @@ def _open(
         channels=config.channels,
     )
     choices.check_test_size(dataset, config.test_size)
+    if processes.number() > 1:
+        about = dataclasses.asdict(DataDescription.of(dataset))
+        processes.check_alike(about, what="on data whose")
     own = dataset.name == run.data.name
     # Pairs are shifted in test too, by as much as the run's.
     task = choices.choose_task(dataset, started.max_shift if own else None)

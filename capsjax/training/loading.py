@@ -10,7 +10,7 @@ from flax import nnx
 from capsjax import models
 from capsjax.data import Cropped, Dataset, Pairs, Sampler, Shifted, Split, load, names, source_of
 from capsjax.errors import ConfigError
-from capsjax.training import choices
+from capsjax.training import choices, processes
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import TrainConfig
 from capsjax.training.drivers import Driver
@@ -154,7 +154,7 @@ def load_images(
 
 def _is_packaged(run_dir: Path) -> bool:
     """Whether this is no directory but the name of a network that comes with the package."""
-    return not run_dir.exists() and str(run_dir) in models.pretrained()
+    return not processes.first(run_dir.exists, bool) and str(run_dir) in models.pretrained()
 
 
 def read_run(run_dir: Path) -> RunConfig:
@@ -164,7 +164,7 @@ def read_run(run_dir: Path) -> RunConfig:
         model = models.configure(about.preset, **about.overrides)
         train = TrainConfig(preset=about.preset, dataset="mnist_5k")
         return RunConfig(train, model, DataDescription.of(digits))
-    if not run_dir.exists():
+    if not processes.first(run_dir.exists, bool):
         raise ConfigError(
             f"{run_dir} is no run directory, and no network that comes with the package"
             f" ({', '.join(models.pretrained())})"
@@ -187,10 +187,15 @@ def restore(
         _, variables = split_network(models.load_pretrained(str(run_dir)))
         return None, driver.replicate(variables)
     _, like = split_abstract(run.model)
-    folder = RunDirectory(run_dir).checkpoints
-    checkpoints = Checkpoints(folder, read_only=True, run=run.shaping())
-    try:
-        step = checkpoints.choose(which)
-        return step, checkpoints.restore_variables(step, like, driver.sharding())
-    finally:
-        checkpoints.close()
+    folder, steps = RunDirectory(run_dir).checkpoints, []
+
+    def read() -> Variables:
+        checkpoints = Checkpoints(folder, read_only=True, run=run.shaping())
+        try:
+            steps.append(checkpoints.choose(which))
+            return checkpoints.restore_variables(steps[0], like)
+        finally:
+            checkpoints.close()
+
+    variables = driver.replicate(processes.share(read, like))
+    return processes.first(lambda: steps[0], int), variables

@@ -14,8 +14,10 @@ import numpy as np
 
 from capsjax.data import Batch
 from capsjax.errors import ConfigError, DivergedError
+from capsjax.training import processes
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.counting import Evaluation, count_errors
+from capsjax.training.drivers import local
 from capsjax.training.programs import NEVER, Pace, StepSums, as_batch, stack, unstack
 from capsjax.training.reporting import Report
 from capsjax.training.run_directory import Record, RunDirectory
@@ -31,6 +33,7 @@ class Progress:
     Attributes:
       state: on the devices.
       step: number of steps started.
+      saved: the last step that was saved.
       validated: the last step that was validated.
       history: what each validation so far found for each run: the error, or the loss where the
         labels are numbers to predict.
@@ -38,13 +41,22 @@ class Progress:
 
     state: TrainState
     step: int = 0
+    saved: int = 0
     validated: int = 0
     history: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the loop works with."""
+    """What the loop works with.
+
+    Attributes:
+      setup: what runs compute.
+      directories: of each run.
+      checkpoints: of each run; none in processes other than the first.
+      report: of all.
+      stop: asked between two calls of the devices.
+    """
 
     setup: Setup
     directories: Sequence[RunDirectory]
@@ -104,9 +116,9 @@ def train_and_test(run: Run, progress: Progress) -> list[Evaluation] | None:
             examples = setup.driver.replicate(as_batch(setup.test))
             tests = _evaluate(run, progress, examples, config.test_size)
     if tests is None:
-        if any(progress.step not in checkpoints.steps() for checkpoints in run.checkpoints):
+        if progress.step != progress.saved or not progress.step:
             _check_finite(run, progress)
-            _save(run, progress, [None] * len(run.checkpoints))
+            _save(run, progress, [None] * len(run.directories))
     else:
         run.report.record("test", progress.step, [_metrics(test) for test in tests])
     for checkpoints in run.checkpoints:
@@ -140,7 +152,7 @@ def _advance(run: Run, progress: Progress, target: int, pace: Pace, window: _Win
 
     while progress.step < target and not run.stop.requested():
         end = min(target, _next_multiple(progress.step, setup.steps_per_epoch))
-        number = pace.amount(end - progress.step)
+        number = processes.decide(pace.amount(end - progress.step))
         progress.state, sums = setup.run_steps(progress.state, progress.step, number)
         progress.step += number
         calls.append((progress.step, number, sums))
@@ -168,7 +180,7 @@ def _checkpoint(run: Run, progress: Progress) -> None:
     """Validates and saves, unless asked to stop meanwhile: then the run saves where it stands."""
     _check_finite(run, progress)
     setup = run.setup
-    scores: Sequence[float | None] = [None] * len(run.checkpoints)
+    scores: Sequence[float | None] = [None] * len(run.directories)
     line = f"step {progress.step:,} of {setup.total_steps:,}"
     if setup.validation is not None:
         with run.report.evaluating("validating"):
@@ -190,7 +202,10 @@ def _checkpoint(run: Run, progress: Progress) -> None:
 
 
 def _save(run: Run, progress: Progress, scores: Sequence[float | None]) -> None:
-    states = unstack(progress.state, len(run.checkpoints))
+    progress.saved = progress.step
+    if not run.checkpoints:
+        return
+    states = unstack(local(progress.state), len(run.checkpoints))
     for checkpoints, state, score in zip(run.checkpoints, states, scores, strict=True):
         checkpoints.save(state, progress.step, score)
 
@@ -217,7 +232,8 @@ def begin(
     setup: Setup, directories: Sequence[RunDirectory], checkpoints: Sequence[Checkpoints]
 ) -> Progress:
     """Returns where the runs go on: the last step of which all have a checkpoint, or the first."""
-    saved = [set(each.steps()) for each in checkpoints]
+    steps = processes.first(lambda: [each.steps() for each in checkpoints], list[list[int]])
+    saved = [set(each) for each in steps]
     step = max(set.intersection(*saved), default=0)
     if not step and any(saved):
         raise ConfigError(
@@ -226,18 +242,19 @@ def begin(
         )
     state = setup.initial
     if step:
-        like = setup.driver.replicate(unstack(state, len(checkpoints))[0])
-        state = stack([each.restore(step, like) for each in checkpoints])
-    progress = Progress(setup.driver.replicate(state), step)
+        like = unstack(jax.eval_shape(lambda: state), len(directories))[0]
+        state = processes.share(
+            lambda: stack([each.restore(step, like) for each in checkpoints]), state
+        )
+    progress = Progress(setup.driver.replicate(state), step, saved=step)
     if step > setup.total_steps:
         raise ConfigError(
             f"the run in {directories[0].path} stands at step {step:,} already, beyond the"
             f" {setup.total_steps:,} that were asked for"
         )
-    kept: list[list[Record]] = []
-    for directory, each in zip(directories, checkpoints, strict=True):
+    for each in checkpoints:
         each.forget_after(step)  # steps that the others of the group have not reached
-        kept.append(directory.forget_metrics_after(step))
+    kept = [directory.forget_metrics_after(step) for directory in directories]
     progress.validated, progress.history = read_history(setup, kept)
     return progress
 
@@ -272,18 +289,17 @@ def _since_best(history: Sequence[tuple[float, ...]]) -> int:
 
 
 def _check_finite(run: Run, progress: Progress) -> None:
-    if not _all_finite(progress.state.params):
+    if not _all_finite(local(progress.state.params)):
         _diverged(run, progress.step, "the parameters are not finite")
 
 
 def _diverged(run: Run, step: int, what: str, number: int = 0) -> NoReturn:
-    checkpoints = run.checkpoints[number]
     for each in run.checkpoints:
         each.finish()
-    steps = checkpoints.steps()
     good = "there is no checkpoint yet"
-    if steps:
-        good = f"the last good checkpoint is of step {steps[-1]}, in {checkpoints.path}"
+    if last := run.directories[number].last_checkpoint():
+        path = run.directories[number].checkpoints
+        good = f"the last good checkpoint is of step {last}, in {path}"
     raise DivergedError(
         f"{what} at step {step}; {good}; a lower --learning-rate may help, also on --resume"
     )

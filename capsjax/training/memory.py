@@ -92,13 +92,14 @@ def estimate_memory(
     devices = len(driver.devices)
     num_parameters, activations = _network(model, -(-batch_size // devices))
     # Virtual devices of a CPU have the machine's memory together.
-    share = devices if driver.devices[0].platform == "cpu" else 1
+    here = driver.local_devices
+    share = len(here) if here[0].platform == "cpu" else 1
     return Memory(
         num_parameters,
         share * num_seeds * num_parameters * _BYTES_PER_PARAMETER,
         share * num_seeds * activations,
         share * examples,
-        _limit(driver.devices[0]),
+        _limit(here[0]),
     )
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from capsjax.errors import naming
+from capsjax.training import processes
 from capsjax.training.files import finite
 from capsjax.training.run_directory import RunDirectory
 
@@ -21,9 +22,13 @@ _ENOUGH_SECONDS = 3
 
 
 def say(line: str, console: Console | None = None) -> None:
-    """Prints a line on standard error."""
-    console = console or Console(stderr=True)
+    """Prints a line on standard error; of several processes the first does."""
+    console = console or _console()
     console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    return Console(stderr=True, quiet=not processes.is_first())
 
 
 class Report:
@@ -47,13 +52,15 @@ class Report:
         tensorboard: bool,
         console: Console | None = None,
     ):
+        # Files are those of process 0.
+        directories = directories if processes.is_first() else ()
         self._directories = directories
         self._num_steps = total_steps - step
         self._measured: tuple[int, float] | None = None
         self._started = time.monotonic()
         written = directories if tensorboard else ()
         self._events = [_Events(directory.tensorboard, step) for directory in written]
-        self._console = console or Console(stderr=True)
+        self._console = console or _console()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -122,7 +129,7 @@ class Report:
     def record(self, split: str, step: int, metrics: Sequence[Mapping[str, Any]]) -> None:
         """Records the metrics of a split at a step, of each run; further ones by name in one."""
         seconds = round(time.monotonic() - self._started, 3)
-        for directory, values in zip(self._directories, metrics, strict=True):
+        for directory, values in zip(self._directories, metrics, strict=False):
             record = {"split": split, "step": step, "seconds": seconds, **finite(values)}
             directory.append_metrics(record)
         for events, values in zip(self._events, metrics, strict=False):

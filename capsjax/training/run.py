@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import math
 import re
 import signal
@@ -17,10 +18,11 @@ import optax
 from capsjax import models
 from capsjax.data import Dataset, load
 from capsjax.errors import ConfigError
-from capsjax.training import choices
+from capsjax.training import choices, processes
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import OF_LEARNING_RATE, TrainConfig, check_together
 from capsjax.training.counting import Evaluation
+from capsjax.training.drivers import local
 from capsjax.training.files import write_json
 from capsjax.training.loading import load_own
 from capsjax.training.loop import Progress, Run, begin, is_over, read_history, train_and_test
@@ -150,31 +152,75 @@ def train_seeds(
     check_together(configs)
     custom = Custom(objective, optimizer, metrics)
     custom.check(configs[0])
-    name = configs[0].dataset if dataset is None else dataset.name
-    directories = [RunDirectory(_run_dir(each, name)) for each in configs]
-    with contextlib.ExitStack() as locks:
+    stop = StopRequest(deadline)
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(processes.together())
+        if processes.number() > 1:
+            opened.enter_context(stop)  # one that ended while it begins would end the others
+        _check_alike(configs, model, dataset, custom)
+        name = configs[0].dataset if dataset is None else dataset.name
+        directories = [RunDirectory(_run_dir(each, name)) for each in configs]
+        restarts = configs[0].auto_resume
+        if restarts:
+            begun = [directory.holds_run() for directory in directories]
+            configs = [
+                dataclasses.replace(c, auto_resume=False, resume=all(begun)) for c in configs
+            ]
         if configs[0].resume:
-            for directory in directories:
-                locks.enter_context(directory.locked())
+            _lock(directories, opened)
             setup, stored = _resume(configs, directories, model, dataset, custom)
+            if not restarts:
+                _check_unfinished(setup, directories)
         else:
             for directory in directories:
                 directory.check_new()  # before anything is loaded
             setup, stored = _start(configs, model, dataset, custom)
             for directory in directories:
                 directory.create()
-                locks.enter_context(directory.locked())
+            _lock(directories, opened)
+            for directory in directories:
                 directory.check_new()  # what another process may have begun meanwhile
         try:
             for directory, each in zip(directories, stored, strict=True):
                 # A resumed run may have become longer, and may have to be resumed again.
                 directory.write_config(each)
-            return _run(setup, stored, directories, started, deadline)
+            return _run(setup, stored, directories, started, stop)
         except BaseException:
             if not configs[0].resume:
                 for directory in directories:
                     directory.remove_unless_begun()
             raise
+
+
+def _lock(directories: Sequence[RunDirectory], opened: contextlib.ExitStack) -> None:
+    """Locks the directories, which process 0 writes to."""
+    for directory in directories:
+        processes.first(functools.partial(_enter, opened, directory), type(None))
+
+
+def _enter(opened: contextlib.ExitStack, directory: RunDirectory) -> None:
+    opened.enter_context(directory.locked())
+
+
+def _check_alike(
+    configs: Sequence[TrainConfig],
+    model: models.ModelConfig | None,
+    dataset: Dataset | None,
+    custom: Custom,
+) -> None:
+    """Raises a ConfigError unless all processes were started with the same options."""
+    config = configs[0]
+    options = {**config.to_json(), "resume": config.resume, "auto_resume": config.auto_resume}
+    for name in ("data_dir", "init_from"):  # compared by their contents, on each host its own
+        del options[name]
+    values = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+    values |= {
+        "seeds": [c.seed for c in configs],
+        "run directories": [str(c.run_dir) for c in configs],
+    }
+    values |= {"model": None if model is None else repr(model), "custom": custom.shaping}
+    values["a data set of its own"] = dataset is not None
+    processes.check_alike(values, what="with")
 
 
 def _start(
@@ -248,7 +294,6 @@ def _resume(
         stratified=all(stratified),
         initialise=not any(directory.last_checkpoint() for directory in directories),
     )
-    _check_unfinished(setup, directories)
     return setup, [
         before._replace(
             train=each,
@@ -274,12 +319,16 @@ def _run(
     stored: Sequence[RunConfig],
     directories: Sequence[RunDirectory],
     started: float,
-    deadline: float,
+    stop: StopRequest,
 ) -> list[Result]:
     """Trains to the end, or until the runs are stopped."""
     config = setup.config
+    data = {name.replace("_", " "): v for name, v in dataclasses.asdict(stored[0].data).items()}
+    data["checksum of initial parameters"] = processes.checksum(setup.initial)
+    processes.check_alike(data, what="on data whose")
     # The request ends first: while files are closed, a signal ends the process.
-    with contextlib.ExitStack() as opened, StopRequest(deadline) as stop:
+    with contextlib.ExitStack() as opened, stop:
+        pairs = zip(directories, stored, strict=True)
         checkpoints = [
             Checkpoints(
                 directory.checkpoints,
@@ -287,7 +336,7 @@ def _run(
                 regression=setup.is_regression,
                 run=each.shaping(),
             )
-            for directory, each in zip(directories, stored, strict=True)
+            for directory, each in (pairs if processes.is_first() else ())
         ]
         for saved in checkpoints:
             opened.enter_context(contextlib.closing(saved))
@@ -316,7 +365,7 @@ def _run(
             )
             for n, directory in enumerate(directories)
         ]
-        if tests is not None:
+        if tests is not None and processes.is_first():
             _write_results(run, progress, results)
     return results
 
@@ -351,7 +400,7 @@ def _write_results(run: Run, progress: Progress, results: Sequence[Result]) -> N
             "seconds": round(result.seconds, 1),
         }
         write_json(directory.result, values)
-    variables = unstack(jax.device_get(progress.state.variables), len(results))
+    variables = unstack(jax.device_get(local(progress.state.variables)), len(results))
     for directory, each in zip(run.directories, variables, strict=True):
         picture = directory.picture
         draw_reconstructions(setup.apply, each, setup.model, setup.sampler, setup.test, picture)
@@ -374,6 +423,8 @@ def _headline(setup: Setup, dataset: str, directories: Sequence[RunDirectory], s
     validation = 0 if setup.validation is None else len(setup.validation.labels)
     test = len(setup.test.labels) if config.test_size is None else config.test_size
     where = f"{len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
+    if processes.number() > 1:
+        where += f" of {processes.number()} processes"
     begun = f", from step {step:,}" if step else ""
     seeds = f", {len(directories)} seeds at once" if len(directories) > 1 else ""
     return (
@@ -388,6 +439,6 @@ def _headline(setup: Setup, dataset: str, directories: Sequence[RunDirectory], s
 def _run_dir(config: TrainConfig, dataset: str) -> Path:
     if config.run_dir is not None:
         return config.run_dir
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    now = processes.decide(datetime.datetime.now().strftime("%Y%m%d-%H%M%S"))
     name = re.sub(r"[^\w.-]", "_", dataset)
     return Path("runs") / f"{name}-{config.preset}-{now}"

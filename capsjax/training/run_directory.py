@@ -26,6 +26,7 @@ from capsjax.models import (
     MatrixCapsNetConfig,
     ModelConfig,
 )
+from capsjax.training import processes
 from capsjax.training.config import TrainConfig
 from capsjax.training.files import decode, read_json, read_json_lines, write_json
 
@@ -193,7 +194,7 @@ class _StoredModel(msgspec.Struct):
 
 @dataclasses.dataclass(frozen=True)
 class RunDirectory:
-    """Paths and small files of a run.
+    """Paths and small files of a run; process 0 reads them and tells the others.
 
     Attributes:
       path: the directory.
@@ -258,6 +259,9 @@ class RunDirectory:
 
     def check_new(self) -> None:
         """Raises a ConfigError if the directory holds a run, or files named like those of one."""
+        processes.first(self._check_new, type(None))
+
+    def _check_new(self) -> None:
         if self.config.exists():
             raise ConfigError(
                 f"--run-dir {self.path} already holds a run; go on with it by --resume, or name"
@@ -283,6 +287,9 @@ class RunDirectory:
           ConfigError: it holds a run, or it cannot be made.
         """
         self.check_new()
+        processes.first(self._make, type(None))
+
+    def _make(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -292,12 +299,21 @@ class RunDirectory:
 
     def last_checkpoint(self) -> int:
         """Returns the last step that has a checkpoint; 0 without any."""
+        return processes.first(self._last_checkpoint, int)
+
+    def holds_run(self) -> bool:
+        """Returns whether a run has begun in the directory."""
+        return processes.first(self.config.exists, bool)
+
+    def _last_checkpoint(self) -> int:
         folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
         return max((int(path.name) for path in folders if path.name.isdecimal()), default=0)
 
     def remove_unless_begun(self) -> None:
         """Removes a run that failed before its first checkpoint and its first record."""
-        if self.last_checkpoint() or (self.metrics.exists() and self.metrics.stat().st_size):
+        if not processes.is_first():
+            return  # the others may be gone: nothing is told
+        if self._last_checkpoint() or (self.metrics.exists() and self.metrics.stat().st_size):
             return
         for folder in (self.checkpoints, self.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)
@@ -308,7 +324,7 @@ class RunDirectory:
 
     def write_config(self, config: RunConfig) -> None:
         """Writes what is needed to resume or evaluate the run."""
-        write_json(self.config, config.to_json())
+        processes.first(lambda: write_json(self.config, config.to_json()), type(None))
 
     def read_config(self) -> RunConfig:
         """Reads what :meth:`write_config` wrote.
@@ -316,15 +332,18 @@ class RunDirectory:
         Raises:
           ConfigError: the directory is missing, holds no run, or its configuration is damaged.
         """
-        self._check_exists()
-        if not self.config.exists():
-            raise ConfigError(f"run directory {self.path} holds no run: {self.config.name} missing")
-        stored = read_json(self.config, _StoredConfig)
+        stored = decode(processes.first(self._read_config, bytes), _StoredConfig, str(self.config))
         kind = decode(stored.model, _StoredModel, f"model in {self.config}").kind
         model = decode(stored.model, _MODELS[kind], f"model in {self.config}")
         train = dataclasses.replace(stored.train, run_dir=self.path, resume=True)
         about = (stored.data, stored.stratified, stored.given, stored.custom, stored.changes)
         return RunConfig(train, model, *about)
+
+    def _read_config(self) -> bytes:
+        self._check_exists()
+        if not self.config.exists():
+            raise ConfigError(f"run directory {self.path} holds no run: {self.config.name} missing")
+        return self.config.read_bytes()
 
     def _check_exists(self) -> None:
         if not self.path.is_dir():
@@ -342,12 +361,13 @@ class RunDirectory:
         Raises:
           ConfigError: a line is damaged.
         """
-        return read_json_lines(self.metrics, Record)
+        return processes.first(lambda: read_json_lines(self.metrics, Record), list[Record])
 
     def forget_metrics_after(self, step: int) -> list[Record]:
         """Drops the records of what a resumed run will do again, and returns the others."""
         kept = [r for r in self.read_metrics() if r["step"] <= step and r["split"] != "test"]
-        write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        processes.first(lambda: write_text(self.metrics, text), type(None))
         return kept
 
     def read_result(self) -> StoredResult | None:
@@ -356,4 +376,8 @@ class RunDirectory:
         Raises:
           ConfigError: the file is damaged.
         """
-        return read_json(self.result, StoredResult) if self.result.exists() else None
+        found = processes.first(self._read_results, list[StoredResult])
+        return found[0] if found else None
+
+    def _read_results(self) -> list[StoredResult]:
+        return [read_json(self.result, StoredResult)] if self.result.exists() else []

@@ -16,9 +16,9 @@ from capsjax import models
 from capsjax.data import Batch, Dataset, Sampler, Split, epoch_order
 from capsjax.errors import ConfigError
 from capsjax.ops._checks import check_callable
-from capsjax.training import choices
+from capsjax.training import choices, processes
 from capsjax.training.config import OF_LEARNING_RATE, TrainConfig
-from capsjax.training.drivers import Driver
+from capsjax.training.drivers import Driver, local
 from capsjax.training.holdout import hold_out
 from capsjax.training.loading import read_run, restore
 from capsjax.training.memory import estimate_memory
@@ -169,6 +169,10 @@ def set_up(
     metrics = choices.choose_metrics(custom.metrics, dataset.is_regression)
     weights = choices.choose_class_weights(config.class_weights, dataset, train)
     driver = choices.choose_driver(config.driver, config.devices, config.batch_size)
+    if processes.number() > 1 and driver.most_devices == 1:
+        raise ConfigError(
+            f"--driver {config.driver} uses one device; several processes need pmap or shard"
+        )
     choices.check_test_size(dataset, config.test_size)
     steps_per_epoch = choices.count_batches(train, config.batch_size)
     total_steps = config.steps or (config.epochs or _EPOCHS) * steps_per_epoch
@@ -284,6 +288,7 @@ def _transferred(
     assert config.init_from is not None
     run = read_run(config.init_from)
     step, source = restore(config.init_from, config.init_checkpoint, run, driver)
+    source = local(source)
     started: list[Variables] = []
     new: tuple[str, ...] = ()
     for variables in networks:

@@ -9,6 +9,10 @@ import time
 from types import FrameType, TracebackType
 from typing import Self
 
+from capsjax.training import processes
+
+# A launcher may pass on a signal that the terminal has sent to all processes, too.
+_SAME_SECONDS = 2.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -17,26 +21,41 @@ class StopRequest:
 
     Between two calls of the devices the run asks whether it is :meth:`requested`, saves and ends. A
     second signal raises KeyboardInterrupt at once. Signals are left alone outside of the main
-    thread.
+    thread. Of several processes each may be the one that is signalled.
 
     Args:
       deadline: the value of `time.monotonic` from which on a stop is requested, too.
 
     Attributes:
-      signal: the signal that came, or None.
+      signal: the signal that came, to any process, or None.
     """
 
     def __init__(self, deadline: float = math.inf) -> None:
         self._deadline = deadline
         self.signal: signal.Signals | None = None
+        self._first: tuple[signal.Signals, float] | None = None
         self._previous: dict[signal.Signals, object] = {}
+        self._depth = 0
 
     def requested(self) -> bool:
-        """Returns whether the run should end."""
-        return self.signal is not None or time.monotonic() >= self._deadline
+        """Returns whether the run should end; all processes must ask, and hear the same."""
+        if self._first is not None:
+            processes.ask_to_stop(self._first[0], self._turn)
+        is_over, number = processes.first(self._decide, tuple[bool, int])
+        self.signal = signal.Signals(number) if number else None
+        return is_over
+
+    def _decide(self) -> tuple[bool, int]:
+        """Whether the run should end, and the number of the signal or 0."""
+        received = self._first[0] if self._first else processes.asked_to_stop(self._turn)
+        return received is not None or time.monotonic() >= self._deadline, int(received or 0)
 
     def __enter__(self) -> Self:
-        """Installs the handlers."""
+        """Installs the handlers, at the first of several times."""
+        self._depth += 1
+        if self._depth > 1:
+            return self
+        self._turn = processes.next_turn()
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 self._previous[number] = signal.signal(number, self._note)
@@ -48,14 +67,20 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Restores the handlers."""
+        """Restores the handlers, at the last of several times."""
+        self._depth -= 1
+        if self._depth:
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        now = time.monotonic()
+        if self._first is not None:
+            if processes.number() > 1 and now - self._first[1] < _SAME_SECONDS:
+                return
+            raise KeyboardInterrupt(number)
+        self._first = signal.Signals(number), now
         # Past Python's buffers, which the signal may have come in the middle of.
         with contextlib.suppress(OSError):  # the terminal, or the next program, may be gone
             os.write(2, b"\nstopping: what is done will be saved; once more to quit at once\n")

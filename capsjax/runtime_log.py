@@ -1,0 +1,131 @@
+"""Translates the log of JAX's runtime: a program of its own, which imports nothing of capsjax.
+
+When a process loses the others, the runtime logs a page and aborts, and nothing in the process can
+catch that. What the process writes to its standard streams from C++ goes through this program: it
+says in one line what happened, and passes on everything else.
+"""
+
+import json
+import re
+import signal
+import sys
+from typing import Any, NamedTuple
+
+_FATAL = re.compile(rb"F\d{4} .*Terminating process because the JAX distributed service")
+# Reports of what the fatal line is going to say, and of connections that succeeded.
+_NOISE = re.compile(rb"[EW]\d{4} .*coordination_service|\[Gloo\] Rank \d+ is connected")
+_CONTINUED = re.compile(
+    rb"\d+$|The tasks have crashed|=== Source Location|external/xla|RPC: /xla|$"
+)
+
+
+class Job(NamedTuple):
+    """How a process was started.
+
+    Attributes:
+      prog: the command, for messages.
+      process_id: of this process.
+      num_processes: of all; None if the cluster knows.
+      heartbeat_timeout: seconds after which a silent process counts as lost.
+      start_timeout: seconds that processes wait for each other at the start.
+    """
+
+    prog: str
+    process_id: int | None
+    num_processes: int | None
+    heartbeat_timeout: int
+    start_timeout: int
+
+
+def explain(log: str, job: Job) -> str:
+    r"""Returns in one line why the runtime ended the process.
+
+    Args:
+      log: what the runtime logged of it.
+      job: how the process was started.
+
+    Example:
+      >>> from capsjax.runtime_log import Job, explain
+      >>> job = Job("capsjax train", 0, 2, heartbeat_timeout=60, start_timeout=45)
+      >>> explain("UNAVAILABLE: … tasks are unhealthy (stopped sending heartbeats):\n1", job)
+      'process 1 was lost: no heartbeat for 60 s; start all processes again, on --resume'
+    """
+    again = "start all processes again, on --resume"
+    all_of_them = "all processes" if job.num_processes is None else f"all {job.num_processes}"
+    if found := re.search(r"stopped sending heartbeats\):((?:\s+(?:/job:\S+:)?\d+\b)+)", log):
+        lost = re.findall(r"(\d+)$", found[1], re.MULTILINE)
+        which = f"process {lost[0]} was" if len(lost) == 1 else f"processes {', '.join(lost)} were"
+        return f"{which} lost: no heartbeat for {job.heartbeat_timeout} s; {again}"
+    if found := re.search(r"Unexpected task registered with task=(\d+)", log):
+        return f"--process-id {found[1]} is too large for the --num-processes of process 0"
+    twice = r"(\d+) unexpectedly tried to connect|more recent barrier call .* from the same task"
+    if found := re.search(twice, log):
+        which = str(job.process_id) if found[1] is None else found[1]
+        return f"two processes were started with --process-id {which}"
+    if "/RegisterTask" in log:
+        return (
+            f"not {all_of_them} came within {job.start_timeout} s: start each --process-id from 0"
+            " once, with the same --coordinator and --num-processes"
+        )
+    if "/Heartbeat" in log or "Failed to send RPC to coordination service" in log:
+        return f"process 0 was lost, which coordinates the others; {again}"
+    reason = re.search(r"absl::Status: (.*)", log)
+    return f"JAX's runtime ended the processes: {reason[1] if reason else 'no reason logged'}"
+
+
+def main() -> None:
+    """Reads the log from standard input to its end, and writes to standard error."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it ends when the process does
+    job = Job(**json.loads(sys.argv[1]))
+    kept: list[bytes] = []
+    fatal = noise = False
+    for line in sys.stdin.buffer:
+        fatal = fatal or _FATAL.match(line) is not None
+        noise = _NOISE.match(line) is not None or (noise and _CONTINUED.match(line) is not None)
+        if fatal or noise:
+            kept.append(line)
+        else:
+            _write(line)
+    if fatal:
+        text = b"".join(kept).decode(errors="replace")
+        _write(f"{job.prog}: error: {explain(text, job)}\n".encode())
+
+
+def _write(line: bytes) -> None:
+    try:
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
+    except OSError:  # the terminal, or the next program, may be gone
+        pass
+
+
+def start(job: Job) -> Any:
+    """Starts this program, and sends what C and C++ write to the standard streams through it."""
+    import os
+    import subprocess
+
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    translator = subprocess.Popen(
+        [sys.executable, "-S", "-E", __file__, json.dumps(job._asdict())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # it survives what is sent to the group of the process
+    )
+    assert translator.stdin is not None  # it is a pipe
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        direct = os.dup(number)
+        os.dup2(translator.stdin.fileno(), number)
+        # Python itself goes on to write where it wrote before, a terminal perhaps.
+        text = open(  # noqa: SIM115
+            direct, "w", encoding=stream.encoding, errors=stream.errors, buffering=1
+        )
+        setattr(sys, name, text)
+    translator.stdin.close()
+    return translator
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,477 @@
+"""Several processes as one: what process 0 reads or decides is told to all.
+
+The processes are those of ``jax.distributed``, and speak through its coordination service. Alone, a
+process does all of this by itself: nothing here costs it anything.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import signal
+import socket
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import msgspec
+import numpy as np
+from jax.experimental import multihost_utils
+
+from capsjax import errors, runtime_log
+from capsjax.errors import CapsjaxError, ConfigError
+from capsjax.training.options import require, require_at_least
+from capsjax.version import __version__
+
+T = TypeVar("T")
+Tree = TypeVar("Tree")
+
+_PATIENCE = 30 * 60  # seconds to wait for a process that is alive
+_heartbeat_timeout = 100.0  # JAX's own, unless `initialize` was given another
+_GRACE = 2.0  # seconds in which a process may report an error that another one reports too
+_WATCH_SECONDS = 1.0
+_KEPT = 1000  # answers of process 0 that others may not have read yet
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessOptions:
+    """How several processes train as one.
+
+    On TPU VMs, GKE, SLURM, Open MPI and Kubernetes, nothing is needed: JAX detects them.
+    """
+
+    coordinator: str | None = None
+    """HOST:PORT at which process 0 is reached by the others; also CAPSJAX_COORDINATOR. Only where
+    JAX detects no cluster."""
+
+    num_processes: int | None = None
+    """Number of processes; also CAPSJAX_NUM_PROCESSES. 1 trains alone, whatever JAX detects."""
+
+    process_id: int | None = None
+    """Number of this process, from 0; also CAPSJAX_PROCESS_ID."""
+
+    heartbeat_timeout: int = 60
+    """Seconds of silence after which a process counts as lost, and the others end."""
+
+    start_timeout: int = 45
+    """Seconds that processes wait for each other at the start."""
+
+    def __post_init__(self) -> None:
+        """Checks the options, and completes them from the environment."""
+        for name, kind in (("coordinator", str), ("num_processes", int), ("process_id", int)):
+            variable = f"CAPSJAX_{name.upper()}"
+            if getattr(self, name) is None and (text := os.environ.get(variable)):
+                try:
+                    object.__setattr__(self, name, kind(text))
+                except ValueError:
+                    raise ConfigError(f"{variable} must be an integer, got {text!r}") from None
+        require_at_least(self, 1, "num_processes", "heartbeat_timeout", "start_timeout")
+        require_at_least(self, 0, "process_id")
+        values = (self.coordinator, self.num_processes, self.process_id)
+        if self.num_processes == 1:
+            return
+        if any(value is not None for value in values) and None in values:
+            names = ("--coordinator", "--num-processes", "--process-id")
+            missing = [n for n, value in zip(names, values, strict=True) if value is None]
+            raise ConfigError(f"several processes need {' and '.join(missing)} too")
+        if self.coordinator is not None:
+            host, _, port = self.coordinator.rpartition(":")
+            known = bool(host) and port.isdecimal() and 0 < int(port) < 2**16
+            require(self, "coordinator", known, "HOST:PORT")
+        if self.process_id is not None and self.num_processes is not None:
+            below = self.process_id < self.num_processes
+            require(self, "process_id", below, f"below --num-processes {self.num_processes}")
+
+    @property
+    def are_alone(self) -> bool:
+        """Whether this process is alone by these options."""
+        return self.num_processes == 1
+
+
+def initialize(options: ProcessOptions | None = None, *, command: str | None = None) -> bool:
+    """Joins this process with the others, before JAX's devices are used.
+
+    Does nothing where processes are joined already, and on a machine where JAX detects no cluster
+    and the options name no processes.
+
+    Args:
+      options: how; those of the environment when None.
+      command: the name of the command whose process this is: what JAX's runtime logs when it ends
+        the process is then said in one line. Not for programs that keep their standard streams.
+
+    Returns:
+      Whether several processes are joined.
+
+    Raises:
+      ConfigError: an option is invalid, process 0 is not reached, or the processes were started
+        differently.
+
+    Example:
+      >>> from capsjax.training import ProcessOptions, initialize
+      >>> initialize(ProcessOptions(num_processes=1))
+      False
+    """
+    global _heartbeat_timeout
+    options = options or ProcessOptions()
+    if options.are_alone or jax.distributed.is_initialized():
+        return number() > 1
+    if options.coordinator is None and not _detects_cluster():
+        return False
+    if command is not None:
+        fields = (options.process_id, options.num_processes)
+        times = (options.heartbeat_timeout, options.start_timeout)
+        runtime_log.start(runtime_log.Job(command, *fields, *times))
+    # Signals are noted by the training loop, which agrees on the step to end at.
+    jax.config.update("jax_enable_preemption_service", False)
+    _reach(options)
+    try:
+        jax.distributed.initialize(
+            options.coordinator,
+            options.num_processes,
+            options.process_id,
+            cluster_detection_method=None if options.coordinator is None else "deactivate",
+            initialization_timeout=options.start_timeout,
+            heartbeat_timeout_seconds=options.heartbeat_timeout,
+        )
+    except Exception as error:  # of many kinds, of JAX and of what it asks a cluster with
+        raise ConfigError(f"processes cannot be joined: {error}; {_ALONE}") from error
+    _heartbeat_timeout = options.heartbeat_timeout
+    if number() == 1:
+        return False
+    versions = {"capsjax": __version__, "jax": jax.__version__}
+    check_alike({"--num-processes": number(), **versions}, what="with")
+    return True
+
+
+def _detects_cluster() -> bool:
+    """Whether JAX is going to detect a cluster, which it has no public name for."""
+    from jax._src.clusters import ClusterEnv
+
+    kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
+    return any(kind.is_env_present() for kind in kinds)
+
+
+_ALONE = "--num-processes 1 trains in this one alone"
+
+
+def number() -> int:
+    """Returns the number of processes, without starting JAX's devices."""
+    return 1 if _client() is None else _state().num_processes
+
+
+def index() -> int:
+    """Returns the number of this process, from 0."""
+    return 0 if _client() is None else _state().process_id
+
+
+def is_first() -> bool:
+    """Whether this is process 0, whose files the run's files are."""
+    return index() == 0
+
+
+def describe() -> str:
+    """Returns this process, its host and its devices in words."""
+    local, every = jax.local_devices(), jax.devices()
+    return (
+        f"process {index()} of {number()} on {socket.gethostname()}: {len(local)} of"
+        f" {len(every)} {local[0].platform} devices"
+    )
+
+
+_counter = itertools.count()
+_telling = False
+
+
+def first(function: Callable[[], T], kind: type[T]) -> T:
+    """Calls a function in process 0; returns its value, or raises its error, in all of them.
+
+    All processes must call this the same number of times in the same order.
+
+    Args:
+      function: called in process 0 alone.
+      kind: type of its value: of JSON values, dataclasses or tuples.
+
+    Example:
+      >>> from capsjax.training.processes import first
+      >>> first(lambda: 3, int)
+      3
+    """
+    global _telling
+    if number() == 1 or _telling:
+        return function()
+    key = f"capsjax/told/{next(_counter)}"
+    if not is_first():
+        answer = msgspec.msgpack.decode(_wait_for(key, 0), type=_Answer)
+        if answer.error is not None:
+            answer.error.raise_again()
+        return msgspec.msgpack.decode(answer.value, type=kind)
+    _telling = True
+    try:
+        value = function()
+        _tell(key, _Answer(msgspec.msgpack.encode(value)))
+    except Exception as error:
+        _tell(key, _Answer(b"", _Error.of(error)))
+        raise
+    finally:
+        _telling = False
+    return value
+
+
+def decide(value: T) -> T:
+    """Returns the value that process 0 has, a number or a string, in all processes."""
+    return first(lambda: value, type(value))
+
+
+def share(function: Callable[[], Tree], like: Tree) -> Tree:
+    """Calls a function in process 0 and returns its arrays in all processes, bit for bit.
+
+    Args:
+      function: called in process 0 alone.
+      like: arrays, or their shapes and dtypes, as the function returns them.
+    """
+    if number() == 1:
+        return function()
+    made: list[Tree] = []
+    first(lambda: made.append(function()), type(None))
+    # As bytes: the sum with the zeros of the others would change the sign of a zero.
+    source = made[0] if made else jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+    sent = multihost_utils.broadcast_one_to_all(jax.tree.map(_as_bytes, source))
+    copied: Tree = jax.tree.map(
+        lambda data, x: np.asarray(data).view(x.dtype).reshape(x.shape), sent, like
+    )
+    return copied
+
+
+def checksum(tree: Any) -> int:
+    """Returns the CRC-32 of all arrays of a tree."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total = zlib.crc32(_as_bytes(leaf).data, total)
+    return total
+
+
+def check_alike(values: Mapping[str, Any], *, what: str) -> None:
+    """Raises a ConfigError in all processes unless they have the same values.
+
+    Args:
+      values: what is compared, by name; JSON values.
+      what: the words between the process and the first differing name and value.
+    """
+    if number() == 1:
+        return
+    turn = next(_counter)
+    _tell(f"capsjax/alike/{turn}/{index()}", dict(values))
+
+    def compare() -> None:
+        expected = msgspec.msgpack.decode(msgspec.msgpack.encode(dict(values)))
+        for other in range(1, number()):
+            found = msgspec.msgpack.decode(_wait_for(f"capsjax/alike/{turn}/{other}", other))
+            for name in sorted(expected.keys() | found.keys()):
+                here, there = expected.get(name), found.get(name)
+                if here != there:
+                    raise ConfigError(
+                        f"process {other} was started {what} {name} {_shown(there)}, process 0 with"
+                        f" {_shown(here)}; start all with the same"
+                    )
+
+    first(compare, type(None))
+
+
+def next_turn() -> int:
+    """Returns a number that is new, and the same in all processes."""
+    return next(_counter)
+
+
+def ask_to_stop(received: signal.Signals, turn: int) -> None:
+    """Asks process 0 to stop all processes in what began with a turn."""
+    if number() > 1:
+        key = f"capsjax/stop/{turn}/{index()}"
+        _client().key_value_set(key, received.name, allow_overwrite=True)
+
+
+def asked_to_stop(turn: int) -> signal.Signals | None:
+    """In process 0: returns the signal that a process has asked to stop for."""
+    asked = _client().key_value_dir_get(f"capsjax/stop/{turn}/") if number() > 1 else []
+    return signal.Signals[asked[0][1]] if asked else None
+
+
+_watched = False
+_reported = False
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """While entered, this process ends if another one fails, and the others end if it does."""
+    global _watched
+    if number() == 1 or _watched:
+        yield
+        return
+    _watched, over = True, threading.Event()
+    watcher = threading.Thread(target=_watch, args=(over,), daemon=True)
+    watcher.start()
+    try:
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            _wait_for_reason(error)
+    except BaseException as error:
+        report_failure(error)
+        raise
+    finally:
+        over.set()
+        _watched = False
+
+
+_reported = False
+
+
+def report_failure(error: BaseException) -> None:
+    """Tells the other processes that this one fails; process 0 waits until they have ended."""
+    global _reported
+    client = _client()
+    if client is None or number() == 1 or _reported:
+        return
+    _reported = True
+    text = str(error) or type(error).__name__
+    with contextlib.suppress(Exception):  # the others may be gone
+        client.key_value_set(f"capsjax/failed/{index()}", text, allow_overwrite=True)
+        client.key_value_set(f"capsjax/gone/{index()}", "", allow_overwrite=True)
+        end = time.monotonic() + 5 * _GRACE
+        while is_first() and time.monotonic() < end:
+            if len(client.key_value_dir_get("capsjax/gone/")) == number():
+                time.sleep(0.2)  # in which they end
+                return
+            time.sleep(0.1)
+
+
+def finish() -> None:
+    """Waits for the other processes, and leaves them."""
+    client = _client()
+    if client is not None and number() > 1:
+        client.wait_at_barrier("capsjax/end", _PATIENCE * 1000)
+    jax.distributed.shutdown()
+
+
+def _watch(over: threading.Event) -> None:
+    """Ends this process when another one has failed."""
+    client = _client()
+    while not over.wait(_WATCH_SECONDS):
+        try:
+            failed = client.key_value_dir_get("capsjax/failed/")
+        except Exception:  # process 0 is lost, and the runtime is going to say so
+            continue
+        others = sorted((int(key.rpartition("/")[2]), text) for key, text in failed)
+        others = [(process, text) for process, text in others if process != index()]
+        if not others or over.wait(_GRACE):
+            continue
+        process, text = others[0]
+        _end(f"process {process} of {number()} ended: {text}")
+
+
+def _end(message: str) -> NoReturn:
+    """Ends the process from another thread, while the main one may wait for the devices."""
+    import sys
+
+    from capsjax.process import exit_at_once
+
+    print(f"capsjax: error: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(Exception):
+        _client().key_value_set(f"capsjax/gone/{index()}", "", allow_overwrite=True)
+    exit_at_once(1)
+
+
+def _wait_for_reason(error: Exception) -> NoReturn:
+    """Waits for the runtime, which ends this process and says which other one was lost."""
+    if any(word in str(error) for word in ("Gloo", "gloo", "collective", "peer", "Socket")):
+        time.sleep(_heartbeat_timeout + 15)
+    raise error
+
+
+def _reach(options: ProcessOptions) -> None:
+    """Waits until process 0 accepts connections."""
+    if options.coordinator is None or options.process_id == 0:
+        return
+    host, _, port = options.coordinator.rpartition(":")
+    end, reason = time.monotonic() + options.start_timeout, ""
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+            time.sleep(0.2)
+    raise ConfigError(
+        f"process {options.process_id} reaches no process 0 at --coordinator"
+        f" {options.coordinator} within {options.start_timeout} s: {reason}"
+    )
+
+
+class _Error(msgspec.Struct):
+    """An error that is raised again in another process."""
+
+    kind: str
+    text: str
+
+    @classmethod
+    def of(cls, error: Exception) -> "_Error":
+        text = str(error) if isinstance(error, CapsjaxError) else f"process 0: {error!r}"
+        if isinstance(error, OSError):
+            where = f": {error.filename}" if error.filename else ""
+            text = f"process 0: {error.strerror or error}{where}"
+        return cls(type(error).__name__, text)
+
+    def raise_again(self) -> NoReturn:
+        kind = getattr(errors, self.kind, None)
+        if isinstance(kind, type) and issubclass(kind, CapsjaxError):
+            raise kind(self.text)
+        raise OSError(self.text) if self.kind in _OS_ERRORS else RuntimeError(self.text)
+
+
+_OS_ERRORS = {"OSError", *(kind.__name__ for kind in OSError.__subclasses__())}
+
+
+class _Answer(msgspec.Struct):
+    value: bytes
+    error: _Error | None = None
+
+
+def _tell(key: str, value: Any) -> None:
+    _client().key_value_set_bytes(key, msgspec.msgpack.encode(value))
+    stem, _, turn = key.rpartition("/")
+    if stem == "capsjax/told" and int(turn) >= _KEPT:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # a turn of another kind
+            _client().key_value_delete(f"{stem}/{int(turn) - _KEPT}")
+
+
+def _wait_for(key: str, process: int) -> bytes:
+    try:
+        data: bytes = _client().blocking_key_value_get_bytes(key, _PATIENCE * 1000)
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            _wait_for_reason(error)
+        raise ConfigError(
+            f"process {process} is alive, but has not answered for {_PATIENCE // 60} minutes"
+        ) from None
+    return data
+
+
+def _as_bytes(array: Any) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else str(value)
+
+
+def _state() -> Any:
+    # JAX has no public name for its coordination service; Orbax uses the same one.
+    from jax._src import distributed
+
+    return distributed.global_state
+
+
+def _client() -> Any:
+    return _state().client
