@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 _FATAL = re.compile(rb"F\d{4} .*Terminating process because the JAX distributed service")
 # Reports of what the fatal line is going to say, and of connections that succeeded.
-_NOISE = re.compile(rb"[EW]\d{4} .*coordination_service|\[Gloo\] Rank \d+ is connected")
+_NOISE = re.compile(rb"[EW]\d{4} .*coordination_service|(\[Gloo\] Rank|\d+ is connected to \d+ peer)")
 _CONTINUED = re.compile(
     rb"\d+$|The tasks have crashed|=== Source Location|external/xla|RPC: /xla|$"
 )

@@ -56,7 +56,7 @@ class ProcessOptions:
     heartbeat_timeout: int = 60
     """Seconds of silence after which a process counts as lost, and the others end."""
 
-    start_timeout: int = 45
+    start_timeout: int = 40
     """Seconds that processes wait for each other at the start."""
 
     def __post_init__(self) -> None:
@@ -142,7 +142,7 @@ def initialize(options: ProcessOptions | None = None, *, command: str | None = N
     if number() == 1:
         return False
     versions = {"capsjax": __version__, "jax": jax.__version__}
-    check_alike({"--num-processes": number(), **versions}, what="with")
+    check_alike({"command": command, "--num-processes": number(), **versions}, what="with")
     return True
 
 

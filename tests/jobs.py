@@ -1,0 +1,153 @@
+"""Several real processes on this machine that run a command of capsjax as one."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SECONDS = 240  # that a job may take on a busy machine
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Process:
+    """One process of a job, whose standard streams are files."""
+
+    def __init__(self, number, arguments, log, *, devices, environment=None, prefix=()):
+        self.number, self.log = number, Path(log)
+        flags = re.sub(
+            r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")
+        )
+        flags += f" --xla_force_host_platform_device_count={devices}"
+        with open(f"{log}.out", "wb") as out, open(f"{log}.err", "wb") as err:
+            self._process = subprocess.Popen(
+                [*prefix, sys.executable, *map(str, arguments)],
+                env={**os.environ, "XLA_FLAGS": flags, **(environment or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self):
+        return self._process.pid
+
+    @property
+    def code(self):
+        return self._process.poll()
+
+    @property
+    def out(self):
+        return Path(f"{self.log}.out").read_text(errors="replace")
+
+    @property
+    def err(self):
+        return Path(f"{self.log}.err").read_text(errors="replace")
+
+    @property
+    def errors(self):
+        """The lines of its standard error that are errors."""
+        return [line for line in self.err.splitlines() if ": error: " in line]
+
+    def send(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        """Ends it with all that it has started."""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+
+
+class Job:
+    """Processes that run a command as one; on leaving, none of them is left.
+
+    Args:
+      folder: for their logs.
+      arguments: of the command, for all; or a function of the process's number.
+      processes: number of them.
+      devices: CPU devices of each, or of all a sequence.
+      heartbeat: seconds.
+      start: seconds.
+      program: arguments of Python before the command's.
+      environment: variables.
+      numbers: which processes are started, and how often; each once if not given.
+      told: the number of processes that each is told, if not the true one.
+    """
+
+    def __init__(
+        self,
+        folder,
+        arguments,
+        *,
+        processes=2,
+        devices=2,
+        heartbeat=20,
+        start=60,
+        program=("-m", "capsjax"),
+        environment=None,
+        numbers=None,
+        told=None,
+    ):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.port = free_port()
+        self.processes = []
+        counts = [devices] * (processes + 1) if isinstance(devices, int) else devices
+        for number in range(processes) if numbers is None else numbers:
+            own = arguments(number) if callable(arguments) else arguments
+            joined = [
+                *("--coordinator", f"127.0.0.1:{self.port}"),
+                *("--num-processes", processes if told is None else told[number]),
+                *("--process-id", number, "--heartbeat-timeout", heartbeat),
+                *("--start-timeout", start),
+            ]
+            log = Path(folder) / f"process-{len(self.processes)}"
+            command = [*program, *own, *joined]
+            self.processes.append(
+                Process(number, command, log, devices=counts[number], environment=environment)
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for process in self.processes:
+            process.kill()
+        if kind is not None:
+            print(self.logs())
+
+    def __getitem__(self, number):
+        return self.processes[number]
+
+    def logs(self):
+        return "\n".join(
+            f"--- process {p.number}, code {p.code}\n{p.out}\n{p.err}" for p in self.processes
+        )
+
+    def until(self, condition, what, seconds=SECONDS):
+        """Waits until something holds while all processes live."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"{what}: not in {seconds} s\n{self.logs()}"
+            dead = [p for p in self.processes if p.code is not None]
+            assert not dead or condition(), f"{what}: a process ended\n{self.logs()}"
+            time.sleep(0.05)
+
+    def wait(self, seconds=SECONDS):
+        """Waits for the end of all processes, and returns their exit codes."""
+        end = time.monotonic() + seconds
+        while any(p.code is None for p in self.processes):
+            assert time.monotonic() < end, f"a process has not ended in {seconds} s\n{self.logs()}"
+            time.sleep(0.05)
+        return [p.code for p in self.processes]
