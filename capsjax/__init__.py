@@ -1,9 +1,9 @@
 """Capsule networks for JAX.
 
-The pure functions of :mod:`capsjax.ops` and :mod:`capsjax.routing` are names of this module; layers
-are in :mod:`capsjax.nn`, whole networks in :mod:`capsjax.models`, data sets in
-:mod:`capsjax.data`, training in :mod:`capsjax.training`. All of them are imported when first used,
-so that a command that only prints its help does not wait for JAX.
+The pure functions of :mod:`capsjax.ops` and :mod:`capsjax.routing` can be imported from here.
+Layers are in :mod:`capsjax.nn`, networks in :mod:`capsjax.models`, data sets in
+:mod:`capsjax.data`, and training in :mod:`capsjax.training`. All are imported on first use, so that
+commands which only print their help start fast.
 """
 
 import importlib
@@ -32,7 +32,7 @@ _ROOMS = (
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a room, or one of the names that this module takes from them."""
+    """Imports a subpackage, or a name that this module exports from one."""
     if name in _ROOMS:
         return importlib.import_module(f"capsjax.{name}")
     if name == "load_pretrained":

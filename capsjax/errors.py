@@ -21,11 +21,11 @@ class CapsjaxError(Exception):
 
 
 class ConfigError(CapsjaxError, ValueError):
-    """Raised when an option is invalid, or does not go with another one or with this machine."""
+    """Raised when an option is invalid, alone or in combination, or not supported here."""
 
 
 class DataError(CapsjaxError):
-    """Raised when data are missing, damaged or out of reach."""
+    """Raised when data are missing, damaged or inaccessible."""
 
 
 class CheckpointError(CapsjaxError):
@@ -33,7 +33,7 @@ class CheckpointError(CapsjaxError):
 
 
 class DivergedError(CapsjaxError):
-    """Raised when the loss or the parameters are no longer finite; the message names the step."""
+    """Raised when the loss or the parameters are not finite; the message names the step."""
 
     exit_code = 1
 
@@ -45,7 +45,7 @@ def how_to_install(extra: str) -> str:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds the file's name to an error of the operating system, which writes and reads lack."""
+    """Adds the file name to operating-system errors, which lack it if a read or write fails."""
     try:
         yield
     except OSError as error:

@@ -11,9 +11,14 @@ import signal
 import sys
 from typing import Any, NamedTuple
 
-_FATAL = re.compile(rb"F\d{4} .*Terminating process because the JAX distributed service")
+_FATAL = re.compile(
+    rb"F\d{4} .*Terminating process because the JAX distributed service"
+    rb"|terminate called after throwing an instance of 'gloo"
+)
 # Reports of what the fatal line is going to say, and of connections that succeeded.
-_NOISE = re.compile(rb"[EW]\d{4} .*coordination_service|(\[Gloo\] Rank|\d+ is connected to \d+ peer)")
+_NOISE = re.compile(
+    rb"[EW]\d{4} .*coordination_service|(\[Gloo\] Rank|\d+ is connected to \d+ peer)"
+)
 _CONTINUED = re.compile(
     rb"\d+$|The tasks have crashed|=== Source Location|external/xla|RPC: /xla|$"
 )
@@ -69,6 +74,8 @@ def explain(log: str, job: Job) -> str:
         )
     if "/Heartbeat" in log or "Failed to send RPC to coordination service" in log:
         return f"process 0 was lost, which coordinates the others; {again}"
+    if "'gloo" in log:
+        return f"the connection to another process was lost; {again}"
     reason = re.search(r"absl::Status: (.*)", log)
     return f"JAX's runtime ended the processes: {reason[1] if reason else 'no reason logged'}"
 

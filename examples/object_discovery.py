@@ -1,8 +1,8 @@
 """Object discovery: two slots separate two overlapping digits, without labels.
 
-The features of all positions vote for two capsules, between which attention routing divides them.
-Each capsule draws a shape no larger than a digit and moves it; together, both drawings reconstruct
-the picture. They are blurred, but most show one digit. Run: python examples/object_discovery.py
+The features at all positions vote for two capsules, between which attention routing divides them.
+Each capsule draws a shape no larger than a digit and moves it; both drawings reconstruct the
+picture. Most drawings show one digit, blurred. Run: python examples/object_discovery.py
 After Locatello et al., *Object-Centric Learning with Slot Attention*, NeurIPS 2020.
 """
 
@@ -25,14 +25,14 @@ def place(shapes, corners):
 
 
 def pairs(key, images, number):
-    """Two digits at random positions, ``[B, 2, 40, 40]``, and the picture of both."""
+    """Draws two digits at random positions, ``[B, 2, 40, 40]``, and the picture of both."""
     digits = images[jax.random.randint(key, (number, 2), 0, len(images))]
     digits = place(digits, jax.random.randint(jax.random.fold_in(key, 1), (number, 2, 2), 0, 21))
     return digits, digits.sum(1).clip(0, 1)
 
 
 class Slots(nnx.Module):
-    """Maps pictures ``[B, 40, 40]`` to drawings of two slots ``[B, 2, 40, 40]`` and their error."""
+    """Maps pictures ``[B, 40, 40]`` to the slots' drawings ``[B, 2, 40, 40]`` and their error."""
 
     def __init__(self, rngs):
         convs = nnx.Conv(1, 64, (8, 8), 4, rngs=rngs), nnx.Conv(64, 64, (3, 3), rngs=rngs)
@@ -45,14 +45,14 @@ class Slots(nnx.Module):
         """Encodes, routes, draws."""
         poses = self.slots(self.encoder(pictures[..., None]).reshape(-1, 100, 64)).poses
         shapes = nnx.sigmoid(self.shape(nnx.relu(self.hidden(poses))) - 2)  # dark at first
-        # One slot starts on the left and one on the right; otherwise both would learn the same.
+        # One slot starts on the left and one on the right; otherwise both learn the same.
         corners = 10 + 10 * jnp.tanh(self.corner(poses) + jnp.array([[[0, -0.5], [0, 0.5]]]))
         drawings = place(shapes.reshape(-1, 2, 20, 20), corners)
         return drawings, jnp.square(1 - (1 - drawings).prod(1) - pictures).mean()
 
 
 def separation(layers, digits):
-    """Share of the pixels of a single digit that are in its layer, for the better matching."""
+    """Share of one digit's pixels that are in the layer of that digit, for the best matching."""
     first, second = digits[:, 0] > 0.5, digits[:, 1] > 0.5
     correct = ((layers[:, 0] > layers[:, 1]) == first).mean((1, 2), where=first != second)
     return jnp.maximum(correct, 1 - correct).mean()

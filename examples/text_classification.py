@@ -1,4 +1,4 @@
-"""Text classification with capsules, in pure functions: which library is a docstring from?
+"""Text classification with capsules, in pure functions: which library does a docstring belong to?
 
 Every word votes for every library, and its couplings show which library it supports. Leaky routing
 lets a word support none. Run: python examples/text_classification.py
@@ -27,7 +27,7 @@ SIZE, ADAM, NAMES = 24, optax.adam(5e-3), {*MODULES, "np", "jnp", "lax", "linen"
 
 
 def docstrings():
-    """Returns the first words of each docstring, without names of libraries, and its library."""
+    """Returns each docstring's first words, without names of libraries, and its library."""
     found = {}
     for label, names in enumerate(MODULES.values()):
         for module in map(importlib.import_module, names.split()):
@@ -39,7 +39,7 @@ def docstrings():
 
 
 def route(params, ids):
-    """Routes words ``[B, T]``, with 0 for no word, to libraries ``[B, J]``."""
+    """Routes word ids ``[B, T]``, padded with 0, to libraries ``[B, J]``."""
     votes = jnp.einsum("btk,kjd->btjd", params["embedding"][ids], params["transform"])
     return dynamic_routing(votes, where=ids > 0, leaky=True)
 

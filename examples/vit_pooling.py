@@ -1,9 +1,9 @@
 """Routing as the pooling layer of a Vision Transformer.
 
 The same tiny transformer is trained twice on 4,000 digits: with a linear layer over the mean of its
-16 tokens, and with routing, where every token votes for every class and the length of a class
-capsule is its score. Run: python examples/vit_pooling.py
-The transformer is from Dosovitskiy et al., *An Image is Worth 16x16 Words*, ICLR 2021.
+16 tokens, and with routing. There every token votes for every class, and the length of a class
+capsule is the score. Run: python examples/vit_pooling.py
+The transformer follows Dosovitskiy et al., *An Image is Worth 16x16 Words*, ICLR 2021.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def step(model, optimizer, images, labels, key):
     def loss(model):
         logits = model(batch)
         if isinstance(model.head, DenseCapsules):
-            logits = 8 * logits.activations  # lengths are below 1; a margin loss would not start
+            logits = 8 * logits.activations  # lengths are below 1; a margin loss does not train
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
     optimizer.update(model, nnx.grad(loss)(model))

@@ -30,7 +30,7 @@ class AffineRanges(NamedTuple):
 def random_affine(
     keys: jax.Array, images: jax.Array, *, size: int, ranges: AffineRanges | None = None
 ) -> jax.Array:
-    r"""Scales, shears and rotates each image, and places it at random in a larger one.
+    r"""Scales, shears and rotates each image, and places it at random in a larger image.
 
     .. math::
       A = \begin{pmatrix} \cos\phi & -\sin\phi \\ \sin\phi & \cos\phi \end{pmatrix}
@@ -100,7 +100,7 @@ def _centred(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _product(matrix: jax.Array, points: jax.Array) -> jax.Array:
-    # Written out, because TPUs round the factors of a matrix product, which would shift pixels.
+    # Written out, because TPUs would round the factors of a matrix product and shift pixels.
     return jnp.stack([row[0] * points[0] + row[1] * points[1] for row in matrix])
 
 

@@ -17,7 +17,7 @@ def load_affnist(data_dir: str | os.PathLike[str] | None) -> Dataset:
     """Reads ``data_dir/training_and_validation_batches/*.mat`` and ``data_dir/test_batches/*.mat``.
 
     These are the folders of the published archives of transformed images. The 1.9 million training
-    images may be missing: the set serves to test networks that were trained on ``expanded_mnist``.
+    images may be missing, because the set mainly tests networks trained on ``expanded_mnist``.
 
     Raises:
       DataError: there are no test images, or a file cannot be read.

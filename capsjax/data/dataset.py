@@ -14,8 +14,8 @@ class Split(NamedTuple):
 
     Attributes:
       images: ``[N, H, W, C]``: uint8 from 0 to 255, uint16 from 0 to 65535, or float32 in [0, 1].
-      labels: int32 ``[N]``, class indices; bool ``[N, J]``, for each class whether the image shows
-        it; or float32 ``[N, J]``, numbers that a network is to predict.
+      labels: class indices, int32 ``[N]``; classes that an image shows, bool ``[N, J]``; or numbers
+        to predict, float32 ``[N, J]``.
     """
 
     images: npt.NDArray[Any]
@@ -27,17 +27,17 @@ class Dataset:
     """A data set of decoded, labelled images.
 
     Attributes:
-      name: name of the set, as :func:`load` takes it.
+      name: name of the set, as in :func:`load`.
       train: training split.
       test: test split.
-      class_names: one name per class, in the order of the labels; per number for float32 labels.
+      class_names: one name per class, in the order of the labels; or per number to predict.
       task: how the network's inputs and targets are made from the images.
 
     Raises:
       TypeError: labels are not an array.
-      ValueError: shapes, dtypes or pixels are not those of :class:`Split`, the images of the two
-        splits differ in shape or do not suit the task, a label has no class name, or the task draws
-        pairs and a split is not sorted by class.
+      ValueError: a split does not have the shapes, dtypes and values of :class:`Split`, the images
+        of the two splits differ in shape or do not suit the task, a label has no class name, or the
+        task draws pairs and a split is not sorted by class.
 
     Example:
       >>> import numpy as np
@@ -130,7 +130,7 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of the network's inputs, which the task makes."""
+        """Height, width and channels of the network's inputs."""
         height, width, channels = self.train.images.shape[1:]
         return self.task.image_shape((height, width, channels))
 

@@ -1,6 +1,6 @@
 """A cache of decoded data sets on disk, so that only the first process has to decode them.
 
-An entry that is missing or damaged is never an error: the set is decoded again.
+If an entry is missing or damaged, the set is decoded again.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ def cached(
 
     Args:
       prepared: the directory to decode. Its fingerprint (file names, sizes, modification times) is
-        part of the entry's name, so that a set that was prepared again is decoded again.
+        part of the entry's name, so that a set is decoded again if it has changed.
       key: name and version of the set.
       decode: decodes the train and the test split; its errors are passed on.
     """

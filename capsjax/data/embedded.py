@@ -1,4 +1,4 @@
-"""The data set that comes with the package, which needs neither a download nor TFDS."""
+"""The data set that comes with the package; it needs no download and no TFDS."""
 
 import importlib.resources
 

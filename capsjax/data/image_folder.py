@@ -16,15 +16,15 @@ from capsjax.errors import DataError, how_to_install
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _SPLITS = ("train", "test")
-# What others call the folders of the splits.
+# Other common names of the splits' folders.
 _SPLIT_NAMES = {*_SPLITS, "training", "testing", "val", "valid", "validation"}
-_NAMED = 5  # of the images that cannot be read
-_HELD_OUT = 10  # one image in so many is for test where there is no folder of test images
+_NAMED = 5  # unreadable images that a warning names
+_HELD_OUT = 10  # one image in this many is held out if there is no folder of test images
 CHANNELS = (1, 3, 4)  # of image files
 
 
 class UnreadableImageError(DataError):
-    """Raised for a file that is no image, or damaged."""
+    """Raised for a file that is damaged or not an image."""
 
 
 _log = logging.getLogger(__name__)
@@ -39,26 +39,26 @@ def load_image_folder(
 ) -> Dataset:
     """Reads the images in ``data_dir/train/<class>/`` and ``data_dir/test/<class>/``.
 
-    Classes and files are sorted by name; folders inside of a class are read too. Without ``test``,
-    a tenth of the images of each class is for test, chosen by a fixed seed; without ``train``
-    either, the folders of the classes are those in ``data_dir``. Files that are not used, and
-    images that cannot be read, are counted and named in warnings.
+    Classes and files are sorted by name; subfolders of a class are read too. Without ``test``, a
+    tenth of the images of each class is held out, chosen by a fixed seed. Without ``train`` either,
+    the class folders are those in ``data_dir``. Warnings count and name the files that are not used
+    and the images that cannot be read.
 
-    Images are turned as their EXIF orientation says. 16-bit and floating-point grayscale images
-    keep their precision, and the others of a split are scaled to it. Transparent images are laid
-    on white unless `channels` is 4.
+    Images are rotated by their EXIF orientation. 16-bit and floating-point grayscale images keep
+    their precision, and the other images of the split are scaled to it. Transparent pixels are
+    blended with white unless `channels` is 4.
 
     Args:
       data_dir: the directory.
-      image_size: rows and columns; each image is scaled and its longer side cropped at both ends.
-        Their own when None, which must be the same for all.
+      image_size: rows and columns. Each image is scaled, and its longer side cropped at both ends.
+        When None, all images must have the same size, which is kept.
       channels: 1 (gray), 3 (RGB) or 4 (with transparency). When None, 1 for grayscale images and 3
-        for others, which must be the same for all.
+        for others; all images must then have the same number.
 
     Raises:
       DataError: a folder is missing or empty, the classes of the splits differ, no image of a class
         can be read, or an image differs from the first in size or channels.
-      ValueError: `image_size` is not positive, or `channels` is another number.
+      ValueError: `image_size` or `channels` is invalid.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
@@ -90,10 +90,10 @@ def load_image_folder(
 
 
 def list_images(path: Path) -> list[Path]:
-    """The images in a folder and in the folders inside of it, in order; a file itself.
+    """Returns the images in a folder and its subfolders in order, or the file itself.
 
     Raises:
-      DataError: there is no such file or folder, or it holds no images.
+      DataError: the path does not exist, or the folder has no images.
     """
     if path.is_file():
         return [path]
@@ -112,16 +112,16 @@ def read_image(
     size: tuple[int, int] | None = None,
     channels: int | None = None,
 ) -> npt.NDArray[Any]:
-    """Reads the pixels of an image, see :func:`image_pixels`.
+    """Reads the pixels of an image; see :func:`image_pixels`.
 
     Args:
       file: the image.
-      lost: counts the images of which a part is lost.
+      lost: counts images that lose data when read, by reason.
       size: as in :func:`image_pixels`.
       channels: as in :func:`load_image_folder`.
 
     Raises:
-      UnreadableImageError: it is no image, or damaged.
+      UnreadableImageError: the file is damaged or not an image.
       DataError: Pillow is missing.
       OSError: the operating system refuses to read it.
     """
@@ -132,8 +132,8 @@ def read_image(
             f"images need Pillow, which is not installed: {how_to_install('data')}"
         ) from error
     try:
-        if not file.is_file():  # reading a pipe would wait for ever
-            raise ValueError("it is no file")
+        if not file.is_file():  # reading a pipe would never end
+            raise ValueError("it is not a regular file")
         with Image.open(file) as image:
             if getattr(image, "n_frames", 1) > 1:
                 lost["only the first image of each file of several"] += 1
@@ -153,8 +153,8 @@ def image_pixels(
     """Returns the pixels of a Pillow image, uint8, uint16 or float32 ``[H, W, C]``.
 
     Args:
-      image: as it was opened.
-      size: rows and columns to which it is scaled, its longer side cropped at both ends.
+      image: the opened image.
+      size: rows and columns to which it is scaled; its longer side is cropped at both ends.
       channels: as in :func:`load_image_folder`.
 
     Raises:
@@ -193,14 +193,14 @@ def image_pixels(
 
 
 def _fitted(image: Any, size: tuple[int, int]) -> Any:
-    """Scales and crops an image to so many rows and columns."""
+    """Scales and crops an image to these rows and columns."""
     from PIL import Image, ImageOps
 
     return ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """Returns the folders of the splits; raises a DataError if they cannot be these."""
+    """Returns the folders of the splits, or raises a DataError."""
     expected = f"image_folder expects train/<class>/ and test/<class>/ in {root}"
     if not root.is_dir():
         what = "is not a directory" if root.exists() else "does not exist"
@@ -252,7 +252,7 @@ def _expect_same_classes(classes: tuple[str, ...], root: Path) -> None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The files in a folder and in the folders inside of it, without hidden ones, in order."""
+    """Yields the files in a folder and its subfolders in order, without hidden ones."""
     here = folder.resolve()
     for entry in sorted(entry for entry in folder.iterdir() if entry.name[0] != "."):
         if not entry.is_dir():
@@ -279,7 +279,7 @@ def _image_files(folder: Path, classes: tuple[str, ...]) -> list[_File]:
 
 
 def _report_skipped(root: Path, used: set[Path]) -> None:
-    """Warns of the files that are no images or in no class's folder."""
+    """Warns of files that are not images or not in a class folder."""
     skipped = [file for file in _files(root) if file not in used]
     if skipped:
         kinds = Counter(file.suffix.lower() or "without suffix" for file in skipped)
@@ -294,7 +294,7 @@ def _report_skipped(root: Path, used: set[Path]) -> None:
 
 
 def _hold_out(files: list[_File], root: Path) -> dict[str, list[_File]]:
-    """Splits images for test off each class."""
+    """Holds out test images of each class."""
     rng, test = np.random.default_rng(0), set()
     for label in range(files[-1][1] + 1):
         own = [file for file in files if file[1] == label]
@@ -316,7 +316,7 @@ def _hold_out(files: list[_File], root: Path) -> dict[str, list[_File]]:
 
 
 class _Reader:
-    """Decodes images of one shape, and counts those of which a part is lost."""
+    """Decodes images of one shape, and counts those that lose data."""
 
     def __init__(self, size: int | None, channels: int | None):
         self._size = None if size is None else (size, size)
@@ -327,7 +327,7 @@ class _Reader:
         self._number = 0
 
     def split(self, files: list[_File]) -> Split:
-        """Reads the images of a split, in the widest of their dtypes."""
+        """Reads the images of a split in the widest of their dtypes."""
         images: npt.NDArray[Any] | None = None
         labels: list[int] = []
         self._number += len(files)
@@ -342,7 +342,7 @@ class _Reader:
                 raise DataError(
                     f"image_folder expects every image as height x width x channels"
                     f" {_text(self._expected)} like the first, got {_text(image.shape)} in {file};"
-                    " --image-size and --channels make them alike"
+                    " --image-size and --channels convert them"
                 )
             if images is None:
                 images = np.empty((len(files), *image.shape), image.dtype)
@@ -355,11 +355,11 @@ class _Reader:
         return Split(images[: len(labels)], np.array(labels, np.int32))
 
     def no_image_of(self, name: str) -> DataError:
-        """The error of a class without an image that can be read."""
+        """Returns the error for a class without a readable image."""
         return DataError(f"image_folder finds no image of class {name!r}: {self._unreadable[0]}")
 
     def report(self, root: Path) -> None:
-        """Warns of images that cannot be read, or of which a part is lost."""
+        """Warns of images that cannot be read or that lose data."""
         if self._unreadable:
             _log.warning(
                 "image_folder leaves out %s of %s images, which cannot be read: %s%s",
@@ -377,7 +377,7 @@ def _text(shape: tuple[int, ...]) -> str:
 
 
 def widened(pixels: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Scales pixels to the white of a dtype that holds all of their values."""
+    """Scales pixels to the white of a wider dtype."""
     if pixels.dtype == dtype:
         return pixels
     if dtype == np.uint16:

@@ -1,4 +1,4 @@
-"""Data sets in one NumPy file: your own arrays, or a copy of a set for machines without TFDS."""
+"""Data sets in one NumPy file: your own arrays, or a copy for machines without TFDS."""
 
 import logging
 import os
@@ -26,9 +26,9 @@ def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
     """Writes a data set to a compressed file, which ``load("npz", data_dir=path)`` reads.
 
     The file holds the arrays ``train_images``, ``train_labels``, ``test_images``, ``test_labels``
-    and ``class_names``, and the set's ``name``, but not the task; numbers to predict are
-    ``train_targets`` and ``test_targets`` instead of labels. ``load`` reads it under that name too,
-    and then knows the task.
+    and ``class_names``, and the set's ``name``. Numbers to predict are ``train_targets`` and
+    ``test_targets`` instead of labels. The task is not stored: to restore it, ``load`` the file
+    under the set's name.
 
     Raises:
       ValueError: the path does not end in ``.npz``.
@@ -57,15 +57,15 @@ def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
 
 
 def load_npz(path: Path, name: str | None = None, task: Task | None = None) -> Dataset:
-    """Reads a file of arrays with the names that :func:`save_npz` gives them.
+    """Reads a file of arrays named as by :func:`save_npz`.
 
     Args:
       path: the file.
-      name: of the set that the file must hold; any when None.
-      task: of the set; shifted images when None.
+      name: the expected name of the set; any when None.
+      task: task of the set; shifted images when None.
 
     Raises:
-      DataError: the file is missing or damaged, holds another data set, or arrays that are none.
+      DataError: the file is missing or damaged, or does not hold this data set.
     """
     try:
         if path.is_file() and not zipfile.is_zipfile(path):
@@ -114,7 +114,7 @@ def _labels(name: str, labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Converts whole numbers of any dtype to int32 ``[N]``, or 0 and 1 to bool ``[N, J]``."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    with np.errstate(invalid="ignore"):  # a float that is no number differs from its conversion
+    with np.errstate(invalid="ignore"):  # NaN differs from its conversion
         whole = labels.astype(np.int32) if labels.dtype.kind in "biuf" else None
     if whole is None or (whole != labels).any():
         raise ValueError(
@@ -140,7 +140,7 @@ def _targets(name: str, targets: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _numbers(labels: npt.NDArray[np.int32]) -> tuple[str, ...]:
-    """The numbers of the classes as their names."""
+    """Returns class numbers as class names."""
     number = int(labels.max(initial=0)) + 1
     if number > max(len(labels), 2):
         raise ValueError(

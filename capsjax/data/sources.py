@@ -17,7 +17,7 @@ from capsjax.data.tfds_source import load_tfds
 from capsjax.data.tfds_source import task_of as tfds_task_of
 from capsjax.errors import DataError
 
-# Sets that are made from MNIST's digits on the device and never stored.
+# Sets that are made from MNIST on the device and never stored.
 _MADE: dict[str, Task] = {
     "multi_mnist": Pairs(),
     "expanded_mnist": Placed(),
@@ -27,7 +27,7 @@ _NAMES = ("mnist_5k", *TFDS_NAMES, *_MADE, "affnist", "image_folder", "npz")
 
 
 def names() -> tuple[str, ...]:
-    """Names of the data sets that :func:`load` can load.
+    """Returns the names of the data sets that :func:`load` can load.
 
     Example:
       >>> from capsjax.data import names
@@ -50,8 +50,8 @@ def load(
 
     * ``mnist_5k`` comes with the package.
     * ``mnist``, ``fashion_mnist``, ``kmnist``, ``cifar10``, ``svhn_cropped`` and ``smallnorb``
-      (both images of a pair as channels, 48x48) are read from TFDS's directory. Sets that are
-      missing there are prepared first, without TensorFlow. The decoded images are cached under
+      (both images of a pair as channels, 48x48) are read from TFDS's directory. Missing sets are
+      prepared first, without TensorFlow. The decoded images are cached under
       ``$XDG_CACHE_HOME/capsjax`` (``~/.cache/capsjax``).
     * ``multi_mnist``, ``expanded_mnist`` and ``affine_mnist`` are made from ``mnist`` on the device
       by :attr:`Dataset.task`: two digits of different classes in an image of 36x36
@@ -59,36 +59,36 @@ def load(
       random affine transformations with the ranges of affNIST (:class:`Distorted`).
     * ``affnist`` reads the published images of affNIST.
     * ``image_folder`` reads the images in ``data_dir/train/<class>/`` and
-      ``data_dir/test/<class>/`` (png, jpg, tif, webp, bmp, gif, pgm, ppm), also in folders inside
-      of these. Without ``test``, a tenth of each class is for test; without ``train`` either, the
-      folders of the classes are those in ``data_dir``. Images are turned as their EXIF orientation
-      says; 16-bit and floating-point grayscale images keep their precision; transparent images are
-      laid on white unless `channels` is 4. Files that are not used are counted in a warning.
-    * ``npz`` reads your own arrays from the NumPy file ``data_dir``, as ``numpy.savez`` or
-      :func:`save_npz` writes it: ``train_images``, ``train_labels``, ``test_images``,
-      ``test_labels``, and ``class_names`` unless the classes have none. Images are uint8, uint16
-      or floating-point in [0, 1], ``[N, H, W, C]`` or ``[N, H, W]``; labels are whole numbers from
-      0, ``[N]`` or ``[N, 1]``, or 0 and 1 for each of several classes, ``[N, J]``.
+      ``data_dir/test/<class>/`` (png, jpg, tif, webp, bmp, gif, pgm, ppm) and their subfolders.
+      Without ``test``, a tenth of each class is held out; without ``train`` either, the class
+      folders are those in ``data_dir``. Images are rotated by their EXIF orientation; 16-bit and
+      floating-point grayscale images keep their precision; transparent pixels are blended with
+      white unless `channels` is 4. A warning counts the files that are not used.
+    * ``npz`` reads arrays from the NumPy file ``data_dir``, written by ``numpy.savez`` or
+      :func:`save_npz`: ``train_images``, ``train_labels``, ``test_images``, ``test_labels`` and,
+      optionally, ``class_names``. Images are uint8, uint16 or floating-point in [0, 1],
+      ``[N, H, W, C]`` or ``[N, H, W]``; labels are whole numbers from 0, ``[N]`` or ``[N, 1]``, or
+      0 and 1 for several classes per image, ``[N, J]``.
 
     Args:
       name: one of :func:`names`.
       data_dir: for TFDS sets, the directory of prepared sets, by default ``$TFDS_DATA_DIR`` or
         ``~/tensorflow_datasets``; for ``image_folder``, the directory with ``train`` and ``test``;
-        for ``affnist``, the directory with ``test_batches``; for ``npz``, the file. For all of them
-        it may also be an ``.npz`` file in which :func:`save_npz` stored the set, or ``mnist`` for
-        the sets made from it. ``mnist_5k`` ignores it.
+        for ``affnist``, the directory with ``test_batches``; for ``npz``, the file. Instead of a
+        directory it may also be an ``.npz`` file of the set, or of ``mnist`` for the sets made from
+        it, written by :func:`save_npz`. ``mnist_5k`` ignores it.
       download: whether to download a TFDS set that is not prepared yet.
-      image_size: for ``image_folder``, rows and columns to which each image is scaled, its longer
-        side cropped at both ends; their own, the same for all, when None.
-      channels: for ``image_folder``, 1 (gray), 3 (RGB) or 4 (with transparency); when None, 1 for
-        grayscale images and 3 for others, the same for all.
+      image_size: for ``image_folder``, rows and columns. Each image is scaled, and its longer side
+        cropped at both ends. When None, all images must have the same size, which is kept.
+      channels: for ``image_folder``, 1 (gray), 3 (RGB) or 4 (with transparency). When None, 1 for
+        grayscale images and 3 for others; all images must then have the same number.
 
     Returns:
       The data set.
 
     Raises:
-      DataError: the name is unknown, or the data are missing, damaged or out of reach; or
-        `image_size` or `channels` is given for another set than ``image_folder``.
+      DataError: the name is unknown, the data are missing, damaged or inaccessible, or
+        `image_size` or `channels` is given for a set other than ``image_folder``.
 
     Example:
       >>> from capsjax.data import load
@@ -127,7 +127,7 @@ def load(
 
 
 def source_of(name: str) -> str:
-    """Name of the data set from whose images a set is made: its own unless made on the device.
+    """Returns the data set from whose images a set is made: itself unless made on the device.
 
     Example:
       >>> from capsjax.data import source_of
@@ -138,7 +138,7 @@ def source_of(name: str) -> str:
 
 
 def task_of(name: str) -> Task:
-    """Task of a data set: how the network's inputs are made from its images."""
+    """Returns the task of a data set: how the network's inputs are made from its images."""
     return _MADE.get(name) or tfds_task_of(name)
 
 

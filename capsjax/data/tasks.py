@@ -1,9 +1,9 @@
 """Augmentation: what is fed to the network and which targets it is trained on.
 
-A data set holds images; a task makes samples of them on the device: shifted, placed on a larger
-canvas, distorted, cropped, or two in one. Samples are never stored. A test sample depends on its
-number in the test set alone, so that the set is the same on any number of devices and in any
-batches, and as large as needed.
+A data set holds images; a task makes samples from them on the device: shifted, placed on a larger
+canvas, distorted, cropped, or two in one. Samples are never stored. A test sample depends only on
+its number, so that the test set is the same for any number of devices and any batch size, and can
+have any length.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from capsjax.data.transforms import (
 from capsjax.ops._checks import as_array, as_integer
 
 _TEST = 2017  # seed of the test samples
-# Streams of an example's key: `split` of a key uses 0 and 1.
+# Streams of an example's key; `jax.random.split` uses 0 and 1.
 _SELECT = 2
 _FLIP = 3
 
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
     Attributes:
       images: uint8, uint16 or float32 ``[B, H, W, C]``; ``[B, 2, H, W, C]`` in a batch of pairs.
-      labels: int32 ``[B]``; ``[B, 2]`` in a batch of pairs; bool ``[B, J]`` where an image may show
+      labels: int32 ``[B]``, or ``[B, 2]`` in a batch of pairs; bool ``[B, J]`` if an image may show
         any number of classes; float32 ``[B, J]``, numbers to predict.
     """
 
@@ -47,18 +47,17 @@ class Batch(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Everything that a step or an evaluation needs to know about its examples.
+    """The examples of a train step or an evaluation.
 
     Attributes:
       images: network input, pixels in [0, 1] or standardised, float32 ``[B, H, W, C]``.
-      labels: int32 ``[B]``; ``[B, 2]`` for pairs; bool ``[B, J]`` for any number of classes;
+      labels: int32 ``[B]``, or ``[B, 2]`` for pairs; bool ``[B, J]`` for any number of classes;
         float32 ``[B, J]``, numbers to predict.
       target: classes that are present, one- or multi-hot, float32 ``[B, J]``; or the numbers.
-      masks: classes whose capsules the decoder is given, float32 ``[B, J]``; one after the other
-        for pairs, ``[B, 2, J]``; all capsules where the labels are numbers to predict.
-      drawings: what the decoder should reconstruct, float32 ``[B, H, W, C]`` or
-        ``[B, 2, H, W, C]``.
-      keys: one for each example, for the network's own randomness, ``[B]``; None in tests.
+      masks: capsules that the decoder receives, float32 ``[B, J]``, or ``[B, 2, J]`` for pairs,
+        whose digits are reconstructed one by one; all capsules for numbers to predict.
+      drawings: reconstruction targets, float32 ``[B, H, W, C]``, or ``[B, 2, H, W, C]`` for pairs.
+      keys: one key per example, for dropout, ``[B]``; None in tests.
     """
 
     images: jax.Array
@@ -76,31 +75,31 @@ class Sample(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Base of the tasks: single images, as they are.
+    """Base class of tasks: single, unchanged images.
 
     Attributes:
       classes_per_image: number of classes that an image shows.
-      is_made: whether test samples are random too, and endless; see :meth:`Sampler.test`.
+      is_made: whether test samples are random as well, and endless; see :meth:`Sampler.test`.
     """
 
     classes_per_image: ClassVar[int] = 1
     is_made: ClassVar[bool] = False
 
     def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Returns the shape of the network's input for images of a shape.
+        """Returns the shape of the network's input for images of this shape.
 
         Raises:
-          ValueError: nothing can be made of images of this shape.
+          ValueError: the task does not support images of this shape.
         """
         return shape
 
     def select(self, keys: jax.Array, split: Batch, indices: jax.Array) -> Batch:
-        """Returns the images that samples are made of.
+        """Returns the images from which the samples are made.
 
         Args:
-          keys: one for each sample, ``[B]``.
+          keys: one key per sample, ``[B]``.
           split: the whole split.
-          indices: of the first or only image of each sample, ``[B]``.
+          indices: index of the first or only image of each sample, ``[B]``.
         """
         del keys
         return Batch(split.images[indices], split.labels[indices])
@@ -108,12 +107,12 @@ class Task:
     def render(
         self, keys: jax.Array, images: jax.Array, *, train: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the network's input and what the decoder should reconstruct.
+        """Returns the network's input and the reconstruction target.
 
         Args:
-          keys: one for each sample, ``[B]``.
+          keys: one key per sample, ``[B]``.
           images: from :meth:`select`.
-          train: whether to add what only makes training harder.
+          train: whether to apply augmentation that is for training only.
         """
         del keys, train
         pixels = scale_pixels(images)
@@ -122,7 +121,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class _Resized(Task):
-    """Base of the tasks whose input has a size of its own."""
+    """Base class of tasks with an input size of their own."""
 
     size: int
 
@@ -133,15 +132,15 @@ class _Resized(Task):
 
 @dataclasses.dataclass(frozen=True)
 class Shifted(Task):
-    """Single images, in training shifted by up to some pixels.
+    """Single images, which are shifted at random in training.
 
     Attributes:
-      max_shift: in pixels, along both axes.
-      fill: the pixels that move in, from 0 (black) to 1 (white), or ``"edge"`` to repeat the
-        border of the image.
+      max_shift: largest shift in pixels along each axis.
+      fill: value of the pixels that move in, from 0 (black) to 1 (white), or ``"edge"`` to repeat
+        the border of the image.
 
     Raises:
-      ValueError: `fill` is neither.
+      ValueError: `fill` is invalid.
     """
 
     max_shift: int = 2
@@ -156,7 +155,7 @@ class Shifted(Task):
     def render(
         self, keys: jax.Array, images: jax.Array, *, train: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """Shifts for training only."""
+        """Shifts the images in training."""
         if train:
             white = white_of(images.dtype)
             fill = self.fill if self.fill == "edge" or white == 1 else round(self.fill * white)
@@ -166,7 +165,7 @@ class Shifted(Task):
 
 @dataclasses.dataclass(frozen=True)
 class _Canvas(_Resized):
-    """Base of the tasks that put whole images on a larger canvas."""
+    """Base class of tasks that place whole images on a larger canvas."""
 
     def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Returns `size` rows and columns."""
@@ -180,7 +179,7 @@ class _Canvas(_Resized):
 
 @dataclasses.dataclass(frozen=True)
 class Placed(_Canvas):
-    """Single images, each somewhere on a larger canvas, in training and test.
+    """Single images at random positions on a larger canvas, in training and test.
 
     Attributes:
       size: rows and columns of the canvas.
@@ -192,13 +191,13 @@ class Placed(_Canvas):
     def render(
         self, keys: jax.Array, images: jax.Array, *, train: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """Places each image anywhere."""
+        """Places each image at random."""
         return super().render(keys, random_placement(keys, images, size=self.size), train=train)
 
 
 @dataclasses.dataclass(frozen=True)
 class Distorted(_Resized):
-    """Single images under random affine transformations, somewhere on a larger canvas.
+    """Single images under random affine transformations on a larger canvas.
 
     The ranges are those of affNIST.
 
@@ -218,15 +217,15 @@ class Distorted(_Resized):
 
 @dataclasses.dataclass(frozen=True)
 class Cropped(_Resized):
-    """A part of each image, standardised: mean 0 and deviation 1 over all its pixels.
+    """Crops of images, standardised to mean 0 and standard deviation 1 over all pixels.
 
-    In training the part is random, and brightness and contrast vary; in test it is the middle. The
-    defaults of the last two are those of the authors' code.
+    In training the crop is random, and brightness and contrast vary; in test it is central. The
+    default brightness and contrast are those of the authors' code.
 
     Attributes:
-      size: rows and columns of the part.
-      brightness: largest number that is added to all pixels, both ways, where white is 1.
-      contrast: smallest and largest factor of the distance of pixels from their channel's mean.
+      size: rows and columns of the crop.
+      brightness: largest change of brightness, in both directions, where white is 1.
+      contrast: smallest and largest factor of a pixel's distance from the mean of its channel.
     """
 
     size: int = 24
@@ -245,7 +244,7 @@ class Cropped(_Resized):
     def render(
         self, keys: jax.Array, images: jax.Array, *, train: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """Crops, varies and standardises; the decoder reconstructs the part before that."""
+        """Crops, varies and standardises the images; the decoder's target is the plain crop."""
         crop, bright, contrast = jnp.moveaxis(
             jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0
         )
@@ -260,13 +259,13 @@ class Cropped(_Resized):
 
 @dataclasses.dataclass(frozen=True)
 class Pairs(_Canvas):
-    """Two images of different classes in one: each shifted, added, clipped at the maximum.
+    """Pairs of images of different classes, which are shifted, added and clipped at white.
 
-    The second is drawn uniformly from all images of the split that are of another class.
+    The second image is drawn uniformly from all images of the split with another class.
 
     Attributes:
-      size: rows and columns of the canvas, on which both are centred before they are shifted.
-      max_shift: in pixels, along both axes.
+      size: rows and columns of the canvas, on which both images are centred before the shifts.
+      max_shift: largest shift in pixels along each axis.
     """
 
     classes_per_image: ClassVar[int] = 2
@@ -275,7 +274,7 @@ class Pairs(_Canvas):
     max_shift: int = 4
 
     def select(self, keys: jax.Array, split: Batch, indices: jax.Array) -> Batch:
-        """Each image and one of another class; the split must be in the order of its labels."""
+        """Pairs each image with one of another class; the split must be sorted by label."""
         first = split.labels[indices]
         begin, end = (jnp.searchsorted(split.labels, first, side=s) for s in ("left", "right"))
         others = split.labels.shape[0] - (end - begin)
@@ -287,7 +286,7 @@ class Pairs(_Canvas):
     def render(
         self, keys: jax.Array, images: jax.Array, *, train: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """Shifts each of the two, and adds them."""
+        """Shifts both images, and adds them."""
         del train
         both = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         parts = jnp.stack(
@@ -302,7 +301,7 @@ class Pairs(_Canvas):
         return scale_pixels(total), scale_pixels(parts)
 
     def singly(self, images: jax.Array) -> jax.Array:
-        """Single images in the middle of the canvas, ``[B, size, size, C]``."""
+        """Returns single images at the centre of the canvas, ``[B, size, size, C]``."""
         margins = [self.size - n for n in images.shape[1:3]]
         if min(margins) < 0:
             raise ValueError(
@@ -314,16 +313,16 @@ class Pairs(_Canvas):
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Makes the samples of a task: the one place where images and keys become network input.
+    """Makes the samples of a task from images and keys.
 
     Attributes:
-      task: what is made of the images.
+      task: how samples are made from images.
       num_classes: J.
-      flip: how training images are mirrored, see :func:`random_flip`; not at all when None.
+      flip: direction in which training images are mirrored, see :func:`random_flip`; or None.
 
     Raises:
-      TypeError: the task is not a :class:`Task`, or the number of classes not an integer.
-      ValueError: the number of classes is not positive.
+      TypeError: ``task`` is not a :class:`Task`, or ``num_classes`` is not an integer.
+      ValueError: ``num_classes`` is not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -352,14 +351,14 @@ class Sampler:
     ) -> Sample:
         """Makes training samples.
 
-        Everything random about an example depends on the step's key and the example's position in
-        the whole batch, so that any number of devices computes the same.
+        Randomness depends only on the key of the step and the position of an example in the global
+        batch, so that the samples are the same for any number of devices.
 
         Args:
           split: the whole split, on the device.
-          key: the step's, a typed key of shape ``[]``.
-          positions: of the examples in the whole batch, int32 ``[B]``.
-          indices: of their images in the split, int32 ``[B]``.
+          key: key of the step, a typed key of shape ``[]``.
+          positions: positions of the examples in the global batch, int32 ``[B]``.
+          indices: indices of their images in the split, int32 ``[B]``.
 
         Raises:
           ValueError: the split does not have one label per image.
@@ -387,12 +386,12 @@ class Sampler:
     def test(self, split: Batch, numbers: jax.Array) -> Sample:
         """Makes the test samples with these numbers.
 
-        The test set is endless, and sample n depends on n alone. Every N samples begin with each
-        image once: in their own order, or, for tasks whose images may be in the order of their
-        labels, in one that mixes the classes.
+        The test set is endless, and sample n depends on n only. Each image is the first image of
+        one in every N samples. Tasks for splits sorted by label mix the classes; others keep the
+        order of the images.
 
         Args:
-          split: the whole split, N images, on the device.
+          split: the whole split of N images, on the device.
           numbers: int32 ``[B]``.
         """
         split = Batch(*map(as_array, ("split.images", "split.labels"), split))
@@ -421,14 +420,15 @@ class Sampler:
 
 
 def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
-    """Returns whether the largest scores are those of the labels, all of them, bool ``[B]``.
+    """Returns whether predictions are correct, bool ``[B]``.
 
     A prediction with a NaN score is wrong.
 
     Args:
       scores: ``[B, J]``.
-      labels: integers ``[B]``, or ``[B, k]`` different classes: then the k largest scores count; or
-        bool ``[B, J]``: then the scores of all that are true must exceed those of all others.
+      labels: integers ``[B]``, or ``[B, k]`` for k different classes, which must be those with the
+        k largest scores; or bool ``[B, J]``, where the scores of all classes that are present must
+        exceed those of all others.
 
     Raises:
       TypeError: the labels are neither integers nor bool.
@@ -466,12 +466,12 @@ def _has_vectors(labels: jax.Array) -> bool:
 
 
 def _fold_in(key: jax.Array, numbers: jax.Array) -> jax.Array:
-    """One key for each number."""
+    """Returns one key per number."""
     return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
 
 
 def _uniform(keys: jax.Array, low: float, high: float) -> jax.Array:
-    """One number for each image, ``[B, 1, 1, 1]``."""
+    """Draws one number per image, ``[B, 1, 1, 1]``."""
     drawn = jax.vmap(lambda key: jax.random.uniform(key, (), minval=low, maxval=high))(keys)
     return drawn[:, None, None, None]
 
@@ -479,6 +479,6 @@ def _uniform(keys: jax.Array, low: float, high: float) -> jax.Array:
 def _standardised(images: jax.Array) -> jax.Array:
     axes = (1, 2, 3)
     deviation = jnp.std(images, axis=axes, keepdims=True)
-    # An image of one colour stays finite.
+    # Keeps images of a single colour finite.
     least = 1 / jnp.sqrt(images[0].size)
     return (images - jnp.mean(images, axis=axes, keepdims=True)) / jnp.maximum(deviation, least)

@@ -24,10 +24,10 @@ def epoch_order(key: jax.Array, num_examples: int) -> jax.Array:
 
 
 def scale_pixels(images: jax.Array) -> jax.Array:
-    """Converts images to float32 in [0, 1]; floating-point images are in it already.
+    """Converts images to float32 in [0, 1]; floating-point images must already be in this range.
 
     Raises:
-      TypeError: the images are neither uint8 nor uint16 nor floating-point.
+      TypeError: the images are not uint8, uint16 or floating-point.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,10 +64,10 @@ def random_flip(keys: jax.Array, images: jax.Array, *, direction: Flip) -> jax.A
 
     Args:
       keys: one random key per example, ``[B]``.
-      images: ``[B, ..., H, W, C]``, any dtype; further axes hold several images of an example, each
-        of which is mirrored or not on its own.
-      direction: ``"horizontal"`` exchanges left and right, ``"vertical"`` top and bottom,
-        ``"both"`` does either independently.
+      images: ``[B, ..., H, W, C]``, any dtype; if an example has several images, each is mirrored
+        independently.
+      direction: ``"horizontal"`` exchanges left and right, ``"vertical"`` top and bottom, and
+        ``"both"`` does each independently.
 
     Returns:
       The images, with the same shape and dtype.

@@ -17,11 +17,11 @@ class BaselineConfig(NetworkConfig):
     Attributes:
       image_shape: rows, columns and channels of the images.
       num_classes: J, the number of classes.
-      conv_features: channels of the convolutions, one entry each.
-      conv_kernel: rows and columns of their kernels; stride 1, SAME padding.
-      pooling: rows and columns over which the maximum is taken after each convolution; 1 for none.
+      conv_features: channels of each convolution.
+      conv_kernel: kernel size of the convolutions; stride 1, SAME padding.
+      pooling: window and stride of the max pooling after each convolution; 1 for none.
       dense_features: widths of the hidden fully connected layers.
-      dropout_rate: share of the last hidden layer that is dropped in training.
+      dropout_rate: dropout rate of the last hidden layer.
       dtype: dtype of the computation, ``"float32"`` or ``"bfloat16"``; parameters are float32.
     """
 
@@ -32,11 +32,11 @@ class BaselineConfig(NetworkConfig):
     dropout_rate: float = 0.5
 
     def __post_init__(self) -> None:
-        """Checks the fields, so that a wrong one is named before anything is built."""
+        """Checks the fields."""
         super().__post_init__()
         for name in ("conv_features", "dense_features"):
             if not getattr(self, name):
-                raise ValueError(f"{name} must name at least one layer, got {getattr(self, name)}")
+                raise ValueError(f"{name} must have at least one entry, got {getattr(self, name)}")
         if min(self.grid) < 1:
             raise ValueError(
                 f"image_shape {self.image_shape} is too small for {len(self.conv_features)}"
@@ -47,16 +47,16 @@ class BaselineConfig(NetworkConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns that the convolutions leave."""
+        """Rows and columns of the last feature maps."""
         rows, columns = (n // self.pooling ** len(self.conv_features) for n in self.image_shape[:2])
         return rows, columns
 
 
 class BaselineCNN(nnx.Module):
-    """Three convolutions, two hidden layers, dropout, class logits: 35.4 M parameters on MNIST.
+    """The paper's baseline: three convolutions and two hidden layers with dropout.
 
-    The paper gives 5 × 5 kernels with stride 1 and its number of parameters; SAME padding without
-    pooling is what makes them add up.
+    It has 35.4 million parameters on MNIST. The paper gives 5 × 5 kernels, stride 1 and the number
+    of parameters, which imply SAME padding without pooling.
 
     Args:
       config: sizes and options.
@@ -103,15 +103,16 @@ class BaselineCNN(nnx.Module):
 
         Args:
           images: pixels in [0, 1], ``[..., H, W, C]``.
-          target: unused; there is no decoder.
-          keys: one random key per image, ``[...]``: dropout, whose draws then depend on the image
-            alone and not on how a batch is split over devices. None: no dropout.
+          target: unused.
+          keys: one random key per image, ``[...]``, for dropout that does not depend on how a batch
+            is split over devices; no dropout when None.
 
         Returns:
-          :class:`capsjax.models.Prediction`; the scores are logits.
+          :class:`capsjax.models.Prediction`, whose scores are logits.
 
         Raises:
-          ValueError: the images have the wrong shape.
+          TypeError: the images are not floating point.
+          ValueError: ``images`` has the wrong shape.
         """
         del target
         x = check_images(images, self.config.image_shape)
@@ -126,7 +127,7 @@ class BaselineCNN(nnx.Module):
 
 
 def _pool(x: jax.Array, window: int) -> jax.Array:
-    """Maxima over windows that do not overlap; rows and columns that fill none are left out."""
+    """Max pooling over disjoint windows; incomplete windows are dropped."""
     if window == 1:
         return x
     *leading, rows, columns, features = x.shape

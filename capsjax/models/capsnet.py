@@ -1,4 +1,4 @@
-"""The capsule network of the paper: Conv1, PrimaryCaps, DigitCaps, decoder."""
+"""The capsule network of Sabour, Frosst and Hinton: Conv1, PrimaryCaps, DigitCaps, decoder."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -29,26 +29,27 @@ class CapsNetConfig(CapsuleNetworkConfig):
       image_shape: rows, columns and channels of the images.
       num_classes: J, the number of class capsules.
       conv_features: channels of the first convolution.
-      conv_kernel: rows and columns of its kernel.
-      conv_strides: its stride.
-      primary_types: primary capsule types per grid position.
+      conv_kernel: kernel size of the first convolution.
+      conv_strides: stride of the first convolution.
+      primary_types: primary capsule types per position.
       primary_features: K, dimension of a primary capsule.
-      primary_kernel: rows and columns of the primary capsules' kernel.
-      primary_strides: their stride.
-      primary_coupling: constant on their convolution; see :class:`capsjax.nn.PrimaryCapsules`.
-      padding: of both convolutions, ``"VALID"`` or ``"SAME"``.
+      primary_kernel: kernel size of the primary capsules.
+      primary_strides: stride of the primary capsules.
+      primary_coupling: constant coupling of the primary capsules; see
+        :class:`capsjax.nn.PrimaryCapsules`.
+      padding: padding of both convolutions, ``"VALID"`` or ``"SAME"``.
       class_features: D, dimension of a class capsule.
       routing: name of the algorithm; see :func:`capsjax.routing.algorithms`.
       num_iterations: routing iterations, for algorithms that iterate.
       routing_bias: whether the class capsules have a bias inside routing.
-      leaky: whether a primary capsule may go to no class; dynamic routing only.
-      stop_gradient: whether gradients skip the updates of the routing logits; dynamic routing only.
+      leaky: whether primary capsules may go to no class; dynamic routing only.
+      stop_gradient: whether to stop gradients through the logit updates; dynamic routing only.
       implementation: of the class capsules' votes and dynamic routing; see
         :func:`capsjax.dense_capsules`.
       decoder_features: widths of the decoder's hidden layers; empty for no decoder.
-      initialisation: ``"lecun"`` for convolutions and decoder and σ 0.1 for the capsules; or
-        ``"official"``: truncated normal with σ 0.05 for the first convolution and σ 0.1 elsewhere,
-        biases 0.1, as in the authors' code.
+      initialisation: ``"lecun"``: LeCun normal for convolutions and decoder, normal with σ 0.1 for
+        the capsules. ``"official"``, as in the authors' code: truncated normal with σ 0.05 for the
+        first convolution and σ 0.1 elsewhere, biases 0.1.
       dtype: dtype of the computation, ``"float32"`` or ``"bfloat16"``; parameters, norms and
         routing sums are float32 in both.
     """
@@ -71,7 +72,7 @@ class CapsNetConfig(CapsuleNetworkConfig):
     initialisation: Initialisation = "lecun"
 
     def __post_init__(self) -> None:
-        """Checks the fields, so that a wrong one is named before anything is built."""
+        """Checks the fields."""
         super().__post_init__()
         if self.initialisation not in get_args(Initialisation):
             raise ValueError(
@@ -111,7 +112,7 @@ class CapsNetConfig(CapsuleNetworkConfig):
 
 
 class CapsNet(CapsuleNetwork):
-    """Convolution, primary capsules, class capsules by dynamic routing, reconstruction.
+    """The paper's network: a convolution, primary capsules, class capsules and a decoder.
 
     Args:
       config: sizes and options.
@@ -190,14 +191,14 @@ class CapsNet(CapsuleNetwork):
         )
 
     def primary_capsules(self, images: jax.Array) -> jax.Array:
-        """Primary capsules of images ``[..., H, W, C]``: poses ``[..., I, K]``."""
+        """Computes the primary capsules ``[..., I, K]`` of images ``[..., H, W, C]``."""
         capsules: jax.Array = self.primary(jax.nn.relu(self.conv(images)))
         return capsules
 
     def class_capsules(
         self, images: jax.Array, *, implementation: Implementation | None = None
     ) -> Routed:
-        """Class capsules of images whose shape has been checked."""
+        """Computes the class capsules of images whose shape has been checked."""
         primary = self.primary_capsules(images)
         routed: Routed = self.classes(primary, implementation=implementation)
         return routed

@@ -30,21 +30,20 @@ class EfficientCapsNetConfig(CapsuleNetworkConfig):
     Attributes:
       image_shape: rows, columns and channels of the images.
       num_classes: J, the number of class capsules.
-      conv_features: channels of the convolutions, one entry each; ReLU and batch normalisation
-        after each.
-      conv_kernels: rows and columns of their kernels.
-      conv_strides: their strides.
-      primary_features: K, dimension of a primary capsule; as many capsules as the channels of the
-        last convolution give, in each place of the primary grid.
-      primary_kernel: rows and columns of the kernel of the primary capsules. None is the paper's: a
-        depthwise one as large as the maps, hence one place. A number makes it an ordinary
-        convolution with a grid of capsules, as in Sabour et al. 2017.
-      primary_strides: strides of that convolution.
+      conv_features: channels of each convolution, which ReLU and batch normalisation follow.
+      conv_kernels: kernel sizes of the convolutions.
+      conv_strides: strides of the convolutions.
+      primary_features: K, dimension of a primary capsule. The channels of the last convolution are
+        split into capsules of this dimension.
+      primary_kernel: kernel size of the primary capsules' convolution, which yields a grid of
+        capsules, as in Sabour et al. 2017. None means the paper's depthwise convolution, which is
+        as large as the feature maps and yields a single position.
+      primary_strides: stride of the primary capsules' convolution.
       class_features: D, dimension of a class capsule.
       routing: name of the algorithm; see :func:`capsjax.routing.algorithms`.
       num_iterations: routing iterations, for algorithms that iterate.
       decoder_features: widths of the decoder's hidden layers; empty for no decoder. The authors
-        train with (512, 1024), which their number of parameters leaves out.
+        train with (512, 1024), but do not count the decoder's parameters.
       dtype: dtype of the computation, ``"float32"`` or ``"bfloat16"``; parameters, norms and
         routing sums are float32 in both.
     """
@@ -59,10 +58,10 @@ class EfficientCapsNetConfig(CapsuleNetworkConfig):
     routing: str = "efficient"
 
     def __post_init__(self) -> None:
-        """Checks the fields, so that a wrong one is named before anything is built."""
+        """Checks the fields."""
         super().__post_init__()
         if not self.conv_features:
-            raise ValueError("conv_features must name at least one layer, got ()")
+            raise ValueError("conv_features must have at least one entry, got ()")
         for name in ("conv_kernels", "conv_strides"):
             if len(getattr(self, name)) != len(self.conv_features):
                 raise ValueError(
@@ -91,7 +90,7 @@ class EfficientCapsNetConfig(CapsuleNetworkConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the last feature maps, on which the primary capsules' kernel acts."""
+        """Rows and columns of the last feature maps, before the primary capsules."""
         layers = zip(self.conv_kernels, self.conv_strides, strict=True)
         return grid_after(self.image_shape[:2], layers)
 
@@ -105,7 +104,9 @@ class EfficientCapsNetConfig(CapsuleNetworkConfig):
 
 
 class EfficientCapsNet(CapsuleNetwork):
-    """Normalised convolutions, a depthwise one to few capsules, self-attention: 161,824 parameters.
+    """Normalised convolutions, few primary capsules, self-attention routing.
+
+    It has 161,824 parameters on MNIST, without a decoder.
 
     Args:
       config: sizes and options.
@@ -122,7 +123,7 @@ class EfficientCapsNet(CapsuleNetwork):
 
     Reference:
       Mazzia, Salvetti, Chiaberge, *Efficient-CapsNet: Capsule Network with Self-Attention Routing*,
-      Scientific Reports 2021; sizes and initialisers of the authors' code.
+      Scientific Reports 2021, with sizes and initialisers of the authors' code.
     """
 
     config: EfficientCapsNetConfig
@@ -150,7 +151,7 @@ class EfficientCapsNet(CapsuleNetwork):
         )
         last = channels[-1]
         if config.primary_kernel is None:
-            # One kernel as large as the maps for each channel: a grid of one place.
+            # A depthwise kernel as large as the maps: a grid of one position.
             self.primary = conv(last, last, config.grid, feature_group_count=last)
         else:
             self.primary = conv(last, last, config.primary_kernel, config.primary_strides)
@@ -160,7 +161,7 @@ class EfficientCapsNet(CapsuleNetwork):
             config.num_classes,
             config.class_features,
             routing=config.routing,
-            implementation="reference",  # with the coupling; so few votes are soon stored
+            implementation="reference",  # few votes, which are cheap to store
             dtype=dtype,
             kernel_init=nnx.initializers.he_normal(in_axis=-3, out_axis=-1),
             rngs=rngs,
@@ -171,7 +172,7 @@ class EfficientCapsNet(CapsuleNetwork):
     def class_capsules(
         self, images: jax.Array, *, implementation: Implementation | None = None
     ) -> Routed:
-        """Class capsules of images whose shape has been checked."""
+        """Computes the class capsules of images whose shape has been checked."""
         x = images
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = norm(jax.nn.relu(conv(x)))

@@ -29,13 +29,13 @@ class MatrixCapsNetConfig(CapsuleNetworkConfig):
       image_shape: rows, columns and channels of the images.
       num_classes: J, the number of class capsules.
       conv_features: A, channels of the first convolution.
-      conv_kernel: rows and columns of its kernel.
-      conv_strides: its stride.
+      conv_kernel: kernel size of the first convolution.
+      conv_strides: stride of the first convolution.
       primary_types: B, primary capsule types.
-      capsule_types: C, D, …: types of the convolutional capsule layers.
-      capsule_kernel: rows and columns of their receptive fields.
-      capsule_strides: their strides, one for each layer.
-      pose_features: numbers in a pose, a square.
+      capsule_types: C, D, …: types of each convolutional capsule layer.
+      capsule_kernel: size of the receptive fields of the convolutional capsule layers.
+      capsule_strides: stride of each convolutional capsule layer.
+      pose_features: dimension of a pose, a square number.
       routing: name of the algorithm of all capsule layers; see :func:`capsjax.routing.algorithms`.
       num_iterations: routing iterations, for algorithms that iterate.
       decoder_features: widths of the decoder's hidden layers; empty for no decoder, as in the
@@ -55,10 +55,10 @@ class MatrixCapsNetConfig(CapsuleNetworkConfig):
     routing: str = "em"
 
     def __post_init__(self) -> None:
-        """Checks the fields, so that a wrong one is named before anything is built."""
+        """Checks the fields."""
         super().__post_init__()
         if math.isqrt(self.pose_features) ** 2 != self.pose_features:
-            raise ValueError(f"pose_features must be a square, got {self.pose_features}")
+            raise ValueError(f"pose_features must be a square number, got {self.pose_features}")
         if len(self.capsule_strides) != len(self.capsule_types):
             raise ValueError(
                 f"capsule_strides must have one entry for each of the {len(self.capsule_types)}"
@@ -80,9 +80,10 @@ class MatrixCapsNetConfig(CapsuleNetworkConfig):
 
 
 class MatrixCapsNet(CapsuleNetwork):
-    """Convolution, primary capsules, convolutional capsules, class capsules: 4 × 4 poses.
+    """The network of the EM routing paper, with 4 × 4 matrices as poses.
 
-    The matrices of the class capsules are shared by all places of the grid, whose coordinates are
+    A convolution is followed by primary capsules, convolutional capsules and class capsules. All
+    positions of the last grid share the weights of the class capsules, and their coordinates are
     added to the votes.
 
     Args:
@@ -151,7 +152,7 @@ class MatrixCapsNet(CapsuleNetwork):
     def class_capsules(
         self, images: jax.Array, *, implementation: Implementation | None = None
     ) -> Routed:
-        """Class capsules of images whose shape has been checked; their votes are always stored."""
+        """Computes the class capsules of images whose shape has been checked."""
         del implementation
         poses, activations = self.primary(jax.nn.relu(self.conv(images)))
         for layer in self.capsules:

@@ -1,4 +1,4 @@
-"""What all networks share: configurations that check themselves, capsules to predictions."""
+"""Base classes of networks and their configurations."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -20,14 +20,14 @@ _DTYPES = ("float32", "bfloat16")
 
 
 class Prediction(NamedTuple):
-    """What a network says about images.
+    """The output of a network.
 
     Attributes:
-      scores: one per class, float32, ``[..., J]``; the largest is the predicted class. Lengths of
-        the class capsules for a capsule network, logits for a plain one.
+      scores: class scores, float32, ``[..., J]``: activations of the class capsules for a capsule
+        network, logits for a plain network. The predicted class has the largest score.
       poses: class capsules, ``[..., J, D]``; None for a plain network.
-      reconstruction: pixels in [0, 1], float32, ``[..., H, W, C]``; one for each of the target's
-        masks where these are several; None without a decoder.
+      reconstruction: pixels in [0, 1], float32, ``[..., H, W, C]``, or ``[..., S, H, W, C]`` for a
+        target ``[..., S, J]``; None without a decoder.
     """
 
     scores: jax.Array
@@ -37,17 +37,14 @@ class Prediction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """Fields of every network's configuration; see :class:`capsjax.models.CapsNetConfig`."""
+    """Fields common to all configurations; see :class:`capsjax.models.CapsNetConfig`."""
 
     image_shape: tuple[int, int, int] = (28, 28, 1)
     num_classes: int = 10
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        """Checks the fields, so that a wrong one is named before anything is built.
-
-        All integers are sizes, and positive.
-        """
+        """Checks the fields; all integers must be positive."""
         for field in dataclasses.fields(self):
             try:
                 _check_field(field, getattr(self, field.name))
@@ -62,7 +59,7 @@ class NetworkConfig:
 
 
 def _check_field(field: "dataclasses.Field[Any]", value: Any) -> None:
-    """Raises unless a field of integers holds positive ones, a number one, a switch a bool."""
+    """Raises unless integers are positive, numbers are finite, and switches are bools."""
     name, kind = field.name, field.type
     if getattr(kind, "__origin__", None) is tuple:
         if not isinstance(value, tuple):
@@ -78,14 +75,14 @@ def _check_field(field: "dataclasses.Field[Any]", value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CapsuleNetworkConfig(NetworkConfig):
-    """Fields of every capsule network's configuration."""
+    """Fields common to the configurations of capsule networks."""
 
     routing: str = "dynamic"
     num_iterations: int = 3
     decoder_features: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Checks the fields, also that the routing algorithm takes the options."""
+        """Checks the fields, and that the routing algorithm has the options."""
         super().__post_init__()
         use_bias = getattr(self, "routing_bias", False)
         algorithm(self.routing).check_options(self.routing_options, use_bias=use_bias)
@@ -93,40 +90,40 @@ class CapsuleNetworkConfig(NetworkConfig):
 
     @property
     def routing_options(self) -> dict[str, Any]:
-        """The options of the routing function that the fields give."""
+        """Options of the routing function, from the fields."""
         iterates = algorithm(self.routing).iterates
         options: dict[str, Any] = {"num_iterations": self.num_iterations} if iterates else {}
-        # Only where they are on: an algorithm that does not know them can do without.
+        # Only if they are on: not every algorithm has these options.
         switches = ("leaky", "stop_gradient")
         return options | {name: True for name in switches if getattr(self, name, False)}
 
 
 def check_build(config: Any, kind: type[NetworkConfig], rngs: Any) -> None:
-    """Raises a TypeError unless a network of this kind can be built of these."""
+    """Raises a TypeError unless these are the arguments of a network with such a configuration."""
     if not isinstance(config, kind):
         raise TypeError(f"config must be of type {kind.__name__}, got {config!r}")
     check_rngs(rngs)
 
 
 class CapsuleNetwork(nnx.Module):
-    """A network that ends in class capsules and may have a decoder.
+    """A network with class capsules and an optional decoder.
 
     Attributes:
       config: sizes and options.
-      decoder: reconstructs the images, or None.
+      decoder: reconstructs images from class capsules, or None.
     """
 
     config: CapsuleNetworkConfig
     decoder: Decoder | None
 
     def class_capsules(self, images: jax.Array, *, implementation: Any = None) -> Routed:
-        """Class capsules of images whose shape has been checked."""
+        """Computes the class capsules of images whose shape has been checked."""
         raise NotImplementedError
 
     def route(self, images: jax.Array) -> Routed:
-        """Class capsules of images ``[..., H, W, C]`` in [0, 1], with their coupling."""
+        """Computes class capsules and coupling of images ``[..., H, W, C]`` in [0, 1]."""
         images = check_images(images, self.config.image_shape)
-        # By the implementation that stores the votes: no other one returns the coupling.
+        # Only the implementation that stores the votes returns the coupling.
         return self.class_capsules(images, implementation="reference")
 
     def __call__(
@@ -136,22 +133,23 @@ class CapsuleNetwork(nnx.Module):
 
         Args:
           images: pixels in [0, 1], ``[..., H, W, C]``.
-          target: the classes that the decoder sees, one-hot or multi-hot ``[..., J]``, in training
-            the true ones; ``[..., S, J]`` for S reconstructions of each image. None: the class
-            with the largest score.
-          keys: unused; nothing is drawn at random.
+          target: classes to reconstruct, one-hot or multi-hot ``[..., J]``: in training the true
+            ones. ``[..., S, J]`` gives S reconstructions of each image. The class with the largest
+            score when None.
+          keys: unused.
 
         Returns:
-          :class:`capsjax.models.Prediction`; the scores are the class capsules' activations.
+          :class:`capsjax.models.Prediction`, whose scores are the class capsules' activations.
 
         Raises:
-          ValueError: the images or the target have the wrong shape.
+          TypeError: the images are not floating point.
+          ValueError: ``images`` or ``target`` has the wrong shape.
         """
         del keys
         images = check_images(images, self.config.image_shape)
         routed = self.class_capsules(images)
         if algorithm(self.config.routing).squash is not None:
-            # Again in float32: what has been rounded to bfloat16 leaves ties.
+            # Recomputed in float32: activations rounded to bfloat16 would have ties.
             scores = length(routed.poses.astype(jnp.float32))
         else:
             scores = routed.activations.astype(jnp.float32)
@@ -190,7 +188,7 @@ def check_images(images: jax.Array, image_shape: tuple[int, int, int]) -> jax.Ar
 
 
 def grid_after(grid: tuple[int, int], layers: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Rows and columns that convolutions (kernel, stride) without padding leave; 0, 0 for none."""
+    """Rows and columns after unpadded convolutions (kernel, stride); (0, 0) if none are left."""
     rows, columns = grid
     for kernel, stride in layers:
         rows, columns = ((size - kernel) // stride + 1 for size in (rows, columns))
@@ -210,7 +208,7 @@ def make_conv(
     padding: str = "VALID",
     **options: Any,
 ) -> nnx.Conv:
-    """A convolution of images that every platform can differentiate at speed."""
+    """Makes a convolution with fast gradients on every platform."""
     return nnx.Conv(
         in_features,
         out_features,
@@ -232,7 +230,7 @@ def make_decoder(
     rngs: nnx.Rngs,
     **initialisers: Any,
 ) -> Decoder | None:
-    """The decoder of class capsules of so many dimensions, if the configuration has one."""
+    """Makes the decoder, or returns None if the configuration has none."""
     if not config.decoder_features:
         none: None = nnx.data(None)
         return none

@@ -36,7 +36,7 @@ _PRESETS: dict[str, ModelConfig] = {
     "official": _OFFICIAL,
     # The authors' code on CIFAR-10: 64 primary types, routing to "none of the above", no decoder.
     "cifar10": _CIFAR10,
-    # The same network on the stereo pairs of smallNORB.
+    # The same network for the stereo pairs of smallNORB.
     "smallnorb": dataclasses.replace(_CIFAR10, image_shape=(32, 32, 2), num_classes=5),
     # The small network that the paper trains on SVHN.
     "svhn": dataclasses.replace(
@@ -74,8 +74,8 @@ _PRESETS: dict[str, ModelConfig] = {
     ),
     # Self-attention routing: 161,824 parameters on MNIST.
     "efficient_capsnet": EfficientCapsNetConfig(),
-    # The same for images of 64 to 224 pixels: strides of 2 leave maps of 2 to 12, and the depthwise
-    # convolution 32 capsules at any size. 469,312 parameters at 224 x 224 x 3.
+    # The same for images of 64 to 224 pixels: strides of 2 lead to maps of 2 to 12 pixels, and the
+    # depthwise convolution to 32 capsules at any size. 469,312 parameters at 224 x 224 x 3.
     "large_images": EfficientCapsNetConfig(
         image_shape=(224, 224, 3),
         conv_features=(32, 64, 128, 256),
@@ -85,7 +85,7 @@ _PRESETS: dict[str, ModelConfig] = {
 
 
 def presets() -> tuple[str, ...]:
-    """Names of the presets, from which :func:`create` builds networks.
+    """Returns the names of the presets.
 
     Example:
       >>> from capsjax import models
@@ -96,7 +96,7 @@ def presets() -> tuple[str, ...]:
 
 
 def configure(preset: str, **overrides: Any) -> ModelConfig:
-    """Returns the configuration of a preset with some fields replaced.
+    """Returns the configuration of a preset, with overrides.
 
     Args:
       preset: one of :func:`presets`.
@@ -123,7 +123,7 @@ def configure(preset: str, **overrides: Any) -> ModelConfig:
 
 
 def build(config: ModelConfig, *, rngs: nnx.Rngs) -> Network:
-    """Builds the network that a configuration describes.
+    """Builds a network from its configuration.
 
     Raises:
       TypeError: ``config`` is not a configuration, or ``rngs`` is not an ``nnx.Rngs``.
@@ -137,7 +137,7 @@ def build(config: ModelConfig, *, rngs: nnx.Rngs) -> Network:
             return EfficientCapsNet(config, rngs=rngs)
         case BaselineConfig():
             return BaselineCNN(config, rngs=rngs)
-    raise TypeError(f"config must be a configuration, as of configure, got {config!r}")
+    raise TypeError(f"config must be a configuration of a network, got {config!r}")
 
 
 def create(preset: str, *, rngs: nnx.Rngs, **overrides: Any) -> Network:
@@ -145,7 +145,7 @@ def create(preset: str, *, rngs: nnx.Rngs, **overrides: Any) -> Network:
 
     Args:
       preset: one of :func:`presets`.
-      rngs: random streams; ``params`` is used.
+      rngs: random streams; uses ``params``.
       **overrides: fields of the configuration to replace, as in :func:`configure`.
 
     Returns:

@@ -13,8 +13,8 @@ from capsjax.files import replacing
 from capsjax.models.presets import Network, build, configure
 
 _FOLDER = "capsjax.models"
-# Bits of the ten-bit half-precision mantissa that are kept: zeros in place of the others compress
-# well, and change no prediction on the test set.
+# Bits kept of the ten-bit half-precision mantissa. Zeros in the others compress well and change no
+# prediction on the test set.
 _BITS = 7
 
 
@@ -25,11 +25,11 @@ class About:
     Attributes:
       preset: the preset of the network.
       overrides: fields of the configuration that differ from the preset.
-      dataset: data set of training and test.
-      classes: names of the classes.
+      dataset: the data set it was trained and tested on.
+      classes: class names.
       test_error: error rate of the stored parameters on the test set.
       test_count: number of test images.
-      command: command that trained the network.
+      command: the command that trained it.
       date: date of the training.
     """
 
@@ -44,7 +44,7 @@ class About:
 
 
 def pretrained() -> tuple[str, ...]:
-    """Names of the trained networks that :func:`load_pretrained` can load.
+    """Returns the names of the networks that :func:`load_pretrained` can load.
 
     Example:
       >>> from capsjax import models
@@ -67,7 +67,9 @@ def about_pretrained(name: str) -> About:
 
 
 def load_pretrained(name: str = "mnist_small") -> Network:
-    """Loads a trained network; :func:`about_pretrained` has its data set and its test error.
+    """Loads a trained network that comes with the package.
+
+    :func:`about_pretrained` describes its data set and test error.
 
     Args:
       name: one of :func:`pretrained`.
@@ -76,7 +78,7 @@ def load_pretrained(name: str = "mnist_small") -> Network:
       A Flax NNX module with float32 parameters, such as :class:`CapsNet`.
 
     Raises:
-      ValueError: the name is unknown.
+      ValueError: ``name`` is unknown.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -100,7 +102,7 @@ def load_pretrained(name: str = "mnist_small") -> Network:
 
 
 def rounded(network: Network) -> Network:
-    """Rounds the parameters in place as :func:`save_pretrained` does, and returns the network."""
+    """Rounds the parameters in place, as :func:`save_pretrained` does; returns the network."""
     state = nnx.state(network)
     for _, variable in nnx.to_flat_state(state):
         variable.set_value(_rounded(np.asarray(variable[...])).astype(np.float32))
@@ -109,7 +111,7 @@ def rounded(network: Network) -> Network:
 
 
 def save_pretrained(network: Network, about: About, path: Path) -> None:
-    """Writes a network's parameters to a compressed file, rounded in half precision."""
+    """Writes a network's parameters to a compressed file, rounded to half precision."""
     arrays: dict[str, Any] = {
         ".".join(map(str, key)): _rounded(np.asarray(variable[...]))
         for key, variable in nnx.to_flat_state(nnx.state(network))

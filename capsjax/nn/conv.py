@@ -1,4 +1,4 @@
-"""Convolutional capsules: children of a receptive field vote for the parents at its place."""
+"""Convolutional capsules: the children in a receptive field vote for the parents there."""
 
 import math
 from collections.abc import Sequence
@@ -19,50 +19,48 @@ from capsjax.routing.fused import Implementation
 
 
 class ConvCapsules(SharedWeights):
-    r"""Capsules on a grid: children of one receptive field vote for the parents at its place.
+    r"""Convolutional capsules: children in a receptive field vote for the parents at its position.
 
     .. math::
       \hat u_{(q,j)|(p,i)} = W_{p - sq,\, i,\, j}\, u_{p,i}, \qquad
       v_q = \mathrm{routing}\bigl(\hat u_{q|\cdot}\bigr)
 
-    for a child of type i at place p, and a parent of type j at place q. All receptive fields share
-    the weights. A child lies in several of them: in EM and variational routing its
-    responsibilities sum to 1 over all the parents at all the places that it votes for, as in the
-    paper; in the other algorithms they sum to 1 over the parents of each place.
+    for a child of type i at position p and a parent of type j at position q. All receptive fields
+    share the weights. A child may lie in several of them. In EM and variational routing its
+    responsibilities sum to 1 over the parents at all positions that it votes for, as in the paper;
+    in the other algorithms they sum to 1 over the parents at each position.
 
-    The grid may be that of images, of series (one spatial axis) or of volumes (three), by the
-    kernel's size.
+    The length of ``kernel_size`` sets the number of spatial axes: one for series, two for images,
+    three for volumes.
 
     Args:
-      in_types: types I of child capsules at every place.
+      in_types: types I of child capsules per position.
       in_features: dimension K of a child's pose.
-      out_types: types J of parent capsules at every place.
+      out_types: types J of parent capsules per position.
       out_features: dimension D of a parent's pose.
-      kernel_size: of a receptive field: a sequence with a size for each spatial axis, whose length
-        is their number; an integer for rows and columns of images.
-      strides: of the receptive fields, one integer or one for each spatial axis.
+      kernel_size: size of a receptive field along each spatial axis; an integer means two axes.
+      strides: strides of the receptive fields, one integer or one per spatial axis.
       padding: ``"VALID"``, ``"SAME"``, ``"SAME_LOWER"``, an integer, or an integer or (low, high)
-        for each spatial axis; what lies outside of the grid takes no part.
-      routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`; the layer owns
-        what it learns.
-      use_bias: whether the parents' sums have a bias ``[J, D]``, in algorithms that take one.
+        per spatial axis. Padded positions have no children.
+      routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`; the layer owns its
+        parameters.
+      use_bias: whether the parents' sums have a bias ``[J, D]``, for algorithms with one.
       dtype: dtype of the computation; the promotion of inputs and parameters when None. Routing
         sums are float32.
       param_dtype: dtype of the parameters.
-      precision: of the votes' matrix product; see :func:`capsjax.dense_capsules` for dynamic
-        routing.
+      precision: precision of the votes' matrix product; see :func:`capsjax.dense_capsules` for
+        dynamic routing.
       kernel_init: initialiser of the weights ``[prod(kernel_size) * I, K, J, D]``.
       bias_init: initialiser of the bias.
       implementation: of votes and dynamic routing, as in :func:`capsjax.dense_capsules`.
       rngs: random streams; uses ``params``.
-      **options: of the routing function, such as ``num_iterations``.
+      **options: options of the routing function, such as ``num_iterations``.
 
     Raises:
       TypeError: a size is not an integer, an initialiser is not a function, or ``rngs`` is not an
         ``nnx.Rngs``.
-      ValueError: the algorithm, an option of it or the implementation is unknown, the algorithm
-        makes its own votes, a size is not positive, or the kernel's size, the strides or the
-        padding are invalid.
+      ValueError: the algorithm, one of its options or the implementation is unknown, the algorithm
+        makes its own votes, a size is not positive, or kernel size, strides or padding are invalid.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -137,20 +135,21 @@ class ConvCapsules(SharedWeights):
         Args:
           poses: child poses, ``[..., H, W, I, K]``; ``[..., L, I, K]`` with one spatial axis,
             ``[..., Z, H, W, I, K]`` with three.
-          activations: of the children, ``[..., H, W, I]``, for algorithms that weigh by them; the
-            lengths of the poses when None.
+          activations: activations of the children, ``[..., H, W, I]``, for algorithms that take
+            them; the lengths of the poses when None.
           where: children that take part, bool, broadcastable to ``[..., H, W, I]``. The others have
-            no influence and no gradient, whatever their poses and activations hold.
-          implementation: instead of the layer's own; ``"reference"`` for the coupling.
+            no influence and no gradient, whatever their poses and activations are.
+          implementation: overrides the layer's implementation; ``"reference"`` returns the
+            coupling.
 
         Returns:
-          :class:`capsjax.Routed`: poses ``[..., P, Q, J, D]``, activations ``[..., P, Q, J]`` and
-          coupling ``[..., P, Q, KH * KW * I, J]`` on the grid of receptive fields; the coupling of
-          dynamic routing is None unless the implementation is ``"reference"``.
+          :class:`capsjax.Routed` on the grid of receptive fields: poses ``[..., P, Q, J, D]``,
+          activations ``[..., P, Q, J]`` and coupling ``[..., P, Q, KH * KW * I, J]``. The coupling
+          of dynamic routing is None unless the implementation is ``"reference"``.
 
         Raises:
-          ValueError: an argument has the wrong shape, the kernel is larger than the grid, or there
-            is no such implementation.
+          ValueError: an argument has the wrong shape, the kernel is larger than the grid, or the
+            implementation is unknown.
         """
         poses, activations, where = self._check_inputs(poses, activations, where)
         poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
@@ -158,12 +157,12 @@ class ConvCapsules(SharedWeights):
         fields = ReceptiveFields.of(grid, self.kernel_size, self.strides, self.padding)
         if min(fields.shape) < 1:
             raise ValueError(
-                f"poses must lie on a grid at least as large as the kernel {self.kernel_size},"
-                f" got {grid}"
+                f"poses must have a grid at least as large as the kernel {self.kernel_size}, got"
+                f" {grid}"
             )
 
         def collect(x: jax.Array, *trailing: int) -> jax.Array:
-            """Places of a field and types as one axis of children."""
+            """Gathers positions of a field and types into one axis of children."""
             x = fields.gather(jax.lax.collapse(x, x.ndim - 1 - len(trailing)))
             return x.reshape(*x.shape[:-2], self.sizes.in_capsules, *trailing)
 
@@ -175,7 +174,7 @@ class ConvCapsules(SharedWeights):
             where = inside & collect(where)
 
         def normalize(logits: jax.Array) -> jax.Array:
-            # What lies outside has no responsibilities, but must not spoil the gradients.
+            # Padded positions have no responsibilities, but NaN there would reach the gradients.
             return _softmax_over_fields(fields, jnp.where(inside[..., None], logits, 0))
 
         children = Children(
@@ -194,14 +193,14 @@ class ConvCapsules(SharedWeights):
 
 
 def _softmax_over_fields(fields: ReceptiveFields, logits: jax.Array) -> jax.Array:
-    """Softmax of ``[..., P, Q, KH * KW * I, J]`` over the parents of all places of each child."""
+    """Softmax of ``[..., P, Q, KH * KW * I, J]`` over each child's parents at all positions."""
     leading, children = logits.shape[:-2], logits.shape[-2]
 
     def per_place(x: jax.Array) -> jax.Array:
         return x.reshape(*leading, fields.size, children // fields.size)
 
     highest = fields.max(per_place(jax.lax.stop_gradient(jnp.max(logits, axis=-1))))
-    # Places in no field have no logits; nobody looks at them.
+    # Positions in no field have no logits, and are not used.
     highest = jnp.where(jnp.isfinite(highest), highest, 0)
     shifted = logits - fields.gather(highest).reshape(*leading, children, 1)
     exponentials = jnp.exp(shifted)

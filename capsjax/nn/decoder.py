@@ -1,4 +1,4 @@
-"""The reconstruction network: from class capsules back to an image."""
+"""The decoder, which reconstructs an image from class capsules."""
 
 import itertools
 import math
@@ -14,12 +14,12 @@ from capsjax.ops._checks import as_array, as_integers, check_callable, check_siz
 
 
 class Decoder(nnx.Module):
-    r"""Reconstructs an image from the poses of the class capsules that a mask lets through.
+    r"""Reconstructs an image from the poses of the class capsules that a mask selects.
 
     .. math::
       \hat x = \sigma(A_n \, \mathrm{ReLU}(\dots \mathrm{ReLU}(A_1 \, \mathrm{vec}(m_j v_j))))
 
-    Masked capsules are set to zero, so that no gradient reaches them.
+    Masked capsules are zeroed and receive no gradient.
 
     Args:
       in_capsules: number J of class capsules.
@@ -28,7 +28,7 @@ class Decoder(nnx.Module):
       hidden_features: widths of the hidden layers.
       dtype: dtype of the computation; the promotion of inputs and parameters when None.
       param_dtype: dtype of the parameters.
-      precision: of the matrix products.
+      precision: precision of the matrix products.
       kernel_init: initialiser of the kernels.
       bias_init: initialiser of the biases.
       rngs: random streams; uses ``params``.
@@ -86,13 +86,13 @@ class Decoder(nnx.Module):
 
         Args:
           poses: class capsules, ``[..., J, D]``.
-          mask: which of them the decoder sees, ``[..., J]``, bool or numeric, one-hot or multi-hot.
+          mask: selects class capsules, ``[..., J]``, bool or numeric, one-hot or multi-hot.
 
         Returns:
           Pixels in [0, 1], ``[..., *image_shape]``.
 
         Raises:
-          ValueError: the mask's shape is not that of the poses without D.
+          ValueError: ``mask`` does not have the shape of ``poses`` without D.
         """
         poses, mask = as_array("poses", poses), as_array("mask", mask)
         if mask.shape != poses.shape[:-1]:

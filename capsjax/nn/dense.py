@@ -18,7 +18,7 @@ from capsjax.routing.fused import Implementation, check_implementation
 
 
 class DenseCapsules(nnx.Module):
-    r"""Every child votes for every parent through a matrix of its own; routing by any algorithm.
+    r"""Fully connected capsules: every child votes for every parent; with any routing algorithm.
 
     .. math::
       \hat u_{j|i} = W_{ij} u_i, \qquad v = \mathrm{routing}(\hat u)
@@ -28,27 +28,26 @@ class DenseCapsules(nnx.Module):
       in_features: dimension K of a child's pose.
       out_capsules: number J of parent capsules.
       out_features: dimension D of a parent's pose.
-      routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`; the layer owns
-        what that learns, see :class:`capsjax.nn.Router`.
-      use_bias: whether :math:`s_j` has a bias ``[J, D]``, added in every iteration; for an
-        algorithm whose record ``has_bias``.
+      routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`; the layer owns its
+        parameters, see :class:`capsjax.nn.Router`.
+      use_bias: whether the parents' sums have a bias ``[J, D]``, for algorithms with one.
       dtype: dtype of the computation; the promotion of inputs and parameters when None. Routing
         sums are float32.
       param_dtype: dtype of the parameters.
-      precision: of the votes' matrix product, as in :func:`capsjax.dense_capsules`.
+      precision: precision of the votes' matrix product, as in :func:`capsjax.dense_capsules`.
       kernel_init: initialiser of the weights ``[I, K, J, D]``.
       bias_init: initialiser of the bias.
-      implementation: of votes and routing, for an algorithm whose record has ``fused``, as in
-        :func:`capsjax.dense_capsules`: ``"reference"`` is needed for the coupling, and for
-        forward-mode derivatives. The others store their votes and return the coupling.
+      implementation: of votes and dynamic routing, as in :func:`capsjax.dense_capsules`:
+        ``"reference"`` returns the coupling and supports forward-mode differentiation. Other
+        algorithms always store their votes and return the coupling.
       rngs: random streams; uses ``params``.
-      **options: of the routing function, such as ``num_iterations``.
+      **options: options of the routing function, such as ``num_iterations``.
 
     Raises:
       TypeError: a size is not an integer, an initialiser is not a function, or ``rngs`` is not an
         ``nnx.Rngs``.
-      ValueError: the algorithm, an option of it or the implementation is unknown, or a size is not
-        positive.
+      ValueError: the algorithm, one of its options or the implementation is unknown, or a size is
+        not positive.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -120,21 +119,22 @@ class DenseCapsules(nnx.Module):
 
         Args:
           poses: child poses, ``[..., I, K]``.
-          activations: of the children, ``[..., I]``, for an algorithm whose record
-            ``takes_activations``; the lengths of the poses when None.
-          logits: prior logits, broadcastable to ``[..., I, J]``, for an algorithm whose record
-            ``takes_logits``; with them the votes are stored.
+          activations: activations of the children, ``[..., I]``, for algorithms that take them; the
+            lengths of the poses when None.
+          logits: prior logits, broadcastable to ``[..., I, J]``, for algorithms that take them;
+            votes are then stored.
           where: children that take part, bool, broadcastable to ``[..., I]``. The others have no
-            influence and no gradient, whatever their poses, activations and logits hold.
-          implementation: instead of the layer's own; ``"reference"`` for the coupling.
+            influence and no gradient, whatever their poses, activations and logits are.
+          implementation: overrides the layer's implementation; ``"reference"`` returns the
+            coupling.
 
         Returns:
           :class:`capsjax.Routed`: poses ``[..., J, D]``, activations ``[..., J]``, and the coupling
-          ``[..., I, J]``, which is None where the votes are not stored.
+          ``[..., I, J]``, which is None if the votes are not stored.
 
         Raises:
           ValueError: an argument has the wrong shape, or the routing algorithm or the
-            implementation does not know it.
+            implementation does not support it.
         """
         if implementation is None:
             implementation = self.implementation

@@ -1,4 +1,4 @@
-"""Capsules of a whole grid whose places share their weights."""
+"""Capsules of a whole grid, whose positions share weights."""
 
 import math
 from collections.abc import Sequence
@@ -18,40 +18,40 @@ from capsjax.routing.fused import Implementation
 
 
 class GridCapsules(SharedWeights):
-    r"""Children at all places of a grid vote for one set of parents by weights they share.
+    r"""All children on a grid vote for one set of parents; all positions share the weights.
 
     .. math::
       \hat u_{j|(p,i)} = W_{ij}\, u_{p,i} + x_p, \qquad v = \mathrm{routing}(\hat u)
 
-    for a child of type i at place p, and a parent j. The grid may be of any size. The coordinates
-    :math:`x_p` are left out by default.
+    for a child of type i at position p and a parent j. The grid may have any size. The coordinates
+    :math:`x_p` are added only if ``coordinates``.
 
     Args:
-      in_types: types I of child capsules at every place.
+      in_types: types I of child capsules per position.
       in_features: dimension K of a child's pose.
       out_capsules: number J of parent capsules.
       out_features: dimension D of a parent's pose.
-      coordinates: add a child's place, (row + ½) / rows and (column + ½) / columns, to the first
-        components of its votes, one for each spatial axis.
+      coordinates: whether to add the position of a child, (row + ½) / rows and (column + ½) /
+        columns, to the first components of its votes, one per spatial axis.
       num_spatial_dims: number of axes of the grid: 2 for images, 1 for series, 3 for volumes.
-      routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`; the layer owns
-        what it learns, which places share as well.
-      use_bias: whether the parents' sums have a bias ``[J, D]``, in algorithms that take one.
+      routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`; the layer owns its
+        parameters, which all positions share.
+      use_bias: whether the parents' sums have a bias ``[J, D]``, for algorithms with one.
       dtype: dtype of the computation; the promotion of inputs and parameters when None. Routing
         sums are float32.
       param_dtype: dtype of the parameters.
-      precision: of the votes' matrix product.
+      precision: precision of the votes' matrix product.
       kernel_init: initialiser of the weights ``[I, K, J, D]``.
       bias_init: initialiser of the bias.
       implementation: of votes and dynamic routing, as in :func:`capsjax.dense_capsules`. None
-        stores the votes: other implementations need a copy of the weights for every place.
+        stores the votes: other implementations need a copy of the weights for every position.
       rngs: random streams; uses ``params``.
-      **options: of the routing function, such as ``num_iterations``.
+      **options: options of the routing function, such as ``num_iterations``.
 
     Raises:
       TypeError: a size is not an integer, an initialiser is not a function, or ``rngs`` is not an
         ``nnx.Rngs``.
-      ValueError: the algorithm, an option of it or the implementation is unknown, the algorithm
+      ValueError: the algorithm, one of its options or the implementation is unknown, the algorithm
         makes its own votes, a size is not positive, or there are more coordinates than
         ``out_features``.
 
@@ -130,18 +130,18 @@ class GridCapsules(SharedWeights):
         Args:
           poses: child poses, ``[..., H, W, I, K]``; ``[..., L, I, K]`` with one spatial axis,
             ``[..., Z, H, W, I, K]`` with three.
-          activations: of the children, ``[..., H, W, I]``, for algorithms that weigh by them; the
-            lengths of the poses when None.
+          activations: activations of the children, ``[..., H, W, I]``, for algorithms that take
+            them; the lengths of the poses when None.
           where: children that take part, bool, broadcastable to ``[..., H, W, I]``. The others have
-            no influence and no gradient, whatever their poses and activations hold.
-          implementation: instead of the layer's own.
+            no influence and no gradient, whatever their poses and activations are.
+          implementation: overrides the layer's implementation.
 
         Returns:
           :class:`capsjax.Routed`: poses ``[..., J, D]``, activations ``[..., J]`` and coupling
-          ``[..., H * W * I, J]``, which is None for an implementation that stores no votes.
+          ``[..., H * W * I, J]``, which is None if the votes are not stored.
 
         Raises:
-          ValueError: an argument has the wrong shape, or there is no such implementation.
+          ValueError: an argument has the wrong shape, or the implementation is unknown.
         """
         poses, activations, where = self._check_inputs(poses, activations, where)
         poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
@@ -172,7 +172,7 @@ class GridCapsules(SharedWeights):
         return range(self.num_spatial_dims)
 
     def _add_coordinates(self, votes: jax.Array, grid: Sequence[int]) -> jax.Array:
-        """Adds the places of a grid to votes ``[..., H, W, I, J, D]``."""
+        """Adds the positions on the grid to votes ``[..., H, W, I, J, D]``."""
         axes = ((jnp.arange(n) + 0.5) / n for n in grid)
         places = jnp.stack(jnp.meshgrid(*axes, indexing="ij"), axis=-1)[..., None, None, :]
         components = jnp.array(self._coordinate_components())
@@ -180,6 +180,6 @@ class GridCapsules(SharedWeights):
         return votes + jnp.broadcast_to(shift.astype(votes.dtype), votes.shape)
 
     def _flat(self, x: jax.Array, trailing: int) -> jax.Array:
-        """Places and types as one axis of children, before so many others."""
+        """Flattens positions and types to one axis of children, before `trailing` other axes."""
         last = x.ndim - trailing
         return jax.lax.collapse(x, last - 1 - self.num_spatial_dims, last)

@@ -1,4 +1,4 @@
-"""Layers of matrix capsules: poses are square matrices, and votes products of matrices."""
+"""Layers of matrix capsules, whose poses are square matrices and whose votes are their products."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from capsjax.routing import Sizes
 
 
 class MatrixPrimaryCapsules(nnx.Module):
-    r"""A convolution to poses and activations, the first capsules of matrix capsules.
+    r"""The first layer of matrix capsules: a convolution to poses and activations.
 
     .. math::
       u_{p,q,t} = (x * k)_{p,q,t} + b_t, \qquad a_{p,q,t} = \sigma\bigl((x * l)_{p,q,t} + c_t\bigr)
@@ -28,14 +28,13 @@ class MatrixPrimaryCapsules(nnx.Module):
     Args:
       in_features: channels of the input.
       num_types: capsule types :math:`t`; every grid position holds one capsule of each.
-      features: dimension K of a pose: 16 for matrices of 4 × 4, row by row.
-      kernel_size: of the kernel, strides and padding as in :class:`PrimaryCapsules`; its length is
-        the number of spatial axes.
-      strides: of the convolution.
-      padding: of the convolution.
+      features: dimension K of a pose: 16 for 4 × 4 matrices, flattened by rows.
+      kernel_size: as in :class:`PrimaryCapsules`.
+      strides: as in :class:`PrimaryCapsules`.
+      padding: as in :class:`PrimaryCapsules`.
       dtype: dtype of the computation; the promotion of inputs and parameters when None.
       param_dtype: dtype of the parameters.
-      precision: of the convolution.
+      precision: precision of the convolution.
       kernel_init: initialiser of the kernel ``[*kernel_size, C, num_types * (features + 1)]``,
         whose last ``num_types`` channels are the activations.
       bias_init: initialiser of the bias.
@@ -100,7 +99,7 @@ class MatrixPrimaryCapsules(nnx.Module):
           Poses ``[..., P, Q, num_types, K]`` and activations ``[..., P, Q, num_types]``.
 
         Raises:
-          ValueError: as :class:`PrimaryCapsules` does.
+          ValueError: the inputs have the wrong shape, or are smaller than the kernel.
         """
         channels = convolve(self.conv, inputs)
         poses, activations = jnp.split(channels, [self.num_types * self.features], axis=-1)
@@ -126,28 +125,28 @@ class _MatrixVotes(SharedWeights):
 
 
 class MatrixConvCapsules(_MatrixVotes, ConvCapsules):
-    r"""Convolutional capsules whose poses are matrices and whose votes are products of matrices.
+    r"""Convolutional capsules with matrix poses.
 
     .. math::
       V_{(q,j)|(p,i)} = M_{p,i}\, W_{p - sq,\, i,\, j}
 
-    As :class:`ConvCapsules`, with the square root of the weights for the same number of capsules.
+    As :class:`ConvCapsules`, but with n² instead of n⁴ weights per pair of capsules, for n × n
+    matrices.
 
     Args:
-      in_types: types I of child capsules at every place.
-      out_types: types J of parent capsules at every place.
-      features: numbers in a pose, a square: 16 for matrices of 4 × 4, row by row.
-      kernel_size: of a receptive field, strides and padding as in :class:`ConvCapsules`; its length
-        is the number of spatial axes.
-      strides: of the receptive fields.
-      padding: of the grid.
+      in_types: types I of child capsules per position.
+      out_types: types J of parent capsules per position.
+      features: dimension of a pose, a square number: 16 for 4 × 4 matrices, flattened by rows.
+      kernel_size: as in :class:`ConvCapsules`.
+      strides: as in :class:`ConvCapsules`.
+      padding: as in :class:`ConvCapsules`.
       routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`.
       rngs: random streams; uses ``params``.
       **options: other keyword arguments of :class:`ConvCapsules`; ``kernel_init`` initialises
         ``[prod(kernel_size) * I, n, J, n]``.
 
     Raises:
-      ValueError: as :class:`ConvCapsules` does, or ``features`` is no square.
+      ValueError: as :class:`ConvCapsules`, or ``features`` is not a square number.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -192,18 +191,18 @@ class MatrixConvCapsules(_MatrixVotes, ConvCapsules):
 
 
 class MatrixGridCapsules(_MatrixVotes, GridCapsules):
-    r"""The last layer of matrix capsules: all places share the weights, and add where they are.
+    r"""The last layer of matrix capsules: all positions share the weights.
 
     .. math::
       V_{j|(p,i)} = M_{p,i}\, W_{ij} + x_p
 
-    where the coordinates :math:`x_p`, (row + ½) / rows and (column + ½) / columns, go to the first
-    two components of the right-hand column, or as many as there are spatial axes.
+    where the coordinates :math:`x_p`, (row + ½) / rows and (column + ½) / columns, are added to the
+    first components of the right-hand column, one per spatial axis.
 
     Args:
-      in_types: types I of child capsules at every place.
+      in_types: types I of child capsules per position.
       out_capsules: number J of parent capsules.
-      features: numbers in a pose, a square: 16 for matrices of 4 × 4, row by row.
+      features: dimension of a pose, a square number: 16 for 4 × 4 matrices, flattened by rows.
       coordinates: whether to add the coordinates.
       num_spatial_dims: number of axes of the grid.
       routing: name of the algorithm, one of :func:`capsjax.routing.algorithms`.
@@ -212,7 +211,7 @@ class MatrixGridCapsules(_MatrixVotes, GridCapsules):
         ``[I, n, J, n]``.
 
     Raises:
-      ValueError: as :class:`GridCapsules` does, or ``features`` is no square.
+      ValueError: as :class:`GridCapsules`, or ``features`` is not a square number.
 
     Example:
       >>> import jax, jax.numpy as jnp

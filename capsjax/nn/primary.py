@@ -1,4 +1,4 @@
-"""Primary capsules: from feature maps to the first capsule layer."""
+"""Primary capsules, the first capsule layer after feature maps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,40 +24,36 @@ from capsjax.ops._checks import (
 class PrimaryCapsules(nnx.Module):
     r"""A convolution whose output channels are grouped into capsules and squashed.
 
-    On images, on series or spectra (one spatial axis) or on volumes (three), by the kernel's size.
-
     .. math::
       u_{p,q,t} = \mathrm{squash}\bigl(c \cdot (x * k)_{p,q,t} + b_t\bigr)
 
-    Channels run over the capsule types first and the dimensions within a type second: the
-    components of one capsule are neighbouring channels at one grid position. There is no ReLU, and
-    the convolution is VALID by default.
+    The components of one capsule are neighbouring channels at one position. There is no ReLU, and
+    the convolution is VALID by default. The length of ``kernel_size`` sets the number of spatial
+    axes: one for series, two for images, three for volumes.
 
     Args:
       in_features: channels of the input.
-      num_types: capsule types :math:`t`; every grid position holds one capsule of each.
+      num_types: capsule types :math:`t`; every position has one capsule of each.
       features: dimension K of a capsule.
-      kernel_size: of the kernel: a sequence with a size for each spatial axis, whose length is
-        their number; an integer for rows and columns of images.
-      strides: of the convolution, one integer or one for each spatial axis.
-      padding: of the convolution: ``"VALID"``, ``"SAME"``, ``"SAME_LOWER"``, ``"CIRCULAR"``,
-        ``"REFLECT"``, with one spatial axis ``"CAUSAL"``; an integer; or an integer or
-        (low, high) for each spatial axis.
-      keep_grid: return ``[..., H, W, num_types, K]`` and not one axis of capsules, for
-        :class:`capsjax.nn.ConvCapsules`.
-      coupling: :math:`c`, a constant that multiplies the convolution before the bias is added: 1
-        in the paper; 1 / ``num_types`` in the authors' code, which sends these capsules through its
-        routing function with a single input capsule.
+      kernel_size: size of the kernel along each spatial axis; an integer means two axes.
+      strides: strides of the convolution, one integer or one per spatial axis.
+      padding: ``"VALID"``, ``"SAME"``, ``"SAME_LOWER"``, ``"CIRCULAR"``, ``"REFLECT"``, or
+        ``"CAUSAL"`` with one spatial axis; an integer; or an integer or (low, high) per spatial
+        axis.
+      keep_grid: whether to return ``[..., H, W, num_types, K]``, for
+        :class:`capsjax.nn.ConvCapsules`, instead of one axis of capsules.
+      coupling: :math:`c`, a constant factor of the convolution: 1 in the paper; 1 / ``num_types``
+        in the authors' code, which routes these capsules from a single input capsule.
       dtype: dtype of the computation; the promotion of inputs and parameters when None. Norms are
         float32.
       param_dtype: dtype of the parameters.
-      precision: of the convolution.
+      precision: precision of the convolution.
       kernel_init: initialiser of the kernel ``[*kernel_size, C, num_types * features]``.
       bias_init: initialiser of the bias ``[num_types * features]``.
       rngs: random streams; uses ``params``.
 
     Raises:
-      ValueError: the kernel's size, the strides or the padding are invalid.
+      ValueError: kernel size, strides or padding are invalid.
 
     Example:
       >>> import jax.numpy as jnp
@@ -122,7 +118,8 @@ class PrimaryCapsules(nnx.Module):
             ``[..., Z, H, W, C]`` with three.
 
         Returns:
-          Poses ``[..., I, K]``, with I = rows · columns · types in this order; or on their grid.
+          Poses ``[..., I, K]``, where I runs over rows, columns and types in this order; or poses
+          on their grid if ``keep_grid``.
 
         Raises:
           ValueError: the inputs have the wrong shape, or are smaller than the kernel.
@@ -147,7 +144,7 @@ def make_conv(
     padding: PaddingLike,
     **options: Any,
 ) -> nnx.Conv:
-    """A convolution along as many axes as its kernel has; an integer is a kernel of images."""
+    """Makes a convolution along the axes of its kernel."""
     size = spatial_sizes("kernel_size", kernel_size)
     names = ["VALID", "SAME", "SAME_LOWER", "CIRCULAR", "REFLECT", *["CAUSAL"] * (len(size) == 1)]
     return nnx.Conv(
@@ -162,7 +159,7 @@ def make_conv(
 
 
 def convolve(conv: nnx.Conv, inputs: jax.Array) -> jax.Array:
-    """Convolves ``[..., H, W, C]``, or raises a ValueError that names the inputs."""
+    """Convolves ``[..., H, W, C]``, or raises a ValueError."""
     inputs = as_array("inputs", inputs)
     rank, channels = len(conv.kernel_size), conv.in_features
     if inputs.ndim <= rank or inputs.shape[-1] != channels:

@@ -1,4 +1,4 @@
-"""A routing algorithm with its options and the parameters that it learns."""
+"""A routing algorithm as a module, with its options and parameters."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,17 +15,16 @@ from capsjax.routing.fused import Implementation, check_implementation
 
 
 class Router(nnx.Module):
-    """Routing by an algorithm, with its options and the parameters that it learns.
+    """A routing algorithm with its options and learned parameters.
 
-    The algorithm's record lists the parameters and their initialisers:
-    :attr:`capsjax.routing.Algorithm.parameters`. With ``use_bias`` it learns a ``bias`` ``[J, D]``
-    besides.
+    :attr:`capsjax.routing.Algorithm.parameters` lists the parameters and their initialisers. With
+    ``use_bias`` there is also a ``bias`` ``[J, D]``.
 
     Args:
       name: one of :func:`capsjax.routing.algorithms`.
-      sizes: of the layer.
-      options: keyword arguments of the routing function, and initialisers of the parameters by
-        names such as ``beta_a_init``.
+      sizes: sizes of the layer.
+      options: keyword arguments of the routing function, and initialisers of parameters under names
+        such as ``beta_a_init``.
       use_bias: whether the parents' sums have a bias.
       bias_init: initialiser of the bias.
       param_dtype: dtype of the parameters.
@@ -63,10 +62,10 @@ class Router(nnx.Module):
         self.options = {k: v for k, v in options.items() if not k.endswith("_init")}
 
     def arguments(self, places: int = 1) -> dict[str, Any]:
-        """Options and learned parameters by name.
+        """Returns options and learned parameters by name.
 
         Args:
-          places: of a grid that shares the layer's weights, and these.
+          places: number of grid positions that share the layer's parameters.
         """
         learned = {name: getattr(self, name)[...] for name in self.learned}
         for name in self.per_child:
@@ -83,27 +82,26 @@ class Router(nnx.Module):
         implementation: Implementation | None = None,
         places: int | None = None,
     ) -> Routed:
-        """Routes the children's votes, by a function that need not store them if there is one.
+        """Routes the children's votes, without storing them where possible.
 
         Args:
-          children: with their poses ``[..., I, K]``.
-          make_votes: returns the votes ``[..., I, J, D]``, or None for an algorithm that makes its
-            own.
-          weights: ``[I, K, J, D]``, if the votes are their product with the poses, so that
-            :func:`capsjax.dense_capsules` can make them; None if not.
-          precision: of that product.
+          children: poses ``[..., I, K]`` and other properties of the children.
+          make_votes: returns the votes ``[..., I, J, D]``, or None if the algorithm makes its own.
+          weights: ``[I, K, J, D]`` if the votes are the products of :func:`capsjax.dense_votes`,
+            which then need not be stored; otherwise None.
+          precision: precision of that product.
           implementation: of votes and routing; ``"reference"`` stores the votes.
-          places: number of places of a grid that share weights and parameters, each with as many
-            children as the layer has; None for a layer that shares nothing.
+          places: number of grid positions that share weights and parameters; None for a layer
+            without a grid.
 
         Raises:
-          ValueError: the algorithm has no such implementation, or these votes are made otherwise.
+          ValueError: the algorithm or the votes do not support the implementation.
         """
         record = algorithm(self.name)
         check_implementation(implementation, self.name)
         stores = implementation in (None, "reference")
         fused = None if children.logits is not None else record.fused
-        # Weights that places share would have to be copied, which costs more than to store votes.
+        # Shared weights would have to be copied per position, which costs more than storing votes.
         if fused is not None and weights is not None and not (stores and places is not None):
             return fused(
                 children.poses,
@@ -115,12 +113,12 @@ class Router(nnx.Module):
             )
         if not stores:
             raise ValueError(
-                f"implementation {implementation!r} stores no votes, which these need; it must be"
-                " None or 'reference'"
+                "implementation must be None or 'reference' for votes that have to be stored, got"
+                f" {implementation!r}"
             )
         return record.route(make_votes(), children, self.arguments(places or 1))
 
 
 def _repeat(x: jax.Array, places: int) -> jax.Array:
-    """What a layer has for its children, once for each place that shares it."""
+    """Repeats an array per child of a layer for each grid position."""
     return x if places == 1 else jnp.tile(x, (places, *[1] * (x.ndim - 1)))

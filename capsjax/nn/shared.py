@@ -1,4 +1,4 @@
-"""The part that layers on a grid have in common: places share weights, votes and routing."""
+"""Base class of layers on a grid, whose positions share weights and routing."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,20 +15,20 @@ from capsjax.ops._checks import as_array, check_callable, spatial_axes, taking_p
 from capsjax.routing import Sizes, algorithm
 from capsjax.routing.fused import Implementation, check_implementation
 
-# Votes of the size of the poses, whatever the number of children.
+# Votes then have the scale of the poses, for any number of children.
 kernel_init_per_child = nnx.initializers.variance_scaling(
     1.0, "fan_in", "normal", in_axis=-3, out_axis=(-2, -1), batch_axis=(-4,)
 )
 
 
 class SharedWeights(nnx.Module):
-    """Weights and a router that serve all places of a grid.
+    """Weights and a router shared by all positions of a grid.
 
     Args:
-      in_types: types of child capsules at every place.
-      sizes: of the votes of one parent's children.
+      in_types: types of child capsules per position.
+      sizes: sizes of the votes of one parent's children.
       num_spatial_dims: number of axes of the grid.
-      options: of the routing function.
+      options: options of the routing function.
 
     The other arguments are those of :class:`capsjax.nn.ConvCapsules`.
     """
@@ -79,16 +79,13 @@ class SharedWeights(nnx.Module):
         return dense_votes(poses, kernel, precision=self.precision)
 
     def _dense_weights(self, kernel: jax.Array) -> jax.Array | None:
-        """The kernel, if votes are its product with the poses, as of :func:`dense_votes`."""
+        """Returns the kernel if votes are those of :func:`dense_votes`, otherwise None."""
         return kernel
 
     def _check_inputs(
         self, poses: jax.Array, activations: jax.Array | None, where: ArrayLike | None
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-        """Returns poses ``[..., H, W, I, K]``, activations and mask, or raises.
-
-        The poses of children that take no part are zero.
-        """
+        """Returns poses ``[..., H, W, I, K]``, zero where masked, activations, mask; or raises."""
         poses = as_array("poses", poses)
         types, features = self.in_types, self.sizes.in_features
         if poses.ndim < self.num_spatial_dims + 2 or poses.shape[-2:] != (types, features):
@@ -113,6 +110,8 @@ class SharedWeights(nnx.Module):
 
 
 def check_shares_weights(routing: str) -> None:
-    """Raises a ValueError if an algorithm takes no votes, whose weights a layer could share."""
+    """Raises a ValueError if an algorithm makes its own votes, with weights per child."""
     if algorithm(routing).makes_votes:
-        raise ValueError(f"routing {routing!r} makes its own votes, which places cannot share")
+        raise ValueError(
+            f"routing {routing!r} makes its own votes, and positions cannot share their weights"
+        )

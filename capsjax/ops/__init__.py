@@ -1,6 +1,6 @@
-"""Pure functions of capsule networks, which import nothing but JAX.
+"""Pure functions of capsule networks; they depend on JAX only.
 
-The names in ``__all__`` are also names of :mod:`capsjax`.
+The names in ``__all__`` can also be imported from :mod:`capsjax`.
 """
 
 from capsjax.ops.capsule import exponential_squash, length, squash

@@ -1,4 +1,4 @@
-"""Argument checks and numerics that the pure functions share; errors name the argument."""
+"""Argument checks and numerics shared by the pure functions; errors name the argument."""
 
 import math
 import numbers
@@ -15,7 +15,7 @@ _MOST = 2**31 - 1
 
 
 def as_array(name: str, value: ArrayLike) -> jax.Array:
-    """Returns `value` as an array, or raises a TypeError if it is none."""
+    """Returns `value` as an array, or raises a TypeError."""
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
@@ -38,7 +38,7 @@ def accumulator(dtype: jnp.dtype) -> jnp.dtype:
 
 def safe_sqrt(squared: jax.Array) -> jax.Array:
     """Square root of a sum of squares, with value and gradient zero where the sum underflows."""
-    # Asked this way around, a NaN is not zero.
+    # False for NaN, which is thus passed on.
     zero = squared < jnp.finfo(squared.dtype).tiny
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squared)))
 
@@ -62,10 +62,9 @@ def as_mask(name: str, value: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
 def taking_part(
     where: ArrayLike, children: jax.Array, features: int = 1
 ) -> tuple[jax.Array, jax.Array]:
-    """Checks a mask of children, and sets those that take no part to zero.
+    """Checks a mask of children, and zeroes the children that are masked out.
 
-    They must be zero before anything else reads them: a product with a NaN has a gradient of NaN,
-    even where its result is masked.
+    Masking results later is not enough: the gradient of a product with NaN is NaN.
 
     Args:
       where: broadcastable to ``[..., I]``.
@@ -73,7 +72,7 @@ def taking_part(
       features: number of axes after I.
 
     Returns:
-      The mask, with a trailing axis of one for each of the features', and the children.
+      The mask with `features` trailing axes of size 1, and the children.
     """
     mask = as_mask("where", where, children.shape[: children.ndim - features])
     mask = mask.reshape(*mask.shape, *[1] * features)
@@ -81,7 +80,7 @@ def taking_part(
 
 
 def as_one_hot(name: str, value: ArrayLike, scores_name: str, shape: tuple[int, ...]) -> jax.Array:
-    """Returns labels with one number for each class, or raises."""
+    """Returns one-hot or multi-hot labels as an array, or raises."""
     labels = as_array(name, value)
     if labels.shape != shape:
         raise ValueError(
@@ -149,9 +148,9 @@ def check_callable(**functions: Any) -> None:
 
 
 def zeros(shape: tuple[int, ...], dtype: jnp.dtype, *like: jax.Array | None) -> jax.Array:
-    """Returns zeros that vary over every mesh axis over which one of the arrays varies.
+    """Returns zeros that vary over the same mesh axes as the arrays.
 
-    A loop under ``shard_map`` needs an initial carry of the type that its body returns.
+    Under ``shard_map``, the initial carry of a loop must have the type that its body returns.
     """
     result = jnp.zeros(shape, dtype)
     for array in like:
@@ -161,16 +160,16 @@ def zeros(shape: tuple[int, ...], dtype: jnp.dtype, *like: jax.Array | None) -> 
 
 
 def is_integer(value: Any) -> bool:
-    """Whether `value` is an integer of Python or NumPy, and no bool."""
+    """Whether `value` is a Python or NumPy integer, and not a bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def spatial_sizes(
     name: str, value: int | Sequence[int], kernel_size: Sequence[int] | None = None
 ) -> tuple[int, ...]:
-    """Returns a positive integer for each axis of a kernel, whose own sizes need no `kernel_size`.
+    """Returns one positive integer per spatial axis.
 
-    One integer is meant for all axes, of which a kernel without other sizes has two.
+    A single integer applies to all axes of `kernel_size`, or to two axes if that is None.
     """
     rank = 2 if kernel_size is None else len(kernel_size)
     sizes = tuple(value) if isinstance(value, Sequence | np.ndarray) else (value,) * rank
@@ -186,7 +185,7 @@ def spatial_sizes(
 def spatial_padding(
     padding: Any, kernel_size: Sequence[int], names: Sequence[str]
 ) -> str | tuple[tuple[int, int], ...]:
-    """Returns the name of a padding, or (low, high) for each axis of a kernel."""
+    """Returns the name of a padding, or (low, high) per axis of the kernel."""
     if isinstance(padding, str):
         if padding.upper() in names:
             return padding.upper()
@@ -204,6 +203,6 @@ def spatial_padding(
 
 
 def spatial_axes(num_spatial_dims: int) -> str:
-    """Names the spatial axes in shapes that messages give."""
+    """Returns names of the spatial axes for error messages."""
     names = {1: "L", 2: "H, W", 3: "Z, H, W"}
     return names.get(num_spatial_dims, f"{num_spatial_dims} spatial axes")

@@ -1,4 +1,4 @@
-"""Squashing functions and the length of capsules: a vector as direction and probability."""
+"""Squashing functions and the length of capsules."""
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,9 @@ def squash(s: ArrayLike, axis: int = -1, *, epsilon: float = 0.0) -> jax.Array:
     .. math::
       v = \frac{\|s\|^2}{1 + \|s\|^2} \frac{s}{\|s\|}
 
-    It is evaluated as :math:`s \, \|s\| / (1 + \|s\|^2)`, which never divides by zero: a zero
-    vector gives a zero vector and a zero gradient. The norm is computed in float32 (or float64 for
-    float64 input), where vectors shorter than about 1e-19 count as zero and the result is valid for
-    lengths up to 1e19. Beyond, and for a vector with an infinite or NaN component, it is NaN.
+    A zero vector gives a zero vector and a zero gradient. The norm is computed in float32 (or
+    float64 for float64 input): vectors shorter than about 1e-19 count as zero, and vectors that
+    are longer than 1e19 or have an infinite or NaN component give NaN.
 
     Args:
       s: vectors, ``[..., D]``, any floating dtype.
@@ -34,7 +33,8 @@ def squash(s: ArrayLike, axis: int = -1, *, epsilon: float = 0.0) -> jax.Array:
       Array of the shape and dtype of ``s``.
 
     Raises:
-      TypeError: ``s`` is not floating point, ``axis`` not an integer, or ``epsilon`` not a number.
+      TypeError: ``s`` is not floating point, ``axis`` is not an integer, or ``epsilon`` is not a
+        number.
       ValueError: ``axis`` is out of range, or ``epsilon`` is negative or not finite.
 
     Example:
@@ -65,9 +65,9 @@ def length(v: ArrayLike, axis: int = -1) -> jax.Array:
     .. math::
       \|v\| = \sqrt{\textstyle\sum_d v_d^2}
 
-    A zero vector has length zero and a zero gradient. A vector with a NaN component has length NaN,
-    one with an infinite component, or longer than the dtype can hold, length infinity. The sum is
-    computed in float32 (or float64 for float64 input).
+    A zero vector has a zero gradient. The length is NaN if a component is, and infinite if a
+    component is or if it exceeds the range of the dtype. The sum is computed in float32 (or
+    float64 for float64 input).
 
     Args:
       v: vectors, ``[..., D]``, any floating dtype.
@@ -77,7 +77,7 @@ def length(v: ArrayLike, axis: int = -1) -> jax.Array:
       Array ``[...]``: the shape of ``v`` without ``axis``, in its dtype.
 
     Raises:
-      TypeError: ``v`` is not floating point, or ``axis`` not an integer.
+      TypeError: ``v`` is not floating point, or ``axis`` is not an integer.
       ValueError: ``axis`` is out of range.
 
     Example:
@@ -100,10 +100,10 @@ def exponential_squash(s: ArrayLike, axis: int = -1) -> jax.Array:
     .. math::
       v = \bigl(1 - e^{-\|s\|}\bigr) \frac{s}{\|s\|}
 
-    Short vectors keep their length, which :func:`squash` squares, so that the gradients of nearly
-    silent capsules do not vanish. A zero vector gives a zero vector and a zero gradient. The norm
-    is computed in float32 (or float64 for float64 input). A vector longer than about 1e19, or with
-    an infinite or NaN component, gives NaN.
+    Short vectors nearly keep their length, which :func:`squash` squares, and so the gradients of
+    nearly silent capsules do not vanish. A zero vector gives a zero vector and a zero gradient.
+    The norm is computed in float32 (or float64 for float64 input). A vector that is longer than
+    about 1e19 or has an infinite or NaN component gives NaN.
 
     Args:
       s: vectors, ``[..., D]``, any floating dtype.
@@ -113,7 +113,7 @@ def exponential_squash(s: ArrayLike, axis: int = -1) -> jax.Array:
       Array of the shape and dtype of ``s``.
 
     Raises:
-      TypeError: ``s`` is not floating point, or ``axis`` not an integer.
+      TypeError: ``s`` is not floating point, or ``axis`` is not an integer.
       ValueError: ``axis`` is out of range.
 
     Example:

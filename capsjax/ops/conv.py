@@ -1,10 +1,10 @@
 """A convolution with fast gradients on every platform.
 
-The gradients of a strided 9 × 9 convolution are slow on several platforms: XLA's CPU backend takes
-many times as long as the equivalent matrix products, its TPU backend multiplies by zeros in the
-gradient of the images, and cuDNN takes longer than products of Fourier transforms. This module
-multiplies patches or Fourier transforms on CPUs and NVIDIA GPUs, computes the gradient phase by
-phase on TPUs, and uses XLA's convolution elsewhere.
+XLA's gradients of a strided 9 × 9 convolution are slow. Its CPU backend takes many times as long
+as the equivalent matrix products, its TPU backend multiplies by zeros in the gradient of the
+images, and cuDNN takes longer than products of Fourier transforms. This module multiplies patches
+or Fourier transforms on CPUs, Fourier transforms on NVIDIA GPUs where they need fewer operations,
+and computes the gradient phase by phase on TPUs. Elsewhere it uses XLA's convolution.
 """
 
 import math
@@ -43,8 +43,8 @@ def conv_general_dilated(
     .. math::
       y_{b,p,q,o} = \sum_{h,w,c} x_{b,\, sp+h,\, sq+w,\, c} \; k_{h,w,c,o}
 
-    The signature is that of the ``lax`` function, so that ``nnx.Conv`` and ``linen.Conv`` accept it
-    as ``conv_general_dilated=``. Arguments that only XLA supports select ``"xla"``.
+    The signature is that of the ``lax`` function: ``nnx.Conv`` and ``linen.Conv`` accept it as
+    ``conv_general_dilated=``. Arguments that "need XLA" are passed to the ``lax`` function.
 
     Args:
       lhs: images ``[B, H, W, C]``, series ``[B, L, C]`` or volumes ``[B, Z, H, W, C]``; any number
@@ -56,7 +56,7 @@ def conv_general_dilated(
       lhs_dilation: as in ``lax``; values other than 1 need XLA.
       rhs_dilation: as in ``lax``; values other than 1 need XLA.
       dimension_numbers: as in ``lax``, whose default is NCHW; values other than
-        ``("NHWC", "HWIO", "NHWC")`` and its like for other numbers of axes need XLA.
+        ``("NHWC", "HWIO", "NHWC")``, or the same layout with other spatial axes, need XLA.
       feature_group_count: as in ``lax``; values other than 1 need XLA.
       batch_group_count: as in ``lax``; values other than 1 need XLA.
       precision: as in ``lax``.
@@ -66,20 +66,20 @@ def conv_general_dilated(
         the platform that the program is compiled for.
 
         * ``"patches"``: concatenates shifted copies of the images and multiplies them with the
-          kernel in one matrix product; needs memory for KH·KW/stride² images. The default on CPU
+          kernel in one matrix product. Needs memory for KH·KW/stride² images. The default on CPUs
           unless Fourier transforms take fewer operations.
-        * ``"fourier"``: multiplies Fourier transforms; takes a third of the operations for large
-          kernels on small images, and needs memory for the transforms, four to five kernels with
-          the paper's sizes. The default on CPU and NVIDIA GPUs where it takes fewer operations.
-        * ``"phases"``: XLA's convolution with a gradient of the images that does not multiply by
-          zeros. The default on TPU if there is a stride.
+        * ``"fourier"``: multiplies Fourier transforms, which takes a third of the operations for
+          large kernels on small images. Needs memory for the transforms, four to five kernels with
+          the paper's sizes. The default on CPUs and NVIDIA GPUs where it takes fewer operations.
+        * ``"phases"``: XLA's convolution, with a gradient of the images that does not multiply by
+          zeros. The default on TPUs for strided convolutions.
         * ``"xla"``: :func:`jax.lax.conv_general_dilated`. The default elsewhere.
 
     Returns:
       ``[B, P, Q, O]``.
 
     Raises:
-      ValueError: the implementation is unknown.
+      ValueError: ``implementation`` is unknown.
       NotImplementedError: the named implementation does not support the arguments.
 
     Example:
@@ -161,7 +161,7 @@ def _why_only_xla(
     preferred_element_type: Any,
     out_sharding: Any,
 ) -> str | None:
-    """Returns why the arguments need XLA, which also reports invalid ones, or None."""
+    """Returns why the arguments need XLA, or None. XLA itself reports invalid arguments."""
     rank = lhs.ndim - 2
     if rank < 1 or rhs.ndim != lhs.ndim:
         return f"needs the same number of spatial axes, got shapes {lhs.shape} and {rhs.shape}"
@@ -213,7 +213,7 @@ def _conv_by_patches(
     precision: lax.PrecisionLike,
     preferred_element_type: Any,
 ) -> jax.Array:
-    """Copies the receptive field of each position and multiplies all with the kernel at once."""
+    """Gathers all receptive fields and multiplies them with the kernel in one product."""
     grid, features = (images.shape[0], *fields.shape), kernel.shape[-1]
     size = fields.size * images.shape[-1]
     product = jnp.matmul(

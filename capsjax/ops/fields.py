@@ -17,7 +17,7 @@ _MANY_CHANNELS = 8
 
 
 def channels_last(num_spatial_dims: int) -> lax.ConvDimensionNumbers:
-    """The layout of images ``[B, H, W, C]`` and kernels ``[KH, KW, C, O]`` for so many axes."""
+    """The layout of images ``[B, H, W, C]`` and kernels ``[KH, KW, C, O]``."""
     spatial = tuple(range(num_spatial_dims))
     image = (0, num_spatial_dims + 1, *(n + 1 for n in spatial))
     kernel = (num_spatial_dims + 1, num_spatial_dims, *spatial)
@@ -26,9 +26,9 @@ def channels_last(num_spatial_dims: int) -> lax.ConvDimensionNumbers:
 
 @dataclasses.dataclass(frozen=True)
 class ReceptiveFields:
-    """The receptive fields of a kernel on a grid of any number of axes, which may overlap.
+    """The receptive fields, which may overlap, of a kernel on a grid of any number of axes.
 
-    Shapes are written for two spatial axes.
+    Shapes are given for two spatial axes.
 
     Attributes:
       grid: size of each spatial axis of the grid, such as rows H and columns W.
@@ -64,7 +64,7 @@ class ReceptiveFields:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Rows P and columns Q of fields, below 1 if the kernel is larger than the grid."""
+        """Number of fields per axis, (P, Q); below 1 if the kernel is larger than the grid."""
         return tuple(
             (size + sum(pads) - kernel) // stride + 1
             for size, kernel, stride, pads in zip(

@@ -1,4 +1,4 @@
-"""Convolution by Fourier transforms, which takes fewer products for large kernels."""
+"""Convolution by Fourier transforms, which needs fewer operations for large kernels."""
 
 import dataclasses
 import itertools
@@ -14,10 +14,9 @@ from jax import lax
 from capsjax.ops._checks import accumulator
 from capsjax.ops.fields import ReceptiveFields
 
-# One number of a transform costs as much as this many operations of a product, as measured on a CPU
-# (docs/performance.md).
+# Cost of one number of a transform in operations of a product, tuned on a CPU.
 _TRANSFORM = 200
-# Transforms of more positions take many times that: their cost grows with the positions.
+# Larger transforms cost many times that: their cost per number grows with the positions.
 _MOST_POSITIONS = 2048
 
 
@@ -28,7 +27,7 @@ def conv_by_fourier(
     precision: lax.PrecisionLike,
     preferred_element_type: Any,
 ) -> jax.Array:
-    r"""Convolves by products of discrete Fourier transforms.
+    r"""Convolves by multiplying discrete Fourier transforms.
 
     Images x and kernel k are split into phases: the rows and columns with the same remainder modulo
     the stride. Each phase is convolved with stride 1.
@@ -36,10 +35,10 @@ def conv_by_fourier(
     .. math::
       \hat y_{f,b,o} = \sum_{\varphi,c} \hat x_{f,b,\varphi,c} \; \overline{\hat k_{f,\varphi,c,o}}
 
-    Transforms are products with small matrices. They compute half the frequencies f, as the others
-    are conjugates, and are as long as a phase, so that values that wrap around do not reach the
-    results. With F frequencies and strides S, T, the products take 4·F·S·T·C multiplications for
-    each image and feature; the sum over fields takes P·Q·KH·KW·C.
+    Transforms are products with small matrices. They compute half of the frequencies f, as the
+    others are conjugates. They are as long as a phase, so that values which wrap around do not
+    reach the results. With F frequencies and strides S, T, the products take 4·F·S·T·C
+    multiplications per image and feature, and a sum over fields P·Q·KH·KW·C.
 
     Args:
       images: ``[B, H, W, C]``, or with any other number of spatial axes.
@@ -49,7 +48,7 @@ def conv_by_fourier(
       preferred_element_type: dtype of the result; that of the images when None.
 
     Returns:
-      ``[B, P, Q, O]``. Sums are float32 or wider; `precision` determines how factors are rounded.
+      ``[B, P, Q, O]``. Sums are float32 or wider; `precision` sets the rounding of factors.
     """
     sizes = _Sizes.of(fields)
     wide = accumulator(images.dtype)
@@ -59,7 +58,7 @@ def conv_by_fourier(
     inputs = math.prod(fields.strides) * images.shape[-1]
 
     def transform(waves: np.ndarray, x: jax.Array) -> jax.Array:
-        # XLA:CPU makes no transposed copies of two-dimensional factors, nor in the gradient.
+        # XLA:CPU makes no transposed copies of two-dimensional factors, even in the gradient.
         flat = x.reshape(len(x), math.prod(x.shape[1:]))
         flat = jnp.matmul(jnp.asarray(waves, wide), flat, precision=precision)
         return flat.reshape(len(waves), *x.shape[1:])
@@ -88,7 +87,7 @@ def conv_by_fourier(
 
 
 def gains_by_fourier(images: jax.Array, kernel: jax.Array, fields: ReceptiveFields) -> bool:
-    """Whether Fourier transforms cost less than a product with each field, by costs on CPUs."""
+    """Whether Fourier transforms cost less than a product with each field, on a CPU."""
     # An exported function may have a symbolic batch size: assume a common one.
     batch = images.shape[0] if isinstance(images.shape[0], int) else 128
     channels, features = kernel.shape[-2:]

@@ -28,17 +28,16 @@ def margin_loss(
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    r"""Margin loss for the existence of each class, summed over the classes.
+    r"""Margin loss on the lengths of class capsules, summed over the classes.
 
     .. math::
       L = \sum_k T_k \max(0, m^+ - \|v_k\|)^2 + \lambda (1 - T_k) \max(0, \|v_k\| - m^-)^2
 
-    Several classes may be present at once. The sum is computed in float32 (or float64). It is
-    NaN or infinite if a length or a label is.
+    Several classes may be present at once. The sum is computed in float32 (or float64), and is NaN
+    or infinite if a length or a label is.
 
     Args:
-      lengths: lengths of the class capsules, ``[..., J]``, any floating dtype. They are not logits:
-        no softmax is applied before they are compared with the margins.
+      lengths: lengths of the class capsules, ``[..., J]``, any floating dtype; without a softmax.
       labels: :math:`T`, one-hot or multi-hot, ``[..., J]``, any numeric dtype or bool.
       m_plus: length that a present class should reach.
       m_minus: length that an absent class should stay below.
@@ -50,7 +49,7 @@ def margin_loss(
       Loss per example, ``[...]``, in the dtype of ``lengths``.
 
     Raises:
-      TypeError: ``lengths`` is not floating point, or a margin or the weight not a number.
+      TypeError: ``lengths`` is not floating point, or a margin or the weight is not a number.
       ValueError: ``labels`` does not have the shape of ``lengths``.
 
     Example:
@@ -87,13 +86,13 @@ def spread_loss(
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    r"""Spread loss: every wrong class should stay a margin below the correct class.
+    r"""Spread loss: penalises wrong classes whose activation is within a margin of the correct one.
 
     .. math::
       L = \sum_{i \ne t} \max\bigl(0, m - (a_t - a_i)\bigr)^2
 
     With several correct classes, the sum runs over all pairs of a wrong and a correct class. It is
-    computed in float32 (or float64). It is NaN if an activation or a label is NaN or infinite.
+    computed in float32 (or float64), and is NaN if an activation or a label is NaN or infinite.
 
     Args:
       activations: activations of the class capsules, ``[..., J]``, any floating dtype.
@@ -130,7 +129,7 @@ def spread_loss(
     right = labels != 0
     a = jnp.where(counted, jnp.moveaxis(activations, axis, -1), 0)
     a = a.astype(accumulator(activations.dtype))
-    # A NaN or an infinity must show even in no pair, or as the better of one.
+    # NaN and infinity must not be hidden by the maximum, or by being in no pair.
     finite = jnp.isfinite(a) & jnp.isfinite(jnp.where(counted, labels, 0).astype(a.dtype))
     finite = jnp.all(finite, axis=-1)[..., None, None]
     pairs = (right & counted)[..., :, None] & (~right & counted)[..., None, :]
@@ -154,7 +153,7 @@ def reconstruction_loss(
       L = \sum_p (\hat x_p - x_p)^2
 
     The loss is a **sum** over the pixels, as in the paper, which weights it by 0.0005. A mean would
-    be 784 times smaller on 28 × 28 pixels. The sum is computed in float32 (or float64). It is NaN
+    be 784 times smaller for 28 × 28 pixels. The sum is computed in float32 (or float64), and is NaN
     or infinite if a pixel is.
 
     Args:
@@ -193,7 +192,7 @@ def reconstruction_loss(
 
 
 def _above_zero(x: jax.Array) -> jax.Array:
-    """The positive part, as of :func:`jax.nn.relu`, whose gradient of a NaN is zero, here NaN."""
+    """As :func:`jax.nn.relu`, but the gradient at NaN is NaN instead of zero."""
     return jnp.where(x <= 0, 0, x)
 
 
@@ -203,10 +202,10 @@ def _sum_of(
     axis: int | tuple[int, ...],
     where: ArrayLike | None,
 ) -> jax.Array:
-    """Sums the terms of the values where `where` is true."""
+    """Sums the terms of the values that `where` selects."""
     if where is None:
         return jnp.sum(term(values), axis=axis)
     mask = as_mask("where", where, values.shape)
-    # Masked before the term as well: the gradient of a masked infinity would be 0 · ∞.
+    # Masked before `term` as well: otherwise the gradient of a masked infinity is 0 · ∞.
     terms = term(jnp.where(mask, values, 0))
     return jnp.sum(jnp.where(mask, terms, 0), axis=axis)

@@ -10,7 +10,7 @@ from capsjax.ops._checks import as_floating
 def dense_votes(
     poses: ArrayLike, weights: ArrayLike, *, precision: jax.lax.PrecisionLike = None
 ) -> jax.Array:
-    r"""Every child capsule's prediction of every parent capsule's pose.
+    r"""Predicts the pose of every parent capsule from every child capsule.
 
     .. math::
       \hat u_{j|i} = W_{ij} u_i
@@ -43,7 +43,7 @@ def dense_votes(
 def matrix_votes(
     poses: ArrayLike, weights: ArrayLike, *, precision: jax.lax.PrecisionLike = None
 ) -> jax.Array:
-    r"""Votes of children whose poses are square matrices.
+    r"""Computes the votes of children whose poses are square matrices.
 
     .. math::
       V_{ij} = M_i W_{ij}
@@ -51,8 +51,8 @@ def matrix_votes(
     Args:
       poses: child poses :math:`M`, n × n matrices flattened by rows, ``[..., I, n * n]``, any
         floating dtype.
-      weights: one matrix per pair of child and parent, ``[I, n, J, n]``, any floating dtype: n²
-        numbers per pair, where :func:`dense_votes` needs n⁴.
+      weights: one matrix per pair of child and parent, ``[I, n, J, n]``, any floating dtype. A pair
+        has n² weights, compared with n⁴ in :func:`dense_votes`.
       precision: precision of the matrix product, as in :func:`jax.numpy.einsum`.
 
     Returns:

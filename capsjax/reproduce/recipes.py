@@ -18,23 +18,23 @@ class Recipe:
 
     Attributes:
       table: name of the table.
-      name: unique in its table.
-      title: the row in words.
-      published: error in per cent that the paper reports; None if it reports none.
-      spread: standard deviation in per cent that the paper reports with it.
+      name: name of the row, unique in its table.
+      title: description of the row.
+      published: error in per cent that the paper reports, or None.
+      spread: standard deviation in per cent that the paper reports, or None.
       dataset: name of the data set.
-      preset: name of the network.
-      model: fields of its configuration that differ.
-      loss: name of the objective; the preset's own when None.
-      steps: of training.
-      batch_size: examples in a step.
-      learning_rate: at the first step.
-      decay_steps: over which it falls by 4 %.
-      max_shift: of training images, in pixels; the data set's own when None.
-      also_tested_on: another data set whose test images are evaluated too.
-      until_error: end earlier, when the error on held-out training images is at most this share;
-        None for all steps, with nothing held out.
-      ensemble: whether the mean of the scores of all seeds' networks is evaluated too.
+      preset: preset of the network.
+      model: fields of the configuration that differ from the preset.
+      loss: name of the objective; the preset's default when None.
+      steps: number of training steps.
+      batch_size: examples per step.
+      learning_rate: initial learning rate.
+      decay_steps: number of steps over which the learning rate falls by 4 %.
+      max_shift: maximum shift of training images in pixels; the data set's default when None.
+      also_tested_on: another data set to test on, or None.
+      until_error: error rate on held-out training images at which training ends early; None to
+        train for all steps, without held-out images.
+      ensemble: whether to evaluate the mean of the scores of all seeds as well.
     """
 
     table: str = ""
@@ -57,28 +57,28 @@ class Recipe:
 
     @property
     def command(self) -> str:
-        """The command that trains it, with the images in DIR."""
+        """The command that trains the row; DIR holds the data sets."""
         seeds = " --seeds 7" if self.ensemble else ""
         return f"capsjax reproduce {self.table} --rows {self.name}{seeds} --data-dir DIR"
 
     @property
     def paper(self) -> str:
-        """The error that the paper reports, with its deviation; empty if none."""
+        """The paper's error and standard deviation as text; empty if there is none."""
         if self.published is None:
             return ""
         return f"{self.published:g}" + ("" if self.spread is None else f" ± {self.spread:g}")
 
     def configure(self, **fields: Any) -> models.ModelConfig:
-        """Returns the network's configuration, with fields that the data set determines."""
+        """Returns the network's configuration, given the fields that depend on the data set."""
         return models.configure(self.preset, **{**self.model, **fields})
 
     def options(self, run_dir: Path, *, train_images: int, **others: Any) -> TrainConfig:
         """Returns the options of the run of one seed.
 
         Args:
-          run_dir: its directory.
-          train_images: number of training images, of which some are held out for `until_error`.
-          **others: further options, which may replace the recipe's.
+          run_dir: directory of the run.
+          train_images: number of training images, some of which are held out for `until_error`.
+          **others: further options, which take precedence.
         """
         ends_early = self.until_error is not None
         return TrainConfig(
@@ -94,7 +94,7 @@ class Recipe:
                 "max_shift": self.max_shift,
                 "until_error": self.until_error,
                 "validation": min(_HELD_OUT, train_images // 10) if ends_early else 0,
-                # Once an epoch where the error decides.
+                # None is once per epoch, for rows that end at an error.
                 "checkpoint_every": None if ends_early else 2000,
                 "log_every": 500,
                 "driver": "jit",
@@ -105,7 +105,7 @@ class Recipe:
 
 
 def _mnist(preset: str) -> tuple[Recipe, ...]:
-    """Table 1 for one variant of the network."""
+    """Rows of table 1 for one variant of the network."""
     published = {
         (1, False): (0.34, 0.032),
         (1, True): (0.29, 0.011),
@@ -135,15 +135,15 @@ def _mnist(preset: str) -> tuple[Recipe, ...]:
 _BASELINE = Recipe(name="baseline", title="baseline CNN", published=0.39, preset="baseline")
 _PAIRS: dict[str, Any] = {"dataset": "multi_mnist", "decay_steps": 20_000}
 _AFFINE: dict[str, Any] = {
-    # Stopped early, at the accuracy on expanded MNIST that the paper compares at.
+    # Stopped early, at the accuracy on expanded MNIST at which the paper compares.
     "dataset": "expanded_mnist",
     "also_tested_on": "affine_mnist",
     "until_error": 0.0077,
 }
-# Short: the learning rate falls to a twelfth by the end.
+# A short training: the learning rate falls to a twelfth by the end.
 _SMALL: dict[str, Any] = {"preset": "small", "steps": 6000, "decay_steps": 100}
-# Of what was tried briefly, small batches helped both networks; twice the rate and drawings that
-# count more, the capsules.
+# In short trials, small batches helped both networks; a doubled learning rate and a larger weight
+# of the reconstruction helped the capsule network.
 _SMALL_PAIRS: dict[str, Any] = {
     "dataset": "multi_mnist",
     "steps": 12_000,
@@ -237,7 +237,7 @@ _TABLES: dict[str, tuple[Recipe, ...]] = {
             learning_rate=2e-3,
             **_SMALL_PAIRS,
         ),
-        # The paper's first layer and kernels, and a smaller decoder: of about the CNN's size.
+        # With the paper's first layer and kernels and a smaller decoder: about the CNN's size.
         Recipe(
             name="multi_mnist-wide",
             title="CapsNet of the CNN's size, MultiMNIST",
@@ -254,7 +254,7 @@ _TABLES: dict[str, tuple[Recipe, ...]] = {
             learning_rate=2e-3,
             **_SMALL_PAIRS,
         ),
-        # Efficient-CapsNet with a grid of 256 capsules: also of the CNN's size.
+        # Efficient-CapsNet with a grid of 256 capsules: also about the CNN's size.
         Recipe(
             name="multi_mnist-efficient",
             title="Efficient-CapsNet of that size, MultiMNIST",

@@ -1,4 +1,4 @@
-"""Finished trials in a file of JSON lines, and what they amount to."""
+"""Finished trials in a file of JSON lines, and their statistics."""
 
 import dataclasses
 import datetime
@@ -26,18 +26,18 @@ class Line(msgspec.Struct, kw_only=True):
     Attributes:
       table: name of the table.
       recipe: name of the row.
-      asked_steps: steps asked for in place of the recipe's, or None.
-      dtype: of the computation.
-      seed: of a trial.
-      steps: taken by a trial.
-      errors: of a trial, share of wrong predictions by data set.
-      counts: of a trial, number of test images by data set.
-      seconds: that a trial took, with those trained together, in all calls.
-      together: number of trials that were trained at once; None if not known.
-      of: what a trial depends on beside its seed, see :func:`describe`.
-      run: of a trial, its run directory, relative to that of the file.
+      asked_steps: number of steps if it differs from the recipe's, or None.
+      dtype: dtype of the computation.
+      seed: seed of a trial.
+      steps: steps that a trial took.
+      errors: error rates of a trial by data set.
+      counts: numbers of test images of a trial by data set.
+      seconds: wall time of a trial and those trained together with it, over all calls.
+      together: number of trials trained together; None if unknown.
+      of: what a trial depends on besides its seed; see :func:`describe`.
+      run: run directory of a trial, relative to the file's.
       ensemble: number of networks in an ensemble.
-      error: of an ensemble.
+      error: error rate of an ensemble.
     """
 
     table: str
@@ -64,13 +64,13 @@ class Line(msgspec.Struct, kw_only=True):
             raise ValueError("`errors` and `counts` are of different data sets")
 
     def same_row(self, other: "Line") -> bool:
-        """Returns whether both are of one row of a table, of one length and dtype."""
+        """Whether both lines have the same row, number of steps and dtype."""
         names = ("table", "recipe", "asked_steps", "dtype")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 def read_results(path: Path) -> list[Line]:
-    """Reads a file of results; a last line cut short by a crash is left out.
+    """Reads a file of results; ignores a last line that a crash cut short.
 
     Raises:
       ConfigError: a line is damaged.
@@ -79,7 +79,7 @@ def read_results(path: Path) -> list[Line]:
 
 
 def add_result(path: Path, line: Line) -> bool:
-    """Appends a result with the machine and the time, unless another command has added it.
+    """Appends a result, with its machine and time, unless another command has added it.
 
     Returns:
       Whether it was added.
@@ -99,14 +99,14 @@ def add_result(path: Path, line: Line) -> bool:
                 return False
         with naming(path), path.open("ab+") as file:
             file.seek(0)
-            # A last line that was cut off must not swallow this one.
+            # Starts a new line, in case a crash cut the last one short.
             file.truncate(file.read().rfind(b"\n") + 1)
             file.write((json.dumps({**values, **conditions}) + "\n").encode())
     return True
 
 
 def describe(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
-    """Returns what a trial depends on beside its seed, as JSON: how it trains, and the data."""
+    """Returns what a trial depends on besides its seed, as JSON: the recipe and the data."""
     words = ("table", "title", "published", "spread", "ensemble", "also_tested_on")
     trained = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in words}
     described: dict[str, Any] = json.loads(
@@ -120,11 +120,11 @@ def check_alike(line: Line, now: Mapping[str, Any], path: Path) -> None:
     for key in now:
         then = line.of.get(key)
         if key == "data" and then:
-            then = {**now[key], **then}  # an earlier version described less
+            then = {**now[key], **then}  # earlier versions recorded fewer fields
         if then != now[key]:
             raise ConfigError(
-                f"{path} is of {key.replace('_', ' ')} {line.of.get(key)}, not {now[key]}; move it"
-                " away, or choose another --output"
+                f"{path} has results with {key.replace('_', ' ')} {line.of.get(key)}, and this"
+                f" command has {now[key]}; move the file, or choose another --output"
             )
 
 
@@ -135,9 +135,9 @@ class RowResult:
     Attributes:
       recipe: the row.
       dataset: name of the data set whose test images were evaluated.
-      steps: taken by the shortest trial.
-      errors: in per cent, one for each trial.
-      ensemble: number of networks whose scores were averaged; 0 for single ones.
+      steps: steps of the shortest trial.
+      errors: error in per cent of each trial.
+      ensemble: number of networks in an ensemble; 0 for single networks.
     """
 
     recipe: Recipe
@@ -148,36 +148,36 @@ class RowResult:
 
     @property
     def title(self) -> str:
-        """The row in words."""
+        """Description of the row."""
         if self.ensemble:
             return f"{self.recipe.title}, ensemble of {self.ensemble}"
         return self.recipe.title
 
     @property
     def published(self) -> str:
-        """The error that the paper reports for these images; empty if none."""
+        """The paper's error on this data set as text; empty if there is none."""
         recipe = self.recipe
         same = self.dataset == (recipe.also_tested_on or recipe.dataset)
         return recipe.paper if same and bool(self.ensemble) == recipe.ensemble else ""
 
     @property
     def mean(self) -> str:
-        """Mean and standard deviation."""
+        """Mean and standard deviation as text."""
         mean = f"{statistics.mean(self.errors):.2f}"
         return mean + (f" ± {statistics.stdev(self.errors):.3f}" if len(self.errors) > 1 else "")
 
     @property
     def text(self) -> str:
-        """Mean, standard deviation and number of trials."""
+        """Mean, standard deviation and number of trials as text."""
         return self.mean if self.ensemble else f"{self.mean} (n = {len(self.errors)})"
 
 
 def rows_of(recipe: Recipe, lines: Sequence[Line]) -> list[RowResult]:
-    """Returns the results of a row: of each data set, then of ensembles.
+    """Returns the results of a row, first by data set, then of ensembles.
 
     Args:
       recipe: the row.
-      lines: those of the row, of one length and dtype.
+      lines: results of the row, with the same number of steps and dtype.
     """
     trials = {line.seed: line for line in lines if line.seed is not None}
     if not trials:
@@ -196,7 +196,7 @@ def rows_of(recipe: Recipe, lines: Sequence[Line]) -> list[RowResult]:
 
 
 def markdown(rows: Sequence[RowResult]) -> str:
-    """Returns rows as a Markdown table; errors in per cent."""
+    """Returns rows as a Markdown table, with errors in per cent."""
     lines = ["| row | test images | steps | paper | capsjax |", "|---|---|---|---|---|"]
     lines += [
         f"| {row.title} | {row.dataset} | {row.steps:,} | {row.published} | {row.text} |"
@@ -206,13 +206,13 @@ def markdown(rows: Sequence[RowResult]) -> str:
 
 
 def measured(recipe: Recipe, lines: Sequence[Line], names: Mapping[str, str] = {}) -> str:
-    """Returns the errors in per cent of a row's trials in words, or that there are none.
+    """Returns the errors of a row's trials in per cent as text, or "not run".
 
     Args:
       recipe: the row.
-      lines: results, among which those of the row in float32 count: of the recipe's own length if
-        there are any, else of the longest.
-      names: data sets in words.
+      lines: results. Those of the row in float32 count: with the recipe's number of steps if there
+        are any, otherwise with the largest number.
+      names: names of data sets to print.
     """
     own = [
         x for x in lines if (x.table, x.recipe, x.dtype) == (recipe.table, recipe.name, "float32")

@@ -53,30 +53,30 @@ _MOST_SEEDS = 10_000
 class ReproduceConfig:
     """Train the rows of a table with several seeds, and write mean and deviation of their errors.
 
-    Each seed is a run of its own under OUTPUT, which evaluate, draw, explore and train --resume
-    open. Finished ones are listed in OUTPUT/results.jsonl and not trained again; the same command
-    goes on with an interrupted one. Tables: mnist and multi_mnist (Sabour et al. 2017, table 1),
-    affine, cifar10, svhn and smallnorb (the same paper's text), ablation (how the authors' code
-    differs from the formulas as printed), small (networks for two processor cores).
+    Each seed is a run under OUTPUT, which evaluate, draw, explore and train --resume can open.
+    Finished runs are listed in OUTPUT/results.jsonl and not trained again; the same command
+    continues interrupted ones. Tables: mnist and multi_mnist (Sabour et al. 2017, table 1), affine,
+    cifar10, svhn and smallnorb (the same paper's text), ablation (differences between the authors'
+    code and the printed formulas), small (networks for two CPU cores).
     """
 
     table: TableName
     """Table to reproduce."""
 
     rows: tuple[str, ...] = ()
-    """Names of rows; all of the table if not given."""
+    """Names of rows; all rows of the table if not given."""
 
     list: bool = False
     """Only print the rows: command, the paper's error, and the results in OUTPUT."""
 
     seeds: int = 3
-    """Trials of each row, with seeds 0, 1, 2 and so on."""
+    """Number of trials per row, with seeds 0, 1, 2 and so on."""
 
     steps: int | None = None
-    """Steps of each trial in place of the recipe's own; results say which."""
+    """Steps of each trial, instead of the recipe's; recorded in the results."""
 
     together: int = 1
-    """Trials that are trained at once, by vmap; always one for rows that end at an error."""
+    """Number of trials trained together by vmap; always one for rows that end at an error."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the computation."""
@@ -88,7 +88,7 @@ class ReproduceConfig:
     """Directory for results and runs; one for each kind of data."""
 
     seconds: float | None = None
-    """Save and end after so many seconds; the same command goes on."""
+    """Save and stop after this many seconds; the same command continues."""
 
     def __post_init__(self) -> None:
         """Checks the options."""
@@ -106,7 +106,7 @@ class ReproduceConfig:
         known = [recipe.name for recipe in TABLES[self.table]]
         for row in self.rows:
             if row not in known:
-                raise ConfigError(f"--rows: table {self.table} has {', '.join(known)}, no {row!r}")
+                raise ConfigError(f"--rows must be among {', '.join(known)}, got {row!r}")
 
         if self.together > 1 and all(r.until_error is not None for r in self.recipes()):
             raise ConfigError("--together has no effect on rows that end at an error")
@@ -117,7 +117,7 @@ class ReproduceConfig:
 
     @property
     def folder(self) -> Path:
-        """Directory of the runs of this table, number of steps and dtype."""
+        """Directory of the runs with this table, number of steps and dtype."""
         steps = "all" if self.steps is None else str(self.steps)
         return self.output / f"{self.table}-{steps}-{self.dtype}"
 
@@ -128,18 +128,18 @@ class ReproduceConfig:
 
 
 def reproduce(config: ReproduceConfig, *, say: Callable[[str], None] = print) -> list[RowResult]:
-    """Trains what is missing of a table, and returns all results.
+    """Trains the missing trials of a table, and returns all results.
 
     Args:
       config: the options.
-      say: is given a line now and then.
+      say: called with each line of progress.
 
     Returns:
-      The results of the rows, in the table's order; none where the rows are only listed.
+      The results of the rows, in the table's order; empty if the rows are only listed.
 
     Raises:
-      ConfigError: an option is invalid, a file is damaged, or results in the output directory were
-        trained differently.
+      ConfigError: an option is invalid, a file is damaged, or the output directory has results that
+        were trained differently.
       capsjax.data.DataError: a data set is missing or damaged.
     """
     with processes.together():
@@ -154,7 +154,7 @@ def _reproduce(config: ReproduceConfig, say: Callable[[str], None]) -> list[RowR
         return []
     options = {"--" + n.replace("_", "-"): str(v) for n, v in dataclasses.asdict(config).items()}
     del options["--data-dir"]
-    processes.check_alike(options, what="with")
+    processes.check_alike(options, what="options")
     processes.first(lambda: _make_folder(config), type(None))
     deadline = math.inf if config.seconds is None else time.monotonic() + config.seconds
     get = functools.cache(lambda name: load(name, data_dir=config.data_dir))
@@ -184,7 +184,7 @@ def _reproduce(config: ReproduceConfig, say: Callable[[str], None]) -> list[RowR
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One row of a table under way."""
+    """One row of a table, and its trials so far."""
 
     recipe: Recipe
     config: ReproduceConfig
@@ -194,7 +194,7 @@ class _Row:
         return self.config.folder / f"{self.recipe.name}-seed-{seed}"
 
     def line(self, **fields: object) -> Line:
-        """A result of this row."""
+        """Makes a result of this row."""
         options = {
             "table": self.config.table,
             "recipe": self.recipe.name,
@@ -210,7 +210,7 @@ class _Row:
         return [line for line in lines if line.same_row(like)]
 
     def check(self) -> None:
-        """Raises a ConfigError if finished trials of this name were trained differently."""
+        """Raises a ConfigError if finished trials of this row were trained differently."""
         trials = [line for line in self.lines() if line.seed is not None]
         if trials:
             now = describe(self.recipe, self.get(self.recipe.dataset))
@@ -218,7 +218,7 @@ class _Row:
                 check_alike(trial, now, self.config.results)
 
     def missing(self) -> list[int]:
-        """The seeds that have no result yet."""
+        """The seeds without a result."""
         found = {line.seed for line in self.lines()}
         return [seed for seed in range(self.config.seeds) if seed not in found]
 
@@ -227,13 +227,13 @@ class _Row:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[list[int]]:
-        """Seeds to train at once, which no other command trains meanwhile."""
+        """Locks seeds to train together, which no other command is training."""
         most = 1 if self.recipe.until_error is not None else self.config.together
         with contextlib.ExitStack() as locks:
             seeds: list[int] = []
             common: set[int] = set()
             for seed in self.missing():
-                # Runs that have begun are resumed together from a checkpoint that all have.
+                # Started runs are resumed together from a checkpoint that all of them have.
                 steps = self._checkpoints(seed)
                 same = not seeds or self._begun(seed) == self._begun(seeds[0])
                 apart = seeds and (common or steps) and not common & steps
@@ -243,12 +243,12 @@ class _Row:
                 lock = FileLock(f"{self.run_dir(seed)}.lock", blocking=False)
                 if not processes.first(functools.partial(_try_enter, locks, lock), bool):
                     continue
-                if seed in self.missing():  # read again: the other command may have ended
+                if seed in self.missing():  # another command may have finished it
                     seeds.append(seed)
             yield seeds
 
     def _checkpoints(self, seed: int) -> set[int]:
-        """The steps of its checkpoints."""
+        """The steps of a run's checkpoints."""
         return processes.first(lambda: self._find_checkpoints(seed), set[int])
 
     def _find_checkpoints(self, seed: int) -> set[int]:
@@ -257,7 +257,7 @@ class _Row:
         return {int(name) for name in names if name.isdecimal()}
 
     def _begun(self, seed: int) -> tuple[bool, bool]:
-        """Whether its run has begun, and whether it is finished."""
+        """Whether a run has started, and whether it is finished."""
         directory = RunDirectory(self.run_dir(seed))
         return (
             processes.first(directory.config.exists, bool),
@@ -265,7 +265,7 @@ class _Row:
         )
 
     def train(self, seeds: Sequence[int], deadline: float) -> bool:
-        """Trains seeds at once; False if the time was over first."""
+        """Trains seeds together; returns False if the time limit was reached first."""
         begun, finished = self._begun(seeds[0])
         dataset = self.get(self.recipe.dataset)
         try:
@@ -292,7 +292,7 @@ class _Row:
             before = RunDirectory(self.run_dir(each.seed)).read_config()
             check_same_run(each, model, before, may_change_rate=False)
             before.data.check(DataDescription.of(dataset))
-        if finished:  # and then the command was stopped before it added the result
+        if finished:  # the command was stopped before it added the result
             return True
         results: list[Result] = train_seeds(
             options, model=model, dataset=dataset, deadline=deadline
@@ -302,10 +302,10 @@ class _Row:
         return results[0].test is not None
 
     def finish(self, seed: int, *, together: int) -> str:
-        """Adds the result of a finished run, and returns it in words."""
+        """Adds the result of a finished run, and returns it as text."""
         directory = RunDirectory(self.run_dir(seed))
         result = directory.read_result()
-        assert result is not None  # it has been trained
+        assert result is not None  # the run is finished
         dataset = self.get(self.recipe.dataset)
         assert result.test_wrong is not None  # tables are of classes
         errors = {dataset.name: result.test_wrong / result.test_count}
@@ -314,7 +314,7 @@ class _Row:
             other = self.get(self.recipe.also_tested_on)
             found = evaluate(self._evaluation(seed, self.recipe.also_tested_on), dataset=other)
             errors[other.name], counts[other.name] = found.test.error, found.test.count
-        # Each resumption counts from 0 again: the sum of the last records of each part.
+        # Time starts from 0 after each resumption: this sums the last records of all parts.
         times = [record.get("seconds", 0.0) for record in directory.read_metrics()] + [0.0]
         seconds = sum(a for a, b in itertools.pairwise(times) if a > b)
         line = self.line(
@@ -332,7 +332,7 @@ class _Row:
         return f"{self.recipe.name}, seed {seed}: error {text}"
 
     def evaluate_ensemble(self) -> str:
-        """Adds the error of the mean of all runs' scores, and returns it in words."""
+        """Adds the error of the mean of all runs' scores, and returns it as text."""
         dataset, scores = self.get(self.recipe.dataset), []
         for seed in range(self.config.seeds):
             found, labels = predict_test(self._evaluation(seed, None), dataset=dataset)
@@ -348,7 +348,7 @@ class _Row:
 
 
 def _rows(config: ReproduceConfig) -> list[RowResult]:
-    """All results of the rows that are asked for."""
+    """All results of the requested rows."""
     rows = []
     for recipe in config.recipes():
         rows += rows_of(recipe, _Row(recipe, config, load).lines())
@@ -356,6 +356,7 @@ def _rows(config: ReproduceConfig) -> list[RowResult]:
 
 
 def _write_table(config: ReproduceConfig) -> None:
+<<<<<<< HEAD
     """Writes all rows that have results, not only those that are asked for."""
     text = markdown(_rows(dataclasses.replace(config, rows=())))
     processes.first(lambda: write_text(config.folder.with_suffix(".md"), text), type(None))
@@ -375,10 +376,15 @@ def _try_enter(opened: contextlib.ExitStack, lock: FileLock) -> bool:
     except Timeout:
         return False
     return True
+=======
+    """Writes all rows with results, not only the requested ones."""
+    rows = _rows(dataclasses.replace(config, rows=()))
+    write_text(config.folder.with_suffix(".md"), markdown(rows))
+>>>>>>> words
 
 
 def _listing(recipe: Recipe, lines: Sequence[Line]) -> str:
-    """Title, command, length, and published and measured error."""
+    """Title, command, number of steps, and published and measured error."""
     return (
         f"{recipe.title}\n  {recipe.command}\n  {recipe.steps:,} steps of {recipe.batch_size}"
         f" on {recipe.dataset}\n"

@@ -1,6 +1,6 @@
 """Routing algorithms: pure functions from votes to parent capsules, one file each.
 
-Each file ends with the algorithm's record; ``__all__`` holds what is also a name of
+Each file ends with the algorithm's record. The names in ``__all__`` can also be imported from
 :mod:`capsjax`.
 """
 

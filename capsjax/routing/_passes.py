@@ -1,4 +1,4 @@
-"""What the routing functions share: their arguments, and a pass to the parents."""
+"""Arguments, sums and iterations that the routing functions share."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,11 +20,11 @@ from capsjax.routing.routed import Routed
 
 
 class Inputs(NamedTuple):
-    """Checked arguments: votes in their own dtype, the rest in that of the sums.
+    """Checked arguments.
 
     Attributes:
-      votes: ``[..., I, J, D]``, zero for children that take no part.
-      bias: added to the parents' sums, ``[..., J, D]``, or None.
+      votes: ``[..., I, J, D]`` in their own dtype, zero for children that are masked out.
+      bias: added to the parents' sums, ``[..., J, D]`` in the dtype of the sums, or None.
       where: children that take part, ``[..., I, 1]``, or None for all.
     """
 
@@ -38,12 +38,12 @@ class Inputs(NamedTuple):
         return accumulator(self.votes.dtype)
 
     def coupled(self, coupling: jax.Array) -> jax.Array:
-        """The coupling ``[..., I, J]`` with zeros for children that take no part."""
+        """The coupling ``[..., I, J]``, zero for children that are masked out."""
         return coupling if self.where is None else jnp.where(self.where, coupling, 0)
 
     def gather(self, coupling: jax.Array) -> jax.Array:
-        """Sums of votes weighted by coupling, with the bias: s, ``[..., J, D]``."""
-        # Not an einsum, whose float32 factors accelerators round to bfloat16 or TF32.
+        """Sums of the votes weighted by the coupling, plus the bias: s, ``[..., J, D]``."""
+        # Not an einsum: accelerators would round its float32 factors to bfloat16 or TF32.
         s = jnp.sum(coupling[..., None] * self.votes.astype(self.wide), axis=-3)
         return s if self.bias is None else s + self.bias
 
@@ -52,7 +52,7 @@ class Inputs(NamedTuple):
         return jnp.sum(self.votes.astype(self.wide) * poses[..., None, :, :], axis=-1)
 
     def zeros(self) -> jax.Array:
-        """Logits of zero, ``[..., I, J]``, fit to be the first carry of a loop."""
+        """Logits of zero, ``[..., I, J]``, usable as the initial carry of a loop."""
         return zeros(self.votes.shape[:-1], self.wide, *self)
 
     def routed(self, poses: jax.Array, activations: jax.Array, coupling: jax.Array) -> Routed:
@@ -64,7 +64,7 @@ class Inputs(NamedTuple):
 def inputs(
     votes: ArrayLike, *, bias: ArrayLike | None = None, where: ArrayLike | None = None
 ) -> Inputs:
-    """Checks the arguments that all routing functions take."""
+    """Checks the arguments common to the routing functions."""
     votes = as_floating("votes", votes)
     if votes.ndim < 3:
         raise ValueError(f"votes must have shape [..., I, J, D], got shape {votes.shape}")
@@ -80,10 +80,7 @@ def inputs(
 
 
 def as_logits(name: str, value: ArrayLike, given: Inputs) -> jax.Array:
-    """Checks an argument that broadcasts to ``[..., I, J]``, in the dtype of the sums.
-
-    Children that take no part get zero.
-    """
+    """Checks logits and broadcasts them to ``[..., I, J]``; zero for children masked out."""
     array = as_floating(name, value).astype(given.wide)
     array = broadcast(name, array, given.votes.shape[:-1])
     return given.coupled(array)
@@ -92,7 +89,7 @@ def as_logits(name: str, value: ArrayLike, given: Inputs) -> jax.Array:
 def as_parameter(
     name: str, value: ArrayLike, axes: str, shape: tuple[int, ...], given: Inputs
 ) -> jax.Array:
-    """Checks a learned argument of exactly this shape, and casts it to the dtype of the sums."""
+    """Checks the shape of a learned argument, and casts it to the dtype of the sums."""
     array = as_floating(name, value).astype(given.wide)
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {axes} = {shape}, got {array.shape}")
@@ -100,7 +97,7 @@ def as_parameter(
 
 
 def as_activations(value: ArrayLike, given: Inputs) -> jax.Array:
-    """Checks the children's activations, ``[..., I]``; those that take no part get zero."""
+    """Checks the children's activations, ``[..., I]``; zero for children masked out."""
     array = as_floating("activations", value).astype(given.wide)
     array = broadcast("activations", array, given.votes.shape[:-2])
     return array if given.where is None else jnp.where(given.where[..., 0], array, 0)
@@ -114,14 +111,14 @@ def layer_norm(x: jax.Array, epsilon: float) -> jax.Array:
 
 
 class Passes(NamedTuple):
-    """An iterative algorithm as a carry that one pass hands to the next.
+    """An iterative algorithm, as passes over the votes that share a carry.
 
     Attributes:
-      votes: ``[..., I, J, D]``, zero for children that take no part.
-      first: the carry of the first pass, ``[..., I, J]``.
-      update: makes the carry of the next pass out of the number of this one, from 0, and its carry.
-      finish: what a pass finds, if it is the last: its number and its carry go in; the result and
-        the logits, whose softmax over the parents is the coupling, come out.
+      votes: ``[..., I, J, D]``, zero for children that are masked out.
+      first: the initial carry, ``[..., I, J]``.
+      update: maps the number of a pass, from 0, and its carry to the next carry.
+      finish: maps the number of the last pass and its carry to the result and the logits, whose
+        softmax over the parents is the coupling.
     """
 
     votes: jax.Array
@@ -130,18 +127,18 @@ class Passes(NamedTuple):
     finish: Callable[[ArrayLike, jax.Array], tuple[Routed, jax.Array]]
 
     def run(self, num_iterations: int) -> Routed:
-        """Updates the carry before each pass but the first, and returns what the last one finds."""
+        """Updates the carry ``num_iterations - 1`` times and returns the last pass' result."""
         last = as_integer("num_iterations", num_iterations) - 1
         carry = lax.fori_loop(0, last, self.update, self.first)
         return self.finish(last, carry)[0]
 
 
 def per_mass(numerator: jax.Array, mass: jax.Array) -> jax.Array:
-    """Divides by the sum of children that a parent gets; zero, with zero gradients, if it is empty.
+    """Divides by a parent's mass, the sum of its shares of children.
 
-    That is, if it gets less than a millionth of a child: gradients grow with the inverse of the
-    mass, and overflow for parents that die in training.
+    The result and its gradient are zero if the mass is below 1e-6: gradients grow with its inverse,
+    and would overflow for parents that die in training.
     """
     mass = jnp.broadcast_to(mass, numerator.shape)
-    empty = mass <= 1e-6  # a NaN is not
+    empty = mass <= 1e-6  # False for NaN
     return jnp.where(empty, 0, numerator / jnp.where(empty, 1, mass))

@@ -22,31 +22,31 @@ def attention_routing(
     epsilon: float = 1e-5,
     where: ArrayLike | None = None,
 ) -> Routed:
-    r"""Parents compete for children as queries for keys, normalised over the parents.
+    r"""Routes by attention, with parents as queries and a softmax over the parents.
 
     .. math::
       p_j = \mathrm{LayerNorm}\Bigl(\sum_i c_{ij} \hat u_{j|i}\Bigr), \qquad
       c_{ij} \leftarrow \mathrm{softmax}_j\Bigl(\frac{\hat u_{j|i} \cdot p_j}{\sqrt D}\Bigr)
 
-    starting from :math:`c_{ij} = 1 / J`. With r iterations there are r − 1 updates of the coupling
-    and one last pass, so that one iteration is uniform coupling. The paper updates all layers of a
-    network at once from the second iteration on; this function is one layer's part of it. Softmax,
-    sums and normalisation are float32 (or float64).
+    starting from :math:`c_{ij} = 1 / J`. r iterations update the coupling r − 1 times: with one,
+    it is uniform. From the second iteration on, the paper updates all layers of a network
+    concurrently; this function computes a single layer. Softmax, sums and normalisation are
+    float32 (or float64).
 
     Args:
       votes: :math:`\hat u`, ``[..., I, J, D]``, any floating dtype.
       num_iterations: r, a Python integer of at least 1.
-      scale: factor of the layer normalisation, ``[D]``, learned; ones when None.
-      offset: summand of the layer normalisation, ``[D]``, learned; zeros when None.
+      scale: scale of the layer normalisation, ``[D]``, learned; ones when None.
+      offset: offset of the layer normalisation, ``[D]``, learned; zeros when None.
       epsilon: added to the variance in the layer normalisation.
       where: children that take part, bool, broadcastable to ``[..., I]``.
 
     Returns:
       :class:`Routed`: poses :math:`p` ``[..., J, D]``, activations ``[..., J]``, and the coupling
-      of the last pass ``[..., I, J]``, in the dtype of the votes. The paper has no activations (a
-      linear function of the poses gives the class logits); here they are the lengths of the
-      squashed sums before normalisation, :math:`\|\mathrm{squash}(\sum_i c_{ij} \hat u_{j|i})\|`,
-      so that they mean what they mean in dynamic routing.
+      of the last pass ``[..., I, J]``, in the dtype of the votes. The paper has no activations and
+      computes class logits as a linear function of the poses. Here activations are the lengths of
+      the squashed sums before normalisation, as in dynamic routing:
+      :math:`\|\mathrm{squash}(\sum_i c_{ij} \hat u_{j|i})\|`.
 
     Raises:
       TypeError: votes, scale or offset are not floating point, ``where`` is not bool, or
@@ -76,7 +76,7 @@ def attention_passes(
     epsilon: float = 1e-5,
     where: ArrayLike | None = None,
 ) -> Passes:
-    """The passes of :func:`attention_routing`, which carry the logits."""
+    """The passes of :func:`attention_routing`, whose carry is the logits."""
     check_number("epsilon", epsilon, least=0)
     given = inputs(votes, where=where)
     features = given.votes.shape[-1]

@@ -22,7 +22,7 @@ def dynamic_routing(
     leaky: bool = False,
     stop_gradient: bool = False,
 ) -> Routed:
-    r"""Routes child capsules to the parents whose output their votes agree with.
+    r"""Routes child capsules to the parents with whose poses their votes agree.
 
     Starting from the prior logits :math:`b_{ij}`, each iteration computes
 
@@ -32,22 +32,23 @@ def dynamic_routing(
       v_j = \mathrm{squash}(s_j), \quad
       b_{ij} \leftarrow b_{ij} + \hat u_{j|i} \cdot v_j
 
-    The softmax runs over the **parents** and every example has logits of its own. With r iterations
-    there are r − 1 updates of the logits (a ``lax.fori_loop``) and one last pass, so that one
-    iteration is uniform coupling. Logits, softmax and sums are float32 (or float64); the results
-    are cast back to the dtype of the votes. Differentiable through all iterations.
+    The softmax runs over the **parents**, and every example has its own logits. r iterations update
+    the logits r − 1 times in a ``lax.fori_loop``: with one, the coupling is uniform. Logits,
+    softmax and sums are float32 (or float64); results are cast to the dtype of the votes. Gradients
+    flow through all iterations.
 
     Args:
       votes: :math:`\hat u`, ``[..., I, J, D]``, any floating dtype.
       num_iterations: r, a Python integer of at least 1.
       logits: prior logits, broadcastable to ``[..., I, J]``; zeros when None.
-      bias: :math:`\beta`, ``[J, D]``, added to :math:`s` in every iteration; none in the paper, a
-        parameter in the authors' code.
+      bias: :math:`\beta`, ``[J, D]``, added to :math:`s` in every iteration. The authors' code has
+        it, the paper does not.
       where: children that take part, bool, broadcastable to ``[..., I]``. The others have zero
-        coupling, no influence and no gradient, whatever their votes hold.
-      leaky: each child may also go to no parent: a zero logit takes part in the softmax and is
-        dropped, so that couplings sum to less than 1.
-      stop_gradient: no gradient through the logit updates, only through the last pass.
+        coupling, no influence and no gradient, whatever their votes are.
+      leaky: lets a child go to no parent: the softmax includes a logit of zero, whose share is
+        dropped, and so couplings sum to less than 1.
+      stop_gradient: stops gradients through the logit updates; they flow through the last pass
+        only.
 
     Returns:
       :class:`Routed`: poses :math:`v` ``[..., J, D]``, activations :math:`\|v\|` ``[..., J]``, and
@@ -84,7 +85,7 @@ def dynamic_passes(
     leaky: bool = False,
     stop_gradient: bool = False,
 ) -> Passes:
-    """The passes of :func:`dynamic_routing`, which carry the agreement found so far."""
+    """The passes of :func:`dynamic_routing`, whose carry is the sum of agreements."""
     given = inputs(votes, bias=bias, where=where)
     prior = given.zeros()
     if logits is not None:
@@ -109,7 +110,7 @@ def dynamic_passes(
 
 
 def _leaky_softmax(logits: jax.Array) -> jax.Array:
-    """Softmax over the last axis with one more logit of zero, whose share is dropped."""
+    """Softmax over the last axis and an additional logit of zero, whose share is dropped."""
     highest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=0))
     exponentials = jnp.exp(logits - highest)
     return exponentials / (jnp.exp(-highest) + jnp.sum(exponentials, axis=-1, keepdims=True))

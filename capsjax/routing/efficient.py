@@ -16,7 +16,7 @@ from capsjax.routing.routed import Routed
 def efficient_routing(
     votes: ArrayLike, *, prior: ArrayLike | None = None, where: ArrayLike | None = None
 ) -> Routed:
-    r"""Couples children by how much their votes agree with all other votes; no iterations.
+    r"""Weighs each vote by its agreement with all votes, without iterations.
 
     .. math::
       a_{ij} = \frac{1}{\sqrt D} \sum_k \hat u_{j|i} \cdot \hat u_{j|k}, \quad
@@ -24,8 +24,8 @@ def efficient_routing(
       s_j = \sum_i c_{ij} \hat u_{j|i}, \quad
       v_j = \bigl(1 - e^{-\|s_j\|}\bigr) \frac{s_j}{\|s_j\|}
 
-    The sum over k is taken before the scalar product, so that no I × I matrix arises. The prior is
-    added after the softmax: couplings need not sum to 1 with it. Softmax and sums are float32 (or
+    The sum over k is taken before the scalar product, which avoids an I × I matrix. The prior is
+    added after the softmax, and so couplings need not sum to 1. Softmax and sums are float32 (or
     float64).
 
     Args:

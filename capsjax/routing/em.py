@@ -26,7 +26,7 @@ def em_routing(
     where: ArrayLike | None = None,
     normalize: Normalize | None = None,
 ) -> Routed:
-    r"""Fits a Gaussian to the votes for each parent, which is active if that describes them well.
+    r"""Fits a Gaussian to the votes for each parent, and activates parents with a good fit.
 
     M-step, with the responsibilities :math:`R_{ij}` (at first equal) and
     :math:`r_{ij} = R_{ij} a_i`:
@@ -46,30 +46,29 @@ def em_routing(
         - \sum_h \ln \sigma_{jh} - \tfrac{D}{2} \ln 2 \pi
 
     The inverse temperature rises with the iterations t = 0, 1, …:
-    :math:`\lambda_t = \lambda (1 - 0.95^{t+1})`. With r iterations there are r M-steps and r − 1
-    E-steps, computed with logarithms. Sums are float32 (or float64). Differentiable through all
+    :math:`\lambda_t = \lambda (1 - 0.95^{t+1})`. r iterations take r M-steps and r − 1 E-steps,
+    which are computed in logarithms. Sums are float32 (or float64). Gradients flow through all
     iterations.
 
     Args:
       votes: :math:`\hat u`, ``[..., I, J, D]``, any floating dtype.
       activations: :math:`a_i` of the children in [0, 1], broadcastable to ``[..., I]``.
-      beta_a: :math:`\beta_a`, ``[J]``, learned: what it costs not to activate a parent, in nats.
+      beta_a: :math:`\beta_a`, ``[J]``, learned: cost of not activating a parent, in nats.
       beta_u: :math:`\beta_u`, ``[J]``, learned: cost per dimension and child, in nats.
       num_iterations: r, a Python integer of at least 1.
       inverse_temperature: :math:`\lambda`.
-      epsilon: added to the variance, so that a lone child's cluster does not collapse; in squared
-        units of the votes.
+      epsilon: added to the variance, so that the cluster of a single child does not collapse; in
+        squared units of the votes.
       where: children that take part, bool, broadcastable to ``[..., I]``. The others have zero
         coupling, no influence and no gradient.
-      normalize: makes responsibilities of :math:`\ln a_j p_{ij}`, ``[..., I, J]``; a softmax over
-        the parents when None. Where a child has parents in several rows of leading axes, as in
-        overlapping receptive fields, this is where they compete: see
-        :class:`capsjax.nn.ConvCapsules`.
+      normalize: maps :math:`\ln a_j p_{ij}`, ``[..., I, J]``, to responsibilities; a softmax over
+        the parents when None. With overlapping receptive fields, the parents of a child compete
+        across leading axes here: see :class:`capsjax.nn.ConvCapsules`.
 
     Returns:
       :class:`Routed`: poses :math:`\mu` ``[..., J, D]``, activations :math:`a_j` ``[..., J]``, and
-      the responsibilities R of the last M-step ``[..., I, J]``, in the dtype of the votes. A parent
-      that gets less than a millionth of a child has a pose of zeros.
+      the responsibilities R of the last M-step ``[..., I, J]``, in the dtype of the votes. The pose
+      of a parent with less than 1e-6 of a child is zero.
 
     Raises:
       TypeError: an array is not floating point, ``where`` is not bool, or ``num_iterations`` is not
@@ -86,9 +85,9 @@ def em_routing(
       ((10, 16), (10,), (288, 10))
 
     Reference:
-      Hinton, Sabour, Frosst, *Matrix Capsules with EM Routing*, ICLR 2018, procedure 1; the
-      schedule of the inverse temperature is the authors' (public review of the paper). The
-      variance's :math:`\epsilon` and the logarithms are not in the paper.
+      Hinton, Sabour, Frosst, *Matrix Capsules with EM Routing*, ICLR 2018, procedure 1. The
+      schedule of the inverse temperature comes from the authors' answers in the paper's public
+      review. The variance's :math:`\epsilon` and the logarithms are not in the paper.
     """
     passes = em_passes(
         votes,
@@ -114,7 +113,7 @@ def em_passes(
     where: ArrayLike | None = None,
     normalize: Normalize | None = None,
 ) -> Passes:
-    """The passes of :func:`em_routing`, which carry the logarithms of :math:`a_j p_{ij}`."""
+    """The passes of :func:`em_routing`, whose carry is the logarithm of :math:`a_j p_{ij}`."""
     check_number("inverse_temperature", inverse_temperature)
     check_number("epsilon", epsilon, least=0)
     given = inputs(votes, where=where)
@@ -163,7 +162,7 @@ def _log_sigma(variance: jax.Array) -> jax.Array:
 
 
 def beta_parameters(sizes: Sizes) -> dict[str, Parameter]:
-    """What activating a parent costs, and what not activating it."""
+    """The costs of not activating and of activating a parent."""
     beta = Parameter((sizes.out_capsules,), jax.nn.initializers.zeros)
     return {"beta_a": beta, "beta_u": beta}
 
@@ -178,8 +177,8 @@ EM = register(
         options=("num_iterations", "inverse_temperature", "epsilon"),
         takes_activations=True,
         takes_normalize=True,
-        # With a hundred children and more, and votes of a few hundredths, activations then begin at
-        # about one half, where they can learn, and reach both ends.
+        # With a hundred children or more and votes of a few hundredths, activations then start at
+        # about one half, where they have gradients, and can reach 0 and 1.
         class_capsules={
             "inverse_temperature": 0.5,
             "beta_u_init": jax.nn.initializers.constant(3.5),

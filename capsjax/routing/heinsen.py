@@ -22,23 +22,23 @@ from capsjax.routing.routed import Routed
 
 
 class HeinsenParameters(NamedTuple):
-    """Learned arguments of :func:`capsjax.heinsen_routing`.
+    """Learned parameters of :func:`capsjax.heinsen_routing`.
 
-    I may be 1 in each of them: the same for all children, whose number may then vary.
+    I may be 1, which shares a parameter between all children; their number may then vary.
 
     Attributes:
-      activation_kernel: ``[I, K]``; with the bias, scores children.
+      activation_kernel: scores children, with the bias, ``[I, K]``.
       activation_bias: ``[I]``.
-      vote_gates: ``[J, K]``; with the kernel and the bias, makes votes of poses.
+      vote_gates: compute votes from poses, with kernel and bias, ``[J, K]``.
       vote_kernel: ``[K, D]``.
       vote_bias: ``[J, D]``.
-      prediction_kernel: ``[D, K]``; with gates and bias, predicts children from parents.
+      prediction_kernel: predicts children from parents, with gates and bias, ``[D, K]``.
       prediction_gates: ``[J, K]``.
       prediction_bias: ``[J, K]``.
-      score_scale: ``[I, J]``; with the bias, how well a prediction fits.
+      score_scale: scores predictions, with the bias, ``[I, J]``.
       score_bias: ``[I, J]``.
       use: net benefit per unit of a child that a parent uses, ``[I, J]``.
-      ignore: net cost per unit of a child that it ignores, ``[I, J]``.
+      ignore: net cost per unit of a child that a parent ignores, ``[I, J]``.
     """
 
     activation_kernel: jax.Array
@@ -69,7 +69,7 @@ class HeinsenParameters(NamedTuple):
         )
 
 
-# As for Routed: so that an exported function that takes them can be stored.
+# Without this, an exported function that takes them could not be stored.
 export.register_namedtuple_serialization(
     HeinsenParameters, serialized_name="capsjax.HeinsenParameters"
 )
@@ -83,7 +83,7 @@ def heinsen_routing(
     where: ArrayLike | None = None,
     epsilon: float = 1e-5,
 ) -> Routed:
-    r"""Routes to the parents that best predict the children: most "bang per bit".
+    r"""Routes each child to the parents that best predict it, for the most "bang per bit".
 
     With :math:`\tilde x_i = x_i / \sqrt I` and the children's scores
     :math:`f_i = \sigma(\tilde x_i \cdot A_i + b_i)`, each iteration computes
@@ -97,8 +97,8 @@ def heinsen_routing(
         S^b_{ij}\bigr), \qquad
       \hat x_{jd} = G^2_{jd} \sum_h \mathrm{LayerNorm}(y)_{jh} G^1_{hd} + G^b_{jd}
 
-    starting from :math:`R_{ij} = 1/J`. Votes are products of factors that are summed over the
-    children first: memory grows with I·J + I·K, not with I·J·D. Softmax, sums and normalisation are
+    starting from :math:`R_{ij} = 1/J`. The sum over the children is taken before votes are
+    computed: memory grows with I·J + I·K, not with I·J·D. Softmax, sums and normalisation are
     float32 (or float64).
 
     Args:
@@ -112,8 +112,7 @@ def heinsen_routing(
     Returns:
       :class:`Routed`: poses LayerNorm(y) ``[..., J, D]``, activations ``[..., J]``, and R of the
       last iteration ``[..., I, J]``, in the dtype of the poses. The paper has no activations; here
-      they are the lengths of the squashed y before normalisation, as in
-      :func:`capsjax.attention_routing`.
+      they are the lengths of the squashed y, as in :func:`capsjax.attention_routing`.
 
     Raises:
       TypeError: an array is not floating point, ``where`` is not bool, or ``num_iterations`` is not
@@ -195,7 +194,7 @@ def heinsen_routing(
 def _checked(
     parameters: HeinsenParameters, poses_shape: tuple[int, ...], wide: jnp.dtype
 ) -> HeinsenParameters:
-    """The parameters in the dtype of the sums, their shapes checked against one another."""
+    """Checks the parameters' shapes, and casts them to the dtype of the sums."""
     fields = HeinsenParameters._fields
     if not isinstance(parameters, tuple | list) or len(parameters) != len(fields):
         raise TypeError(f"parameters must be HeinsenParameters, got {type(parameters).__name__}")
@@ -218,7 +217,7 @@ def _checked(
 
 
 def _parameters(sizes: Sizes) -> dict[str, Parameter]:
-    """The fields of :class:`HeinsenParameters`, normal, scaled as in the author's code."""
+    """Normal :class:`HeinsenParameters`, scaled as in the author's code."""
     _, in_features, _, features = sizes
     deviations = {
         "activation_kernel": 2 * in_features**-0.5,
@@ -237,7 +236,7 @@ def _parameters(sizes: Sizes) -> dict[str, Parameter]:
 
 
 def _arguments(children: Children, given: dict[str, Any]) -> dict[str, Any]:
-    """Parameters as one argument."""
+    """Packs the parameters into one argument."""
     del children
     parameters = HeinsenParameters(*(given.pop(name) for name in HeinsenParameters._fields))
     return {**given, "parameters": parameters}

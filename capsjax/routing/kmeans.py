@@ -1,4 +1,4 @@
-"""Routing as soft k-means: parents are centres, compared by direction."""
+"""Routing by soft k-means clustering of the votes' directions."""
 
 import jax
 from jax.typing import ArrayLike
@@ -17,7 +17,7 @@ def kmeans_routing(
     bias: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Routed:
-    r"""Clusters the votes around parents by the direction in which they point.
+    r"""Clusters the votes around the parents by direction.
 
     Starting from uniform coupling, each iteration computes
 
@@ -26,11 +26,10 @@ def kmeans_routing(
       c_{ij} \leftarrow \mathrm{softmax}_j\Bigl(\hat u_{j|i} \cdot \frac{s_j}{\|s_j\|}\Bigr),
       \qquad v_j = \mathrm{squash}(s_j)
 
-    Unlike dynamic routing, the logits are replaced and do not accumulate, and a parent's length has
-    no part in them: more iterations do not sharpen the coupling without end. With r iterations
-    there are r − 1 updates and one last pass, so that one iteration is uniform coupling. Softmax
-    and sums are float32 (or float64). Differentiable through all iterations; a zero sum has
-    direction zero.
+    Unlike in dynamic routing, logits are replaced instead of accumulated and do not depend on a
+    parent's length, so that more iterations do not sharpen the coupling indefinitely. r iterations
+    update the coupling r − 1 times: with one, it is uniform. Softmax and sums are float32 (or
+    float64). Gradients flow through all iterations; a zero sum has direction zero.
 
     Args:
       votes: :math:`\hat u`, ``[..., I, J, D]``, any floating dtype.
@@ -64,7 +63,7 @@ def kmeans_routing(
 def kmeans_passes(
     votes: ArrayLike, *, bias: ArrayLike | None = None, where: ArrayLike | None = None
 ) -> Passes:
-    """The passes of :func:`kmeans_routing`, which carry the logits."""
+    """The passes of :func:`kmeans_routing`, whose carry is the logits."""
     given = inputs(votes, bias=bias, where=where)
 
     def gather(logits: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""Routing by couplings drawn at random."""
+"""Routing with fixed random couplings, a baseline."""
 
 from typing import Any
 
@@ -20,14 +20,14 @@ def random_routing(
     bias: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Routed:
-    r"""Sums the votes with couplings drawn at random, the same for every example; a baseline.
+    r"""Sums the votes with random couplings, the same for every example; a baseline.
 
     .. math::
       c_{ij} = \mathrm{softmax}_j(g_{ij}), \quad g_{ij} \sim \mathcal N(0, 1), \qquad
       v_j = \mathrm{squash}\Bigl(\sum_i c_{ij} \hat u_{j|i} + \beta_j\Bigr)
 
-    Use one key for a layer's whole life: the couplings are then fixed, and the weights learn around
-    them. The couplings of a child do not depend on the batch. Sums are float32 (or float64).
+    Use the same key throughout the lifetime of a layer: its couplings are then fixed, and only the
+    weights are learned. Sums are float32 (or float64).
 
     Args:
       votes: :math:`\hat u`, ``[..., I, J, D]``, any floating dtype.
@@ -57,14 +57,14 @@ def random_routing(
         logits = jax.random.normal(key, given.votes.shape[-3:-1], given.wide)
     except (TypeError, ValueError):
         what = getattr(key, "dtype", type(key).__name__)
-        raise TypeError(f"key must be one random key, as of jax.random.key, got {what}") from None
+        raise TypeError(f"key must be a single jax.random.key, got {what}") from None
     coupling = given.coupled(jax.nn.softmax(jnp.broadcast_to(logits, given.votes.shape[:-1])))
     poses = squash(given.gather(coupling))
     return given.routed(poses, length(poses), coupling)
 
 
 def _arguments(children: Children, given: dict[str, Any]) -> dict[str, Any]:
-    """The key of the couplings from the option ``seed``."""
+    """Converts the option ``seed`` to the key of the couplings."""
     del children
     seed = as_integer("seed", given.pop("seed", 0), least=-(2**63), most=2**63 - 1)
     return {**given, "key": jax.random.key(seed)}

@@ -1,4 +1,4 @@
-"""One record for each routing algorithm: all that layers, tools and commands need to know of it."""
+"""Records, which describe the routing algorithms to layers, commands and tools."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -24,15 +24,14 @@ class Sizes(NamedTuple):
 
 
 class Children(NamedTuple):
-    """What an algorithm may use of the children besides their votes.
+    """Properties of the children that an algorithm may use besides the votes.
 
     Attributes:
       poses: ``[..., I, K]``.
       activations: ``[..., I]``; the lengths of the poses when None.
       logits: prior logits, broadcastable to ``[..., I, J]``, or None.
       where: children that take part, broadcastable to ``[..., I]``, or None for all.
-      normalize: how children compete for parents in several rows of the leading axes, or None; see
-        :func:`capsjax.em_routing`.
+      normalize: replaces the softmax over the parents, or None; see :func:`capsjax.em_routing`.
     """
 
     poses: jax.Array
@@ -46,10 +45,10 @@ class Parameter(NamedTuple):
     """A learned array of a layer.
 
     Attributes:
-      shape: for the sizes of the layer.
-      init: initialiser.
-      per_child: whether the first axis is I, which a layer that shares weights between places
-        repeats for each of them.
+      shape: its shape.
+      init: its initialiser.
+      per_child: whether the first axis is I. A layer that shares weights between positions repeats
+        the array along this axis.
     """
 
     shape: tuple[int, ...]
@@ -58,42 +57,42 @@ class Parameter(NamedTuple):
 
 
 def no_parameters(sizes: Sizes) -> dict[str, Parameter]:
-    """The parameters of an algorithm that learns nothing."""
+    """Returns no parameters."""
     del sizes
     return {}
 
 
 def as_given(children: Children, given: dict[str, Any]) -> dict[str, Any]:
-    """Parameters and options under their own names, as most routing functions take them."""
+    """Returns parameters and options under their own names, as most functions take them."""
     del children
     return given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """A routing algorithm. Calling it calls its function.
+    """The record of a routing algorithm. Calling it calls its function.
 
     Attributes:
       name: as in ``routing="em"``.
-      function: from votes ``[..., I, J, D]``, or from poses if it makes its own votes, and keyword
-        arguments to :class:`capsjax.Routed`.
+      function: maps votes ``[..., I, J, D]``, or poses if ``makes_votes``, and keyword arguments to
+        :class:`capsjax.Routed`.
       paper: authors, venue and year.
-      passes: its iterations as :class:`capsjax.routing.Passes`, to trace them; None if it makes one
-        pass.
-      parameters: what a layer learns for it, by name.
-      options: keyword arguments that a layer hands on, besides parameters.
-      arguments: turns parameters and options by name into keyword arguments of the function.
+      passes: returns its iterations as :class:`capsjax.routing.Passes`, for traces; None if it
+        takes a single pass.
+      parameters: maps the sizes of a layer to its learned parameters, by name.
+      options: keyword arguments that a layer accepts and passes on.
+      arguments: maps parameters and options by name to keyword arguments of the function.
       has_bias: whether it takes ``bias`` ``[J, D]``.
       takes_activations: whether it takes the children's ``activations``.
       takes_logits: whether it takes prior ``logits``.
       takes_normalize: whether it takes ``normalize``.
-      makes_votes: whether the function makes votes of poses and takes none.
-      squash: makes a parent's pose of its sum, so that its length is the parent's activation; None
-        where activations are something else.
-      fused: ``fused(poses, weights, *, implementation, precision, ...)``: votes and routing in one
-        function, which need not store the votes; None if there is none.
-      class_capsules: keyword arguments of the layer of class capsules of
-        :class:`capsjax.models.CapsNet`, where that does not train with the defaults.
+      makes_votes: whether the function takes poses instead of votes.
+      squash: maps a parent's sum to its pose, whose length is the activation; None if activations
+        are not lengths of poses.
+      fused: ``fused(poses, weights, *, implementation, precision, ...)``, which computes votes and
+        routing together and need not store the votes; or None.
+      class_capsules: keyword arguments for the class capsules of :class:`capsjax.models.CapsNet`,
+        for algorithms that do not train with the defaults.
     """
 
     name: str
@@ -124,21 +123,21 @@ class Algorithm:
     def route(
         self, votes: jax.Array | None, children: Children, given: Mapping[str, Any]
     ) -> Routed:
-        """Routes votes ``[..., I, J, D]``, or what the children's poses make of themselves.
+        """Routes votes ``[..., I, J, D]``, or poses if the algorithm makes its own votes.
 
         Args:
-          votes: None for an algorithm that makes its own.
-          children: whatever else is known of the children.
+          votes: None if the algorithm makes its own.
+          children: poses and other properties of the children.
           given: parameters and options by name.
         """
         first = children.poses if votes is None else votes
         return self.function(first, **self.keyword_arguments(children, given))
 
     def keyword_arguments(self, children: Children, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The function's keyword arguments, of children and of parameters and options by name.
+        """Returns the function's keyword arguments.
 
         Raises:
-          ValueError: there are prior logits and the algorithm takes none.
+          ValueError: there are prior logits, and the algorithm takes none.
         """
         arguments = {**self.arguments(children, dict(given)), "where": children.where}
         if self.takes_activations:
@@ -153,7 +152,7 @@ class Algorithm:
         return arguments
 
     def check_options(self, options: Mapping[str, Any], *, use_bias: bool = False) -> None:
-        """Raises unless a layer may be given these options, and a bias."""
+        """Raises unless a layer accepts these options, and a bias if `use_bias`."""
         known = [*self.options, *(f"{name}_init" for name in self.parameters(Sizes(1, 1, 1, 1)))]
         for option in options:
             if option not in known:
@@ -169,16 +168,16 @@ _ALGORITHMS: dict[str, Algorithm] = {}
 
 
 def register(record: Algorithm) -> Algorithm:
-    """Makes an algorithm known by its name to layers, networks, commands, benchmarks and pictures.
+    """Registers an algorithm, so that layers, networks, commands and figures find it by its name.
 
     Args:
-      record: what there is to know of it.
+      record: describes the algorithm.
 
     Returns:
       The record.
 
     Raises:
-      ValueError: another algorithm has this name.
+      ValueError: the name is already registered.
 
     Example:
       >>> import jax.numpy as jnp
@@ -195,18 +194,18 @@ def register(record: Algorithm) -> Algorithm:
       >>> routing.unregister("first_child")
     """
     if record.name in _ALGORITHMS:
-        raise ValueError(f"routing {record.name!r} is registered already")
+        raise ValueError(f"routing {record.name!r} is already registered")
     _ALGORITHMS[record.name] = record
     return record
 
 
 def unregister(name: str) -> None:
-    """Forgets an algorithm, so that another one may take its name."""
+    """Removes an algorithm, so that another one can take its name."""
     del _ALGORITHMS[name]
 
 
 def algorithms() -> tuple[str, ...]:
-    """Names of the routing algorithms.
+    """Returns the names of the routing algorithms.
 
     Example:
       >>> from capsjax import routing
@@ -217,10 +216,10 @@ def algorithms() -> tuple[str, ...]:
 
 
 def algorithm(name: str) -> Algorithm:
-    """Returns the record of an algorithm, which can be called like its routing function.
+    """Returns the record of an algorithm, which can be called like its function.
 
     Raises:
-      ValueError: there is no such algorithm.
+      ValueError: ``name`` is unknown.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What every routing function returns."""
+"""The result of routing."""
 
 from typing import NamedTuple
 
@@ -7,13 +7,13 @@ from jax import export
 
 
 class Routed(NamedTuple):
-    """Parent capsules and how the children were assigned to them.
+    """The result of a routing function.
 
     Attributes:
       poses: parent poses, ``[..., J, D]``.
       activations: probability that each parent is present, ``[..., J]``.
       coupling: share of each child that goes to each parent, ``[..., I, J]``; None from
-        :func:`capsjax.dense_capsules` and the layers over it, unless their implementation is
+        :func:`capsjax.dense_capsules` and the layers that use it, unless their implementation is
         ``"reference"``.
     """
 
@@ -22,5 +22,5 @@ class Routed(NamedTuple):
     coupling: jax.Array | None
 
 
-# Without this an exported function that returns one could be called, but not stored.
+# Without this, an exported function that returns one could not be stored.
 export.register_namedtuple_serialization(Routed, serialized_name="capsjax.Routed")

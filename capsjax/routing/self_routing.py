@@ -1,4 +1,4 @@
-"""Self-routing: every child decides for itself, without looking at the others."""
+"""Self-routing: every child is routed independently of the others."""
 
 import math
 from typing import Any
@@ -20,17 +20,16 @@ def self_routing(
     *,
     where: ArrayLike | None = None,
 ) -> Routed:
-    r"""Routes each child by a small classifier on its own pose: a mixture of experts.
+    r"""Routes each child by a classifier of its own pose, as a mixture of experts.
 
     .. math::
       c_{ij} = \mathrm{softmax}_j(b_{ij}), \quad
       a_j = \frac{\sum_i a_i c_{ij}}{\sum_i a_i}, \quad
       v_j = \frac{\sum_i a_i c_{ij} \hat u_{j|i}}{\sum_i a_i c_{ij}}
 
-    with :math:`b_{ij} = (W_i u_i + \beta_i)_j`, which the caller computes from the child's pose, as
-    the votes. One pass, no iterations; poses are averages and are not squashed. Softmax and sums
-    are float32 (or float64). A parent that gets less than a millionth of
-    a child has a pose of zeros.
+    with :math:`b_{ij} = (W_i u_i + \beta_i)_j`, which the caller computes from the child's pose,
+    like the votes. There are no iterations. Poses are averages and are not squashed; they are zero
+    for parents with less than 1e-6 of a child. Softmax and sums are float32 (or float64).
 
     Args:
       votes: :math:`\hat u`, ``[..., I, J, D]``, any floating dtype.
@@ -63,7 +62,7 @@ def self_routing(
     mass = jnp.sum(shares, axis=-2)
     present = per_mass(mass, jnp.sum(weights, axis=-1)[..., None])
     s = given.gather(shares)
-    # Of votes that are not finite, not even a parent without mass has a pose of zeros.
+    # The second term passes on votes that are not finite to parents without mass, too.
     poses = per_mass(s, mass[..., None]) + 0 * s
     return given.routed(poses, present, coupling)
 
@@ -79,10 +78,10 @@ def _parameters(sizes: Sizes) -> dict[str, Parameter]:
 
 
 def _arguments(children: Children, given: dict[str, Any]) -> dict[str, Any]:
-    """Logits ``[..., I, J]`` by each child's classifier, in float32 or wider.
+    """Computes logits ``[..., I, J]`` by each child's classifier, in float32 or wider.
 
-    It sees which way a pose points, with components of about one; how long it is, is the child's
-    activation.
+    The classifier sees only the direction of a pose, scaled to components of about one. Its length
+    is the child's activation.
     """
     kernel, bias, poses = given.pop("logit_kernel"), given.pop("logit_bias"), children.poses
     wide = jnp.promote_types(poses.dtype, bias.dtype)

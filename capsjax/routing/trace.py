@@ -1,4 +1,4 @@
-"""What iterative routing does, pass by pass."""
+"""Traces of iterative routing."""
 
 from typing import Any, NamedTuple
 
@@ -12,16 +12,15 @@ from capsjax.routing.record import algorithm, algorithms
 
 
 class RoutingTrace(NamedTuple):
-    """What every iteration of a routing algorithm finds; the first axis is the iteration.
+    """The results of every iteration of a routing algorithm; the first axis is the iteration.
 
     Attributes:
-      poses: of the parents after it, ``[r, ..., J, D]``.
-      activations: of the parents after it, ``[r, ..., J]``.
-      coupling: with which it weighs the votes, ``[r, ..., I, J]``.
-      logits: whose softmax over the parents (or over more, see the algorithm) the coupling is,
+      poses: parent poses, ``[r, ..., J, D]``.
+      activations: parent activations, ``[r, ..., J]``.
+      coupling: weights of the votes, ``[r, ..., I, J]``.
+      logits: logits of the coupling, normalised over the parents or as the algorithm describes,
         ``[r, ..., I, J]``, float32 or wider.
-      agreement: scalar products of the votes with the poses after it, ``[r, ..., I, J]``, float32
-        or wider.
+      agreement: scalar products of votes and parent poses, ``[r, ..., I, J]``, float32 or wider.
     """
 
     poses: jax.Array
@@ -31,12 +30,12 @@ class RoutingTrace(NamedTuple):
     agreement: jax.Array
 
 
-# As for Routed: so that an exported function that returns one can be stored.
+# Without this, an exported function that returns one could not be stored.
 export.register_namedtuple_serialization(RoutingTrace, serialized_name="capsjax.RoutingTrace")
 
 
 def traced() -> tuple[str, ...]:
-    """Names of the algorithms that can be traced.
+    """Returns the names of the algorithms that can be traced.
 
     Example:
       >>> from capsjax.routing.trace import traced
@@ -53,21 +52,20 @@ def routing_trace(
     num_iterations: int = 3,
     **options: Any,
 ) -> RoutingTrace:
-    r"""Routes as the algorithm does, and keeps what every iteration finds.
+    r"""Runs an iterative algorithm and returns the results of every iteration.
 
-    The t-th entry is what the algorithm returns with t iterations, and
+    The t-th entry is what the algorithm returns with t iterations, together with the agreement
 
     .. math::
       a^{(t)}_{ij} = \hat u_{j|i} \cdot v_j^{(t)}
 
-    is the agreement after it. For those who study or draw routing; memory grows with the number of
-    iterations.
+    Memory grows with the number of iterations.
 
     Args:
       votes: :math:`\hat u`, ``[..., I, J, D]``, any floating dtype.
       *args: further positional arguments of the algorithm, such as the children's activations.
-      routing: ``"dynamic"``, ``"kmeans"``, ``"attention"``, ``"em"``, ``"variational"``, or
-        another algorithm whose record has passes; the others make one pass, or have no votes.
+      routing: ``"dynamic"``, ``"kmeans"``, ``"attention"``, ``"em"``, ``"variational"``, or any
+        registered algorithm whose record has passes.
       num_iterations: r, a Python integer of at least 1.
       **options: keyword arguments of the algorithm.
 
@@ -75,7 +73,8 @@ def routing_trace(
       :class:`RoutingTrace`.
 
     Raises:
-      TypeError, ValueError: as the algorithm does; or ``routing`` is none of the names above.
+      TypeError: as the algorithm.
+      ValueError: as the algorithm, or ``routing`` cannot be traced.
 
     Example:
       >>> import jax

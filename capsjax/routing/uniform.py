@@ -1,4 +1,4 @@
-"""No routing: every child gives every parent the same share."""
+"""Routing with equal couplings, a baseline."""
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -12,7 +12,7 @@ from capsjax.routing.routed import Routed
 def uniform_routing(
     votes: ArrayLike, *, bias: ArrayLike | None = None, where: ArrayLike | None = None
 ) -> Routed:
-    r"""Sums the votes with equal couplings; the baseline that learned routing has to beat.
+    r"""Sums the votes with equal couplings; the baseline that routing has to beat.
 
     .. math::
       c_{ij} = \tfrac{1}{J}, \qquad

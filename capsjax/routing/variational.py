@@ -28,10 +28,10 @@ def variational_routing(
     where: ArrayLike | None = None,
     normalize: Normalize | None = None,
 ) -> Routed:
-    r"""Fits a Bayesian mixture of Gaussians to the votes; a parent is active if it is certain.
+    r"""Fits a Bayesian mixture of Gaussians to the votes; low entropy activates a parent.
 
-    The mixing proportions have a Dirichlet prior, every parent's mean and diagonal precision a
-    Gaussian-Wishart prior around zero. M-step, with :math:`r_{ij} = R_{ij} a_i`,
+    The mixing proportions have a Dirichlet prior, and every parent's mean and diagonal precision
+    have a Gaussian-Wishart prior around zero. M-step, with :math:`r_{ij} = R_{ij} a_i` and
     :math:`N_j = \sum_i r_{ij}`:
 
     .. math::
@@ -48,13 +48,13 @@ def variational_routing(
 
     with :math:`\mathbb E \ln \pi_j = \digamma(\alpha_j) - \digamma(\sum_j \alpha_j)` and
     :math:`\mathbb E \ln |\Lambda_j| = \sum_{d=0}^{D-1} \digamma(\tfrac{\nu_j - d}{2}) + D \ln 2
-    - \sum_h \ln \psi_{jh}`. Activations weigh the entropy of the parent's Gaussian:
+    - \sum_h \ln \psi_{jh}`. Activations fall with the entropy of the parent's Gaussian:
 
     .. math::
       a_j = \sigma\Bigl(\beta_{a,j} - \beta_{u,j} - e^{\mathbb E \ln \pi_j}
         \bigl(\tfrac D2 \ln 2 \pi e - \tfrac12 \mathbb E \ln |\Lambda_j|\bigr)\Bigr)
 
-    Sums are float32 (or float64). Differentiable through all iterations.
+    Sums are float32 (or float64). Gradients flow through all iterations.
 
     Args:
       votes: :math:`\hat u`, ``[..., I, J, D]``, any floating dtype.
@@ -63,13 +63,12 @@ def variational_routing(
       beta_u: :math:`\beta_u`, ``[J]``, learned.
       num_iterations: r, a Python integer of at least 1: r M-steps, r − 1 E-steps.
       alpha: concentration of the Dirichlet prior, positive.
-      kappa: how many votes the prior mean of zero counts for, positive.
+      kappa: weight of the prior mean of zero, in votes, positive.
       nu: degrees of freedom of the Wishart prior, above D − 1; D + 1 when None.
       psi: diagonal of the Wishart prior's inverse scale matrix, positive; in squared units of the
         votes.
       where: children that take part, bool, broadcastable to ``[..., I]``.
-      normalize: makes responsibilities of logarithms, ``[..., I, J]``, as in
-        :func:`capsjax.em_routing`; a softmax over the parents when None.
+      normalize: replaces the softmax over the parents, as in :func:`capsjax.em_routing`.
 
     Returns:
       :class:`Routed`: poses :math:`m` ``[..., J, D]``, activations ``[..., J]``, and the
@@ -92,9 +91,9 @@ def variational_routing(
 
     Reference:
       Ribeiro, Leontidis, Kollias, *Capsule Routing via Variational Bayes*, AAAI 2020, algorithm 1,
-      with the activation of the authors' code, which normalises it over the batch besides. That
-      code leaves :math:`\mathbb E \ln \pi_j` out of the numerator of R, whose sum over the parents
-      is then not 1; here it is in both, as in the paper.
+      with the activation of the authors' code, but without its normalisation over the batch. That
+      code omits :math:`\mathbb E \ln \pi_j` from the numerator of R, whose sum over the parents is
+      then not 1; the paper and this function include it.
     """
     passes = variational_passes(
         votes,
@@ -124,7 +123,7 @@ def variational_passes(
     where: ArrayLike | None = None,
     normalize: Normalize | None = None,
 ) -> Passes:
-    """The passes of :func:`variational_routing`, which carry the logarithms of R before its sum."""
+    """The passes of :func:`variational_routing`, whose carry is ln R, not normalised."""
     given = inputs(votes, where=where)
     present = as_activations(activations, given)
     parents, features = given.votes.shape[-2:]
@@ -149,7 +148,7 @@ def variational_passes(
         count = jnp.sum(r, axis=-2)
         mean = given.gather(r) / (kappa + count)[..., None]
         deviation = wide_votes - mean[..., None, :, :]
-        # The same as around the votes' own centre, but safe for parents that get next to nothing.
+        # Equivalent to deviations from the votes' own mean, but safe for nearly empty parents.
         spread = jnp.sum(r[..., None] * deviation * deviation, axis=-3)
         scales = psi + spread + kappa * mean * mean
         log_proportion = digamma(alpha + count) - digamma(
@@ -192,7 +191,7 @@ VARIATIONAL = register(
         options=("num_iterations", "alpha", "kappa", "nu", "psi"),
         takes_activations=True,
         takes_normalize=True,
-        # The priors are for votes of about one.
+        # The priors suit votes of about one.
         class_capsules={"kernel_init": jax.nn.initializers.normal(1.0)},
     )
 )

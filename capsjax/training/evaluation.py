@@ -289,7 +289,7 @@ def _open(
     options = {"--" + n.replace("_", "-"): str(v) for n, v in dataclasses.asdict(config).items()}
     for name in ("--data-dir", "--predictions"):
         del options[name]
-    processes.check_alike(options, what="with")
+    processes.check_alike(options, what="options")
     run = read_run(config.run_dir)
     started, model = run.train, run.model
     driver = choices.choose_driver(config.driver, config.devices)
@@ -305,7 +305,7 @@ def _open(
     choices.check_test_size(dataset, config.test_size)
     if processes.number() > 1:
         about = dataclasses.asdict(DataDescription.of(dataset))
-        processes.check_alike(about, what="on data whose")
+        processes.check_alike(about, what="data")
     own = dataset.name == run.data.name
     # Pairs are shifted in test too, by as much as the run's.
     task = choices.choose_task(dataset, started.max_shift if own else None)

@@ -141,6 +141,7 @@ def _advance(run: Run, progress: Progress, target: int, pace: Pace, window: _Win
         pace.observe(number, seconds)
         if (bad_step := int(np.min(sums.bad_step))) != NEVER:
             number = int(np.argmin(np.atleast_1d(sums.bad_step)))
+            jax.block_until_ready(progress.state)  # before a process leaves the others
             _diverged(run, bad_step, "the loss is not finite", number)
         window.steps += number
         window.loss = window.loss + np.atleast_1d(sums.loss)

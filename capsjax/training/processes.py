@@ -31,6 +31,7 @@ Tree = TypeVar("Tree")
 
 _PATIENCE = 30 * 60  # seconds to wait for a process that is alive
 _heartbeat_timeout = 100.0  # JAX's own, unless `initialize` was given another
+_command = "capsjax"  # in messages
 _GRACE = 2.0  # seconds in which a process may report an error that another one reports too
 _WATCH_SECONDS = 1.0
 _KEPT = 1000  # answers of process 0 that others may not have read yet
@@ -114,12 +115,13 @@ def initialize(options: ProcessOptions | None = None, *, command: str | None = N
       >>> initialize(ProcessOptions(num_processes=1))
       False
     """
-    global _heartbeat_timeout
+    global _command, _heartbeat_timeout
     options = options or ProcessOptions()
     if options.are_alone or jax.distributed.is_initialized():
         return number() > 1
     if options.coordinator is None and not _detects_cluster():
         return False
+    _command = command or _command
     if command is not None:
         fields = (options.process_id, options.num_processes)
         times = (options.heartbeat_timeout, options.start_timeout)
@@ -142,7 +144,7 @@ def initialize(options: ProcessOptions | None = None, *, command: str | None = N
     if number() == 1:
         return False
     versions = {"capsjax": __version__, "jax": jax.__version__}
-    check_alike({"command": command, "--num-processes": number(), **versions}, what="with")
+    check_alike({"command": command, "--num-processes": number(), **versions}, what="start")
     return True
 
 
@@ -258,7 +260,7 @@ def check_alike(values: Mapping[str, Any], *, what: str) -> None:
 
     Args:
       values: what is compared, by name; JSON values.
-      what: the words between the process and the first differing name and value.
+      what: a word for all of it.
     """
     if number() == 1:
         return
@@ -273,8 +275,8 @@ def check_alike(values: Mapping[str, Any], *, what: str) -> None:
                 here, there = expected.get(name), found.get(name)
                 if here != there:
                     raise ConfigError(
-                        f"process {other} was started {what} {name} {_shown(there)}, process 0 with"
-                        f" {_shown(here)}; start all with the same"
+                        f"{name} is {_shown(there)} in process {other} and {_shown(here)} in"
+                        f" process 0; all need the same {what}"
                     )
 
     first(compare, type(None))
@@ -377,7 +379,7 @@ def _end(message: str) -> NoReturn:
 
     from capsjax.process import exit_at_once
 
-    print(f"capsjax: error: {message}", file=sys.stderr, flush=True)
+    print(f"{_command}: error: {message}", file=sys.stderr, flush=True)
     with contextlib.suppress(Exception):
         _client().key_value_set(f"capsjax/gone/{index()}", "", allow_overwrite=True)
     exit_at_once(1)

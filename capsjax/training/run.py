@@ -220,7 +220,7 @@ def _check_alike(
     }
     values |= {"model": None if model is None else repr(model), "custom": custom.shaping}
     values["a data set of its own"] = dataset is not None
-    processes.check_alike(values, what="with")
+    processes.check_alike(values, what="options")
 
 
 def _start(
@@ -323,9 +323,10 @@ def _run(
 ) -> list[Result]:
     """Trains to the end, or until the runs are stopped."""
     config = setup.config
-    data = {name.replace("_", " "): v for name, v in dataclasses.asdict(stored[0].data).items()}
-    data["checksum of initial parameters"] = processes.checksum(setup.initial)
-    processes.check_alike(data, what="on data whose")
+    data = dataclasses.asdict(stored[0].data)
+    processes.check_alike({_words(name): value for name, value in data.items()}, what="data")
+    initial = {"the checksum of the initial parameters": processes.checksum(setup.initial)}
+    processes.check_alike(initial, what="machines and packages")
     # The request ends first: while files are closed, a signal ends the process.
     with contextlib.ExitStack() as opened, stop:
         pairs = zip(directories, stored, strict=True)
@@ -381,6 +382,10 @@ def check_same_run(
     config.check_resumes(before.train, may_change_rate=may_change_rate)
     if model is not None and model != before.model:
         raise ConfigError(f"the run in {config.run_dir} is of another network: {before.model}")
+
+
+def _words(name: str) -> str:
+    return "data " + name.replace("_", " ")
 
 
 def _write_results(run: Run, progress: Progress, results: Sequence[Result]) -> None:

@@ -22,9 +22,9 @@ def coupling_maps(
     class_names: Sequence[str] | None = None,
     theme: ThemeName = "light",
 ) -> Figure:
-    """Draws the couplings of each type of child to a class as maps over the grid.
+    """Draws the couplings of each type of child with a class as maps over the grid.
 
-    There is one row per class and iteration, and one map per type; all maps share one scale, which
+    There is one row per class and iteration, and one map per type. All maps share one scale, which
     starts at 0.
 
     Args:
@@ -231,7 +231,7 @@ def lengths(
                 fontsize=7.5,
                 color=colours.soft,
             )
-        # On given axes texts may be formulas unless they are said to be none.
+        # Text on the caller's axes is parsed as formulas by default.
         ax.set_xticks(range(len(values)), names, parse_math=False)
         if label is not None:
             ax.get_xticklabels()[label].set(weight="bold", color=colours.ink)

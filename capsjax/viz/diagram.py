@@ -44,8 +44,8 @@ def routing_diagram(
     :math:`\hat u_{j|i} = W_{ij} u_i`; for each iteration, the couplings :math:`c_{ij}` as lines of
     proportional width; the weighted sums :math:`s_j`; and the parents :math:`v_j` with their
     lengths. A vector is a row of bars, one per component; positive components point up. The
-    children with the largest couplings are drawn one by one. The last row sums up all others: their
-    mean coupling, and the sum of their weighted votes.
+    children with the largest couplings are drawn individually. The last row summarises the others:
+    their mean coupling, and the sum of their weighted votes.
 
     Args:
       trace: trace of one example, from :func:`capsjax.routing_trace`.
@@ -56,7 +56,7 @@ def routing_diagram(
       routing: name of the algorithm; the equations are drawn for ``"dynamic"`` only.
       classes: one or two parents; the two with the largest activations when None.
       among: children to choose from; all when None.
-      num_children: how many children are drawn one by one.
+      num_children: number of children that are drawn individually.
       iterations: iterations to show, counted from 1; all when None.
       class_names: names of the parents; their numbers when None.
       child_names: names of the children; their numbers when None.

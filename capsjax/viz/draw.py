@@ -313,7 +313,7 @@ class DrawConfig:
     """Colour theme: light or dark."""
 
     index: int = 0
-    """Number of the test image."""
+    """Index of the test image."""
 
     classes: tuple[int, ...] | None = None
     """Classes to show; those with the longest capsules if not given."""
@@ -325,13 +325,13 @@ class DrawConfig:
     """Routing iterations to show, counted from 1; all if not given."""
 
     num_children: int = _NUM_CHILDREN
-    """Number of children that the diagram draws one by one; the others are summed up."""
+    """Number of children that the diagram draws individually; it summarises the others."""
 
     checkpoint: str = "last"
     """Checkpoint: last, best (by validation error), or a step."""
 
     data_dir: Path | None = None
-    """Directory of the run's data set; where it was in training if not given."""
+    """Directory of the run's data set, if it has moved since training."""
 
     def __post_init__(self) -> None:
         """Checks the options that can be checked without the run."""
@@ -361,10 +361,10 @@ def draw(config: DrawConfig, *, dataset: Dataset | None = None) -> list[Path]:
 
     Args:
       config: the options.
-      dataset: images to draw in place of the run's own.
+      dataset: images to draw instead of the run's.
 
     Raises:
-      ConfigError: the figure cannot be drawn of this run or with these options.
+      ConfigError: the figure cannot be drawn for this run or with these options.
       capsjax.data.DataError: the data set cannot be loaded.
       CheckpointError: the checkpoint cannot be read.
     """

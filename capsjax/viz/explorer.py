@@ -54,13 +54,13 @@ class ExploreConfig:
     """Checkpoint: last, best (by validation error), or a step."""
 
     data_dir: Path | None = None
-    """Directory of the run's data set; where it was in training if not given."""
+    """Directory of the run's data set, if it has moved since training."""
 
     export: Path | None = None
-    """HTML file to write instead of serving: the explorer as a page that needs no server."""
+    """HTML file to write instead of serving: a page that needs no server."""
 
     examples: tuple[int, ...] | None = None
-    """Numbers of the test images in the exported page; the first twelve if not given."""
+    """Indices of the test images in the exported page; the first twelve if not given."""
 
     def __post_init__(self) -> None:
         """Checks the options that can be checked without the run."""
@@ -83,7 +83,7 @@ def explore(config: ExploreConfig, *, dataset: Dataset | None = None) -> None:
 
     Args:
       config: the options.
-      dataset: images to explore in place of the run's own.
+      dataset: images to explore instead of the run's.
 
     Raises:
       ConfigError: the port is in use, or the run cannot be explored.
@@ -108,7 +108,7 @@ def explore(config: ExploreConfig, *, dataset: Dataset | None = None) -> None:
         port = listening.getsockname()[1]
         print(f"exploring {config.run} at http://{_HOST}:{port} (Ctrl-C stops it)", flush=True)
         server = Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-        with contextlib.suppress(KeyboardInterrupt):  # which ends the command as it should
+        with contextlib.suppress(KeyboardInterrupt):  # ends the command normally
             server.run(sockets=[listening])
 
 
@@ -125,7 +125,7 @@ def _live(config: ExploreConfig, dataset: Dataset | None) -> Live:
 
 def _listen(port: int) -> socket.socket:
     listening = socket.socket()
-    # Allows a port that the last explorer has only just released.
+    # Allows a port that another explorer has just released.
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((_HOST, port))
@@ -140,10 +140,10 @@ def _listen(port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """A server that ends without waiting for clients."""
+    """A server that stops without waiting for clients."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Cancels requests that have not arrived; those under way take milliseconds."""
+        """Cancels incomplete requests; complete ones take milliseconds."""
         for task in self.server_state.tasks:
             task.cancel()
         await super().shutdown(sockets)
@@ -154,7 +154,7 @@ class _TooLarge(Exception):
 
 
 def make_app(live: Live) -> Starlette:
-    """Returns the explorer as an ASGI application, which serves the page and answers, no files."""
+    """Returns the explorer as an ASGI application, which serves no files."""
 
     async def page(_: Request) -> Response:
         text = _with_values(live.about())
@@ -162,7 +162,7 @@ def make_app(live: Live) -> Starlette:
 
     def answering(work: Callable[[bytes], Response]) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
-            # Pages of other sites may send requests, though they cannot read the answers.
+            # Other sites' pages could send requests, although they cannot read the responses.
             origin = request.headers.get("origin")
             if origin not in (None, f"http://{request.headers['host']}"):
                 return _refusal(403, f"requests of {origin} are not answered")
@@ -210,13 +210,13 @@ def make_app(live: Live) -> Starlette:
         ("diagram", diagram),
     ):
         routes.append(Route(f"/api/{name}", answering(work), methods=["POST"]))
-    # Refuses pages of other sites, which could reach the server through a host name of their own.
+    # Refuses other sites' pages, which could reach the server through a host name of their own.
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[_HOST, "localhost"])
     return Starlette(routes=routes, middleware=[hosts])
 
 
 def _refusal(status: int, message: str) -> Response:
-    """An answer to a request whose body has not been read to its end."""
+    """A response to a request whose body has not been read completely."""
     return JSONResponse({"error": message}, status, {"Connection": "close"})
 
 
@@ -258,12 +258,12 @@ def _image(live: Live, values: dict[str, Any]) -> np.ndarray:
 
 
 def read_image(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """Decodes an upload to ``[H, W, C]``; raises a ValueError if the size is another."""
+    """Decodes an upload to ``[H, W, C]``; raises a ValueError if its size differs."""
     if shape[2] not in (1, 3, 4):
         raise ValueError(f"images must have 1, 3 or 4 channels to be read, got {shape[2]}")
     try:
         with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "GIF", "WEBP", "BMP"]) as image:
-            # The size is in the header: a small file may unpack into very many pixels.
+            # Checked in the header, because a small file may decode to very many pixels.
             if image.width * image.height > _MAX_PIXELS:
                 raise ValueError(
                     f"image must have at most {_MAX_PIXELS:,} pixels, got {image.width} x"

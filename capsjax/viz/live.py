@@ -19,7 +19,7 @@ from capsjax.viz.theme import ThemeName
 
 
 class Live:
-    """Answers requests for one trained network, from any thread, one computation at a time.
+    """Serves one trained network to any number of threads, one computation at a time.
 
     Args:
       loaded: the network and the data set of a run.
@@ -36,12 +36,12 @@ class Live:
         self._lock = threading.Lock()
         self._dissect = nnx.jit(dissect)
         self._reconstruct = nnx.jit(reconstruct)
-        # Compiles both functions, so that the first answer is as fast as the others.
+        # Compiles both functions, so that the first request is as fast as the others.
         self.look(np.zeros(self.network.config.image_shape, np.uint8))
         self.decode([0.0] * self.network.config.class_features, 0)
 
     def about(self) -> dict[str, Any]:
-        """Returns what the page needs before its first request."""
+        """Returns the description that the page starts with."""
         config = self.network.config
         return {
             "dataset": self.dataset.name,
@@ -57,7 +57,7 @@ class Live:
         }
 
     def test_image(self, index: int, other: int | None = None) -> np.ndarray:
-        """Returns a test image, or two test images overlaid, as the data set holds them."""
+        """Returns a test image, or two overlaid test images, in the data set's dtype."""
         images = self.test.images
         for number in (index, other):
             if number is not None and not 0 <= number < len(images):
@@ -72,7 +72,7 @@ class Live:
         return self._dissect(self.network, scale_pixels(jnp.asarray(image)))
 
     def look(self, image: np.ndarray) -> dict[str, Any]:
-        """Returns the network's results for an image ``[H, W, C]``; its pixels as 0 to 255."""
+        """Returns the network's results for an image ``[H, W, C]``, and its pixels as 0 to 255."""
         with self._lock:
             anatomy = self._anatomy(image)
             number = anatomy.poses.shape[0]

@@ -15,8 +15,8 @@ class Selection(NamedTuple):
 
     Attributes:
       classes: one or two parents.
-      children: the children that are drawn one by one, in the order of the rows.
-      rest: the children that are summed up in the last row.
+      children: the children that are drawn individually, in the order of the rows.
+      rest: the children that the last row summarises.
       iterations: the iterations that have a column, counted from 0.
     """
 
@@ -34,16 +34,16 @@ def select(
     num_children: int = 8,
     iterations: Sequence[int] | None = None,
 ) -> Selection:
-    """Selects what a diagram shows of a trace.
+    """Selects the part of a trace that a diagram shows.
 
-    The children are those with the largest couplings in the last iteration shown, chosen in turn
-    for each of the classes.
+    Classes take turns in choosing the children with the largest coupling in the last iteration
+    shown.
 
     Args:
       trace: trace of one example, without leading axes.
       classes: one or two parents; the two with the largest activations when None.
       children: children to choose from; all when None.
-      num_children: how many children to choose.
+      num_children: number of children to choose.
       iterations: iterations to show, counted from 1; all when None.
 
     Returns:

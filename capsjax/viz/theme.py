@@ -67,7 +67,7 @@ def theme_of(name: ThemeName) -> Theme:
 
 
 def drawable(text: str) -> str:
-    """Returns a text, escaped if the font of the figures lacks one of its characters."""
+    """Returns the text, escaped if the figures' font lacks one of its characters."""
     font = get_font(findfont(_FONT))
     if all(font.get_char_index(ord(character)) for character in text):
         return text
@@ -100,7 +100,7 @@ def themed(name: ThemeName) -> Iterator[Theme]:
         "legend.frameon": False,
         "font.family": _FONT,
         "mathtext.fontset": "cm",
-        # Names of classes and runs are text; formulas say that they are some.
+        # Names of classes and runs are plain text; formulas enable parsing themselves.
         "text.parse_math": False,
         "axes.prop_cycle": cycler(color=theme.accents),
     }
@@ -109,14 +109,14 @@ def themed(name: ThemeName) -> Iterator[Theme]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Returns a figure of this size in inches, outside of pyplot's global state."""
+    """Returns a figure of this size in inches, independent of pyplot's global state."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def show_image(ax: Axes, image: npt.NDArray[np.float64], **options: Any) -> None:
     """Draws an image in [0, 1], ``[H, W, C]``, without ticks or frame.
 
-    Three channels are RGB, four have transparency too; of any other number the first is drawn grey.
+    Three channels are RGB and four RGBA; otherwise the first channel is drawn in gray.
     """
     image = image[..., 0] if image.ndim == 3 and image.shape[-1] not in (3, 4) else image
     ax.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest", **options)

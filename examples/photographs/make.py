@@ -1,7 +1,7 @@
-"""A folder of photographs as people have them, to try training on: python make.py FOLDER.
+"""Writes a folder of realistic photographs to train on: python make.py FOLDER.
 
-Two unequal classes of garments from Fashion-MNIST, enlarged to different sizes, in different modes
-and formats, some in folders of their own, some broken.
+Two unbalanced classes of Fashion-MNIST are enlarged to different sizes and stored in different
+modes and formats, some in subfolders. Some files are broken.
 """
 
 import argparse
@@ -18,7 +18,7 @@ MODES = ("L", "RGB", "RGBA", "P")
 
 
 def photograph(pixels: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """An enlarged image with borders, whose sides differ."""
+    """Returns an enlarged image with borders, whose sides differ."""
     size = int(rng.integers(40, 400))
     image = Image.fromarray(pixels[..., 0]).resize((size, size), Image.Resampling.BICUBIC)
     framed = Image.new("L", (size, size + int(rng.integers(0, size // 4))))

@@ -1,4 +1,4 @@
-"""Serves an exported network: python serve.py FOLDER, then send it an image by POST."""
+"""Serves an exported network: python serve.py FOLDER PORT; POST an image to predict its class."""
 
 import http.server
 import io
@@ -14,7 +14,7 @@ _, rows, columns, channels = about["images"]["shape"]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers an image with its class and the class's score."""
+    """Responds to an image with its class and the score."""
 
     def do_POST(self):
         """Predicts the image in the body."""

@@ -229,7 +229,7 @@ def test_the_first_image_that_differs_is_named(tmp_path, mode, size):
     got = f"{size[1]} x {size[0]} x {3 if mode == 'RGB' else 1}"
     text = refusal(tmp_path)
     assert "5 x 6 x 1 like the first" in text
-    assert f"got {got} in {odd}; --image-size and --channels make them alike" in text
+    assert f"got {got} in {odd}; --image-size and --channels convert them" in text
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])

@@ -350,13 +350,13 @@ def test_efficient_capsnet_normalises_over_the_batch_in_training_only():
         ("small", {"routing": "sinkhorn"}, "routing must be one of .*dynamic.* got 'sinkhorn'"),
         ("small", {"routing": "em", "leaky": True}, "routing 'em' has no option 'leaky'"),
         ("small", {"routing": "em", "routing_bias": True}, "routing 'em' has no bias"),
-        ("matrix_capsnet", {"pose_features": 15}, "pose_features must be a square, got 15"),
+        ("matrix_capsnet", {"pose_features": 15}, "pose_features must be a square number, got 15"),
         ("matrix_capsnet", {"capsule_strides": (2,)}, "one entry for each of the 2 capsule_types"),
         ("matrix_capsnet", {"routing": "heinsen"}, "'heinsen' makes its own votes"),
         ("matrix_capsnet", {"image_shape": (12, 12, 1)}, "too small for 2 layers of capsules"),
         ("efficient_capsnet", {"primary_features": 7}, "primary_features must divide .* got 7"),
         ("efficient_capsnet", {"conv_kernels": (5,)}, "one entry for each of the 4 conv_features"),
-        ("efficient_capsnet", {"conv_features": ()}, "conv_features must name at least one"),
+        ("efficient_capsnet", {"conv_features": ()}, "conv_features must have at least one"),
         ("efficient_capsnet", {"image_shape": (10, 10, 1)}, "too small for kernels"),
         ("efficient_capsnet", {"primary_kernel": 0}, "primary_kernel must be at least 1, got 0"),
         ("efficient_capsnet", {"primary_kernel": 10}, r"must fit the last .*\(9, 9\), got 10"),
@@ -452,7 +452,7 @@ def test_other_bad_arguments_are_named():
         models.create("papr", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"dropout_rate must be in \[0, 1\), got 1"):
         models.configure("baseline", dropout_rate=1)
-    with pytest.raises(ValueError, match="dense_features must name at least one layer"):
+    with pytest.raises(ValueError, match="dense_features must have at least one entry"):
         models.configure("baseline", dense_features=())
     for rngs in (None, 0, jax.random.key(0), nnx.Rngs(dropout=0)):
         with pytest.raises(TypeError, match="rngs must be an nnx.Rngs with a stream for params"):

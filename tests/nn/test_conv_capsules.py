@@ -344,7 +344,7 @@ def test_what_masked_logits_hold_reaches_no_gradient():
     ids=["coordinates", "matrix fields", "matrix grid"],
 )
 def test_votes_that_are_made_otherwise_are_stored(layer):
-    with pytest.raises(ValueError, match="'blocked' stores no votes, which these need"):
+    with pytest.raises(ValueError, match="None or 'reference' for votes that have to be stored"):
         layer(normal(2, 5, 4, 2, 4), implementation="blocked")
 
 

@@ -251,7 +251,7 @@ def test_dense_capsules_return_the_coupling_of_the_reference():
     prior = jnp.zeros((6, 4))
     primed = jax.jit(lambda x: layer(x, logits=prior))(poses)
     np.testing.assert_allclose(primed.coupling, routed.coupling, rtol=1e-6)
-    with pytest.raises(ValueError, match="'blocked' stores no votes, which these need"):
+    with pytest.raises(ValueError, match="None or 'reference' for votes that have to be stored"):
         layer(poses, logits=prior, implementation="blocked")
     with pytest.raises(ValueError, match="implementation must be None or one of reference for"):
         DenseCapsules(6, 3, 4, 5, routing="em", implementation="blocked", rngs=nnx.Rngs(0))

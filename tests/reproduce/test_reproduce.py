@@ -208,7 +208,7 @@ def test_results_that_were_trained_differently_are_refused(filled, monkeypatch, 
     other = dataclasses.replace(digits, train=inverse)
     with monkeypatch.context() as patch:
         patch.setattr("capsjax.reproduce.tables.load", lambda name, **_: other)
-        with pytest.raises(ConfigError, match="results.jsonl is of data .* another --output"):
+        with pytest.raises(ConfigError, match="has results with data .* another --output"):
             reproduce(config, say=quiet)
         config.results.unlink()  # the runs are checked as well
         with pytest.raises(ConfigError, match="not the one that the run was started with"):
@@ -229,7 +229,7 @@ def test_results_of_an_earlier_version_describe_less(digits):
     line = Line(table="small", recipe="tiny", seed=0, errors={"": 0.5}, of={**now, "data": less})
     check_alike(line, now, Path("results.jsonl"))
     line.of["data"]["checksum"] += 1
-    with pytest.raises(ConfigError, match="results.jsonl is of data .* another --output"):
+    with pytest.raises(ConfigError, match="has results with data .* another --output"):
         check_alike(line, now, Path("results.jsonl"))
 
 
@@ -414,7 +414,7 @@ def test_names_of_rows_are_unique():
         ({"seeds": 0}, "--seeds must be at least 1, got 0"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),
         ({"seconds": 0}, "--seconds must be positive, got 0"),
-        ({"rows": ("none",)}, "--rows: table mnist has baseline, .*, no 'none'"),
+        ({"rows": ("none",)}, "--rows must be among baseline, .*, got 'none'"),
     ],
 )
 def test_bad_options_are_named(options, match):

@@ -487,7 +487,7 @@ BAD = [
         "must be at most 21474",
     ),
     ("attention_routing", {"epsilon": None}, TypeError, "epsilon must be a number, got None"),
-    ("random_routing", {"key": 0}, TypeError, "key must be one random key, .* got int"),
+    ("random_routing", {"key": 0}, TypeError, "key must be a single jax.random.key, got int"),
     ("attention_routing", {"scale": jnp.ones(3)}, ValueError, r"scale must have shape \[D\] = \(5"),
     ("uniform_routing", {"bias": jnp.ones(3)}, ValueError, r"bias must have shape \[J, D\]"),
     ("efficient_routing", {"prior": jnp.ones(3)}, ValueError, r"prior must broadcast to \(6, 4\)"),

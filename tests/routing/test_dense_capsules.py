@@ -463,7 +463,7 @@ def test_exported_with_any_number_of_children():
         exported.call(poses, weights), dense_capsules(poses, weights).poses, rtol=1e-5, atol=1e-5
     )
     named = jax.jit(lambda u, w: dense_capsules(u, w, implementation="blocked").poses)
-    with pytest.raises(NotImplementedError, match="weights must have known sizes"):
+    with pytest.raises(NotImplementedError, match="weights must have constant sizes"):
         export.export(named)(*shapes)
 
 

@@ -119,7 +119,7 @@ def test_a_name_is_registered_once():
     record = routing.Algorithm(name="once", function=capsjax.kmeans_routing, paper="")
     routing.register(record)
     try:
-        with pytest.raises(ValueError, match="'once' is registered already"):
+        with pytest.raises(ValueError, match="'once' is already registered"):
             routing.register(record)
     finally:
         routing.unregister("once")

@@ -1,4 +1,4 @@
-"""Dynamic routing that never stores its votes."""
+"""Dynamic routing that need not store its votes."""
 
 from capsjax.routing.fused.api import Implementation, check_implementation, dense_capsules
 

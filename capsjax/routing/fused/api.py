@@ -28,9 +28,9 @@ from capsjax.routing.routed import Routed
 
 Implementation = Literal["reference", "blocked", "lanes"]
 
-# With fewer numbers in the votes of a batch than this, storing them is faster everywhere.
+# Storing the votes of a batch is faster everywhere if they have fewer numbers than this.
 _MANY_VOTES = 2**20
-# Up to this many, storing them was faster on an H200, where nothing larger was measured.
+# Storing up to this many was faster on an H200; larger sizes were not measured.
 _MOST_STORED_ON_GPU = 2**25
 
 
@@ -46,45 +46,44 @@ def dense_capsules(
     precision: jax.lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> Routed:
-    r"""Votes of all children for all parents and dynamic routing, which need not store the votes.
+    r"""Computes votes and dynamic routing together, without storing the votes if they are many.
 
-    The same as ``dynamic_routing(dense_votes(poses, weights), ...)``:
+    The result is that of ``dynamic_routing(dense_votes(poses, weights), ...)``:
 
     .. math::
       \hat u_{j|i} = W_{ij} u_i, \qquad
       v_j^{(t)} = \mathrm{squash}\Bigl(\sum_i c_{ij}^{(t)} \hat u_{j|i} + \beta_j\Bigr), \qquad
       c_{ij}^{(t)} = \mathrm{softmax}_j \Bigl(\hat u_{j|i} \cdot \sum_{\tau < t} v_j^{(\tau)}\Bigr)
 
-    In the last form of the logits neither votes nor logits have to be kept: the first pass is one
-    matrix product, the later ones compute what they need anew for some children at a time, and so
-    does the gradient. Beyond arguments, results and a copy of the weights, memory grows with
-    B·(I·K + J·K + J·D), not with B·I·J·D, where B are the leading axes. A batch is better one of
-    them than mapped by ``vmap``, which gives every example a gradient of the weights of its own.
+    In this form, neither votes nor logits have to be kept. The first pass is one matrix product;
+    the later ones, and the gradient, recompute votes for a block of children at a time. Beyond
+    arguments, results and a copy of the weights, memory grows with B·(I·K + J·K + J·D) instead of
+    B·I·J·D, where B is the size of the leading axes. Pass a batch as a leading axis instead of
+    using ``vmap``, which computes a gradient of the weights for every example.
 
-    Softmax, squash and all sums are float32 (or float64). Factors of matrix products are in the
-    dtype to which poses and weights promote.
+    Softmax, squash and all sums are float32 (or float64). Factors of matrix products have the dtype
+    to which poses and weights promote.
 
     Args:
       poses: child poses :math:`u`, ``[..., I, K]``, any floating dtype.
       weights: one matrix per pair, ``[I, K, J, D]``, floating.
       bias: :math:`\beta`, ``[J, D]``, added in every iteration.
       num_iterations: r, a Python integer of at least 1.
-      leaky: each child may also go to no parent, as in :func:`capsjax.dynamic_routing`.
+      leaky: lets a child go to no parent, as in :func:`capsjax.dynamic_routing`.
       where: children that take part, bool, broadcastable to ``[..., I]``. The others have no
-        influence and no gradient, whatever their poses hold; their weights have to be finite.
-      stop_gradient: no gradient through the logits, only through the last pass.
-      precision: of the matrix products, as in :func:`jax.numpy.einsum`; None is the highest, so
-        that float32 factors are not rounded on any platform, except where votes are stored: there
-        it is the platform's default, TF32 on NVIDIA's GPUs.
-      implementation: ``"reference"`` stores the votes and loops over the logits; it alone returns
-        the coupling and has forward-mode derivatives. ``"blocked"`` and ``"lanes"``, in plain XLA,
-        store neither votes nor logits; they differ in the layout of their blocks of children:
-        ``"blocked"`` has children along the last axis, for CPUs, ``"lanes"`` the batch, for GPUs
-        and TPUs. A name gives exactly that implementation on every platform. None chooses by the
-        platform that the program is compiled for and by the sizes: ``"blocked"`` on CPUs,
-        ``"lanes"`` elsewhere, and stored votes where these were measured to be faster, which is
-        with fewer than 2²⁰ numbers in the votes of the batch, on CPUs where votes have fewer
-        dimensions than the children's poses, and on NVIDIA's GPUs up to 2²⁵ numbers.
+        influence and no gradient, whatever their poses are; their weights have to be finite.
+      stop_gradient: stops gradients through the logits; they flow through the last pass only.
+      precision: precision of the matrix products, as in :func:`jax.numpy.einsum`. None means the
+        highest, so that float32 factors are not rounded; if votes are stored, it means the
+        platform's default, which is TF32 on NVIDIA GPUs.
+      implementation: ``"reference"`` stores the votes. It alone returns the coupling and supports
+        forward-mode differentiation. ``"blocked"`` and ``"lanes"`` store neither votes nor logits.
+        They differ in the last axis of their blocks: the children in ``"blocked"``, for CPUs, the
+        batch in ``"lanes"``, for GPUs and TPUs. A name selects that implementation on every
+        platform. None selects by sizes and by the platform that the program is compiled for:
+        ``"blocked"`` on CPUs and ``"lanes"`` elsewhere, but stored votes where they are faster.
+        That is the case with fewer than 2²⁰ numbers in the votes of the batch, on CPUs if votes
+        have fewer dimensions than the children's poses, and on NVIDIA GPUs up to 2²⁵ numbers.
 
     Returns:
       :class:`Routed`: poses :math:`v` ``[..., J, D]`` and activations :math:`\|v\|` ``[..., J]`` in
@@ -94,9 +93,10 @@ def dense_capsules(
     Raises:
       TypeError: poses, weights or bias are not floating point, ``where`` is not bool, or
         ``num_iterations`` is not an integer.
-      ValueError: an argument has the wrong shape, ``num_iterations`` is below 1, or the
-        implementation's name is unknown.
-      NotImplementedError: ``"blocked"`` or ``"lanes"`` is named, and weights are of unknown size.
+      ValueError: an argument has the wrong shape, ``num_iterations`` is below 1, or
+        ``implementation`` is unknown.
+      NotImplementedError: ``implementation`` is ``"blocked"`` or ``"lanes"``, and the sizes of the
+        weights are symbolic.
 
     Example:
       >>> import jax
@@ -137,7 +137,7 @@ def dense_capsules(
 
 
 def check_implementation(implementation: str | None, routing: str = "dynamic") -> None:
-    """Raises a ValueError unless this routing algorithm has an implementation of this name."""
+    """Raises a ValueError unless the routing algorithm has this implementation."""
     names = ("reference",) if algorithm(routing).fused is None else get_args(Implementation)
     if implementation is not None and implementation not in names:
         where = "" if routing == "dynamic" else f" for routing {routing!r}"
@@ -175,9 +175,9 @@ def _sweep(
 ) -> Routed:
     if not _is_known(weights.shape):
         raise NotImplementedError(
-            f"weights must have known sizes unless votes are stored, got shape {weights.shape}"
+            f"weights must have constant sizes unless votes are stored, got shape {weights.shape}"
         )
-    if 0 in (*poses.shape, *weights.shape):  # there is nothing to sweep over
+    if 0 in (*poses.shape, *weights.shape):  # nothing to sweep over
         return _store(options, poses, weights)._replace(coupling=None)
     parents, dtype = weights.shape[2:], jnp.promote_types(poses.dtype, weights.dtype)
     flat = poses.astype(dtype).reshape(-1, *poses.shape[-2:])
@@ -209,7 +209,7 @@ def _prefer(platform: str, poses: jax.Array, weights: jax.Array) -> tuple[str, .
     if platform == "cpu":
         _, in_features, _, features = weights.shape
         if _is_known((in_features, features)) and in_features > features:
-            return stored  # blocks would only save memory
+            return stored  # blocks save memory, but no time
         return ("blocked", *stored)
     if platform == "cuda" and number is not None and number <= _MOST_STORED_ON_GPU:
         return stored
@@ -219,7 +219,7 @@ def _prefer(platform: str, poses: jax.Array, weights: jax.Array) -> tuple[str, .
 def _first_possible(
     names: tuple[str, ...], options: _Options, poses: jax.Array, weights: jax.Array
 ) -> Routed:
-    """What the first implementation returns that can run, without its coupling."""
+    """Runs the first implementation that supports the arguments; returns no coupling."""
     *others, last = names
     for name in others:
         try:
@@ -230,21 +230,21 @@ def _first_possible(
 
 
 def _number_of_votes(poses: jax.Array, weights: jax.Array) -> int | None:
-    """Numbers in the votes; None where a size is unknown."""
+    """Number of votes times their dimensions; None if a size is symbolic."""
     children, _, parents, features = weights.shape
     sizes = (*poses.shape[:-2], children, parents, features)
     return math.prod(sizes) if _is_known(sizes) else None
 
 
 def _is_known(shape: tuple[Any, ...]) -> bool:
-    """Whether all sizes are numbers; those of an exported function may be symbols."""
+    """Whether all sizes are constant; those of an exported function may be symbolic."""
     return all(isinstance(size, int) for size in shape)
 
 
 def _alike(*arrays: jax.Array) -> list[jax.Array]:
-    """The same arrays, each of which counts as different on a mesh axis if one of them does.
+    """Returns the arrays, all varying over every mesh axis over which one of them varies.
 
-    Under ``shard_map`` a function with a derivative of its own has to return gradients of the type
-    of its arguments; made alike, they are, and what made them alike adds up over the axis.
+    Under ``shard_map`` a custom derivative must return gradients of the type of its arguments. The
+    transpose of this function sums them over the axes that it added.
     """
     return [array + zeros((), array.dtype, *arrays) for array in arrays]

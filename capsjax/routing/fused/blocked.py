@@ -1,4 +1,4 @@
-"""Sweeps in plain XLA, some children at a time."""
+"""Sweeps over blocks of children, for CPUs."""
 
 import dataclasses
 import functools
@@ -14,12 +14,11 @@ from jax import lax
 from capsjax.ops._checks import zeros
 from capsjax.routing.fused.recurrence import product
 
-# About so many numbers has an array of one block, J·B·K times the children: processors' caches
-# hold a few of them.
+# Approximate numbers in an array of a block, J·B·K times its children: caches hold a few of them.
 _BLOCK = 2**17
-# Children lie along the last axis, and processors compute on up to so many numbers at once.
+# Blocks are multiples of this: children lie along the last axis, which CPUs vectorise.
 _LANES = 16
-# Reductions over no more than this are written out, which XLA:CPU vectorises, and others not.
+# Reductions over at most this many numbers are written out, because XLA:CPU then vectorises them.
 _UNROLL = 32
 
 Packed = tuple[jax.Array, jax.Array]
@@ -27,19 +26,19 @@ Packed = tuple[jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    r"""Sweeps that hold the products of weights and query of one block of children.
+    r"""Sweeps that keep the product of weights and query for one block of children.
 
-    With :math:`P_{ijk} = \sum_d W_{ikjd} V_{jd}` a logit is :math:`\sum_k u_{ik} P_{ijk}`, and a
-    sum is :math:`\sum_{ik} (c_{ij} u_{ik}) W_{ikjd}`: the votes, D numbers for each pair, do not
-    occur, only matrix products, and K numbers for each pair of a block.
+    With :math:`P_{ijk} = \sum_d W_{ikjd} V_{jd}`, logits are :math:`\sum_k u_{ik} P_{ijk}` and sums
+    are :math:`\sum_{ik} (c_{ij} u_{ik}) W_{ikjd}`. Instead of the votes, D numbers per pair, these
+    matrix products need K numbers per pair of a block.
 
     Attributes:
       children: I.
       parents: J.
-      block: children in a block; the last one is filled up with children whose votes are zero.
-      leaky: whether a logit of zero takes part in the softmax.
-      stop_gradient: whether the coupling counts as a constant.
-      precision: of the matrix products; see :func:`capsjax.dense_capsules`.
+      block: children per block; the last block is padded with children whose votes are zero.
+      leaky: whether the softmax includes a logit of zero.
+      stop_gradient: whether the coupling is treated as a constant.
+      precision: precision of the matrix products; see :func:`capsjax.dense_capsules`.
     """
 
     children: int
@@ -51,10 +50,10 @@ class Blocks:
 
     @classmethod
     def of(cls, poses: jax.Array, weights: jax.Array, **options: Any) -> "Blocks":
-        """Sweeps for poses ``[B, I, K]`` and weights ``[I, K, J, D]`` with these options."""
+        """Makes the sweeps for poses ``[B, I, K]`` and weights ``[I, K, J, D]``."""
         batch, children, in_features = poses.shape
         parents = weights.shape[2]
-        # The batch of an exported function may be of any size: taken for a common one.
+        # An exported function may have a symbolic batch size: assume a common one.
         batch = batch if isinstance(batch, int) else 128
         lanes = _BLOCK / (_LANES * max(1, batch * in_features * parents))
         block = min(children, _LANES * math.ceil(lanes))
@@ -67,11 +66,11 @@ class Blocks:
 
     @property
     def share(self) -> float:
-        """Coupling of every pair where all logits are zero."""
+        """The coupling of every pair if all logits are zero."""
         return 1 / (self.parents + self.leaky)
 
     def pack(self, poses: jax.Array, weights: jax.Array) -> Packed:
-        """Blocks of poses, ``[N, B, K, block]``, and of weights, ``[N, J, D, K * block]``."""
+        """Returns blocks of poses ``[N, B, K, block]`` and weights ``[N, J, D, K * block]``."""
         missing = self.count * self.block - self.children
         poses = jnp.pad(poses, ((0, 0), (0, missing), (0, 0)))
         weights = jnp.pad(weights, ((0, missing), (0, 0), (0, 0), (0, 0)))
@@ -81,7 +80,7 @@ class Blocks:
         return poses, weights.reshape(*weights.shape[:3], -1)
 
     def unpack(self, grads: Packed) -> tuple[jax.Array, jax.Array]:
-        """The inverse of :meth:`pack`."""
+        """Inverts :meth:`pack`."""
         poses, weights = grads
         poses = poses.transpose(1, 0, 3, 2)
         poses = poses.reshape(poses.shape[0], -1, poses.shape[-1])
@@ -90,7 +89,7 @@ class Blocks:
         return poses[:, : self.children], weights[: self.children]
 
     def forward(self, packed: Packed, query: jax.Array) -> jax.Array:
-        """The sums with logits from the query, ``[J, B, D]``."""
+        """Returns the sums ``[J, B, D]`` for logits from the query."""
         dtype, wide = packed[0].dtype, query.dtype
 
         def block(n: jax.Array, sums: jax.Array) -> jax.Array:
@@ -105,10 +104,10 @@ class Blocks:
     def backward(
         self, packed: Packed, query: jax.Array, d_sums: jax.Array, grads: Packed
     ) -> tuple[jax.Array, Packed]:
-        """The query's gradient, ``[J, B, D]``, and `grads` with those of the arguments added."""
+        """Returns the query's gradient, and adds those of poses and weights to `grads`."""
         dtype, wide = packed[0].dtype, query.dtype
         batch = query.shape[1]
-        # Two factors of the weights, and two of the poses: each a single matrix product.
+        # Stacked, so that each pair of products becomes one.
         with_weights = jnp.concatenate([query, d_sums], axis=1).astype(dtype)
         with_poses = jnp.concatenate([d_sums, query], axis=1).astype(dtype)
 
@@ -151,7 +150,7 @@ class Blocks:
         return _computed_once(exponentials / total[None])
 
     def _d_logits(self, coupling: jax.Array, projected: jax.Array, u: jax.Array) -> jax.Array:
-        """The gradient of the logits ``[J, B, block]``, from weights times that of the sums."""
+        """Gradient of the logits ``[J, B, block]``, from the weights times the sums' gradient."""
         if self.stop_gradient:
             return jnp.zeros_like(coupling)
         d_coupling = _contract(projected, u)
@@ -165,7 +164,7 @@ def _contract(projected: jax.Array, u: jax.Array) -> jax.Array:
 
 
 def _computed_once(x: jax.Array) -> jax.Array:
-    # XLA would compute it again for every number that it is multiplied with.
+    # Otherwise XLA fuses the computation of x into each of its uses.
     return lax.optimization_barrier(x)
 
 

@@ -1,4 +1,4 @@
-"""Sweeps for accelerators in plain XLA: batch along the last axis, sums as products."""
+"""Sweeps over tiles of children, for accelerators: the batch is last, and sums are products."""
 
 import dataclasses
 import math
@@ -12,10 +12,9 @@ from jax import lax
 from capsjax.ops._checks import zeros
 from capsjax.routing.fused.recurrence import product
 
-# Rows of a tile, children times their dimensions, and children in it: a multiple of the latter.
+# A tile has about _ROWS rows, children times dimensions, and a multiple of _SUBLANES children.
 _ROWS, _SUBLANES = 128, 8
-# About so many numbers has an array of one block, J·K·B times the children, which then stays in
-# the memory beside the units.
+# Approximate numbers in an array of a block, J·K·B times its children: they fit on the chip.
 _BLOCK = 6 * 2**20
 
 Packed = tuple[jax.Array, jax.Array]
@@ -23,22 +22,22 @@ Packed = tuple[jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Lanes:
-    r"""Sweeps over blocks of tiles, a tile being a few children with all their dimensions.
+    r"""Sweeps over blocks of tiles. A tile has a few children with all their dimensions.
 
-    As in :class:`Blocks` a logit is :math:`\sum_k u_{ik} P_{ijk}` with
-    :math:`P_{ijk} = \sum_d W_{ikjd} V_{jd}`, and the votes do not occur. Matrix units make products
-    faster than the other units add up, and so sums over dimensions and parents are products too,
-    with matrices of zeros and ones.
+    As in :class:`Blocks`, logits are :math:`\sum_k u_{ik} P_{ijk}` with
+    :math:`P_{ijk} = \sum_d W_{ikjd} V_{jd}`, without votes. Matrix units multiply faster than the
+    other units add. Sums over dimensions and parents are therefore products with matrices of zeros
+    and ones.
 
     Attributes:
       children: I.
       in_features: K.
       parents: J.
-      group: children of a tile; its rows are ordered by dimension first and child second.
-      tiles: in a block; the last one is filled up with children whose votes are zero.
-      leaky: whether a logit of zero takes part in the softmax.
-      stop_gradient: whether the coupling counts as a constant.
-      precision: of the matrix products; see :func:`capsjax.dense_capsules`.
+      group: children per tile; its rows are ordered by dimension first and child second.
+      tiles: tiles per block; the last block is padded with children whose votes are zero.
+      leaky: whether the softmax includes a logit of zero.
+      stop_gradient: whether the coupling is treated as a constant.
+      precision: precision of the matrix products; see :func:`capsjax.dense_capsules`.
     """
 
     children: int
@@ -52,10 +51,10 @@ class Lanes:
 
     @classmethod
     def of(cls, poses: jax.Array, weights: jax.Array, **options: Any) -> "Lanes":
-        """Sweeps for poses ``[B, I, K]`` and weights ``[I, K, J, D]`` with these options."""
+        """Makes the sweeps for poses ``[B, I, K]`` and weights ``[I, K, J, D]``."""
         batch, children, in_features = poses.shape
         parents = weights.shape[2]
-        # The batch of an exported function may be of any size: taken for a common one.
+        # An exported function may have a symbolic batch size: assume a common one.
         batch = batch if isinstance(batch, int) else 128
         group = _SUBLANES * max(1, round(_ROWS / (in_features * _SUBLANES)))
         tiles = math.ceil(children / group)
@@ -70,11 +69,11 @@ class Lanes:
 
     @property
     def share(self) -> float:
-        """Coupling of every pair where all logits are zero."""
+        """The coupling of every pair if all logits are zero."""
         return 1 / (self.parents + self.leaky)
 
     def pack(self, poses: jax.Array, weights: jax.Array) -> Packed:
-        """Poses ``[N, tiles, rows, B]`` and weights ``[N, J, tiles, rows, D]``."""
+        """Returns poses ``[N, tiles, rows, B]`` and weights ``[N, J, tiles, rows, D]``."""
         missing = self.count * self.tiles * self.group - self.children
         poses = jnp.pad(poses, ((0, 0), (0, missing), (0, 0)))
         weights = jnp.pad(weights, ((0, missing), (0, 0), (0, 0), (0, 0)))
@@ -87,7 +86,7 @@ class Lanes:
         )
 
     def unpack(self, grads: Packed) -> tuple[jax.Array, jax.Array]:
-        """The inverse of :meth:`pack`."""
+        """Inverts :meth:`pack`."""
         poses, weights = grads
         rows = (self.in_features, self.group)
         poses = poses.reshape(*poses.shape[:2], *rows, -1).transpose(4, 0, 1, 3, 2)
@@ -97,7 +96,7 @@ class Lanes:
         return poses[:, : self.children], weights[: self.children]
 
     def forward(self, packed: Packed, query: jax.Array) -> jax.Array:
-        """The sums with logits from the query, ``[J, B, D]``."""
+        """Returns the sums ``[J, B, D]`` for logits from the query."""
         dtype = packed[0].dtype
         query = query.transpose(0, 2, 1)
 
@@ -114,7 +113,7 @@ class Lanes:
     def backward(
         self, packed: Packed, query: jax.Array, d_sums: jax.Array, grads: Packed
     ) -> tuple[jax.Array, Packed]:
-        """The query's gradient, ``[J, B, D]``, and `grads` with those of the arguments added."""
+        """Returns the query's gradient, and adds those of poses and weights to `grads`."""
         dtype = packed[0].dtype
         query, d_sums = query.transpose(0, 2, 1), d_sums.transpose(0, 2, 1)
         factors = query.astype(dtype), d_sums.astype(dtype)
@@ -183,5 +182,5 @@ class Lanes:
 
 
 def _wide(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype of terms, products of two numbers, which are beyond the range of float16."""
+    """The dtype of products of two numbers, which may exceed the range of float16."""
     return jnp.promote_types(dtype, jnp.bfloat16)

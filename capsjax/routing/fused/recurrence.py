@@ -1,10 +1,10 @@
-"""Dynamic routing as sweeps over children whose votes nobody stores.
+"""Dynamic routing as sweeps over the children, without stored votes.
 
-The logits after some iterations are scalar products of the votes with the sum V of the parents'
-poses so far, so that neither votes nor logits have to be kept: an iteration takes V [J, B, D] and
-sweeps over the children for their sums s [J, B, D]. It has the shape of attention, with V as the
-query, the votes as keys and values, and a softmax over the queries. What a sweep does is up to an
-implementation; here is the rest, with the derivative of the whole, for all of them.
+In each iteration, the logits are scalar products of the votes and the sum V of the parents' poses
+so far. Neither votes nor logits have to be kept: an iteration takes V [J, B, D] and sweeps over the
+children to compute the parents' sums s [J, B, D]. It resembles attention, with V as the query, the
+votes as keys and values, and a softmax over the queries. Implementations define the sweep; this
+module has the iterations and their derivative.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jax import lax
 from capsjax.ops import squash
 from capsjax.ops._checks import accumulator, zeros
 
-# Poses, weights and the bias that is added to the sums, in the order of the arguments.
+# Poses, weights, and the bias that is added to the sums.
 Arguments = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -30,34 +30,34 @@ class Sweeps(Hashable, Protocol):
 
     @property
     def share(self) -> float:
-        """Coupling of every pair where all logits are zero."""
+        """The coupling of every pair if all logits are zero."""
 
     @property
     def stop_gradient(self) -> bool:
-        """Whether the coupling counts as a constant."""
+        """Whether the coupling is treated as a constant."""
 
     @property
     def precision(self) -> lax.PrecisionLike:
-        """Of the matrix products; None is as high as the dtype allows."""
+        """Precision of the matrix products; None means the highest for the dtype."""
 
     def pack(self, poses: jax.Array, weights: jax.Array) -> Any:
-        """Poses ``[B, I, K]`` and weights ``[I, K, J, D]`` as the sweeps want them."""
+        """Converts poses ``[B, I, K]`` and weights ``[I, K, J, D]`` to the sweeps' layout."""
 
     def forward(self, packed: Any, query: jax.Array) -> jax.Array:
-        r"""The sums :math:`\sum_i c_{ij} \hat u_{ij}` with logits from the query."""
+        r"""Returns the sums :math:`\sum_i c_{ij} \hat u_{ij}` for logits from the query."""
 
     def backward(
         self, packed: Any, query: jax.Array, d_sums: jax.Array, grads: Any
     ) -> tuple[jax.Array, Any]:
-        """The query's gradient, and `grads`, packed, with those of poses and weights added."""
+        """Returns the query's gradient, and adds those of poses and weights to `grads`."""
 
     def unpack(self, grads: Any) -> tuple[jax.Array, jax.Array]:
-        """Gradients ``[B, I, K]`` and ``[I, K, J, D]``."""
+        """Converts packed gradients to ``[B, I, K]`` and ``[I, K, J, D]``."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def route(sweeps: Sweeps, num_iterations: int, *arguments: jax.Array) -> jax.Array:
-    """Parent poses after the last iteration.
+    """Computes the parent poses of the last iteration.
 
     Args:
       sweeps: the implementation.
@@ -81,8 +81,8 @@ def _route_fwd(
 def _sums(
     sweeps: Sweeps, num_iterations: int, poses: jax.Array, weights: jax.Array, bias: jax.Array
 ) -> jax.Array:
-    """The parents' sums in every iteration, ``[r, J, B, D]``."""
-    # Where all logits are zero, every sum is one matrix product.
+    """Computes the parents' sums of every iteration, ``[r, J, B, D]``."""
+    # All logits are zero, and so the sums are one matrix product.
     flat_poses, flat_weights = _flat(poses, weights)
     first = product("bn,nm->bm", flat_poses, flat_weights, sweeps.precision)
     first = first.reshape(poses.shape[0], *bias.shape)
@@ -128,7 +128,7 @@ def _route_bwd(
             return _cast((*sweeps.unpack(grads), d_bias), (poses, weights, bias))
 
         def iterate(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            """Of iteration t; its poses are a part of all later queries."""
+            """Adds the gradients of iteration t, whose poses are part of all later queries."""
             t = last - number
             d_query, d_bias, grads = carry
             d_sums = before_squash(t, d_query)
@@ -154,19 +154,19 @@ route.defvjp(_route_fwd, _route_bwd)
 
 
 def _flat(poses: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Poses ``[B, I * K]`` and weights ``[I * K, J * D]``, whose product sums over the children.
+    """Returns poses ``[B, I * K]`` and weights ``[I * K, J * D]``.
 
-    Of an einsum over more axes XLA:CPU would transpose copies.
+    XLA:CPU would make transposed copies for an einsum over more axes.
     """
     size = poses.shape[1] * poses.shape[2]
     return poses.reshape(poses.shape[0], size), weights.reshape(size, -1)
 
 
 def product(axes: str, a: jax.Array, b: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
-    """An einsum of two arrays of one dtype, which adds up in float32 or wider."""
+    """Einsum of two arrays of one dtype, with sums in float32 or wider."""
     wide = accumulator(a.dtype)
     if precision is None and a.dtype == wide:
-        # Accelerators would round float32 factors to bfloat16 or TF32.
+        # Otherwise accelerators round float32 factors to bfloat16 or TF32.
         precision = lax.Precision.HIGHEST
     return jnp.einsum(axes, a, b, precision=precision, preferred_element_type=wide)
 
