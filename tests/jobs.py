@@ -1,5 +1,6 @@
 """Several real processes on this machine that run a command of capsjax as one."""
 
+import contextlib
 import os
 import re
 import signal
@@ -63,10 +64,8 @@ class Process:
 
     def kill(self):
         """Ends it with all that it has started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
 
 

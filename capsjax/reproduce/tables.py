@@ -356,8 +356,7 @@ def _rows(config: ReproduceConfig) -> list[RowResult]:
 
 
 def _write_table(config: ReproduceConfig) -> None:
-<<<<<<< HEAD
-    """Writes all rows that have results, not only those that are asked for."""
+    """Writes all rows with results, not only the requested ones."""
     text = markdown(_rows(dataclasses.replace(config, rows=())))
     processes.first(lambda: write_text(config.folder.with_suffix(".md"), text), type(None))
 
@@ -376,11 +375,6 @@ def _try_enter(opened: contextlib.ExitStack, lock: FileLock) -> bool:
     except Timeout:
         return False
     return True
-=======
-    """Writes all rows with results, not only the requested ones."""
-    rows = _rows(dataclasses.replace(config, rows=()))
-    write_text(config.folder.with_suffix(".md"), markdown(rows))
->>>>>>> words
 
 
 def _listing(recipe: Recipe, lines: Sequence[Line]) -> str:
