@@ -22,7 +22,7 @@ def free_port():
 class Process:
     """One process of a job, whose standard streams are files."""
 
-    def __init__(self, number, arguments, log, *, devices, environment=None, prefix=()):
+    def __init__(self, number, arguments, log, *, devices, environment=None, directory=None):
         self.number, self.log = number, Path(log)
         flags = re.sub(
             r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")
@@ -30,7 +30,8 @@ class Process:
         flags += f" --xla_force_host_platform_device_count={devices}"
         with open(f"{log}.out", "wb") as out, open(f"{log}.err", "wb") as err:
             self._process = subprocess.Popen(
-                [*prefix, sys.executable, *map(str, arguments)],
+                [sys.executable, *map(str, arguments)],
+                cwd=directory,
                 env={**os.environ, "XLA_FLAGS": flags, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -83,6 +84,7 @@ class Job:
       environment: variables.
       numbers: which processes are started, and how often; each once if not given.
       told: the number of processes that each is told, if not the true one.
+      directory: the working directory of a process, a function of its number.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Job:
         environment=None,
         numbers=None,
         told=None,
+        directory=None,
     ):
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.port = free_port()
@@ -114,7 +117,14 @@ class Job:
             log = Path(folder) / f"process-{len(self.processes)}"
             command = [*program, *own, *joined]
             self.processes.append(
-                Process(number, command, log, devices=counts[number], environment=environment)
+                Process(
+                    number,
+                    command,
+                    log,
+                    devices=counts[number],
+                    environment=environment,
+                    directory=None if directory is None else directory(number),
+                )
             )
 
     def __enter__(self):

@@ -288,6 +288,8 @@ class _Row:
             )
             for seed in seeds
         ]
+        if processes.number() > 1:
+            options = [dataclasses.replace(each, driver="pmap") for each in options]
         for each in options if begun else ():
             before = RunDirectory(self.run_dir(each.seed)).read_config()
             check_same_run(each, model, before, may_change_rate=False)

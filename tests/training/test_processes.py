@@ -1,0 +1,390 @@
+"""Real processes on this machine that train as one."""
+
+import json
+import re
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from jobs import Job
+
+from capsjax.data import save_npz
+from capsjax.errors import ConfigError
+from capsjax.runtime_log import Job as Started
+from capsjax.runtime_log import explain
+from capsjax.training import Checkpoints, ProcessOptions, TrainConfig, initialize, train
+from capsjax.training import processes as many
+
+# A network that compiles quickly.
+NETWORK = ("--preset", "baseline", "--override", "conv_features=4", "dense_features=8")
+EVERY = ("--batch-size", "16", "--log-every", "4", "--checkpoint-every", "7", "--validation", "20")
+LAST = 21
+
+
+@pytest.fixture(scope="module")
+def data(digits, tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    save_npz(digits, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def options(data):
+    return ["train", "--dataset", str(data), *NETWORK, *EVERY, "--no-tensorboard"]
+
+
+@pytest.fixture(scope="module")
+def whole(options, tmp_path_factory):
+    """A run of two processes with two devices each, which share no directory, and its job."""
+    folder = tmp_path_factory.mktemp("whole")
+    for number in range(2):
+        (folder / f"host-{number}").mkdir()
+    arguments = [*options, "--steps", LAST, "--run-dir", "run"]
+    with Job(folder, arguments, directory=lambda n: folder / f"host-{n}") as job:
+        assert job.wait() == [0, 0], job.logs()
+        yield folder / "host-0" / "run", job
+
+
+def state(run, step=None):
+    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
+    found = checkpoints._manager.restore(checkpoints.choose("last" if step is None else step))
+    checkpoints.close()
+    return found
+
+
+def assert_same_bits(run, other):
+    jax.tree.map(np.testing.assert_array_equal, state(run), state(other))
+
+
+def assert_close(run, other):
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+    jax.tree.map(close, state(run), state(other))
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved(run):
+    folders = run.glob("checkpoints/*/commit_success.txt")
+    return sorted(int(path.parent.name) for path in folders)
+
+
+def test_two_processes_train_as_one_does(whole, data, tmp_path):
+    run, _ = whole
+    options = TrainConfig(
+        dataset="npz",
+        data_dir=data,
+        preset="baseline",
+        override=("conv_features=4", "dense_features=8"),
+        batch_size=16,
+        log_every=4,
+        checkpoint_every=7,
+        validation=20,
+        tensorboard=False,
+        steps=LAST,
+        devices=4,
+        run_dir=tmp_path / "run",
+    )
+    result = train(options)
+    assert_close(run, options.run_dir)
+    ours, alone = metrics(run), metrics(options.run_dir)
+    assert [(r["split"], r["step"]) for r in ours] == [(r["split"], r["step"]) for r in alone]
+    losses = [[r["loss"] for r in records] for records in (ours, alone)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    stored = json.loads((run / "result.json").read_text())
+    assert (stored["test_wrong"], stored["test_count"]) == (result.test.wrong, 101)
+
+
+def test_process_0_alone_writes_and_speaks(whole):
+    run, job = whole
+    host = run.parents[1] / "host-1"
+    assert list(host.iterdir()) == []  # and the checkpoints need no shared file system
+    assert {path.name for path in run.iterdir()} >= {"config.json", "metrics.jsonl", "result.json"}
+    assert job[0].out.startswith("test error: ")
+    assert job[1].out == ""
+    (line,) = job[1].err.splitlines()
+    assert re.fullmatch(r"process 1 of 2 on \S+: 2 of 4 cpu devices", line)
+    assert "pmap on 4 cpu devices of 2 processes" in job[0].err
+
+
+def test_two_processes_evaluate_each_image_once(whole, tmp_path):
+    run, trained = whole
+    table = tmp_path / "predictions.csv"
+    arguments = ["evaluate", run, "--driver", "shard", "--batch-size", 40]
+    with Job(tmp_path, arguments) as job:
+        assert job.wait() == [0, 0], job.logs()
+        assert trained[0].out.splitlines()[0].removeprefix("test ") in job[0].out
+        assert "of 101 wrong" in job[0].out
+        assert job[1].out == ""
+    with Job(tmp_path, [*arguments, "--predictions", table]) as job:
+        assert job.wait() == [0, 0], job.logs()
+    assert len(table.read_text().splitlines()) == 102
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_job_goes_on_by_the_same_command_to_the_same_bits(
+    whole, options, tmp_path, number
+):
+    run = tmp_path / "run"
+    arguments = [*options, "--steps", LAST, "--run-dir", run, "--auto-resume"]
+    waits = ("-c", WAITING, str(tmp_path / "go"))
+    with Job(tmp_path / "first", arguments, program=waits) as job:
+        job.until(lambda: saved(run) == [7], "a checkpoint")
+        job[1].send(number)
+        (tmp_path / "go").touch()
+        codes = job.wait()
+        if number == signal.SIGTERM:
+            assert codes == [0, 0], job.logs()
+            assert job[0].out.startswith("stopped by SIGTERM at step 7, everything saved")
+            assert job[1].out == ""
+        else:
+            assert codes[1] == -signal.SIGKILL
+            assert codes[0] not in (0, None)
+            (line,) = job[0].errors
+            assert "was lost" in line
+            assert line.endswith("start all processes again, on --resume")
+    assert saved(run) == [7]
+    with Job(tmp_path / "second", arguments) as job:
+        assert job.wait() == [0, 0], job.logs()
+        assert "from step 7" in job[0].err
+    assert_same_bits(run, whole[0])
+
+
+# A run that waits at step 7 until a file is there.
+WAITING = """
+import pathlib, sys, time
+from capsjax.__main__ import main
+from capsjax.training import loop
+
+def advance(run, progress, *rest):
+    while progress.step == 7 and not pathlib.Path(sys.argv[1]).exists():
+        time.sleep(0.05)
+    started(run, progress, *rest)
+
+started, loop._advance = loop._advance, advance
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(("processes", "devices", "driver"), [(4, 1, "shard"), (2, 1, "pmap")])
+def test_a_run_goes_on_with_other_processes_and_devices(
+    whole, options, tmp_path, processes, devices, driver
+):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    for step in saved(run):
+        if step > 14:
+            shutil.rmtree(run / "checkpoints" / str(step))
+    (run / "result.json").unlink()
+    arguments = ["train", "--resume", "--run-dir", run, "--driver", driver]
+    with Job(tmp_path, arguments, processes=processes, devices=devices) as job:
+        assert job.wait() == [0] * processes, job.logs()
+        assert "from step 14" in job[0].err
+    assert_close(run, whole[0])
+
+
+# A process whose clock and devices are slow.
+SLOW = """
+import sys, time
+import jax
+from capsjax.__main__ import main
+from capsjax.training import loop
+
+fetch = jax.device_get
+def device_get(value):
+    if "--process-id 1" in " ".join(sys.argv):
+        time.sleep(0.3)
+    return fetch(value)
+
+loop.jax = type(sys)("jax")
+loop.jax.__dict__.update(jax.__dict__, device_get=device_get)
+main(sys.argv[1:])
+"""
+
+
+def test_a_slow_process_changes_nothing(whole, options, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*options, "--steps", LAST, "--run-dir", run]
+    with Job(tmp_path, arguments, program=("-c", SLOW)) as job:
+        assert job.wait() == [0, 0], job.logs()
+    assert_same_bits(run, whole[0])
+
+
+def test_a_stuck_process_is_noticed(options, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*options, "--steps", 10**6, "--run-dir", run]
+    with Job(tmp_path, arguments, heartbeat=10) as job:
+        job.until(lambda: saved(run), "a checkpoint")
+        job[0].send(signal.SIGSTOP)
+        while job[1].code is None:
+            pass
+        assert job[1].code not in (0, None)
+        (line,) = job[1].errors
+        assert line == (
+            "capsjax train: error: process 0 was lost, which coordinates the others; start all"
+            " processes again, on --resume"
+        )
+
+
+def other(number, name, value):
+    """Arguments of process 1 alone."""
+    return [name, value] if number == 1 else []
+
+
+@pytest.mark.parametrize(
+    ("own", "settings", "expected"),
+    [
+        (
+            lambda n: ["--learning-rate", str(0.001 * (n + 1))],
+            {},
+            "--learning-rate is 0.002 in process 1 and 0.001 in process 0; all need the same",
+        ),
+        (lambda n: ["--batch-size", "18"], {}, "--batch-size must be divisible by the number of"),
+        (lambda n: [], {"devices": (2, 3)}, "as many devices: process 0 has 2, process 1 has 3"),
+        (lambda n: [], {"told": (2, 3)}, "--num-processes is 3 in process 1 and 2 in process 0"),
+        (lambda n: ["--learning-rate", "1e30"], {}, "the loss is not finite at step 2"),
+    ],
+)
+def test_what_cannot_be_is_one_line_from_every_process(options, tmp_path, own, settings, expected):
+    run = tmp_path / "run"
+    arguments = [*options, "--steps", 9, "--run-dir", run]
+    with Job(tmp_path, lambda n: [*arguments, *own(n)], **settings) as job:
+        codes = job.wait()
+        assert all(code in (1, 2) for code in codes), job.logs()
+        for process in job.processes:
+            (line,) = process.errors
+            assert line.startswith("capsjax train: error: ")
+            assert expected in line
+    assert not run.exists()
+
+
+def test_other_data_and_missing_data_are_named(options, data, digits, tmp_path):
+    changed = dict(np.load(data))
+    changed["train_images"] = 255 - changed["train_images"]
+    np.savez(tmp_path / "other.npz", **changed)
+    arguments = [*options, "--steps", 9, "--run-dir", tmp_path / "run"]
+
+    def given(path):
+        return lambda n: [*arguments, *other(n, "--data-dir", path)]
+
+    with Job(tmp_path, given(tmp_path / "other.npz")) as job:
+        assert job.wait() == [2, 2], job.logs()
+        for process in job.processes:
+            (line,) = process.errors
+            assert re.search(r"data checksum is \d+ in process 1 and \d+ in process 0", line)
+    with Job(tmp_path, given(tmp_path / "none.npz")) as job:
+        assert job.wait() == [1, 2], job.logs()
+        assert "process 1 of 2 ended: data set npz cannot be read" in job[0].errors[0]
+        assert "none.npz" in job[1].errors[0]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ([0], "not all 2 came within 2 s: start each --process-id from 0 once"),
+        ([1], r"process 1 reaches no process 0 at --coordinator 127.0.0.1:\d+ within 2 s: "),
+    ],
+)
+def test_processes_that_do_not_meet_say_so(options, tmp_path, numbers, expected):
+    arguments = [*options, "--steps", 9, "--run-dir", tmp_path / "run"]
+    with Job(tmp_path, arguments, numbers=numbers, start=2) as job:
+        (code,) = job.wait()
+        assert code not in (0, None)
+        (line,) = job[0].errors
+        assert re.search(expected, line)
+
+
+RUNTIME = {
+    "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1\n3\nThe": (
+        "processes 1, 3 were lost: no heartbeat for 60 s"
+    ),
+    "absl::Status: INVALID_ARGUMENT: Unexpected task registered with task=2": (
+        "--process-id 2 is too large"
+    ),
+    "ABORTED: 1 unexpectedly tried to connect with a different incarnation": (
+        "two processes were started with --process-id 1"
+    ),
+    "more recent barrier call for [Init] from the same task. RPC: /x/RegisterTask": (
+        "two processes were started with --process-id 0"
+    ),
+    "DEADLINE_EXCEEDED: Deadline Exceeded\n\nRPC: /xla.coordination/RegisterTask": (
+        "not all 4 came within 40 s"
+    ),
+    "Failed to send RPC to coordination service. Either the leader": "process 0 was lost",
+    "DEADLINE_EXCEEDED\nRPC: /xla.coordination.CoordinationService/Heartbeat": "process 0 was lost",
+    "terminate called after throwing an instance of 'gloo::IoException'": "connection to another",
+    "absl::Status: INTERNAL: something new": "ended the processes: INTERNAL: something new",
+}
+
+
+@pytest.mark.parametrize("log", RUNTIME)
+def test_the_runtime_s_log_becomes_one_line(log):
+    line = explain(log, Started("capsjax train", 0, 4, heartbeat_timeout=60, start_timeout=40))
+    assert line.startswith(RUNTIME[log]) or RUNTIME[log] in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coordinator": "host:1"}, "several processes need --num-processes and --process-id too"),
+        ({"num_processes": 2, "process_id": 0}, "several processes need --coordinator too"),
+        (
+            {"coordinator": "host", "num_processes": 2, "process_id": 0},
+            "--coordinator must be HOST:PORT, got host",
+        ),
+        (
+            {"coordinator": "h:1", "num_processes": 2, "process_id": 2},
+            "--process-id must be below --num-processes 2, got 2",
+        ),
+        ({"num_processes": 0}, "--num-processes must be at least 1, got 0"),
+        ({"heartbeat_timeout": 0}, "--heartbeat-timeout must be at least 1, got 0"),
+    ],
+)
+def test_options_of_processes_are_checked(given, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        ProcessOptions(**given)
+
+
+def test_options_of_processes_come_from_the_environment(monkeypatch):
+    values = {"COORDINATOR": "host:80", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}
+    for name, value in values.items():
+        monkeypatch.setenv(f"CAPSJAX_{name}", value)
+    options = ProcessOptions()
+    assert (options.coordinator, options.num_processes, options.process_id) == ("host:80", 2, 1)
+    monkeypatch.setenv("CAPSJAX_PROCESS_ID", "one")
+    with pytest.raises(ConfigError, match="CAPSJAX_PROCESS_ID must be an integer, got 'one'"):
+        ProcessOptions()
+
+
+def test_alone_nothing_is_joined():
+    assert not initialize()
+    assert (many.number(), many.index(), many.is_first()) == (1, 0, True)
+    assert many.first(lambda: "x", str) == "x"
+    with pytest.raises(ZeroDivisionError):
+        many.first(lambda: 1 // 0, int)
+
+
+def test_auto_resume_begins_or_goes_on(digits, tiny, tmp_path):
+    with pytest.raises(ConfigError, match="--auto-resume needs --run-dir"):
+        TrainConfig(auto_resume=True)
+    with pytest.raises(ConfigError, match="--auto-resume has no effect with --resume"):
+        TrainConfig(auto_resume=True, resume=True, run_dir=tmp_path)
+    config = TrainConfig(
+        run_dir=tmp_path / "run",
+        auto_resume=True,
+        steps=2,
+        batch_size=16,
+        validation=0,
+        driver="jit",
+        tensorboard=False,
+    )
+    first = train(config, model=tiny, dataset=digits)
+    again = train(config, model=tiny, dataset=digits)  # as a launcher may do
+    assert (first.first_step, again.first_step, again.step) == (0, 2, 2)
+    assert again.test == first.test
