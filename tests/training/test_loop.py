@@ -169,22 +169,19 @@ def test_the_step_is_compiled_once_in_a_run(tmp_path, digits, tiny, caplog):
     assert len(compiled) == 1
 
 
-@pytest.mark.parametrize(("driver", "first", "steps"), [("jit", 5, 8), ("pmap", 9, 23)])
-def test_a_resumed_run_repeats_an_uninterrupted_one(
-    request, tmp_path, digits, driver, first, steps
-):
+@pytest.mark.parametrize(("driver", "stop", "steps"), [("jit", 5, 8), ("pmap", 9, 23)])
+def test_a_resumed_run_repeats_an_uninterrupted_one(request, tmp_path, digits, driver, stop, steps):
     if driver == "jit":
         whole, model = request.getfixturevalue("eight_steps").run_dir, "tiny"
     else:
         whole, model = request.getfixturevalue("finished")[0], "tiny_with_decoder"
     # Stopped in the middle of an epoch, between two records, and resumed with other calls.
-    parts = config(tmp_path, driver=driver, steps=first, steps_per_dispatch=2)
+    parts = config(tmp_path, driver=driver, steps=stop, steps_per_dispatch=2)
     train(parts, model=request.getfixturevalue(model), dataset=digits)
-    longer = dataclasses.replace(parts, steps=steps, resume=True, steps_per_dispatch=5)
-    train(longer, dataset=digits)
-    (step, expected), (resumed_step, resumed) = (
-        parameters(path) for path in (whole, parts.run_dir)
+    train(
+        dataclasses.replace(parts, steps=steps, resume=True, steps_per_dispatch=5), dataset=digits
     )
+    (step, expected), (resumed_step, resumed) = map(parameters, (whole, parts.run_dir))
     assert step == resumed_step == steps
     assert_same_bits(expected, resumed)
 
