@@ -1,4 +1,5 @@
 import hashlib
+import json
 import shutil
 import socket
 import subprocess
@@ -25,19 +26,50 @@ def refusal(name, data_dir, **options):
     return str(error.value)
 
 
+FEW = {"train": 2100, "test": 300}  # of which the first take several reads
+
+
 @pytest.fixture(scope="session")
-def decoded(prepared, tmp_path_factory):
-    """The prepared MNIST, decoded once, and the resulting cache."""
+def few(prepared, tmp_path_factory):
+    """The prepared MNIST with the first records of each split."""
+    array_record = pytest.importorskip("array_record.python.array_record_module")
+    root = tmp_path_factory.mktemp("few")
+    whole, directory = (folder / "mnist" / VERSION for folder in (prepared, root))
+    directory.mkdir(parents=True)
+    info = json.loads((whole / "dataset_info.json").read_text())
+    for split in info["splits"]:
+        number = FEW[split["name"]]
+        split["shardLengths"] = [str(number)]
+        shard = f"mnist-{split['name']}.array_record-00000-of-00001"
+        reader = array_record.ArrayRecordReader(str(whole / shard))
+        writer = array_record.ArrayRecordWriter(str(directory / shard), "group_size:1")
+        for record in reader.read(0, number):
+            writer.write(record)
+        writer.close()
+        reader.close()
+    (directory / "dataset_info.json").write_text(json.dumps(info))
+    shutil.copy(whole / "features.json", directory)
+    return root
+
+
+@pytest.fixture(scope="session")
+def decoded(few, tmp_path_factory):
+    """Those records, decoded once, and the resulting cache."""
     home = tmp_path_factory.mktemp("shared_cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home))
-        return load("mnist", data_dir=prepared), home
+        return load("mnist", data_dir=few), home
 
 
-def assert_same_as_originals(dataset, folder):
+def originals_of(folder):
     for split, prefix in FILES.items():
         images = conftest.read_original(folder / f"{prefix}-images-idx3-ubyte.gz")
         labels = conftest.read_original(folder / f"{prefix}-labels-idx1-ubyte.gz")
+        yield split, images, labels
+
+
+def assert_same_as_originals(dataset, folder):
+    for split, images, labels in originals_of(folder):
         ours = getattr(dataset, split)
         assert ours.images.shape == (*images.shape, 1)
         assert ours.images.dtype == np.uint8
@@ -48,23 +80,36 @@ def assert_same_as_originals(dataset, folder):
             assert ours.images[ours.labels == label].sum() == images[labels == label].sum()
 
 
-def test_prepared_set_holds_the_originals(decoded, originals):
-    assert_same_as_originals(decoded[0], originals / "mnist")
-    assert decoded[0].class_names == tuple("0123456789")
+def test_prepared_set_holds_originals(decoded, originals):
+    dataset, _ = decoded
+    for split, images, labels in originals_of(originals / "mnist"):
+        ours = getattr(dataset, split)
+        assert ours.images.shape == (FEW[split], 28, 28, 1)
+        assert (ours.images.dtype, ours.labels.dtype) == (np.uint8, np.int32)
+        # TFDS stores records in a different order.
+        known = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
+        for image, label in zip(ours.images, ours.labels, strict=True):
+            assert known[image.tobytes()] == label
+        assert len({image.tobytes() for image in ours.images}) == FEW[split]
+    assert dataset.class_names == tuple("0123456789")
 
 
 @pytest.mark.slow
-def test_another_prepared_set_holds_the_originals(prepared, originals):
-    dataset = load("fashion_mnist", data_dir=prepared)
-    assert_same_as_originals(dataset, originals / "fashion_mnist")
-    assert dataset.class_names[::9] == ("T-shirt/top", "Ankle boot")
+@pytest.mark.parametrize(
+    ("name", "some"),
+    [("mnist", ("0", "9")), ("fashion_mnist", ("T-shirt/top", "Ankle boot"))],
+)
+def test_prepared_sets_hold_all_of_the_originals(prepared, originals, name, some):
+    dataset = load(name, data_dir=prepared)
+    assert_same_as_originals(dataset, originals / name)
+    assert dataset.class_names[::9] == some
 
 
-def test_second_load_does_not_decode(decoded, prepared, monkeypatch):
+def test_second_load_does_not_decode(decoded, few, monkeypatch):
     dataset, home = decoded
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     monkeypatch.setattr(tfds_source, "_decode", lambda builder: pytest.fail("decoded again"))
-    again = load("mnist", data_dir=prepared)
+    again = load("mnist", data_dir=few)
     np.testing.assert_array_equal(again.train.images, dataset.train.images)
 
 
@@ -184,9 +229,8 @@ def serving_mnist(prepared, originals, server, monkeypatch):
 
 
 @pytest.mark.slow
-def test_prepares_the_stock_set(serving_mnist, decoded, tmp_path, capfd):
-    made = load("mnist", data_dir=tmp_path)
-    stock = decoded[0]
+def test_prepares_the_stock_set(serving_mnist, prepared, tmp_path, capfd):
+    made, stock = (load("mnist", data_dir=folder) for folder in (tmp_path, prepared))
     for split in FILES:
         np.testing.assert_array_equal(getattr(made, split).images, getattr(stock, split).images)
         np.testing.assert_array_equal(getattr(made, split).labels, getattr(stock, split).labels)

@@ -59,15 +59,14 @@ def test_sizes_of_the_paper():
     config = models.configure("paper")
     assert config.grid == (6, 6)
     assert config.num_primary == 1152
-    network = nnx.eval_shape(lambda: models.create("paper", rngs=nnx.Rngs(0)))
-    shapes = {
+    found = {
         "/".join(map(str, path)): leaf.shape
-        for path, leaf in nnx.to_flat_state(nnx.state(network, nnx.Param))
+        for path, leaf in nnx.to_flat_state(nnx.state(shapes(config), nnx.Param))
     }
-    assert shapes["conv/kernel"] == (9, 9, 1, 256)
-    assert shapes["primary/conv/kernel"] == (9, 9, 256, 256)
-    assert shapes["classes/kernel"] == (1152, 8, 10, 16)
-    assert shapes["decoder/layers/2/kernel"] == (1024, 784)
+    assert found["conv/kernel"] == (9, 9, 1, 256)
+    assert found["primary/conv/kernel"] == (9, 9, 256, 256)
+    assert found["classes/kernel"] == (1152, 8, 10, 16)
+    assert found["decoder/layers/2/kernel"] == (1024, 784)
 
 
 TINY = CapsNetConfig(
@@ -87,6 +86,11 @@ TINY = CapsNetConfig(
 def build(config):
     """The network; tests share it, and its parameters are made by one program."""
     return nnx.jit(lambda: models.build(config, rngs=nnx.Rngs(0)))()
+
+
+def shapes(config):
+    """The network as shapes, for tests that compute nothing."""
+    return nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
 
 
 @nnx.jit
@@ -119,7 +123,7 @@ def test_is_the_paper_s_network():
 
 
 def test_other_image_sizes_channels_and_classes():
-    network = build(dataclasses.replace(TINY, image_shape=(17, 20, 3), num_classes=7))
+    network = shapes(dataclasses.replace(TINY, image_shape=(17, 20, 3), num_classes=7))
     prediction = nnx.eval_shape(apply, network, images(shape=(17, 20, 3)))
     assert prediction.scores.shape == (2, 7)
     assert prediction.reconstruction.shape == (2, 17, 20, 3)
@@ -131,7 +135,7 @@ def test_the_grid_is_what_the_convolutions_make(padding, strides):
     config = dataclasses.replace(
         TINY, padding=padding, conv_strides=strides[0], primary_strides=strides[1]
     )
-    network = build(config)
+    network = shapes(config)
     routed = nnx.eval_shape(lambda network, x: network.route(x), network, images())
     assert routed.coupling.shape == (2, config.num_primary, 3)
 
@@ -162,7 +166,7 @@ def test_the_decoder_sees_the_target_or_else_the_longest_capsule():
 
 
 def test_without_a_decoder_there_is_no_reconstruction():
-    network = build(dataclasses.replace(TINY, decoder_features=()))
+    network = shapes(dataclasses.replace(TINY, decoder_features=()))
     assert nnx.eval_shape(apply, network, images()).reconstruction is None
 
 
@@ -310,14 +314,13 @@ def test_efficient_capsnet_may_have_a_grid_of_capsules():
 def test_large_images_have_as_many_capsules_as_small_ones(size, grid):
     config = models.configure("large_images", image_shape=(size, size, 3), num_classes=5)
     assert (config.grid, config.num_primary) == ((grid, grid), 32)
-    network = nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
-    prediction = nnx.eval_shape(lambda n: n(jnp.ones((2, size, size, 3))), network)
+    prediction = nnx.eval_shape(lambda n: n(jnp.ones((2, size, size, 3))), shapes(config))
     assert (prediction.scores.shape, prediction.poses.shape) == ((2, 5), (2, 5, 16))
 
 
 def test_large_images_train():
     fields = {"image_shape": (64, 64, 1), "num_classes": 2, "conv_features": (2, 2, 2, 8)}
-    network = models.create("large_images", rngs=nnx.Rngs(0), **fields)
+    network = build(models.configure("large_images", **fields))
     x = images(2, (64, 64, 1))
 
     @nnx.jit

@@ -70,6 +70,11 @@ def assert_same(actual, expected, dtype, terms):
         assert_close(a, b, dtype=dtype, terms=terms, scale=largest)
 
 
+def some_slow(cases, *fast):
+    """All cases; those that are not among the fast ones run with the slow tests."""
+    return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 @pytest.mark.parametrize("implementation", ["reference", *FAST])
 @pytest.mark.parametrize("num_iterations", [1, 2, 3, 6])
 def test_is_what_the_equations_say(implementation, num_iterations):
@@ -94,7 +99,7 @@ def test_is_what_the_equations_say(implementation, num_iterations):
             np.testing.assert_allclose(routed.coupling[n], coupling, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", CAPSULE_SIZES)
+@pytest.mark.parametrize("name", some_slow(CAPSULE_SIZES, "paper", "many_parents"))
 def test_implementations_agree_at_the_benchmarked_sizes(name):
     sizes = CAPSULE_SIZES[name].reduced()
     poses, weights = arguments(sizes.batch, shape=tuple(sizes.layer))
@@ -245,20 +250,20 @@ def temporary(implementation, batch, sizes):
 
 
 @functools.cache
-def traced(implementation, batch, sizes):
+def traced(implementation, batch, sizes, gradient):
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((batch, *sizes[:2]), sizes)]
-    gradient = jax.grad(functools.partial(loss, implementation=implementation), (0, 1))
-    return jax.jit(gradient).trace(*shapes)
+    function = functools.partial(loss, implementation=implementation)
+    return jax.jit(jax.grad(function, (0, 1)) if gradient else function).trace(*shapes)
 
 
 @functools.cache
-def lowered(implementation, batch, sizes, platform):
-    program = traced(implementation, batch, sizes)
+def lowered(implementation, batch, sizes, platform, gradient=True):
+    program = traced(implementation, batch, sizes, gradient)
     return program.lower(lowering_platforms=(platform,)).as_text()
 
 
-def stores_votes(implementation, batch, sizes, platform="cpu"):
-    text = lowered(implementation, batch, sizes, platform)
+def stores_votes(implementation, batch, sizes, platform="cpu", gradient=True):
+    text = lowered(implementation, batch, sizes, platform, gradient)
     children, _, parents, features = sizes
     votes = (
         f"{batch}x{children}x{parents}x{features}",
@@ -295,7 +300,8 @@ def test_what_is_named_is_what_runs(platform):
     ],
 )
 def test_what_is_chosen(batch, sizes, platform, stored):
-    assert stores_votes(None, batch, sizes, platform) == stored
+    # Which is chosen once for values and gradients.
+    assert stores_votes(None, batch, sizes, platform, gradient=False) == stored
 
 
 def test_the_program_does_not_grow_with_the_iterations():
@@ -348,7 +354,7 @@ def test_under_transformations(implementation):
         return routed, pullback(-jnp.sin(routed))[0]
 
     (expected, gradient), close = with_gradient(one, poses), {"rtol": 1e-5, "atol": 1e-6}
-    for run in (one.__wrapped__, functools.partial(jax.lax.map, one), jax.pmap(one)):
+    for run in (functools.partial(jax.lax.map, one), jax.pmap(one)):
         np.testing.assert_allclose(run(poses), expected, **close)
     routed, mapped = with_gradient(jax.vmap(one), poses)
     np.testing.assert_allclose(routed, expected, **close)
@@ -382,8 +388,18 @@ def test_scan_over_stacked_layers(implementation):
     )
 
 
-@pytest.mark.parametrize("implementation", FAST)
-@pytest.mark.parametrize("varying", list(itertools.product([True, False], repeat=2))[:3])
+# Poses alone for each, which is how batches are sharded, and weights alone for one.
+FAST_VARYING = [*((name, (True, False)) for name in FAST), ("blocked", (False, True))]
+VARYING = list(itertools.product(FAST, [(True, False), (False, True), (True, True)]))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "varying"),
+    [
+        pytest.param(*case, marks=() if case in FAST_VARYING else pytest.mark.slow)
+        for case in VARYING
+    ],
+)
 def test_under_shard_map_whichever_argument_is_sharded(implementation, varying):
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     batch, whole = PartitionSpec("batch"), PartitionSpec()
@@ -489,12 +505,17 @@ def test_a_nan_stays_nan_in_its_example(implementation):
 def test_second_derivatives():
     with jax.enable_x64(True):
         poses, weights = arguments(shape=(4, 2, 3, 2), dtype="float64")
-        expected, *others = (
-            jax.jit(jax.hessian(functools.partial(loss, implementation=name)))(poses, weights)
-            for name in ("reference", *FAST)
-        )
+        directions = arguments(shape=(4, 2, 3, 2), dtype="float64", seed=1)
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def along(name, *x):
+            gradient = jax.grad(functools.partial(loss, implementation=name), (0, 1))
+            return jax.jvp(gradient, x, directions)[1]
+
+        expected, *others = (along(name, poses, weights) for name in ("reference", *FAST))
         for got in others:
-            np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
+            for a, b in zip(got, expected, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("implementation", FAST)

@@ -69,10 +69,10 @@ from capsjax.viz import dissect, routing_diagram
 
 layer = nn.DenseCapsules(6, 4, 3, 5, routing="toy", num_iterations=3, rngs=nnx.Rngs(0))
 poses = jax.random.normal(jax.random.key(0), (2, 6, 4))
-routed = layer(poses)
+routed = nnx.jit(layer)(poses)
 assert layer.router.pull.shape == (3,)
 conv = nn.ConvCapsules(2, 4, 3, 5, kernel_size=2, routing="toy", rngs=nnx.Rngs(0))
-assert conv(jnp.ones((3, 3, 2, 4))).poses.shape == (2, 2, 3, 5)
+assert nnx.eval_shape(conv, jnp.ones((3, 3, 2, 4))).poses.shape == (2, 2, 3, 5)
 
 votes = capsjax.dense_votes(poses, layer.kernel[...])
 trace = capsjax.routing_trace(votes, routing="toy", num_iterations=3, pull=jnp.ones(3))
@@ -84,11 +84,12 @@ for loop in ("fori_loop", "scan"):
     workload = make_workload("routing", {"algorithm": "toy", "loop": loop, **sizes})
     built = workload.build(jax.devices()[:1])
     arguments = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), built.arguments)
-    assert built.function(*arguments).shape == (2, 3, 16)
+    assert jax.eval_shape(built.function, *arguments).shape == (2, 3, 16)
 
 run = Path(sys.argv[1])
 main(["train", "--routing", "toy", "--num-iterations", "2", "--steps", "1", "--validation", "0",
-      "--batch-size", "8", "--run-dir", str(run)])
+      "--batch-size", "100", "--driver", "jit", "--run-dir", str(run),
+      "--override", "conv_features=8", "primary_types=1", "decoder_features=8"])
 loaded = load_network(run)
 assert loaded.network.config.routing == "toy"
 anatomy = dissect(loaded.network, jnp.ones((28, 28, 1)))

@@ -1,5 +1,7 @@
 """A small network and a small part of the embedded digits, so that a run takes seconds."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -20,6 +22,7 @@ def digits() -> Dataset:
 
 @pytest.fixture(scope="session")
 def tiny() -> CapsNetConfig:
+    """Without a decoder, which with the run's picture is a third of what a run compiles."""
     return CapsNetConfig(
         conv_features=8,
         conv_strides=3,
@@ -27,5 +30,10 @@ def tiny() -> CapsNetConfig:
         primary_features=4,
         primary_kernel=3,
         class_features=4,
-        decoder_features=(16,),
+        decoder_features=(),
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_with_decoder(tiny) -> CapsNetConfig:
+    return dataclasses.replace(tiny, decoder_features=(16,))

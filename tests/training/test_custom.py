@@ -288,6 +288,6 @@ def test_a_step_on_numbers_has_no_error(brightness, tmp_path, regression):
         setup.apply, optax.sgd(0.1), lambda p, t, _: ((p.scores - t) ** 2).sum(1)
     )
     state = setup.initial._replace(opt_state=optax.sgd(0.1).init(setup.initial.params))
-    _, metrics = step(state, sample)
+    _, metrics = jax.jit(step)(state, sample)
     assert np.isnan(metrics.error)
     assert np.isfinite(metrics.loss)

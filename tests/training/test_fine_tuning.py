@@ -38,14 +38,14 @@ def params(run_dir, dataset):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory, digits, tiny):
+def source(tmp_path_factory, digits, tiny_with_decoder):
     """A run as training leaves it, with random parameters."""
     directory = RunDirectory(tmp_path_factory.mktemp("source") / "run")
     directory.create()
     config = options(directory.path, validation=0)
-    stored = RunConfig(config, tiny, DataDescription.of(digits), given=True)
+    stored = RunConfig(config, tiny_with_decoder, DataDescription.of(digits), given=True)
     directory.write_config(stored)
-    _, variables = split_network(build(tiny, rngs=nnx.Rngs(7)))
+    _, variables = split_network(build(tiny_with_decoder, rngs=nnx.Rngs(7)))
     checkpoints = Checkpoints(directory.checkpoints, run=stored.shaping())
     checkpoints.save(init_state(variables, make_optimizer(config, 2)), 2, None)
     checkpoints.finish()
@@ -54,13 +54,13 @@ def source(tmp_path_factory, digits, tiny):
 
 
 def test_a_network_for_other_classes_begins_with_the_layers_of_another(
-    source, tmp_path, digits, tiny, capsys
+    source, tmp_path, digits, tiny_with_decoder, capsys
 ):
     few = [
         Split(s.images[s.labels < 3], s.labels[s.labels < 3]) for s in (digits.train, digits.test)
     ]
     dataset = Dataset("three", *few, ("a", "b", "c"))
-    model = dataclasses.replace(tiny, num_classes=3)
+    model = dataclasses.replace(tiny_with_decoder, num_classes=3)
     copy = tmp_path / "source"
     shutil.copytree(source[0], copy)
     config = options(tmp_path / "run", init_from=copy, freeze=("conv", "primary"), validation=9)
@@ -78,13 +78,14 @@ def test_a_network_for_other_classes_begins_with_the_layers_of_another(
     assert train(longer, dataset=dataset).first_step == 2
 
 
-def test_several_seeds_start_from_the_same_network(source, tmp_path, digits, tiny):
+def test_several_seeds_start_from_the_same_network(source, tmp_path, digits, tiny_with_decoder):
     configs = [
         options(tmp_path / str(seed), init_from=source[0], freeze=("conv",), seed=seed, steps=1)
         for seed in range(2)
     ]
-    train_seeds(configs, model=tiny, dataset=digits)
+    train_seeds(configs, model=tiny_with_decoder, dataset=digits)
     for config in configs:
+        assert (config.run_dir / "reconstructions.png").exists()
         found = params(config.run_dir, digits)["conv"]
         jax.tree.map(np.testing.assert_array_equal, found, source[1].params["conv"])
 
@@ -98,10 +99,12 @@ def test_several_seeds_start_from_the_same_network(source, tmp_path, digits, tin
         ({"freeze": ("konv",)}, "--freeze must name parts of the network, classes, conv, decoder"),
     ],
 )
-def test_what_a_network_cannot_start_from(source, tmp_path, digits, tiny, others, match):
+def test_what_a_network_cannot_start_from(
+    source, tmp_path, digits, tiny_with_decoder, others, match
+):
     config = options(tmp_path / "run", **{"init_from": source[0], **others})
     with pytest.raises((ConfigError, Exception), match=match):
-        train(config, model=tiny, dataset=digits)
+        train(config, model=tiny_with_decoder, dataset=digits)
     assert not config.run_dir.exists()
 
 

@@ -59,10 +59,10 @@ def assert_same_bits(a, b):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, digits, tiny):
+def finished(tmp_path_factory, digits, tiny_with_decoder):
     """A whole run on eight devices: 160 training images, ten steps an epoch."""
     tmp_path = tmp_path_factory.mktemp("finished")
-    result = train(config(tmp_path, tensorboard=True), model=tiny, dataset=digits)
+    result = train(config(tmp_path, tensorboard=True), model=tiny_with_decoder, dataset=digits)
     return tmp_path / "run", result
 
 
@@ -169,18 +169,20 @@ def test_the_step_is_compiled_once_in_a_run(tmp_path, digits, tiny, caplog):
     assert len(compiled) == 1
 
 
-@pytest.mark.parametrize("driver", ["jit", "pmap"])
-def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path, digits, tiny, driver):
-    whole = config(tmp_path, run_dir=tmp_path / "whole", driver=driver)
-    train(whole, model=tiny, dataset=digits)
+@pytest.mark.parametrize(("driver", "stop", "steps"), [("jit", 5, 8), ("pmap", 9, 23)])
+def test_a_resumed_run_repeats_an_uninterrupted_one(request, tmp_path, digits, driver, stop, steps):
+    if driver == "jit":
+        whole, model = request.getfixturevalue("eight_steps").run_dir, "tiny"
+    else:
+        whole, model = request.getfixturevalue("finished")[0], "tiny_with_decoder"
     # Stopped in the middle of an epoch, between two records, and resumed with other calls.
-    parts = config(tmp_path, driver=driver, steps=9, steps_per_dispatch=2)
-    train(parts, model=tiny, dataset=digits)
-    train(dataclasses.replace(parts, steps=23, resume=True, steps_per_dispatch=5), dataset=digits)
-    (step, expected), (resumed_step, resumed) = (
-        parameters(path) for path in (whole.run_dir, parts.run_dir)
+    parts = config(tmp_path, driver=driver, steps=stop, steps_per_dispatch=2)
+    train(parts, model=request.getfixturevalue(model), dataset=digits)
+    train(
+        dataclasses.replace(parts, steps=steps, resume=True, steps_per_dispatch=5), dataset=digits
     )
-    assert step == resumed_step == 23
+    (step, expected), (resumed_step, resumed) = map(parameters, (whole, parts.run_dir))
+    assert step == resumed_step == steps
     assert_same_bits(expected, resumed)
 
 
@@ -374,13 +376,13 @@ def test_images_that_the_network_does_not_take_are_named(finished, digits, monke
         evaluate(EvaluateConfig(run_dir=run, batch_size=16))
 
 
-def test_the_result_does_not_wait_for_the_picture(tmp_path, digits, tiny, monkeypatch):
+def test_the_result_does_not_wait_for_the_picture(tmp_path, digits, tiny_with_decoder, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("capsjax.training.run.draw_reconstructions", fail)
     with pytest.raises(OSError, match="No space"):
-        train(config(tmp_path, steps=1, driver="jit"), model=tiny, dataset=digits)
+        train(config(tmp_path, steps=1, driver="jit"), model=tiny_with_decoder, dataset=digits)
     assert (tmp_path / "run" / "result.json").exists()
 
 
@@ -394,7 +396,6 @@ def test_pictures_of_any_number_of_channels(channels):
     np.testing.assert_array_equal(found, np.broadcast_to(np.round(255 * shown[0]), (2, 3, 3)))
 
 
-def test_a_network_without_a_decoder_draws_nothing(tmp_path, digits, tiny):
-    bare = dataclasses.replace(tiny, decoder_features=())
-    train(config(tmp_path, steps=2, driver="jit"), model=bare, dataset=digits)
-    assert not (tmp_path / "run" / "reconstructions.png").exists()
+def test_a_network_without_a_decoder_draws_nothing(eight_steps):
+    assert (eight_steps.run_dir / "result.json").exists()
+    assert not (eight_steps.run_dir / "reconstructions.png").exists()

@@ -46,22 +46,17 @@ def made(digits, task):
 
 
 def options(tmp_path, **others):
-    return TrainConfig(
-        run_dir=tmp_path / "run",
-        batch_size=16,
-        steps=4,
-        validation=20,
-        tensorboard=False,
-        **others,
-    )
+    defaults = {"batch_size": 16, "steps": 4, "validation": 20, "tensorboard": False}
+    return TrainConfig(run_dir=tmp_path / "run", **{**defaults, **others})
 
 
 @pytest.fixture(scope="module")
-def pairs_run(tmp_path_factory, digits, tiny):
+def pairs_run(tmp_path_factory, digits, tiny_with_decoder):
     folder = tmp_path_factory.mktemp("pairs")
     dataset = made(digits, Pairs())
-    model = dataclasses.replace(tiny, image_shape=dataset.image_shape)
-    return folder / "run", train(options(folder, test_size=250), model=model, dataset=dataset)
+    model = dataclasses.replace(tiny_with_decoder, image_shape=dataset.image_shape)
+    config = options(folder, test_size=250, validation=0)
+    return folder / "run", train(config, model=model, dataset=dataset)
 
 
 def test_a_network_is_trained_and_tested_on_pairs(pairs_run):
@@ -76,14 +71,17 @@ def test_a_network_is_trained_and_tested_on_pairs(pairs_run):
     assert (width, height) == (2 + 16 * 38, 2 + 3 * 38)
 
 
-def test_the_drivers_agree_on_pairs(pairs_run, tmp_path, digits, tiny):
+@pytest.mark.parametrize("driver", ["shard", pytest.param("jit", marks=pytest.mark.slow)])
+def test_the_drivers_agree_on_pairs(
+    pairs_run, tmp_path, digits, tiny_with_decoder, driver, monkeypatch
+):
+    monkeypatch.setattr("capsjax.training.run.draw_reconstructions", lambda *_: None)
     dataset = made(digits, Pairs())
-    model = dataclasses.replace(tiny, image_shape=dataset.image_shape)
-    for driver in ("jit", "shard"):
-        config = options(tmp_path / driver, driver=driver, test_size=250)
-        result = train(config, model=model, dataset=dataset)
-        assert abs(result.test.wrong - pairs_run[1].test.wrong) <= 2
-        np.testing.assert_allclose(result.test.loss, pairs_run[1].test.loss, rtol=1e-3)
+    model = dataclasses.replace(tiny_with_decoder, image_shape=dataset.image_shape)
+    config = options(tmp_path, driver=driver, test_size=250, validation=0)
+    result = train(config, model=model, dataset=dataset)
+    assert abs(result.test.wrong - pairs_run[1].test.wrong) <= 2
+    np.testing.assert_allclose(result.test.loss, pairs_run[1].test.loss, rtol=1e-3)
 
 
 @pytest.mark.parametrize("task", [Placed(32), Distorted(32)], ids=["placed", "distorted"])
@@ -95,23 +93,25 @@ def test_a_network_is_trained_and_tested_on_a_larger_canvas(tmp_path, digits, ti
     assert np.isfinite(result.test.loss)
 
 
-def test_a_network_is_trained_on_any_number_of_classes(tmp_path, digits, tiny):
+def test_a_network_is_trained_on_any_number_of_classes(tmp_path, digits, tiny_with_decoder):
     both = [
         Split(images, (labels[:, None] == np.arange(10)) | (np.arange(10) == 3))
         for images, labels in (digits.train, digits.test)
     ]
     dataset = Dataset("made", *both, digits.class_names)
     config = options(tmp_path)
-    setup = set_up([config], tiny, dataset)
+    setup = set_up([config], tiny_with_decoder, dataset)
     sample = setup.sampler.test(as_batch(dataset.test), np.arange(4))
     step = make_train_step(setup.apply, make_optimizer(config, 4), paper_loss)
     _, metrics = jax.eval_shape(step, setup.initial, sample)
     assert metrics.error.shape == ()
     variables, path = setup.initial.variables, tmp_path / "picture.png"
-    draw_reconstructions(setup.apply, variables, tiny, setup.sampler, dataset.test, path)
+    draw_reconstructions(
+        setup.apply, variables, tiny_with_decoder, setup.sampler, dataset.test, path
+    )
     assert path.exists()
     with pytest.raises(ConfigError, match="--loss must be for several classes in an image, got"):
-        set_up([dataclasses.replace(config, loss="spread")], tiny, dataset)
+        set_up([dataclasses.replace(config, loss="spread")], tiny_with_decoder, dataset)
 
 
 def test_validation_images_are_in_no_pair_of_training(digits):
