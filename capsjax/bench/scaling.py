@@ -27,8 +27,9 @@ class Chip(NamedTuple):
     """Published figures of a generation of TPUs.
 
     Attributes:
-      hertz: clock that cycles are counted in. It is the published peak in bfloat16 divided by the
-        operations of a cycle of all matrix units.
+      hertz: clock that cycles are counted in: the published peak in bfloat16, divided by the
+        operations that the compiler counts with for a cycle, twice 128 x 128 for 4 (v5e), 8 (v4,
+        v5p) or 16 (v6e) matrix units.
       link_bytes_per_second: of one link of the interconnect in one direction.
     """
 
@@ -113,11 +114,11 @@ class Scaling:
 
 
 def all_reduce_seconds(chip: Chip, shape: Sequence[int], size: float) -> float:
-    """Estimates the time of an all-reduce of `size` bytes over a torus or mesh of chips.
+    """Estimates the least time of an all-reduce of `size` bytes over a torus or mesh of chips.
 
-    A chip sends and receives ``2 (n - 1) / n`` times the bytes, over all axes at once: by two links
-    along an axis that is a ring, by one along an axis that is a line, where the chips at its ends
-    have one. Each hop adds 1 us.
+    A chip sends and receives ``2 (n - 1) / n`` times the bytes, over all its links at once: two
+    along an axis that is a ring, one along an axis that is a line, as the chips at its ends have
+    one. Each hop adds 1 us.
 
     Args:
       chip: its links.
