@@ -177,7 +177,7 @@ def estimate_scaling(rows: Iterable[Row]) -> list[Scaling]:
     next larger number: the programs differ in their all-reduce alone.
 
     Args:
-      rows: of any workloads.
+      rows: of any workloads; TPUs other than v4, v5e, v5p and v6e have no estimate.
 
     Returns:
       For each pod and program, weak scaling with a batch of 128 on each chip, or the largest there

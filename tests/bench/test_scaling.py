@@ -4,13 +4,25 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from capsjax.bench import Collective, Cycles, Program, Row, append_rows, parse_target, suite_cells
+from capsjax.bench import (
+    Collective,
+    Cycles,
+    Program,
+    Row,
+    append_rows,
+    parse_target,
+    read_rows,
+    suite_cells,
+)
 from capsjax.bench.results import estimates
 from capsjax.bench.scaling import CHIPS, all_reduce_seconds, batches, estimate_scaling
 from capsjax.cli import main
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize(
@@ -120,6 +132,20 @@ def test_the_suite_prints_records_and_reports(tmp_path, monkeypatch, capsys):
     assert "<td>599,532</td>" in page
     assert "These are estimates: nothing was run." in out
     assert "These are estimates: nothing was run." in page
+
+
+def test_the_guide_has_the_recorded_figures():
+    guide = (DOCS / "guides" / "benchmarking-xla.md").read_text()
+    rows = read_rows(DOCS / "results" / "epyc-2-cores" / "pod.jsonl")
+    for scaling in estimate_scaling(rows):
+        for step in scaling.steps:
+            cells = (scaling.generation, scaling.kind, *estimates.cells(scaling, step))
+            assert f"| {' | '.join(cells)} |" in guide
+    for row in rows:
+        assert row.hlo.collectives["all-reduce"].executions == 1
+        memory = (row.memory.arguments, row.memory.temporaries, row.hlo.cycles.total)
+        cells = (f"{row.parameters['batch']:,}", *(f"{size / 1e6:.3f}" for size in memory))
+        assert f"| {row.target} | {row.processes} | {' | '.join(cells)} |" in guide
 
 
 # A mapped step over eight absent chips: the gradients of two arrays, averaged.

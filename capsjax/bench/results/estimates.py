@@ -40,7 +40,7 @@ def verdict(scaling: Scaling) -> str:
     step = scaling.limit
     if step is None:
         step = scaling.steps[-1]
-        start = f"Adding chips pays up to {step.chips}, the most there are"
+        start = f"Adding chips pays up to {step.chips}, the largest size here"
     else:
         start = f"Adding chips stops paying at {step.chips}, the first below {PAYS:.0%}"
     causes = {cause: max(seconds, 0.0) for cause, seconds in scaling.causes(step).items()}
@@ -57,10 +57,10 @@ def assumptions(scalings: Sequence[Scaling]) -> str:
         f"{name} {CHIPS[name].link_bytes_per_second / 1e9:g} GB/s" for name in generations
     )
     return (
-        "These are estimates: nothing was run. Compute is the compiler's cycles for one chip, in"
-        " which copies' starts and communication do not count, by the clock"
-        f" ({clocks}). The all-reduce takes 2 (n - 1) / n of its bytes over all links of the"
-        f" torus, each way ({links}), and 1 us for each hop; nothing hides it. The examples are on"
-        " the chips, and many steps are one call: the hosts take no time. Efficiency is examples/s"
-        " and chip, relative to the smallest number of chips."
+        "These are estimates: nothing was run. Compute time is the compiler's cycles for one chip"
+        f" at its clock ({clocks}); starts of copies and communication are not among them. An"
+        " all-reduce moves 2 (n - 1) / n times its bytes over all links of a chip at once"
+        f" ({links} for each link and direction), takes 1 us more for each hop, and overlaps with"
+        " nothing. Many steps are one call on data in the chips' memory: hosts take no time."
+        " Efficiency is examples/s per chip, relative to the fewest chips."
     )
