@@ -19,6 +19,7 @@ from capsjax.bench.results.rows import (
     append_rows,
     read_rows,
 )
+from capsjax.bench.scaling import Scaling, ScalingStep, estimate_scaling
 from capsjax.bench.sizes import CAPSULE_SIZES, CapsuleSizes
 from capsjax.bench.targets import Target, libtpu_lock, parse_target
 from capsjax.bench.workloads import WORKLOADS, make_workload
@@ -45,11 +46,14 @@ __all__ = [
     "Ratio",
     "Row",
     "Run",
+    "Scaling",
+    "ScalingStep",
     "Target",
     "Times",
     "alternate",
     "append_rows",
     "compare_rows",
+    "estimate_scaling",
     "libtpu_lock",
     "make_workload",
     "parse_target",

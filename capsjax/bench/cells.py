@@ -8,12 +8,14 @@ from typing import Any
 
 from capsjax import routing
 from capsjax.bench.config import Suite
-from capsjax.bench.targets import parse_target
+from capsjax.bench.scaling import batches
+from capsjax.bench.targets import Target, parse_target
 from capsjax.bench.workloads import make_workload
 
 Entry = tuple[str, Mapping[str, Any]]
 _LOOPS = ("fori_loop", "scan", "unrolled")
 _DIRECTIONS = ("forward", "gradient")
+_PODS = ("v5e-256", "v6e-256", "v5p-128")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ def suite_cells(suite: Suite, targets: Sequence[str], flags: Sequence[str] = ())
 
     Args:
       suite: ``quick``, ``routing``, ``hotos``, ``train`` or ``pod``.
-      targets: names; if empty, the CPU, or ``v5e-256`` for ``pod``.
+      targets: names; if empty, the CPU, or for ``pod`` v5e-256, v6e-256 and v5p-128.
       flags: sets of XLA flags to sweep, each a string; empty for none.
 
     Raises:
@@ -59,13 +61,11 @@ def suite_cells(suite: Suite, targets: Sequence[str], flags: Sequence[str] = ())
     Example:
       >>> from capsjax.bench import suite_cells
       >>> suite_cells("pod", [])[0].key
-      'pmap_train_step preset=paper @ v5e-256'
+      'pmap_train_step preset=paper dtype=bfloat16 batch=128 @ v5e-256'
     """
     cells = []
-    for target in targets or (["v5e-256"] if suite == "pod" else ["cpu"]):
-        # Which of the two layouts of blocks is meant for the platform.
-        blocks = "blocked" if parse_target(target).platform == "cpu" else "lanes"
-        cells += make_cells(_SUITES[suite](blocks), [target], flags)
+    for name in targets or (_PODS if suite == "pod" else ("cpu",)):
+        cells += make_cells(_SUITES[suite](parse_target(name)), [name], flags)
     return cells
 
 
@@ -121,13 +121,18 @@ def sweep(workload: str, settings: Mapping[str, Sequence[Any]]) -> list[Entry]:
     return [(workload, dict(zip(settings, each, strict=True))) for each in values]
 
 
-def _quick(blocks: str) -> list[Entry]:
+def _blocks(target: Target) -> str:
+    """Which of the two layouts of blocks is meant for the platform."""
+    return "blocked" if target.platform == "cpu" else "lanes"
+
+
+def _quick(target: Target) -> list[Entry]:
     return [
         ("squash", {}),
         ("routing", {"iterations": 1}),
         *sweep("routing", {"loop": _LOOPS}),
         ("routing", {"direction": "gradient"}),
-        *sweep("routing", {"implementation": [blocks], "direction": _DIRECTIONS}),
+        *sweep("routing", {"implementation": [_blocks(target)], "direction": _DIRECTIONS}),
         ("routing", {"algorithm": "em"}),
         *sweep("hotos", {"formulation": ["einsum", "patches", "conv"]}),
         ("hotos_gcc", {}),
@@ -137,8 +142,8 @@ def _quick(blocks: str) -> list[Entry]:
     ]
 
 
-def _routing(blocks: str) -> list[Entry]:
-    iterations, both = [1, 3, 5, 10], {"direction": _DIRECTIONS}
+def _routing(target: Target) -> list[Entry]:
+    blocks, iterations, both = _blocks(target), [1, 3, 5, 10], {"direction": _DIRECTIONS}
     records = [routing.algorithm(name) for name in routing.algorithms() if name != "dynamic"]
     looped = [record.name for record in records if record.passes]
     others = [record.name for record in records if not record.passes]
@@ -160,8 +165,8 @@ def _routing(blocks: str) -> list[Entry]:
     ]
 
 
-def _hotos(blocks: str) -> list[Entry]:
-    del blocks
+def _hotos(target: Target) -> list[Entry]:
+    del target
     formulations = ["einsum", "patches", "conv", "shifts"]
     return [
         *sweep("hotos", {"formulation": formulations, "direction": _DIRECTIONS}),
@@ -169,8 +174,8 @@ def _hotos(blocks: str) -> list[Entry]:
     ]
 
 
-def _train(blocks: str) -> list[Entry]:
-    implementations = {"implementation": ["reference", blocks]}
+def _train(target: Target) -> list[Entry]:
+    implementations = {"implementation": ["reference", _blocks(target)]}
     return [
         *sweep("forward", {"preset": ["small", "paper", "efficient_capsnet"]}),
         *sweep("train_step", {"preset": ["small"], **implementations}),
@@ -180,9 +185,10 @@ def _train(blocks: str) -> list[Entry]:
     ]
 
 
-def _pod(blocks: str) -> list[Entry]:
-    del blocks
-    return [("pmap_train_step", {"preset": "paper"})]
+def _pod(target: Target) -> list[Entry]:
+    """One program for each batch per chip; smaller slices than the pod run the same ones."""
+    parameters = {"preset": "paper", "dtype": "bfloat16"}
+    return [("pmap_train_step", {**parameters, "batch": batch}) for batch in batches(target)]
 
 
 _SUITES = {"quick": _quick, "routing": _routing, "hotos": _hotos, "train": _train, "pod": _pod}

@@ -12,6 +12,7 @@ from capsjax.bench.processes.runner import Plan, check_targets, remaining, run_c
 from capsjax.bench.results.comparison import COUNTS, TIMES, compare_rows
 from capsjax.bench.results.page import write_report
 from capsjax.bench.results.rows import Row, read_rows
+from capsjax.bench.scaling import Scaling, estimate_scaling
 from capsjax.bench.workloads import choices, import_function
 from capsjax.errors import ConfigError
 
@@ -49,6 +50,7 @@ def run_benchmark(config: BenchConfig) -> int:
         raise
     print(f"rows: {plan.output}")
     rows = read_rows(plan.output)
+    _print_scaling(estimate_scaling(rows))
     if config.report and rows:
         _report(rows, plan.output)
     if count := sum(row.status != "ok" for row in rows):
@@ -149,6 +151,17 @@ def _setting(text: str) -> tuple[str, list[str]]:
     if not equals or not values:
         raise ConfigError(f"--set must be like iterations=1,3, got {text!r}")
     return name.strip(), [value for value in values.split(",") if value]
+
+
+def _print_scaling(scalings: list[Scaling]) -> None:
+    from capsjax.bench.results import estimates
+    from capsjax.bench.results.table import console, scaling_table
+
+    for scaling in scalings:
+        console().print(scaling_table(scaling))
+        console().print(estimates.verdict(scaling), "\n")
+    if scalings:
+        console().print(estimates.assumptions(scalings), "\n")
 
 
 def _page(output: Path) -> Path:

@@ -16,8 +16,8 @@ class BenchConfig:
     """Benchmark XLA compilation: stages, instructions, memory, cost and run time of programs.
 
     Without a workload a suite is measured: quick (under 2 minutes on 2 cores), routing, hotos,
-    train, or pod (minutes, needs libtpu). Rows go to a file of JSON lines, and an HTML report
-    beside it. Compare two files with: capsjax bench compare OLD NEW
+    train, or pod (needs libtpu: three absent pods, with estimates of scaling). Rows go to a file of
+    JSON lines, and an HTML report beside it. Compare two files with: capsjax bench compare OLD NEW
 
     Exit code 1 if a cell failed, except where the target has no such implementation, or if none
     succeeded.
@@ -28,7 +28,7 @@ class BenchConfig:
 
     target: tuple[str, ...] = ()
     """What to compile for: cpu, cpu:8, gpu, tpu, or an absent TPU such as v5e-256, v5p-128 or
-    v6e-8. If not given, the CPU, or v5e-256 for the suite pod."""
+    v6e-8. If not given, the CPU, or v5e-256, v6e-256 and v5p-128 for the suite pod."""
 
     workload: str | None = None
     """One workload instead of a suite: squash, routing, stack, hotos, hotos_gcc, forward,

@@ -85,6 +85,31 @@ class Target:
         return self.topology is not None
 
     @property
+    def generation(self) -> str:
+        """Of an absent TPU, such as ``"v5e"``; empty for devices of this machine."""
+        return (self.topology or "").partition(":")[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Chips along each axis of an absent TPU; empty for devices of this machine."""
+        sizes = (self.topology or "").partition(":")[2]
+        return tuple(int(size) for size in sizes.split("x") if size)
+
+    @property
+    def chips(self) -> int:
+        """Number of chips of an absent TPU; 1 for devices of this machine."""
+        return math.prod(self.shape)
+
+    def resized(self, chips: int) -> "Target":
+        """Returns a slice of the same generation of absent TPUs, with so many chips.
+
+        Raises:
+          ConfigError: there is no such slice.
+        """
+        number = chips * _GENERATIONS[self.generation].cores_per_chip
+        return parse_target(f"{self.generation}-{number}")
+
+    @property
     def environment(self) -> dict[str, str]:
         """Variables that have to be set before jax is imported, without XLA flags."""
         if self.is_absent:
@@ -105,7 +130,7 @@ class Target:
           ConfigError: this machine cannot serve the target.
         """
         if self.topology is not None:
-            return _absent_devices(self.name, self.topology)
+            return _absent_devices(self, self.topology)
         try:
             found = jax.devices(self.platform)
         except RuntimeError:
@@ -227,7 +252,8 @@ def _near(family: str) -> str:
     return ", ".join(f"{family}-{n * generation.cores_per_chip}" for n in fitting)
 
 
-def _absent_devices(name: str, topology: str) -> tuple[jax.Device, ...]:
+def _absent_devices(target: Target, topology: str) -> tuple[jax.Device, ...]:
+    name = target.name
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             f"target {name!r} needs the TPU compiler, which comes with: {how_to_install('tpu')}"
@@ -235,14 +261,12 @@ def _absent_devices(name: str, topology: str) -> tuple[jax.Device, ...]:
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    family, _, shape = topology.partition(":")
-    sizes = [int(size) for size in shape.split("x")]
-    host = [1, 1, 1] if math.prod(sizes) == 1 else [2, 2, 1]
+    host = [1, 1, 1] if target.chips == 1 else [2, 2, 1]
     try:
         described = topologies.get_topology_desc(
             platform="tpu",
             topology_name=topology,
-            chip_config_name=_GENERATIONS[family].config,
+            chip_config_name=_GENERATIONS[target.generation].config,
             chips_per_host_bounds=host,
         )
     except jax.errors.JaxRuntimeError as error:

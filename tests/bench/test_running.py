@@ -332,7 +332,8 @@ def test_stopped_half_way_nothing_is_left_behind(
 
 def test_suites_and_options_that_do_not_go_together():
     assert {cell.target for cell in suite_cells("quick", [])} == {"cpu", "cpu:8"}
-    assert suite_cells("pod", [])[0].key == "pmap_train_step preset=paper @ v5e-256"
+    first = "pmap_train_step preset=paper dtype=bfloat16 batch=128 @ v5e-256"
+    assert suite_cells("pod", [])[0].key == first
     flags = suite_cells("hotos", ["cpu"], ["", "--xla_cpu_enable_fast_math=true"])
     assert len({cell.key for cell in flags}) == len(flags)
     for options, message in (

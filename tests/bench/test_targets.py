@@ -32,6 +32,15 @@ def test_names_that_people_use(name, topology):
     assert target.environment["JAX_PLATFORMS"] == "cpu"
 
 
+def test_slices_of_a_pod():
+    pod = parse_target("v5p-128")
+    assert (pod.generation, pod.shape, pod.chips) == ("v5p", (4, 4, 4), 64)
+    assert (pod.resized(8).name, pod.resized(8).shape) == ("v5p-16", (2, 2, 2))
+    with pytest.raises(ConfigError, match="a v5p does not come as 'v5p-6'"):
+        pod.resized(3)
+    assert (parse_target("cpu:8").shape, parse_target("cpu:8").chips) == ((), 1)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -66,6 +66,7 @@ class Measurement:
       wall_seconds: from the start of the process to its end, seen from outside.
       environment: of the process, see :class:`capsjax.bench.Environment`.
       devices: number of devices that the program runs on.
+      processes: number of processes that these devices belong to.
       device_kind: such as ``"TPU v5 lite"``.
       cache: hits while compiling cold and warm, and the number of entries.
       command: of another compiler.
@@ -82,6 +83,7 @@ class Measurement:
     wall_seconds: float = 0.0
     environment: dict[str, Any] | None = None
     devices: int | None = None
+    processes: int | None = None
     device_kind: str | None = None
     cache: dict[str, int] | None = None
     command: str | None = None
@@ -178,6 +180,7 @@ def _prepare(
         built = make_workload(cell.workload, dict(cell.parameters)).build(devices)
     if isinstance(built, Peer):
         return _Program(found, _compile_peer(built, found, clock), pause=_PAUSE)
+    found.processes = len({each.process_index for each in devices[: built.devices]})
     lowered, compiled = _compile(built, target, request.cache, found, clock)
     if request.analyse:
         with clock.stage("analyse", found):

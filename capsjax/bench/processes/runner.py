@@ -263,6 +263,7 @@ def _row(
         stages={n: tuple(e.stages[n] for e in whole if n in e.stages) for n in names},
         wall_seconds=tuple(each.wall_seconds for each in whole),
         devices=first.devices,
+        processes=first.processes,
         device_kind=first.device_kind,
         cache=first.cache,
         command=first.command,

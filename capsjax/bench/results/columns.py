@@ -51,6 +51,10 @@ def _collectives(row: Row) -> str:
     )
 
 
+def _arguments(row: Row) -> str:
+    return _number(row.memory.arguments, 1e-6, 2) if row.memory else ""
+
+
 def _cycles(row: Row) -> str:
     """With a plus where instructions have no estimate."""
     cycles = cycles_of(row)
@@ -73,6 +77,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "loop trips": _loops,
     "GFLOP": _count("flops", 1e-9, 3),
     "GB": _count("bytes", 1e-9, 3),
+    "args MB": _arguments,
     "MB": _count("temporaries", 1e-6, 2),
     "MB ratio": lambda row: _number(row.alternation.temporaries, 1, 3) if row.alternation else "",
     "collectives": _collectives,
@@ -81,7 +86,8 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 NOTE = (
     "Stages in seconds: compiling is cold, loading is from the persistent cache; another compiler's"
     " is all of its compilation. Ratios are to the first cell of a group that ran in alternation,"
-    " run times within each round. GFLOP, GB moved, MB of temporary memory and Mcycles are those of"
-    " one device, loops counted in full; Mcycles are the TPU compiler's estimate, with a plus where"
-    " custom calls, copies or collectives have none."
+    " run times within each round. GFLOP, GB moved, MB of arguments (args MB) and of temporary"
+    " memory (MB), bytes of collectives and Mcycles are those of one device, loops in full; Mcycles"
+    " are the TPU compiler's estimate, with a plus where custom calls, copies or collectives have"
+    " none."
 )

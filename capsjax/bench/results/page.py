@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from capsjax.bench.results import estimates
 from capsjax.bench.results.columns import COLUMNS, NOTE, cycles_of
 from capsjax.bench.results.rows import Row
+from capsjax.bench.scaling import estimate_scaling
 from capsjax.bench.workloads import WORKLOADS
 from capsjax.errors import ConfigError, how_to_install
 from capsjax.files import write_text
@@ -53,6 +55,7 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
             config={"responsive": True, "displaylogo": False},
         )
         figures.append({"heading": heading, "note": note, "markup": markup})
+    scalings = estimate_scaling(rows)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -68,6 +71,16 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
         note=NOTE,
         columns=list(COLUMNS),
         rows=[_table_row(row) for row in rows],
+        scalings=[
+            {
+                "title": estimates.title(each),
+                "rows": [estimates.cells(each, step) for step in each.steps],
+                "verdict": estimates.verdict(each),
+            }
+            for each in scalings
+        ],
+        headings=estimates.HEADINGS,
+        assumptions=estimates.assumptions(scalings) if scalings else "",
         environments=_environments(rows),
         contributors=_contributors(rows),
     )

@@ -118,6 +118,7 @@ class Row:
       stages: seconds of each process by stage.
       wall_seconds: of each process.
       devices: number of devices that the program runs on.
+      processes: number of processes that these devices belong to.
       device_kind: such as ``"TPU v5 lite"``.
       cache: hits of the persistent cache while compiling, cold and warm.
       command: of a compiler other than XLA.
@@ -142,6 +143,7 @@ class Row:
     stages: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     wall_seconds: tuple[float, ...] = ()
     devices: int | None = None
+    processes: int | None = None
     device_kind: str | None = None
     cache: dict[str, int] | None = None
     command: str | None = None

@@ -4,17 +4,22 @@ import math
 import sys
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from capsjax.bench.results import estimates
 from capsjax.bench.results.columns import COLUMNS
 from capsjax.bench.results.comparison import TIMES, Comparison, Ratio
 from capsjax.bench.results.rows import Row
+from capsjax.bench.scaling import Scaling
 
 _STAGED = ("trace", "lower", "compile", "load", "run ms", "instr.", "MB", "Mcycles")
+# Of programs for several absent devices.
+_PLANNED = ("compile", "args MB", "MB", "Mcycles", "collectives")
 _COMPARED = (
     "compile",
     "run ms",
@@ -89,19 +94,40 @@ class Display:
 
 def rows_table(rows: Sequence[Row]) -> Table:
     """A table of rows: medians over the repetitions."""
-    names = list(_COMPARED if any(row.alternation for row in rows) else _STAGED)
+    names = list(_STAGED)
+    if any(row.alternation for row in rows):
+        names = list(_COMPARED)
+    elif any(COLUMNS["collectives"](row) for row in rows) and not any(row.run for row in rows):
+        names = list(_PLANNED)
     # Nothing runs on absent targets, and only their compilers estimate cycles.
     names = [name for name in names if any(COLUMNS[name](row) for row in rows)]
     table = Table()
     table.add_column("seconds unless stated", overflow="fold")
     for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=name != "collectives")
     for row in rows:
         if row.error:
             reason = escape(f"{row.error.stage}: {row.error.message}")
             table.add_row(f"{escape(row.cell)}\n[red]{reason}[/red]")
         else:
             table.add_row(escape(row.cell), *(COLUMNS[name](row) for name in names))
+    return table
+
+
+def scaling_table(scaling: Scaling) -> Table:
+    """A table of estimated scaling."""
+    table = Table(
+        title=escape(estimates.title(scaling)),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+        show_edge=False,
+    )
+    for heading in estimates.HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for step in scaling.steps:
+        table.add_row(*estimates.cells(scaling, step))
     return table
 
 

@@ -137,8 +137,11 @@ def _compiled_step(workload: _Network, driver: str, devices: Sequence[jax.Device
     def make_arguments() -> tuple[Any, ...]:
         _, variables = training.split_network(models.build(config, rngs=nnx.Rngs(0)))
         state = training.init_state(variables, optimizer)
-        examples = Batch(*_make_batch(batch_size, config))
-        return *bound, state, examples, jnp.arange(batch_size), jax.random.key(0)
+        # No more than a device needs: the layout of the data set is converted once in a call of
+        # many steps, but here would be in each.
+        examples = Batch(*_make_batch(workload.batch, config))
+        order = jnp.arange(batch_size) % workload.batch
+        return *bound, state, examples, order, jax.random.key(0)
 
     arguments = jax.eval_shape(make_arguments)
     if len(devices) == 1:
