@@ -22,7 +22,7 @@ from capsjax.data.image_files import (
     widened,
 )
 from capsjax.data.stored import a_tenth_of_each_class
-from capsjax.data.stored_folder import stored_split
+from capsjax.data.stored_folder import stored_splits
 from capsjax.errors import DataError
 
 _SPLITS = ("train", "test")
@@ -87,9 +87,9 @@ def load_image_folder(
             files = _hold_out(files["train"], root)
         if in_memory is not None:
             size = None if image_size is None else (image_size, image_size)
-            stored, held = (stored_split(root, files[x], size, channels) for x in _SPLITS)
-            if not in_memory(stored.images.nbytes + held.images.nbytes):
-                return Dataset("image_folder", stored, held, classes)
+            splits = stored_splits(root, [files[split] for split in _SPLITS], size, channels)
+            if not in_memory(sum(split.images.nbytes for split in splits)):
+                return Dataset("image_folder", splits[0], splits[1], classes)
         read = _Reader(image_size, channels)
         train, test = (read.split(files[split]) for split in _SPLITS)
         for label, name in enumerate(classes):

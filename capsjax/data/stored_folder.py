@@ -66,29 +66,32 @@ class _Folder:
             yield widened(image, self.dtype)
 
 
-def stored_split(
+def stored_splits(
     root: Path,
-    files: Sequence[tuple[Path, int]],
+    splits: Sequence[Sequence[tuple[Path, int]]],
     size: tuple[int, int] | None,
     channels: int | None,
-) -> StoredSplit:
-    """Returns the images of a split without reading more than the first that can be read.
+) -> list[StoredSplit]:
+    """Returns the images of splits without reading more than the first that can be read.
 
     Args:
       root: the folder that all files are in.
-      files: with their labels.
+      splits: the files of each, with their labels.
       size: as in :func:`capsjax.data.image_files.image_pixels`.
       channels: as in :func:`capsjax.data.image_files.image_pixels`.
 
     Raises:
       DataError: no image can be read.
     """
-    names = Names(str(file.relative_to(root)) for file, _ in files)
-    first = _first(files, size, channels)
+    first = _first(splits[0], size, channels)
     height, width, depth = first.shape
-    source = _Folder(root, names, (height, width, depth), first.dtype, size, channels)
-    labels = np.array([label for _, label in files], np.int32)
-    return StoredSplit(StoredImages(source, np.arange(len(files))), labels)
+    stored = []
+    for files in splits:
+        names = Names(str(file.relative_to(root)) for file, _ in files)
+        source = _Folder(root, names, (height, width, depth), first.dtype, size, channels)
+        labels = np.array([label for _, label in files], np.int32)
+        stored.append(StoredSplit(StoredImages(source, np.arange(len(files))), labels))
+    return stored
 
 
 def _first(
