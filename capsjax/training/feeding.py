@@ -162,8 +162,10 @@ class Streamed:
         self._chunks = _Chunks(self.driver, self.train, order, batches, self.size, self.workers)
 
     def call_end(self, step: int) -> int:
-        """The end of the chunk; of the first one, if none has been read."""
-        return step + self.size if self._chunks is None else self._chunks.end(step)
+        """The end of the chunk."""
+        if self._chunks is None or not self._chunks.reaches(step):
+            return step + 1  # the first one
+        return self._chunks.end(step)
 
     def place(self, split: AnySplit) -> AnySplit:
         """Leaves the images where they are."""
@@ -253,7 +255,10 @@ class _Chunk:
 
 
 class _Chunks:
-    """Chunks in order, the next of which is read and placed while one is computed with."""
+    """Chunks in order, the next of which is read and placed while one is computed with.
+
+    The first ones hold few batches, so that the devices do not wait for a whole one.
+    """
 
     def __init__(
         self,
@@ -265,14 +270,14 @@ class _Chunks:
         workers: int,
     ):
         self._driver, self._batches, self._size = driver, batches, size
-        self._closing = False
+        self._closing, self._coming = False, batches[:1]
         with contextlib.ExitStack() as opened:
             self._read = opened.enter_context(open_stream(split, order, batches, workers=workers))
             # The only one that reads.
             self._thread = opened.enter_context(concurrent.futures.ThreadPoolExecutor(1))
             self._opened = opened.pop_all()
         self._chunk: _Chunk | None = None
-        self._next = self._thread.submit(self._load, batches[:size])
+        self._next = self._thread.submit(self._load, self._coming)
 
     def reaches(self, number: int) -> bool:
         """Whether the batch of this number is still to come."""
@@ -280,17 +285,18 @@ class _Chunks:
         return first <= number < self._batches.stop
 
     def end(self, number: int) -> int:
-        """The number after the last batch of the chunk with the batch of this number."""
-        chunks = (number - self._batches.start) // self._size + 1
-        return self._batches.start + chunks * self._size
+        """The number after the last batch of the chunk of this batch, the present or the next."""
+        present = self._chunk is not None and number in self._chunk.batches
+        return self._chunk.batches.stop if self._chunk and present else self._coming.stop
 
     def take(self, number: int) -> _Chunk:
         """Returns the chunk that holds the batch of this number, which :meth:`reaches`."""
         while self._chunk is None or number not in self._chunk.batches:
             self._chunk = self._next.result()
-            following = range(self._chunk.batches.stop, self._batches.stop)[: self._size]
-            if following:
-                self._next = self._thread.submit(self._load, following)
+            size = min(self._size, 4 * len(self._coming))
+            self._coming = range(self._coming.stop, self._batches.stop)[:size]
+            if self._coming:
+                self._next = self._thread.submit(self._load, self._coming)
         return self._chunk
 
     def _load(self, batches: range) -> _Chunk:
@@ -302,7 +308,7 @@ class _Chunks:
                 break
             images.append(np.array(batch.images))
             labels.append(np.array(batch.labels))
-        # The last chunk is filled up, as the program's shapes are fixed.
+        # The first and the last chunks are filled up, as the program's shapes are fixed.
         images += images[-1:] * (self._size - len(images))
         labels += labels[-1:] * (self._size - len(labels))
         stacked: Any = (np.stack(images), np.stack(labels))

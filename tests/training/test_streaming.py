@@ -94,8 +94,8 @@ def test_a_stream_trains_the_same_network_on_eight_devices(tmp_path, digits, tin
 
 @pytest.mark.parametrize("names", [("stream", "stream"), ("resident", "stream", "resident")])
 def test_a_run_goes_on_within_an_epoch_and_a_chunk(tmp_path, digits, tiny, resident, names):
-    for name, steps in zip(names, (5, *(9,) * (len(names) - 2), 13), strict=True):
-        options = config(tmp_path / "run", steps=steps, input=name, resume=steps > 5)
+    for name, steps in zip(names, (7, *(9,) * (len(names) - 2), 13), strict=True):
+        options = config(tmp_path / "run", steps=steps, input=name, resume=steps > 7)
         train(options, model=tiny, dataset=digits)
     assert_same_bits(tmp_path / "run", resident.run_dir)
 
