@@ -95,12 +95,19 @@ class InOrder:
 
 def default_workers() -> int:
     """Number of worker processes unless another is asked for: one processor is left free."""
-    return max(1, min(32, len(os.sched_getaffinity(0)) - 1))
+    affinity = getattr(os, "sched_getaffinity", None)  # which macOS lacks
+    processors = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(32, processors - 1))
+
+
+def is_installed() -> bool:
+    """Whether grain is installed."""
+    return importlib.util.find_spec("grain") is not None
 
 
 def check_installed() -> None:
     """Raises a ConfigError if grain is not installed."""
-    if importlib.util.find_spec("grain") is None:
+    if not is_installed():
         raise ConfigError(
             f"a stream of images needs grain, which is not installed: {how_to_install('data')}"
         )

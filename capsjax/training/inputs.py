@@ -8,7 +8,7 @@ import jax
 
 from capsjax.data import Dataset, Sampler, StoredSplit, load
 from capsjax.data.dataset import AnySplit
-from capsjax.data.stream import check_installed, default_workers
+from capsjax.data.stream import check_installed, default_workers, is_installed
 from capsjax.errors import ConfigError
 from capsjax.training.memory import device_memory, machine_memory
 
@@ -57,7 +57,7 @@ def choose_stream(
     """
     size = dataset.train.images.nbytes + dataset.test.images.nbytes
     is_stored = isinstance(dataset.train, StoredSplit)
-    can = sampler.takes_batches and not several_seeds
+    can = sampler.takes_batches and not several_seeds and is_installed()
     if asked == "resident" or (asked is None and (fits(size) or not (can or is_stored))):
         return None
     if not sampler.takes_batches:
@@ -66,7 +66,10 @@ def choose_stream(
             " images together"
         )
     if several_seeds:
-        raise ConfigError("--input stream is for one run: several seeds have orders of their own")
+        raise ConfigError(
+            "--input stream is for one run: several seeds have orders of their own, and need"
+            " --input resident"
+        )
     check_installed()
     if asked == "stream":
         return "as asked for"
