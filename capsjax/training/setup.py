@@ -199,7 +199,8 @@ def set_up(
     say(f"{config.preset}: {memory}")
     workers = choose_workers(config.workers, train)
     if streamed is not None:
-        reading = f"{workers} worker processes" if workers else "threads of this process"
+        processes = f"{workers} worker process{'es' * (workers > 1)}"
+        reading = processes if workers else "threads of this process"
         say(f"input: a stream, read by {reading}, {streamed}")
     keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
     networks = [
