@@ -16,7 +16,9 @@ _FATAL = re.compile(
     rb"|terminate called after throwing an instance of 'gloo"
 )
 # Reports of what the fatal line is going to say, and of connections that succeeded.
-_NOISE = re.compile(rb"[EW]\d{4} .*coordination_service|\[Gloo\] Rank|.*connected to \d+ peer ranks")
+_NOISE = re.compile(
+    rb"[EW]\d{4} .*coordination_service|\[Gloo\] Rank|.*connected to \d+ peer ranks"
+)
 _CONTINUED = re.compile(
     rb"\d+$|The tasks have crashed|=== Source Location|external/xla|RPC: /xla|$"
 )

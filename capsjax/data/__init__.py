@@ -1,9 +1,10 @@
 """Data sets by name on the host, and transformations of images on the device."""
 
 from capsjax.data.affine import AffineRanges, random_affine
-from capsjax.data.dataset import Dataset, Split
+from capsjax.data.dataset import Dataset, Split, StoredSplit
 from capsjax.data.npz import save_npz
-from capsjax.data.sources import load, names, source_of
+from capsjax.data.sources import is_name, load, names, source_of
+from capsjax.data.stored import StoredImages
 from capsjax.data.tasks import (
     Batch,
     Cropped,
@@ -40,9 +41,12 @@ __all__ = [
     "Sampler",
     "Shifted",
     "Split",
+    "StoredImages",
+    "StoredSplit",
     "Task",
     "crop_images",
     "epoch_order",
+    "is_name",
     "is_right",
     "load",
     "names",

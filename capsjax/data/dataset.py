@@ -1,11 +1,12 @@
 """The type that every data source returns."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from capsjax.data.stored import StoredImages
 from capsjax.data.tasks import Shifted, Task
 
 
@@ -21,10 +22,45 @@ class Split(NamedTuple):
     images: npt.NDArray[Any]
     labels: npt.NDArray[np.int32] | npt.NDArray[np.bool_] | npt.NDArray[np.float32]
 
+    def take(self, indices: npt.NDArray[Any]) -> Self:
+        """Returns the examples with these indices."""
+        return self._replace(images=self.images[indices], labels=self.labels[indices])
+
+    def read(self) -> "Split":
+        """Returns the split itself, as :meth:`StoredSplit.read` returns what it reads."""
+        return self
+
+
+class StoredSplit(NamedTuple):
+    """One split of a data set whose images are read when they are needed.
+
+    Attributes:
+      images: where they are.
+      labels: as in :class:`Split`, in memory.
+    """
+
+    images: StoredImages
+    labels: npt.NDArray[np.int32] | npt.NDArray[np.bool_] | npt.NDArray[np.float32]
+
+    def take(self, indices: npt.NDArray[Any]) -> Self:
+        """Returns the examples with these indices, without reading them."""
+        return self._replace(images=self.images.take(indices), labels=self.labels[indices])
+
+    def read(self) -> Split:
+        """Reads the images into memory.
+
+        Raises:
+          DataError: an image cannot be read; the message names it.
+        """
+        return Split(self.images.read(), self.labels)
+
+
+AnySplit = Split | StoredSplit
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set of decoded, labelled images.
+    """A data set of labelled images.
 
     Attributes:
       name: name of the set, as in :func:`load`.
@@ -48,8 +84,8 @@ class Dataset:
     """
 
     name: str
-    train: Split
-    test: Split
+    train: AnySplit
+    test: AnySplit
     class_names: tuple[str, ...]
     task: Task = dataclasses.field(default_factory=Shifted)
 
@@ -64,7 +100,7 @@ class Dataset:
             if not hasattr(labels, "dtype"):
                 what = type(labels).__name__
                 raise TypeError(f"{split_name}.labels must be an int32 array, got {what}")
-            if images.dtype == np.float32 and images.size:
+            if isinstance(images, np.ndarray) and images.dtype == np.float32 and images.size:
                 low, high = images.min(), images.max()
                 if not (low >= 0 and high <= 1):  # or one of them is not a number
                     raise ValueError(

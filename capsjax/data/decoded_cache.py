@@ -6,13 +6,17 @@ If an entry is missing or damaged, the set is decoded again.
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from capsjax.data.dataset import Split
 from capsjax.files import replacing
+
+_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def cached(
@@ -26,12 +30,29 @@ def cached(
       key: name and version of the set.
       decode: decodes the train and the test split; its errors are passed on.
     """
+
+    def arrays() -> dict[str, npt.NDArray[Any]]:
+        train, test = decode()
+        return dict(zip(_ARRAYS, (*train, *test), strict=True))
+
+    stored = cached_arrays(prepared, key, _ARRAYS, arrays)
+    values = [stored[name] for name in _ARRAYS]
+    return Split(*values[:2]), Split(*values[2:])
+
+
+def cached_arrays(
+    prepared: Path,
+    key: str,
+    names: Sequence[str],
+    make: Callable[[], dict[str, npt.NDArray[Any]]],
+) -> dict[str, npt.NDArray[Any]]:
+    """Returns arrays with these names from the cache, or makes and stores them; see `cached`."""
     path = _entry(prepared, key)
-    splits = _read(path)
-    if splits is None:
-        splits = decode()
-        _write(path, *splits)
-    return splits
+    arrays = _read(path, names)
+    if arrays is None:
+        arrays = make()
+        _write(path, arrays)
+    return arrays
 
 
 def _entry(prepared: Path, key: str) -> Path:
@@ -45,27 +66,18 @@ def _entry(prepared: Path, key: str) -> Path:
     return Path(root, "capsjax", f"{key}-{fingerprint.hexdigest()[:16]}.npz")
 
 
-def _read(path: Path) -> tuple[Split, Split] | None:
+def _read(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]] | None:
     try:
         # Opened here, because np.load does not close the file of a damaged zip.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return (
-                Split(stored["train_images"], stored["train_labels"]),
-                Split(stored["test_images"], stored["test_labels"]),
-            )
+            return {name: stored[name] for name in names}
     except Exception:  # a damaged zip raises nearly any exception
         return None
 
 
-def _write(path: Path, train: Split, test: Split) -> None:
-    """Stores both splits atomically; does nothing if the directory is not writable."""
+def _write(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> None:
+    """Stores arrays atomically; does nothing if the directory is not writable."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            np.savez(
-                file,
-                train_images=train.images,
-                train_labels=train.labels,
-                test_images=test.images,
-                test_labels=test.labels,
-            )
+            np.savez(file, **arrays)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,24 @@ import numpy as np
 import numpy.typing as npt
 
 from capsjax.data.dataset import Dataset, Split
-from capsjax.data.transforms import white_of
-from capsjax.errors import DataError, how_to_install
+from capsjax.data.image_files import (
+    CHANNELS,
+    SUFFIXES,
+    UnreadableImageError,
+    files_in,
+    kinds,
+    read_image,
+    text_of_shape,
+    widened,
+)
+from capsjax.data.stored import a_tenth_of_each_class
+from capsjax.data.stored_folder import stored_splits
+from capsjax.errors import DataError
 
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _SPLITS = ("train", "test")
 # Other common names of the splits' folders.
 _SPLIT_NAMES = {*_SPLITS, "training", "testing", "val", "valid", "validation"}
 _NAMED = 5  # unreadable images that a warning names
-_HELD_OUT = 10  # one image in this many is held out if there is no folder of test images
-CHANNELS = (1, 3, 4)  # of image files
-
-
-class UnreadableImageError(DataError):
-    """Raised for a file that is damaged or not an image."""
-
 
 _log = logging.getLogger(__name__)
 _File = tuple[Path, int]
@@ -36,6 +39,7 @@ def load_image_folder(
     *,
     image_size: int | None = None,
     channels: int | None = None,
+    in_memory: Callable[[int], bool] | None = None,
 ) -> Dataset:
     """Reads the images in ``data_dir/train/<class>/`` and ``data_dir/test/<class>/``.
 
@@ -54,6 +58,9 @@ def load_image_folder(
         When None, all images must have the same size, which is kept.
       channels: 1 (gray), 3 (RGB) or 4 (with transparency). When None, 1 for grayscale images and 3
         for others; all images must then have the same number.
+      in_memory: decides by the bytes of all decoded images whether they are read now, as when None;
+        otherwise each is read when it is needed, and must be readable and of the first one's dtype,
+        or of a narrower one.
 
     Raises:
       DataError: a folder is missing or empty, the classes of the splits differ, no image of a class
@@ -78,6 +85,11 @@ def load_image_folder(
         _report_skipped(root, {file for split in files.values() for file, _ in split})
         if "test" not in files:
             files = _hold_out(files["train"], root)
+        if in_memory is not None:
+            size = None if image_size is None else (image_size, image_size)
+            splits = stored_splits(root, [files[split] for split in _SPLITS], size, channels)
+            if not in_memory(sum(split.images.nbytes for split in splits)):
+                return Dataset("image_folder", splits[0], splits[1], classes)
         read = _Reader(image_size, channels)
         train, test = (read.split(files[split]) for split in _SPLITS)
         for label, name in enumerate(classes):
@@ -87,116 +99,6 @@ def load_image_folder(
     except OSError as error:
         raise DataError(f"image_folder cannot read {error.filename}: {error.strerror}") from error
     return Dataset("image_folder", train, test, class_names=classes)
-
-
-def list_images(path: Path) -> list[Path]:
-    """Returns the images in a folder and its subfolders in order, or the file itself.
-
-    Raises:
-      DataError: the path does not exist, or the folder has no images.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise DataError(f"no image or directory {path}")
-    images = [file for file in _files(path) if file.suffix.lower() in _SUFFIXES]
-    if not images:
-        raise DataError(f"no images ({_kinds()}) in {path}")
-    return images
-
-
-def read_image(
-    file: Path,
-    *,
-    lost: "Counter[str]",
-    size: tuple[int, int] | None = None,
-    channels: int | None = None,
-) -> npt.NDArray[Any]:
-    """Reads the pixels of an image; see :func:`image_pixels`.
-
-    Args:
-      file: the image.
-      lost: counts images that lose data when read, by reason.
-      size: as in :func:`image_pixels`.
-      channels: as in :func:`load_image_folder`.
-
-    Raises:
-      UnreadableImageError: the file is damaged or not an image.
-      DataError: Pillow is missing.
-      OSError: the operating system refuses to read it.
-    """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise DataError(
-            f"images need Pillow, which is not installed: {how_to_install('data')}"
-        ) from error
-    try:
-        if not file.is_file():  # reading a pipe would never end
-            raise ValueError("it is not a regular file")
-        with Image.open(file) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                lost["only the first image of each file of several"] += 1
-            if image.mode in ("RGB", "RGBA", "LA") and ";16" in str(image.tile):
-                lost["16-bit colours as 8-bit ones, as Pillow does"] += 1
-            return image_pixels(image, size=size, channels=channels)
-    except PermissionError:
-        raise
-    # Pillow raises any of these for a damaged file.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(f"cannot read {file} as an image: {error}") from error
-
-
-def image_pixels(
-    image: Any, *, size: tuple[int, int] | None = None, channels: int | None = None
-) -> npt.NDArray[Any]:
-    """Returns the pixels of a Pillow image, uint8, uint16 or float32 ``[H, W, C]``.
-
-    Args:
-      image: the opened image.
-      size: rows and columns to which it is scaled; its longer side is cropped at both ends.
-      channels: as in :func:`load_image_folder`.
-
-    Raises:
-      ValueError: pixels are integers of 32 bits, or floating-point and not in [0, 1].
-    """
-    from PIL import Image, ImageOps
-
-    mode = image.mode
-    # Some formats and versions of Pillow widen 16 bits.
-    has_16_bits = mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM"))
-    image = ImageOps.exif_transpose(image)
-    if has_16_bits or mode == "F":
-        pixels = np.asarray(image).astype(np.float32)
-        if not (has_16_bits or (pixels.min() >= 0 and pixels.max() <= 1)):
-            raise ValueError(
-                f"floating-point pixels must lie in [0, 1], got {pixels.min()}..{pixels.max()}"
-            )
-        if size is not None:
-            pixels = np.asarray(_fitted(Image.fromarray(pixels), size))
-        if has_16_bits:
-            pixels = np.round(pixels).astype(np.uint16)
-        white = white_of(pixels.dtype)
-        planes = [pixels] * min(channels or 1, 3)
-        planes += [np.full_like(pixels, white)] * (channels == 4)
-        return np.stack([np.minimum(plane, white) for plane in planes], axis=-1)
-    if mode == "I":
-        raise ValueError("pixels must have 8 or 16 bits or be floating-point, got 32-bit integers")
-    channels = channels or (1 if mode in ("1", "L", "LA") else 3)
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if channels < 4:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
-    pixels = np.asarray(image if size is None else _fitted(image, size))
-    return pixels.reshape(*pixels.shape[:2], channels)
-
-
-def _fitted(image: Any, size: tuple[int, int]) -> Any:
-    """Scales and crops an image to these rows and columns."""
-    from PIL import Image, ImageOps
-
-    return ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -224,7 +126,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
         )
     if not folders:
         above = root.parent.parent if root.parent.name in _SPLITS else root.parent
-        has_images = any(entry.suffix.lower() in _SUFFIXES for entry in entries)
+        has_images = any(entry.suffix.lower() in SUFFIXES for entry in entries)
         hint = f"; did you mean {above}?" if has_images else ""
         raise DataError(f"{expected}, got no folders{hint}")
     return {"train": root}
@@ -251,36 +153,20 @@ def _expect_same_classes(classes: tuple[str, ...], root: Path) -> None:
         )
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Yields the files in a folder and its subfolders in order, without hidden ones."""
-    here = folder.resolve()
-    for entry in sorted(entry for entry in folder.iterdir() if entry.name[0] != "."):
-        if not entry.is_dir():
-            yield entry
-        elif entry.resolve() not in (here, *here.parents):  # a link back would never end
-            yield from _files(entry)
-
-
-def _kinds() -> str:
-    return ", ".join(suffix[1:] for suffix in _SUFFIXES)
-
-
 def _image_files(folder: Path, classes: tuple[str, ...]) -> list[_File]:
     """Returns the paths of all images of a split with their labels."""
     files: list[_File] = []
     for label, name in enumerate(classes):
-        images = [file for file in _files(folder / name) if file.suffix.lower() in _SUFFIXES]
+        images = [file for file in files_in(folder / name) if file.suffix.lower() in SUFFIXES]
         if not images:
-            raise DataError(
-                f"image_folder expects images ({_kinds()}) in {folder / name}, got none"
-            )
+            raise DataError(f"image_folder expects images ({kinds()}) in {folder / name}, got none")
         files += [(file, label) for file in images]
     return files
 
 
 def _report_skipped(root: Path, used: set[Path]) -> None:
     """Warns of files that are not images or not in a class folder."""
-    skipped = [file for file in _files(root) if file not in used]
+    skipped = [file for file in files_in(root) if file not in used]
     if skipped:
         kinds = Counter(file.suffix.lower() or "without suffix" for file in skipped)
         _log.warning(
@@ -295,11 +181,8 @@ def _report_skipped(root: Path, used: set[Path]) -> None:
 
 def _hold_out(files: list[_File], root: Path) -> dict[str, list[_File]]:
     """Holds out test images of each class."""
-    rng, test = np.random.default_rng(0), set()
-    for label in range(files[-1][1] + 1):
-        own = [file for file in files if file[1] == label]
-        number = max(1, len(own) // _HELD_OUT) if len(own) > 1 else 0
-        test |= {own[n] for n in rng.permutation(len(own))[:number]}
+    chosen = a_tenth_of_each_class(np.array([label for _, label in files]))
+    test = {file for file, held in zip(files, chosen, strict=True) if held}
     if not test:
         raise DataError(
             f"image_folder expects test images in {root / 'test'}, or several images of a class to"
@@ -341,8 +224,9 @@ class _Reader:
             if image.shape != self._expected:
                 raise DataError(
                     f"image_folder expects every image as height x width x channels"
-                    f" {_text(self._expected)} like the first, got {_text(image.shape)} in {file};"
-                    " --image-size and --channels convert them"
+                    f" {text_of_shape(self._expected)} like the first, got"
+                    f" {text_of_shape(image.shape)} in {file}; --image-size and --channels"
+                    " convert them"
                 )
             if images is None:
                 images = np.empty((len(files), *image.shape), image.dtype)
@@ -370,16 +254,3 @@ class _Reader:
             )
         for what, number in self._lost.items():
             _log.warning("image_folder reads %s: %s files in %s", what, f"{number:,}", root)
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def widened(pixels: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Scales pixels to the white of a wider dtype."""
-    if pixels.dtype == dtype:
-        return pixels
-    if dtype == np.uint16:
-        return pixels.astype(np.uint16) * np.uint16(257)
-    return pixels.astype(np.float32) / np.float32(white_of(pixels.dtype))

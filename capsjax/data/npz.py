@@ -49,7 +49,7 @@ def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
     labels = "targets" if dataset.is_regression else "labels"
     arrays: dict[str, Any] = {}
     for split in ("train", "test"):
-        images, values = getattr(dataset, split)
+        images, values = getattr(dataset, split).read()
         arrays |= {f"{split}_images": images, f"{split}_{labels}": values}
     arrays |= {"name": np.array(dataset.name), "class_names": np.array(dataset.class_names)}
     with replacing(path) as file:

@@ -1,7 +1,9 @@
 """Loading of data sets by name."""
 
+import dataclasses
 import difflib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from capsjax.data.embedded import load_mnist_5k
 from capsjax.data.image_folder import load_image_folder
 from capsjax.data.npz import load_npz
 from capsjax.data.tasks import Distorted, Pairs, Placed, Task
+from capsjax.data.tfds_prepared import PREFIX as TFDS_PREFIX
+from capsjax.data.tfds_prepared import open_prepared
 from capsjax.data.tfds_source import NAMES as TFDS_NAMES
 from capsjax.data.tfds_source import load_tfds
 from capsjax.data.tfds_source import task_of as tfds_task_of
@@ -45,14 +49,21 @@ def load(
     download: bool = True,
     image_size: int | None = None,
     channels: int | None = None,
+    in_memory: bool | Callable[[int], bool] = True,
 ) -> Dataset:
-    """Loads a data set into memory.
+    """Loads a data set.
+
+    All are decoded into memory unless `in_memory` says otherwise.
 
     * ``mnist_5k`` comes with the package.
     * ``mnist``, ``fashion_mnist``, ``kmnist``, ``cifar10``, ``svhn_cropped`` and ``smallnorb``
       (both images of a pair as channels, 48x48) are read from TFDS's directory. Missing sets are
       prepared first, without TensorFlow. The decoded images are cached under
       ``$XDG_CACHE_HOME/capsjax`` (``~/.cache/capsjax``).
+    * ``tfds:NAME[/CONFIG][:VERSION]`` is any set that TFDS has prepared as array_record or TFRecord
+      and whose examples have one image and one class. Test images are those of the split ``test``,
+      or else of ``validation``; a tenth of each class of ``train`` if neither has labels. The first
+      time, one scan reads the labels, which are cached as the decoded images are.
     * ``multi_mnist``, ``expanded_mnist`` and ``affine_mnist`` are made from ``mnist`` on the device
       by :attr:`Dataset.task`: two digits of different classes in an image of 36x36
       (:class:`Pairs`); one digit at a random position of 40x40 (:class:`Placed`); the same under
@@ -71,24 +82,29 @@ def load(
       0 and 1 for several classes per image, ``[N, J]``.
 
     Args:
-      name: one of :func:`names`.
+      name: one of :func:`names`, or ``tfds:NAME[/CONFIG][:VERSION]``.
       data_dir: for TFDS sets, the directory of prepared sets, by default ``$TFDS_DATA_DIR`` or
         ``~/tensorflow_datasets``; for ``image_folder``, the directory with ``train`` and ``test``;
         for ``affnist``, the directory with ``test_batches``; for ``npz``, the file. Instead of a
         directory it may also be an ``.npz`` file of the set, or of ``mnist`` for the sets made from
         it, written by :func:`save_npz`. ``mnist_5k`` ignores it.
       download: whether to download a TFDS set that is not prepared yet.
-      image_size: for ``image_folder``, rows and columns. Each image is scaled, and its longer side
-        cropped at both ends. When None, all images must have the same size, which is kept.
-      channels: for ``image_folder``, 1 (gray), 3 (RGB) or 4 (with transparency). When None, 1 for
-        grayscale images and 3 for others; all images must then have the same number.
+      image_size: for ``image_folder`` and ``tfds:``, rows and columns. Each image is scaled, and
+        its longer side cropped at both ends. When None, all images must have the same size, which
+        is kept.
+      channels: for ``image_folder`` and ``tfds:``, 1 (gray), 3 (RGB) or 4 (with transparency). When
+        None, the set's own, which must be the same for all; of files 1 for grayscale images and 3
+        for others.
+      in_memory: whether the images of ``image_folder`` and ``tfds:`` are decoded now; otherwise
+        each is read when it is needed, and the splits are :class:`StoredSplit`. Or a function that
+        decides by the bytes that all decoded images take.
 
     Returns:
       The data set.
 
     Raises:
       DataError: the name is unknown, the data are missing, damaged or inaccessible, or
-        `image_size` or `channels` is given for a set other than ``image_folder``.
+        `image_size` or `channels` is given for a set other than ``image_folder`` and ``tfds:``.
 
     Example:
       >>> from capsjax.data import load
@@ -97,6 +113,7 @@ def load(
     """
     if name in _NAMES and name != "image_folder" and (image_size or channels):
         raise DataError(f"--image-size and --channels are for image_folder, not for {name}")
+    fits = in_memory if callable(in_memory) else lambda _: in_memory
     if name == "mnist_5k":
         return load_mnist_5k()
     path = None if data_dir is None else Path(os.path.expanduser(data_dir))
@@ -111,19 +128,40 @@ def load(
     if name in _MADE:
         digits = load("mnist", data_dir=path, download=download)
         try:
-            train, test = (_by_class(split) for split in (digits.train, digits.test))
+            train, test = (_by_class(split.read()) for split in (digits.train, digits.test))
             return Dataset(name, train, test, digits.class_names, _MADE[name])
         except ValueError as error:
             raise DataError(f"{name} cannot be made from {path}: {error}") from None
     if name == "affnist":
         return load_affnist(path)
     if name == "image_folder":
-        return load_image_folder(path, image_size=image_size, channels=channels)
+        decides = None if in_memory is True else fits
+        return load_image_folder(path, image_size=image_size, channels=channels, in_memory=decides)
+    if name.startswith(TFDS_PREFIX):
+        prepared = name.removeprefix(TFDS_PREFIX)
+        dataset = open_prepared(prepared, path, image_size=image_size, channels=channels)
+        if not fits(dataset.train.images.nbytes + dataset.test.images.nbytes):
+            return dataset
+        return dataclasses.replace(dataset, train=dataset.train.read(), test=dataset.test.read())
     if name.endswith(".npz"):
         raise DataError(f"unknown data set {name!r}; a file is data set npz with data_dir={name!r}")
     closest = difflib.get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.5)
     hint = f"; did you mean {closest[0]!r}?" if closest else ""
-    raise DataError(f"unknown data set {name!r}, expected one of {', '.join(_NAMES)}{hint}")
+    raise DataError(
+        f"unknown data set {name!r}, expected one of {', '.join(_NAMES)}, or tfds:NAME of a"
+        f" prepared set{hint}"
+    )
+
+
+def is_name(name: str) -> bool:
+    """Whether :func:`load` knows this name, or takes it for one of a prepared set.
+
+    Example:
+      >>> from capsjax.data import is_name
+      >>> is_name("mnist"), is_name("tfds:food101"), is_name("food101")
+      (True, True, False)
+    """
+    return name in _NAMES or name.startswith(TFDS_PREFIX)
 
 
 def source_of(name: str) -> str:

@@ -375,8 +375,26 @@ class Sampler:
             raise TypeError(f"key must be a typed key as of jax.random.key, got {key.dtype}")
         keys = _fold_in(key, positions)
         select_keys = jax.vmap(lambda key: jax.random.fold_in(key, _SELECT))(keys)
+        return self._augmented(keys, self.task.select(select_keys, split, indices))
+
+    def train_batch(self, batch: Batch, key: jax.Array, positions: jax.Array) -> Sample:
+        """Makes the training samples of :meth:`train` from their images, for a stream of batches.
+
+        Args:
+          batch: the images of the samples; for tasks that :attr:`takes_batches`.
+          key: the step's, a typed key of shape ``[]``.
+          positions: of the examples in the whole batch, int32 ``[B]``.
+        """
+        return self._augmented(_fold_in(key, positions), batch)
+
+    @property
+    def takes_batches(self) -> bool:
+        """Whether a sample is made of the image with its index alone, not of the whole split."""
+        return type(self.task).select is Task.select and not self.task.is_made
+
+    def _augmented(self, keys: jax.Array, batch: Batch) -> Sample:
+        """Training samples of images that are selected."""
         task_keys, network_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        batch = self.task.select(select_keys, split, indices)
         if self.flip is not None:
             flip_keys = jax.vmap(lambda key: jax.random.fold_in(key, _FLIP))(keys)
             flipped = random_flip(flip_keys, batch.images, direction=self.flip)
@@ -402,6 +420,16 @@ class Sampler:
             order = np.random.default_rng(_TEST).permutation(size)
             indices = jnp.asarray(order, jnp.int32)[indices]
         batch = self.task.select(keys[:, 0], split, indices)
+        return self._sample(keys[:, 1], batch, None, train=False)
+
+    def test_batch(self, batch: Batch, numbers: jax.Array) -> Sample:
+        """Makes the test samples of :meth:`test` from their images, for a stream of batches.
+
+        Args:
+          batch: the images of the samples; for tasks that :attr:`takes_batches`.
+          numbers: int32 ``[B]``.
+        """
+        keys = jax.vmap(jax.random.split)(_fold_in(jax.random.key(_TEST), numbers))
         return self._sample(keys[:, 1], batch, None, train=False)
 
     def _sample(

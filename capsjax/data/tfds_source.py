@@ -53,7 +53,7 @@ def load_tfds(name: str, data_dir: Path | None, *, download: bool) -> Dataset:
       DataError: TFDS is not installed; the set is damaged or has another format; or it is missing
         and cannot be prepared.
     """
-    tfds = _import_tfds()
+    tfds = import_tfds()
     data_dir = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     if data_dir.exists() and not data_dir.is_dir():
         raise DataError(f"data set {name}: data directory {data_dir} is a file")
@@ -216,7 +216,8 @@ def _builder_class(tfds: Any, name: str) -> Any:
     return TensorFlowFree
 
 
-def _import_tfds() -> Any:
+def import_tfds() -> Any:
+    """Imports TFDS; raises a DataError if it is not installed."""
     try:
         import importlib_resources  # noqa: F401  needed by TFDS, which does not declare it
         import PIL  # noqa: F401  needed by TFDS to decode images

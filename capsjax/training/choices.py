@@ -14,7 +14,8 @@ import numpy as np
 import optax
 
 from capsjax import models
-from capsjax.data import Dataset, Pairs, Shifted, Split, Task
+from capsjax.data import Dataset, Pairs, Shifted, Task
+from capsjax.data.dataset import AnySplit
 from capsjax.data.transforms import Fill
 from capsjax.errors import ConfigError
 from capsjax.ops._checks import check_callable
@@ -125,7 +126,7 @@ def choose_task(dataset: Dataset, max_shift: int | None, fill: Fill | None = Non
     return dataclasses.replace(task, max_shift=max_shift)
 
 
-def count_batches(train: Split, batch_size: int) -> int:
+def count_batches(train: AnySplit, batch_size: int) -> int:
     """Returns the number of whole batches of training images.
 
     Raises:
@@ -203,7 +204,7 @@ def check_numbers(model: models.ModelConfig, dataset: Dataset) -> None:
 
 
 def choose_class_weights(
-    weights: ClassWeights, dataset: Dataset, train: Split
+    weights: ClassWeights, dataset: Dataset, train: AnySplit
 ) -> tuple[float, ...] | None:
     """Returns the weight of each class; None for equal ones.
 
@@ -302,16 +303,16 @@ def match_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
             )
     new_labels = np.array([position[name] for name in dataset.class_names], np.int32)
 
-    def matched(split: Split) -> Split:
+    def matched(split: AnySplit) -> AnySplit:
         if split.labels.ndim > 1:
             several: Any = np.zeros((len(split.labels), len(class_names)), split.labels.dtype)
             several[:, new_labels] = split.labels
-            return Split(split.images, several)
+            return split._replace(labels=several)
         labels = new_labels[split.labels]
         if dataset.task.classes_per_image == 1:
-            return Split(split.images, labels)
+            return split._replace(labels=labels)
         order = np.argsort(labels, kind="stable")  # which drawing pairs requires
-        return Split(split.images[order], labels[order])
+        return split._replace(labels=labels).take(order)
 
     return dataclasses.replace(
         dataset,

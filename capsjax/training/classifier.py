@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from capsjax import models
 from capsjax.data import Cropped, Task
-from capsjax.data.image_folder import CHANNELS, read_image
+from capsjax.data.image_files import CHANNELS, read_image
 from capsjax.data.sources import task_of
 from capsjax.errors import ConfigError
 from capsjax.ops._checks import as_integer

@@ -14,15 +14,14 @@ from capsjax.data.transforms import Fill, Flip
 from capsjax.errors import ConfigError
 from capsjax.files import expand_paths
 from capsjax.training.drivers import DriverName
+from capsjax.training.inputs import InputName
 from capsjax.training.objectives import LossName
 from capsjax.training.options import check_types, require, require_at_least
 
 if TYPE_CHECKING:
     PresetName = str
-    DatasetName = str
 else:
     PresetName = Literal[models.presets()]
-    DatasetName = Literal[data.names()]
 ChannelsNumber = Literal[1, 3, 4]
 ScheduleName = Literal["exponential", "cosine", "constant"]
 ClassWeights = Literal["balanced"] | tuple[float, ...] | None
@@ -61,8 +60,10 @@ class TrainConfig:
     num_iterations: int | None = None
     """Routing iterations, for algorithms that iterate; the network's own if not given."""
 
-    dataset: DatasetName = "mnist_5k"
-    """Data set: mnist_5k is part of the package; multi_mnist (two overlapping digits),
+    dataset: str = "mnist_5k"
+    """Data set: mnist_5k is part of the package; mnist, fashion_mnist, kmnist, cifar10,
+    svhn_cropped and smallnorb come from TFDS; tfds:NAME[/CONFIG][:VERSION] is any other set that
+    TFDS has prepared; affnist is the published one; multi_mnist (two overlapping digits),
     expanded_mnist (a digit somewhere on 40x40) and affine_mnist (also rotated, sheared and scaled)
     are made of mnist on the device; image_folder reads images (png, jpg, tif, webp and others) in
     DATA_DIR/train/CLASS and DATA_DIR/test/CLASS, or in DATA_DIR/CLASS, and splits off test images
@@ -74,12 +75,12 @@ class TrainConfig:
     given."""
 
     image_size: int | None = None
-    """Rows and columns to which the images of image_folder are scaled, their longer side cropped;
-    their own, the same for all, if not given."""
+    """Rows and columns to which the images of image_folder and tfds: are scaled, their longer side
+    cropped; their own, the same for all, if not given."""
 
     channels: ChannelsNumber | None = None
-    """Channels of the images of image_folder: 1 (gray), 3 (RGB), 4 (with transparency, which is
-    laid on white otherwise); 1 for grayscale images and 3 for others if not given."""
+    """Channels of the images of image_folder and tfds: 1 (gray), 3 (RGB), 4 (with transparency,
+    which is laid on white otherwise); 1 for grayscale images and 3 for others if not given."""
 
     run_dir: Path | None = None
     """Run directory; runs/DATASET-PRESET-TIME if not given."""
@@ -188,6 +189,15 @@ class TrainConfig:
     devices: int | None = None
     """Use the first so many devices; all of them if not given (one for jit)."""
 
+    input: InputName | None = None
+    """Where the images are: resident (all on every device) or stream (read, decoded and sent there
+    in chunks, for image_folder and tfds: from disk). If not given, stream where all decoded images
+    take more than half of a device's memory or a quarter of the machine's."""
+
+    workers: int | None = None
+    """Processes that read and decode the training images of a stream from disk; 0 for threads of
+    this process; one less than there are processors if not given, at most 32."""
+
     steps_per_dispatch: int = 256
     """Largest number of steps in one call of the devices; fewer if they are slow, so that progress
     stays visible."""
@@ -210,6 +220,7 @@ class TrainConfig:
         expand_paths(self, "data_dir", "run_dir", "init_from")
         if self.init_from is not None and self.init_from.exists():  # no name of a packaged network
             object.__setattr__(self, "init_from", self.init_from.absolute())
+        check_dataset_name(self.dataset)
         if self.routing is not None and self.routing not in routing.algorithms():
             names = ", ".join(routing.algorithms())
             raise ConfigError(f"--routing must be one of {names}, got {self.routing!r}")
@@ -217,7 +228,7 @@ class TrainConfig:
         require_at_least(self, 1, "decay_steps", "devices", "steps_per_dispatch", "log_every")
         require_at_least(self, 1, "checkpoint_every", "keep")
         require_at_least(self, 1, "image_size", "patience")
-        require_at_least(self, 0, "validation", "max_shift", "warmup_steps")
+        require_at_least(self, 0, "validation", "max_shift", "warmup_steps", "workers")
         few = self.num_iterations is None or self.num_iterations <= 1000
         require(self, "num_iterations", few, "at most 1000")
         for name in ("steps", "batch_size", "decay_steps", "steps_per_dispatch", "warmup_steps"):
@@ -321,6 +332,13 @@ class TrainConfig:
                 )
 
 
+def check_dataset_name(name: str | None) -> None:
+    """Raises a ConfigError for a name that no data set can have."""
+    if name is not None and not data.is_name(name):
+        names = ", ".join(data.names())
+        raise ConfigError(f"--dataset must be one of {names}, or tfds:NAME, got {name!r}")
+
+
 def check_together(configs: Sequence[TrainConfig]) -> None:
     """Raises a ConfigError unless these runs can be trained at once."""
     if len(configs) == 1:
@@ -353,6 +371,8 @@ _MAY_CHANGE = (
     "patience",
     "driver",
     "devices",
+    "input",
+    "workers",
     "steps_per_dispatch",
     "log_every",
     "checkpoint_every",

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from capsjax.data import Batch
+from capsjax.data.dataset import AnySplit
 from capsjax.training import processes
 from capsjax.training.programs import Evaluate, EvaluationSums, Pace, unstack
 from capsjax.training.step import Variables
@@ -55,7 +56,7 @@ class Evaluation:
 def count_errors(
     evaluate: Evaluate,
     variables: Variables,
-    examples: Batch,
+    examples: Batch | AnySplit,
     number: int,
     *,
     batch_size: int,
@@ -64,9 +65,9 @@ def count_errors(
     """Evaluates the first test samples; None if asked to stop on the way.
 
     Args:
-      evaluate: from :func:`make_evaluate`.
+      evaluate: from :func:`make_evaluate`, or a feed's.
       variables: the arrays of the network, or of one for each seed.
-      examples: what the samples are made of, on the devices.
+      examples: what the samples are made of, as `evaluate` takes it.
       number: of samples.
       batch_size: that of the program.
       should_stop: asked between calls of the devices.

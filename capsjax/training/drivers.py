@@ -51,14 +51,34 @@ class Driver(abc.ABC):
         """Returns the sharding of the leading dimensions over these axes; replicated for none."""
         return _sharding(self.devices, *axes)
 
+    def local_positions(self, batch_size: int) -> np.ndarray:
+        """Returns the positions in the batch that this process's devices work on, int ``[b]``."""
+        part, process = batch_size // len(self.devices), jax.process_index()
+        firsts = [
+            n * part for n, device in enumerate(self.devices) if device.process_index == process
+        ]
+        return (np.array(firsts)[:, None] + np.arange(part)).ravel()
+
     @abc.abstractmethod
-    def compile(self, function: Callable[..., Any], *, donate: bool = False) -> Callable[..., Any]:
+    def place_chunk(self, chunk: Tree) -> Tree:
+        """Places batches on the devices that work on them.
+
+        Args:
+          chunk: arrays ``[S, b, ...]`` of S batches, at the positions of :meth:`local_positions`.
+        """
+
+    @abc.abstractmethod
+    def compile(
+        self, function: Callable[..., Any], *, donate: bool = False, chunk: str | None = None
+    ) -> Callable[..., Any]:
         """Compiles a function of replicated arguments and results.
 
         Args:
           function: a function of arrays. Where it sees the axis :attr:`axis_name`, its results must
             be equal on all devices.
           donate: whether the first argument's memory is given to the results.
+          chunk: name of the argument that is not replicated but comes from :meth:`place_chunk`;
+            the function sees the positions of :meth:`batch_positions`, ``[S, B, ...]``.
         """
 
     @abc.abstractmethod
@@ -75,7 +95,18 @@ class Jit(Driver):
 
     most_devices: ClassVar[int | None] = 1
 
-    def compile(self, function: Callable[..., Any], *, donate: bool = False) -> Callable[..., Any]:
+    def place_chunk(self, chunk: Tree) -> Tree:
+        """Divides the batches, not the chunk, among the devices."""
+        mesh = Mesh(np.array(self.devices), (AXIS,))
+        sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
+        placed: Tree = jax.tree.map(
+            functools.partial(jax.make_array_from_process_local_data, sharding), chunk
+        )
+        return placed
+
+    def compile(
+        self, function: Callable[..., Any], *, donate: bool = False, chunk: str | None = None
+    ) -> Callable[..., Any]:
         """Compiles one program for all devices."""
         return jax.jit(
             function, out_shardings=self.sharding(), donate_argnums=(0,) if donate else ()
@@ -106,7 +137,21 @@ class Pmap(Driver):
 
     axis_name = AXIS
 
-    def compile(self, function: Callable[..., Any], *, donate: bool = False) -> Callable[..., Any]:
+    def place_chunk(self, chunk: Tree) -> Tree:
+        """Gives each device its part of every batch, ``[D, S, B / D, ...]`` over D devices."""
+        local = self.local_devices
+        sharding = _sharding(local, AXIS)
+
+        def place(array: np.ndarray) -> jax.Array:
+            parts = array.reshape(array.shape[0], len(local), -1, *array.shape[2:])
+            return jax.device_put(parts.swapaxes(0, 1), sharding)
+
+        placed: Tree = jax.tree.map(place, chunk)
+        return placed
+
+    def compile(
+        self, function: Callable[..., Any], *, donate: bool = False, chunk: str | None = None
+    ) -> Callable[..., Any]:
         """Compiles the program of each device; results are those of the process's own devices."""
 
         # pmap needs one argument that is mapped; the state stays replicated and unstacked.
@@ -114,10 +159,11 @@ class Pmap(Driver):
         def mapped(_: jax.Array, *arguments: Any) -> Any:
             return function(*arguments)
 
+        parameters = inspect.signature(function).parameters
         compiled = jax.pmap(
             mapped,
             axis_name=AXIS,
-            in_axes=(0, *[None for _ in inspect.signature(function).parameters]),
+            in_axes=(0, *[0 if name == chunk else None for name in parameters]),
             out_axes=None,
             devices=self.devices,
             donate_argnums=(1,) if donate else (),

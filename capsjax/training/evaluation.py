@@ -1,23 +1,29 @@
 """Evaluating a network on a whole test set; a run's from its directory."""
 
+import contextlib
 import csv
 import dataclasses
 import io
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from capsjax.data import Batch, Dataset, Sampler, Split, is_right
+from capsjax.data import Batch, Dataset, Sampler, is_right
+from capsjax.data.dataset import AnySplit
+from capsjax.data.stream import InOrder, open_stream
 from capsjax.files import expand_paths, require_folder, write_text
 from capsjax.models import Prediction
 from capsjax.ops._checks import check_callable
 from capsjax.training import choices, processes
-from capsjax.training.config import ChannelsNumber, DatasetName
+from capsjax.training.config import ChannelsNumber, check_dataset_name
 from capsjax.training.counting import Evaluation, count_errors
 from capsjax.training.drivers import Driver, DriverName, local
+from capsjax.training.feeding import StreamedEvaluate
+from capsjax.training.inputs import InputName, choose_stream
 from capsjax.training.loading import load_images, read_run, restore
 from capsjax.training.objectives import Metric, Objective
 from capsjax.training.options import check_types, require_at_least
@@ -40,7 +46,7 @@ class EvaluateConfig:
     checkpoint: str = "last"
     """Which checkpoint: last, best (by validation error), or a step."""
 
-    dataset: DatasetName | None = None
+    dataset: str | None = None
     """Evaluate on the test images of this data set; the run's own if not given."""
 
     data_dir: Path | None = None
@@ -65,6 +71,10 @@ class EvaluateConfig:
     devices: int | None = None
     """Use the first so many devices; all of them if not given (one for jit)."""
 
+    input: InputName | None = None
+    """Where the test images are: resident (all on every device) or stream; by size if not given,
+    see `capsjax train --help`."""
+
     predictions: Path | None = None
     """File to write: CSV with the classes, the prediction and the scores of each test image."""
 
@@ -72,6 +82,7 @@ class EvaluateConfig:
         """Checks every option that can be checked without data and devices."""
         check_types(self)
         expand_paths(self, "run_dir", "data_dir", "predictions")
+        check_dataset_name(self.dataset)
         require_at_least(self, 1, "batch_size", "devices", "test_size", "image_size")
         require_folder(self, "predictions")
 
@@ -168,14 +179,18 @@ def _count(opened: "_Opened") -> Evaluation:
         opened.driver,
         batch_size=opened.batch_size,
         metrics=opened.metrics,
+        streamed=opened.streamed,
     )
-    found = count_errors(
-        program,
-        opened.variables,
-        opened.driver.replicate(as_batch(opened.test)),
-        opened.number,
-        batch_size=opened.batch_size,
-    )
+    with contextlib.ExitStack() as stack:
+        examples: Batch | AnySplit = opened.test
+        if opened.streamed:
+            program = StreamedEvaluate(opened.driver, opened.batch_size, program)
+            stack.callback(program.close)
+        else:
+            examples = opened.driver.replicate(as_batch(opened.test.read()))
+        found = count_errors(
+            program, opened.variables, examples, opened.number, batch_size=opened.batch_size
+        )
     assert found is not None  # only a request to stop ends it early, and there is none
     return found[0]
 
@@ -185,23 +200,31 @@ def _predict(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """The scores, labels, losses and metrics of the test images."""
     # Each process predicts by itself, on one device.
-    examples = jax.device_put(as_batch(opened.test), jax.local_devices()[0])
-    variables = local(opened.variables)
+    device, variables = jax.local_devices()[0], local(opened.variables)
+    draw = opened.sampler.test_batch if opened.streamed else opened.sampler.test
 
     @jax.jit
     def predict(
         variables: Variables, examples: Batch, numbers: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, jax.Array]]:
-        sample = opened.sampler.test(examples, numbers)
+        sample = draw(examples, numbers)
         prediction, _ = opened.apply(variables, sample.images, target=sample.masks)
         losses, values = measure(prediction, sample, opened.objective, opened.metrics)
         return prediction.scores, sample.labels, losses, values
 
-    size, last = opened.batch_size, opened.number - 1
-    batches = [
-        jax.device_get(predict(variables, examples, np.minimum(first + np.arange(size), last)))
-        for first in range(0, opened.number, size)
-    ]
+    size = opened.batch_size
+    order = InOrder(opened.number, size, np.arange(size))
+    numbers = range(-(-opened.number // size))
+    with contextlib.ExitStack() as stack:
+        if opened.streamed:
+            read = stack.enter_context(open_stream(opened.test, order, numbers, workers=0))
+            parts: Iterable[Batch] = (jax.device_put(as_batch(split), device) for split in read)
+        else:
+            parts = itertools.repeat(jax.device_put(as_batch(opened.test.read()), device))
+        batches = [
+            jax.device_get(predict(variables, part, order(n)))
+            for n, part in zip(numbers, parts, strict=False)
+        ]
     # The last batch repeats the last image.
     whole: tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]] = jax.tree.map(
         lambda *parts: np.concatenate(parts)[: opened.number], *batches
@@ -274,7 +297,8 @@ class _Opened:
     batch_size: int
     name: str
     class_names: tuple[str, ...]
-    test: Split
+    test: AnySplit
+    streamed: bool
     number: int
     step: int | None
     is_regression: bool
@@ -301,6 +325,7 @@ def _open(
         data_dir=config.data_dir,
         image_size=config.image_size,
         channels=config.channels,
+        input=config.input,
     )
     choices.check_test_size(dataset, config.test_size)
     if processes.number() > 1:
@@ -317,17 +342,20 @@ def _open(
     if objective is None:
         loss = started.loss if own else None
         objective = choices.choose_objective(loss, started.preset, model, dataset)
+    sampler = Sampler(task, model.num_classes)
+    streamed = choose_stream(config.input, dataset, sampler, several_seeds=False)
     return _Opened(
         apply=apply,
         variables=variables,
         objective=objective,
         metrics=choices.choose_metrics(metrics, dataset.is_regression),
-        sampler=Sampler(task, model.num_classes),
+        sampler=sampler,
         driver=driver,
         batch_size=-(-min(config.batch_size, number) // share) * share,
         name=dataset.name,
         class_names=dataset.class_names,
         test=dataset.test,
+        streamed=streamed is not None,
         number=number,
         step=step,
         is_regression=dataset.is_regression,

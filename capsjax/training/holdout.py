@@ -1,14 +1,18 @@
 """Holding training images out for validation."""
 
+from typing import TypeVar, cast
+
 import numpy as np
 
-from capsjax.data import Split
+from capsjax.data.dataset import AnySplit
 from capsjax.errors import ConfigError
+
+Examples = TypeVar("Examples", bound=AnySplit)
 
 
 def hold_out(
-    train: Split, number: int | None, *, stratified: bool = True
-) -> tuple[Split, Split | None]:
+    train: Examples, number: int | None, *, stratified: bool = True
+) -> tuple[Examples, Examples | None]:
     """Splits images for validation off the training images.
 
     Which ones does not depend on a run's seed, so that runs with different seeds share them.
@@ -53,10 +57,7 @@ def hold_out(
         rank = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
         chosen[by_class] = rank < np.repeat(_shares(counts, number), counts)
     held, kept = np.sort(order[chosen]), np.sort(order[~chosen])
-    return (
-        Split(train.images[kept], train.labels[kept]),
-        Split(train.images[held], train.labels[held]),
-    )
+    return cast(Examples, train.take(kept)), cast(Examples, train.take(held))
 
 
 def _shares(counts: np.ndarray, number: int) -> np.ndarray:

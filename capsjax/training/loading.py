@@ -8,15 +8,19 @@ import numpy as np
 from flax import nnx
 
 from capsjax import models
-from capsjax.data import Cropped, Dataset, Pairs, Sampler, Shifted, Split, load, names, source_of
+from capsjax.data import Cropped, Dataset, Pairs, Sampler, Shifted, Split, is_name, load, source_of
+from capsjax.data.dataset import AnySplit
 from capsjax.errors import ConfigError
 from capsjax.training import choices, processes
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import TrainConfig
 from capsjax.training.drivers import Driver
+from capsjax.training.inputs import InputName, load_dataset
 from capsjax.training.programs import as_batch
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
 from capsjax.training.step import Variables, split_abstract, split_network
+
+_SHOWN = 1000  # test images that are read from disk to be shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,8 @@ class TrainedNetwork:
     Attributes:
       network: with the parameters of the checkpoint.
       dataset: the run's.
-      test: the network's test images; single ones for a network for pairs.
+      test: the network's test images, the first thousand of a set that is streamed; single ones
+        for a network for pairs.
       step: of the checkpoint; None for a network that comes with the package.
     """
 
@@ -74,7 +79,7 @@ def load_network(
 
 def _as_shown(dataset: Dataset) -> Split:
     """The network's test images on the host."""
-    images, labels = dataset.test
+    images, labels = test = _some(dataset.test)
     if labels.ndim > 1:
         kind = (
             "numbers to predict" if dataset.is_regression else "any number of classes in an image"
@@ -83,14 +88,23 @@ def _as_shown(dataset: Dataset) -> Split:
     if isinstance(dataset.task, Pairs):
         return Split(np.asarray(dataset.task.singly(jnp.asarray(images))), labels)
     if isinstance(dataset.task, Shifted):
-        return dataset.test
+        return test
     if isinstance(dataset.task, Cropped):
         raise ConfigError(
             f"networks for {dataset.name} take standardised images, which figures cannot show"
         )
     sampler = Sampler(dataset.task, dataset.num_classes)
-    sample = sampler.test(as_batch(dataset.test), jnp.arange(len(labels)))
+    sample = sampler.test(as_batch(test), jnp.arange(len(labels)))
     return Split(np.asarray(sample.images), np.asarray(sample.labels))
+
+
+def _some(split: AnySplit) -> Split:
+    """The images in memory; of those on disk the first thousand."""
+    return (
+        split
+        if isinstance(split, Split)
+        else split.take(np.arange(min(_SHOWN, len(split.labels)))).read()
+    )
 
 
 def load_own(
@@ -99,6 +113,7 @@ def load_own(
     *,
     image_size: int | None = None,
     channels: int | None = None,
+    input: InputName | None = None,
 ) -> Dataset:
     """Loads the data set that a run was trained on, from another directory if one is given.
 
@@ -106,14 +121,15 @@ def load_own(
       ConfigError: it was not loaded by name.
       capsjax.data.DataError: it is missing or damaged.
     """
-    if run.dataset not in names():
+    if not is_name(run.dataset):
         raise ConfigError(
             f"the run in {run.train.run_dir} was trained on data of its own, {run.dataset}, which"
             " have to be given: dataset=..."
         )
     choices.check_data_dir(run.dataset, data_dir)
-    return load(
+    return load_dataset(
         run.dataset,
+        input,
         data_dir=data_dir or run.train.data_dir,
         image_size=image_size or run.train.image_size,
         channels=channels or run.train.channels,
@@ -128,19 +144,22 @@ def load_images(
     data_dir: Path | None = None,
     image_size: int | None = None,
     channels: int | None = None,
+    input: InputName | None = None,
 ) -> Dataset:
     """The images that are given or named, with the run's classes; otherwise the run's own."""
     own = dataset is None and name is None and data_dir is None
     if dataset is None and name in (None, run.dataset):
-        dataset = load_own(run, data_dir, image_size=image_size, channels=channels)
+        dataset = load_own(run, data_dir, image_size=image_size, channels=channels, input=input)
     elif dataset is None:
         assert name is not None
         choices.check_data_dir(name, data_dir)
         # A run's own directory goes with its own data set only, or with what is made of the same.
-        known = run.dataset in names() and source_of(name) == source_of(run.dataset)
+        known = is_name(run.dataset) and source_of(name) == source_of(run.dataset)
         if data_dir is None and known:
             data_dir = run.train.data_dir
-        dataset = load(name, data_dir=data_dir, image_size=image_size, channels=channels)
+        dataset = load_dataset(
+            name, input, data_dir=data_dir, image_size=image_size, channels=channels
+        )
     if not own:
         if dataset.is_regression != run.data.is_regression:
             kind = "numbers to predict" if dataset.is_regression else "classes"

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from capsjax.data import Batch
+from capsjax.data.dataset import AnySplit
 from capsjax.errors import ConfigError, DivergedError
 from capsjax.training import processes
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.counting import Evaluation, count_errors
 from capsjax.training.drivers import local
-from capsjax.training.programs import NEVER, Pace, StepSums, as_batch, stack, unstack
+from capsjax.training.programs import NEVER, Pace, StepSums, stack, unstack
 from capsjax.training.reporting import Report
 from capsjax.training.run_directory import Record, RunDirectory
 from capsjax.training.setup import Setup
@@ -113,7 +114,7 @@ def train_and_test(run: Run, progress: Progress) -> list[Evaluation] | None:
     tests = None
     if is_over(setup, progress.step, progress.history):
         with run.report.evaluating("testing"):
-            examples = setup.driver.replicate(as_batch(setup.test))
+            examples = setup.feed.place(setup.test)
             tests = _evaluate(run, progress, examples, config.test_size)
     if tests is None:
         if progress.step != progress.saved or not progress.step:
@@ -152,7 +153,7 @@ def _advance(run: Run, progress: Progress, target: int, pace: Pace, window: _Win
         run.report.measure(number, seconds)
 
     while progress.step < target and not run.stop.requested():
-        end = min(target, _next_multiple(progress.step, setup.steps_per_epoch))
+        end = min(target, setup.feed.call_end(progress.step))
         number = processes.decide(pace.amount(end - progress.step))
         progress.state, sums = setup.run_steps(progress.state, progress.step, number)
         progress.step += number
@@ -212,10 +213,10 @@ def _save(run: Run, progress: Progress, scores: Sequence[float | None]) -> None:
 
 
 def _evaluate(
-    run: Run, progress: Progress, examples: Batch, number: int | None
+    run: Run, progress: Progress, examples: Batch | AnySplit, number: int | None
 ) -> list[Evaluation] | None:
     return count_errors(
-        run.setup.evaluate,
+        run.setup.feed.evaluate,
         progress.state.variables,
         examples,
         len(examples.labels) if number is None else number,

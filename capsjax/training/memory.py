@@ -99,7 +99,7 @@ def estimate_memory(
         share * num_seeds * num_parameters * _BYTES_PER_PARAMETER,
         share * num_seeds * activations,
         share * examples,
-        _limit(here[0]),
+        device_memory(here[0]),
     )
 
 
@@ -125,8 +125,8 @@ def _network(model: models.ModelConfig, batch_size: int) -> tuple[int, int]:
     return sum(leaf.size for leaf in jax.tree.leaves(params)), activations
 
 
-def _limit(device: jax.Device) -> int | None:
-    """Bytes of memory of a device; of the machine for a CPU."""
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes of memory of a device; of the machine for a CPU; or None."""
     if device.platform == "cpu":
         return machine_memory()
     limit: int | None = (device.memory_stats() or {}).get("bytes_limit")

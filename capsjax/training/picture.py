@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from capsjax.data import Sampler, Split
+from capsjax.data import Sampler, StoredSplit
+from capsjax.data.dataset import AnySplit
 from capsjax.files import replacing
 from capsjax.models import ModelConfig
 from capsjax.training.programs import as_batch
@@ -53,7 +54,7 @@ def draw_reconstructions(
     variables: Variables,
     model: ModelConfig,
     sampler: Sampler,
-    test: Split,
+    test: AnySplit,
     path: Path,
 ) -> None:
     """Writes test images over their reconstructions as PNG, unless the network has no decoder."""
@@ -64,7 +65,11 @@ def draw_reconstructions(
     except ImportError:  # on a machine that has only what computing needs
         return
     chosen = np.linspace(0, len(test.labels) - 1, min(_PICTURED, len(test.labels))).astype(int)
-    sample = sampler.test(as_batch(test), jnp.asarray(chosen))
+    numbers = jnp.asarray(chosen)
+    if isinstance(test, StoredSplit):
+        sample = sampler.test_batch(as_batch(test.take(chosen).read()), numbers)
+    else:
+        sample = sampler.test(as_batch(test), numbers)
     prediction, _ = jax.jit(apply)(variables, sample.images)
     if test.labels.ndim > 1:  # any number of classes: those that are present, together
         masks = sample.masks[:, None]

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capsjax.data import white_of
-from capsjax.data.image_folder import list_images, widened
+from capsjax.data.image_files import list_images, widened
 from capsjax.errors import ConfigError, DataError
 from capsjax.files import expand_paths, require_folder, write_text
 from capsjax.training.classifier import Classifier, load_classifier

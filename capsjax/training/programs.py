@@ -104,11 +104,12 @@ def make_run_steps(
     *,
     batch_size: int,
     several_seeds: bool = False,
+    streamed: bool = False,
 ) -> RunSteps:
     """Compiles ``run_steps(state, examples, order, key, num_steps) -> (state, sums)``.
 
     The steps are those of :func:`make_step`, whose arguments these are too. The state is donated.
-    Calls must not cross the end of an epoch.
+    Calls must not cross the end of an epoch, or of a chunk.
 
     Args:
       train_step: as in :func:`make_step`.
@@ -116,8 +117,12 @@ def make_run_steps(
       driver: as in :func:`make_step`.
       batch_size: as in :func:`make_step`.
       several_seeds: whether state, order, key and sums have a leading axis over seeds.
+      streamed: whether the examples are a chunk of batches, from :meth:`Driver.place_chunk`, and
+        the order is the number of the step that its first batch is for.
     """
     step = make_step(train_step, sampler, driver, batch_size=batch_size)
+    if streamed:
+        step = _make_streamed_step(train_step, sampler, driver, batch_size)
 
     def run_steps(
         state: TrainState, examples: Batch, order: jax.Array, key: jax.Array, num_steps: jax.Array
@@ -132,8 +137,26 @@ def make_run_steps(
         return jax.lax.fori_loop(0, num_steps, body, (state, sums))
 
     function = jax.vmap(run_steps, (0, None, 0, 0, None)) if several_seeds else run_steps
-    compiled: RunSteps = driver.compile(function, donate=True)
+    chunk = "examples" if streamed else None
+    compiled: RunSteps = driver.compile(function, donate=True, chunk=chunk)
     return compiled
+
+
+def _make_streamed_step(
+    train_step: TrainStep, sampler: Sampler, driver: Driver, batch_size: int
+) -> Step:
+    """The step of :func:`make_step` where the batch has been selected on the host."""
+
+    def step(
+        state: TrainState, chunk: Batch, first: jax.Array, key: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
+        batch = jax.tree.map(lambda x: x[state.step - first], chunk)
+        step_key = jax.random.fold_in(key, state.step)
+        return train_step(
+            state, sampler.train_batch(batch, step_key, driver.batch_positions(batch_size))
+        )
+
+    return step
 
 
 def measure(
@@ -161,6 +184,7 @@ def make_evaluate(
     batch_size: int,
     metrics: Mapping[str, Metric] | None = None,
     several_seeds: bool = False,
+    streamed: bool = False,
 ) -> Evaluate:
     """Compiles ``evaluate(variables, examples, first, num_batches, num_examples) -> sums``.
 
@@ -177,13 +201,15 @@ def make_evaluate(
       batch_size: examples in the whole batch.
       metrics: other values per example, ``(prediction, target) -> [B]``, by name.
       several_seeds: whether variables and sums have a leading axis over seeds.
+      streamed: whether the examples are a chunk of batches, from :meth:`Driver.place_chunk`; a
+        further argument, ``begin``, is the number of its first batch.
     """
     as_integer("batch_size", batch_size)
     measured = dict(metrics or {})
 
-    def evaluate(
+    def add_up(
+        draw: Callable[[jax.Array, jax.Array], Sample],
         variables: Variables,
-        examples: Batch,
         first: jax.Array,
         num_batches: jax.Array,
         num_examples: jax.Array,
@@ -191,7 +217,7 @@ def make_evaluate(
         def body(batch: jax.Array, sums: EvaluationSums) -> EvaluationSums:
             position = batch * batch_size + driver.batch_positions(batch_size)
             real = position < num_examples
-            sample = sampler.test(examples, jnp.minimum(position, num_examples - 1))
+            sample = draw(batch, jnp.minimum(position, num_examples - 1))
             prediction, _ = apply(variables, sample.images, target=sample.masks)
             loss, values = measure(prediction, sample, objective, measured)
             if sample.is_regression:
@@ -215,6 +241,33 @@ def make_evaluate(
         )
         return driver.sum(jax.lax.fori_loop(first, first + num_batches, body, sums))
 
+    def evaluate(
+        variables: Variables,
+        examples: Batch,
+        first: jax.Array,
+        num_batches: jax.Array,
+        num_examples: jax.Array,
+    ) -> EvaluationSums:
+        def draw(_: jax.Array, numbers: jax.Array) -> Sample:
+            return sampler.test(examples, numbers)
+
+        return add_up(draw, variables, first, num_batches, num_examples)
+
+    def evaluate_chunk(
+        variables: Variables,
+        chunk: Batch,
+        first: jax.Array,
+        num_batches: jax.Array,
+        num_examples: jax.Array,
+        begin: jax.Array,
+    ) -> EvaluationSums:
+        def draw(batch: jax.Array, numbers: jax.Array) -> Sample:
+            return sampler.test_batch(jax.tree.map(lambda x: x[batch - begin], chunk), numbers)
+
+        return add_up(draw, variables, first, num_batches, num_examples)
+
+    if streamed:
+        return driver.compile(evaluate_chunk, chunk="chunk")
     function = jax.vmap(evaluate, (0, None, None, None, None)) if several_seeds else evaluate
     compiled: Evaluate = driver.compile(function)
     return compiled

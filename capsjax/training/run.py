@@ -16,7 +16,7 @@ import jax
 import optax
 
 from capsjax import models
-from capsjax.data import Dataset, load
+from capsjax.data import Dataset
 from capsjax.errors import ConfigError
 from capsjax.training import choices, processes
 from capsjax.training.checkpoints import Checkpoints
@@ -24,6 +24,7 @@ from capsjax.training.config import OF_LEARNING_RATE, TrainConfig, check_togethe
 from capsjax.training.counting import Evaluation
 from capsjax.training.drivers import local
 from capsjax.training.files import write_json
+from capsjax.training.inputs import load_dataset
 from capsjax.training.loading import load_own
 from capsjax.training.loop import Progress, Run, begin, is_over, read_history, train_and_test
 from capsjax.training.objectives import Metric, Objective
@@ -235,8 +236,9 @@ def _start(
     given = dataset is not None
     if dataset is None:
         choices.check_data_dir(config.dataset, config.data_dir)
-        dataset = load(
+        dataset = load_dataset(
             config.dataset,
+            config.input,
             data_dir=config.data_dir,
             image_size=config.image_size,
             channels=config.channels,
@@ -277,11 +279,11 @@ def _resume(
     if dataset is None:
         config, before = configs[0], resumed[0]
         other = config.data_dir if config.data_dir != before.train.data_dir else None
-        dataset = load_own(before, other)
+        dataset = load_own(before, other, input=config.input)
     data = DataDescription.of(dataset)
     for before in resumed:
         before.data.check(data)
-    data = dataclasses.replace(data, name=resumed[0].data.name)
+    data = resumed[0].data.completed(data)
     assert model is not None  # there is at least one run
     configs[0].check_learning_rate()
     if not any(directory.last_checkpoint() for directory in directories):
@@ -339,6 +341,7 @@ def _run(
             )
             for directory, each in (pairs if processes.is_first() else ())
         ]
+        opened.callback(setup.feed.close)
         for saved in checkpoints:
             opened.enter_context(contextlib.closing(saved))
         progress = begin(setup, directories, checkpoints)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ import msgspec
 import numpy as np
 from filelock import FileLock, Timeout
 
-from capsjax.data import Dataset, Split
+from capsjax.data import Dataset, Split, StoredSplit
+from capsjax.data.dataset import AnySplit
 from capsjax.errors import ConfigError, naming
 from capsjax.files import write_text
 from capsjax.models import (
@@ -46,21 +48,26 @@ class DataDescription:
       name: its name.
       class_names: its classes, in the order of the labels.
       train_images: number of training images.
-      checksum: CRC-32 of the training images and labels.
+      checksum: CRC-32 of the training images and labels; None if the images were on disk.
       test_images: number of test images; None, as what follows, if an older version described it.
-      test_checksum: CRC-32 of the test images and labels.
+      test_checksum: CRC-32 of the test images and labels; None if the images were on disk.
       task: name of the task's class.
       label_dtype: dtype of the labels: int32, bool (several classes), float32 (numbers to predict).
+      labels: CRC-32 of the labels for training and test.
+      files: CRC-32 that stands for the pixels of images on disk, as by the names and sizes of their
+        files; None if the images were in memory.
     """
 
     name: str
     class_names: tuple[str, ...]
     train_images: int
-    checksum: int
+    checksum: int | None
     test_images: int | None = None
     test_checksum: int | None = None
     task: str | None = None
     label_dtype: str | None = None
+    labels: int | None = None
+    files: int | None = None
 
     @classmethod
     def of(cls, dataset: Dataset) -> "DataDescription":
@@ -74,6 +81,8 @@ class DataDescription:
             _checksum(dataset.test),
             type(dataset.task).__name__,
             dataset.train.labels.dtype.name,
+            _crc(dataset.train.labels, dataset.test.labels),
+            _files(dataset),
         )
 
     @property
@@ -81,20 +90,39 @@ class DataDescription:
         """Whether the labels are numbers to predict, instead of classes."""
         return self.label_dtype == "float32"
 
+    def completed(self, found: "DataDescription") -> "DataDescription":
+        """Returns this description, with what an older version did not record."""
+        if self.labels is not None:
+            return self
+        known = {n: v for n, v in dataclasses.asdict(self).items() if v is not None}
+        return dataclasses.replace(found, **known)
+
     def check(self, found: "DataDescription") -> None:
-        """Raises a ConfigError unless these are the data that a run was started with."""
+        """Raises a ConfigError unless these are the data that a run was started with.
+
+        What is known of one of them only is not compared.
+        """
         for field in dataclasses.fields(self)[1:]:  # they may go by another name
             then, now = getattr(self, field.name), getattr(found, field.name)
-            if then is not None and then != now:
+            if None not in (then, now) and then != now:
                 raise ConfigError(
                     f"data set {found.name} is not the one that the run was started with:"
                     f" {field.name.replace('_', ' ')} were {then}, are {now}"
                 )
 
 
-def _checksum(split: Split) -> int:
-    images, labels = (np.ascontiguousarray(x).data for x in split)
-    return zlib.crc32(labels, zlib.crc32(images))
+def _crc(*arrays: np.ndarray) -> int:
+    return functools.reduce(lambda crc, x: zlib.crc32(np.ascontiguousarray(x).data, crc), arrays, 0)
+
+
+def _checksum(split: AnySplit) -> int | None:
+    return _crc(*split) if isinstance(split, Split) else None
+
+
+def _files(dataset: Dataset) -> int | None:
+    splits = (dataset.train, dataset.test)
+    checksums = [split.images.checksum for split in splits if isinstance(split, StoredSplit)]
+    return _crc(np.array(checksums)) if checksums else None
 
 
 class RunConfig(NamedTuple):

@@ -1,32 +1,31 @@
 """What runs compute: programs, data and the first state, built from options."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
 from capsjax import models
-from capsjax.data import Batch, Dataset, Sampler, Split, epoch_order
+from capsjax.data import Batch, Dataset, Sampler
+from capsjax.data.dataset import AnySplit
 from capsjax.errors import ConfigError
 from capsjax.ops._checks import check_callable
 from capsjax.training import choices, processes
 from capsjax.training.config import OF_LEARNING_RATE, TrainConfig
 from capsjax.training.drivers import Driver, local
+from capsjax.training.feeding import CHUNKS, Feed, Resident, Streamed, steps_per_chunk
 from capsjax.training.holdout import hold_out
+from capsjax.training.inputs import choose_stream, choose_workers
 from capsjax.training.loading import read_run, restore
 from capsjax.training.memory import estimate_memory
 from capsjax.training.objectives import Metric, Objective, weigh_classes
 from capsjax.training.optimizers import make_optimizer
 from capsjax.training.programs import (
-    Evaluate,
-    RunSteps,
     StepSums,
     as_batch,
     make_evaluate,
@@ -89,15 +88,14 @@ class Setup:
     Attributes:
       configs: the options of each run.
       model: the network's configuration.
-      train: the training images on the host, without those held out.
-      validation: the images held out, on the devices, or None.
-      test: the test images on the host.
+      train: the training images on the host or on disk, without those held out.
+      validation: the images held out, as the feed has placed them, or None.
+      test: the test images on the host or on disk.
       sampler: makes the samples.
       driver: where it runs.
       apply: the network as a pure function.
       initial: the state before the first step.
-      run_steps: ``(state, step, num_steps) -> (state, sums)``; the state is donated.
-      evaluate: from :func:`make_evaluate`.
+      feed: runs the steps and the evaluations.
       steps_per_epoch: number of whole batches of training images.
       total_steps: at which the runs end.
       num_parameters: of one network.
@@ -106,15 +104,14 @@ class Setup:
 
     configs: Sequence[TrainConfig]
     model: models.ModelConfig
-    train: Split
-    validation: Batch | None
-    test: Split
+    train: AnySplit
+    validation: Batch | AnySplit | None
+    test: AnySplit
     sampler: Sampler
     driver: Driver
     apply: Apply
     initial: TrainState
-    run_steps: RunSteps
-    evaluate: Evaluate
+    feed: Feed
     steps_per_epoch: int
     total_steps: int
     num_parameters: int
@@ -124,6 +121,12 @@ class Setup:
     def config(self) -> TrainConfig:
         """The options that all runs share."""
         return self.configs[0]
+
+    def run_steps(
+        self, state: TrainState, step: int, num_steps: int
+    ) -> tuple[TrainState, StepSums]:
+        """Starts steps, at most up to :meth:`Feed.call_end`; the state is donated."""
+        return self.feed.run_steps(state, step, num_steps)
 
 
 def set_up(
@@ -184,14 +187,25 @@ def set_up(
             f" {config.warmup_steps:,}"
         )
     sampler = Sampler(task, model.num_classes, config.flip)
+    batch_size, several = config.batch_size, len(configs) > 1
+    streamed = choose_stream(config.input, dataset, sampler, several_seeds=several)
+    chunk = steps_per_chunk(train, driver, batch_size, min(config.steps_per_dispatch, total_steps))
+    image = train.images.nbytes // len(train.labels)
     memory = estimate_memory(
         model,
         driver,
-        batch_size=config.batch_size,
-        examples=dataset.train.images.nbytes,
+        batch_size=batch_size,
+        examples=dataset.train.images.nbytes
+        if streamed is None
+        else CHUNKS * chunk * batch_size * image // len(driver.devices),
         num_seeds=len(configs),
     )
     say(f"{config.preset}: {memory}")
+    workers = choose_workers(config.workers, train)
+    if streamed is not None:
+        pool = f"{workers} worker process{'es' * (workers > 1)}"
+        reading = pool if workers else "threads of this process"
+        say(f"input: a stream, read by {reading}, {streamed}")
     keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
     networks = [
         split_network(models.build(model, rngs=nnx.Rngs(init)), frozen=config.freeze or ())
@@ -207,11 +221,9 @@ def set_up(
     first = [variables for _, variables in networks]
     if config.init_from is not None and initialise:
         first = _transferred(config, first, driver)
-    examples = driver.replicate(as_batch(train))
     if custom.objective is not None or custom.metrics is not None:
-        _try(apply, first[0], objective, metrics, sampler, examples)
-    batch_size, several = config.batch_size, len(configs) > 1
-    compiled = make_run_steps(
+        _try(apply, first[0], objective, metrics, sampler, train)
+    steps = make_run_steps(
         make_train_step(
             apply,
             optimizer,
@@ -222,40 +234,49 @@ def set_up(
         driver,
         batch_size=batch_size,
         several_seeds=several,
+        streamed=streamed is not None,
     )
+    evaluate = make_evaluate(
+        apply,
+        objective,
+        sampler,
+        driver,
+        batch_size=batch_size,
+        metrics=metrics,
+        several_seeds=several,
+        streamed=streamed is not None,
+    )
+    order_keys = [key for _, key, _ in keys]
     step_key = driver.replicate(stack([key for _, _, key in keys]))
-
-    @functools.lru_cache(maxsize=1)
-    def order(epoch: int) -> jax.Array:
-        count = len(train.labels)
-        orders = [epoch_order(jax.random.fold_in(key, epoch), count) for _, key, _ in keys]
-        return driver.replicate(stack(orders))
-
-    def run_steps(state: TrainState, step: int, num_steps: int) -> tuple[TrainState, StepSums]:
-        """Starts steps that do not cross the end of an epoch."""
-        epoch = step // steps_per_epoch
-        return compiled(state, examples, order(epoch), step_key, np.int32(num_steps))
-
+    feed: Feed
+    if streamed is not None:
+        (order_key,) = order_keys
+        feed = Streamed(
+            driver,
+            train,
+            order_key,
+            step_key,
+            batch_size,
+            total_steps,
+            chunk,
+            workers,
+            steps,
+            evaluate,
+        )
+    else:
+        examples = driver.replicate(as_batch(train.read()))
+        feed = Resident(driver, examples, order_keys, step_key, steps_per_epoch, steps, evaluate)
     return Setup(
         configs=configs,
         model=model,
         train=train,
-        validation=None if validation is None else driver.replicate(as_batch(validation)),
+        validation=None if validation is None else feed.place(validation),
         test=dataset.test,
         sampler=sampler,
         driver=driver,
         apply=apply,
         initial=stack([init_state(variables, optimizer) for variables in first]),
-        run_steps=run_steps,
-        evaluate=make_evaluate(
-            apply,
-            objective,
-            sampler,
-            driver,
-            batch_size=batch_size,
-            metrics=metrics,
-            several_seeds=several,
-        ),
+        feed=feed,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         num_parameters=memory.num_parameters,
@@ -269,16 +290,17 @@ def _try(
     objective: Objective,
     metrics: Mapping[str, Metric],
     sampler: Sampler,
-    examples: Batch,
+    train: AnySplit,
 ) -> None:
     """Traces what is given in Python, so that its errors come before the run begins."""
 
-    def evaluate(variables: Variables, examples: Batch) -> object:
-        sample = sampler.test(examples, jnp.arange(2))
+    def evaluate(variables: Variables, batch: Batch) -> object:
+        sample = sampler.test(batch, jnp.arange(2))
         prediction, _ = apply(variables, sample.images, target=sample.masks)
         return measure(prediction, sample, objective, metrics)
 
-    jax.eval_shape(evaluate, variables, examples)
+    shapes: Any = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (train.images, train.labels))
+    jax.eval_shape(evaluate, variables, Batch(*shapes))
 
 
 def _transferred(

@@ -24,7 +24,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from capsjax.data import Dataset
-from capsjax.data.image_folder import image_pixels
+from capsjax.data.image_files import image_pixels
 from capsjax.files import expand_paths, require_folder, write_text
 from capsjax.training import ConfigError, load_network
 from capsjax.viz.live import Live

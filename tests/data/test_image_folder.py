@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from capsjax.data import DataError, load
-from capsjax.data.image_folder import image_pixels
+from capsjax.data.image_files import image_pixels
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -41,13 +41,13 @@ def test_an_unknown_name_is_answered_with_the_closest(name, closest):
     with pytest.raises(DataError) as error:
         load(name)
     assert str(error.value) == (
-        f"unknown data set {name!r}, expected one of {', '.join(names())}; "
-        f"did you mean {closest!r}?"
+        f"unknown data set {name!r}, expected one of {', '.join(names())}, or tfds:NAME of a "
+        f"prepared set; did you mean {closest!r}?"
     )
 
 
 def test_a_name_unlike_all_others_gets_no_suggestion():
-    with pytest.raises(DataError, match="npz$"):
+    with pytest.raises(DataError, match="prepared set$"):
         load("zzzz")
 
 

@@ -69,7 +69,7 @@ def _table(digits):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TABLES, "small", rows)
-        for module in ("reproduce.tables", "training.loading"):
+        for module in ("reproduce.tables", "training.inputs"):
             patch.setattr(f"capsjax.{module}.load", lambda name, **_: digits)
         yield rows
 

@@ -24,6 +24,7 @@ from capsjax.training import (
     predict_test,
     train,
 )
+from capsjax.training.inputs import fits
 from capsjax.training.loading import load_own
 from capsjax.training.run_directory import DataDescription, RunConfig
 
@@ -122,7 +123,7 @@ def test_predictions_of_several_classes_name_as_many_as_there_are(run, galaxies,
 def test_the_run_s_own_data_must_be_as_they_were(tmp_path, digits, tiny, monkeypatch):
     run = write_run(tmp_path / "run", digits, tiny)
     other = dataclasses.replace(digits, test=digits.train)
-    monkeypatch.setattr("capsjax.training.loading.load", lambda *_, **__: other)
+    monkeypatch.setattr("capsjax.training.inputs.load", lambda *_, **__: other)
     for read in (
         lambda: evaluate(options(run)),
         lambda: load_network(run.path),
@@ -164,8 +165,8 @@ def test_a_run_that_is_being_written_to_is_left_alone(run, galaxies):
 def test_data_of_another_name_are_loaded_as_the_options_say(galaxies, tiny, monkeypatch):
     options = TrainConfig(dataset="image_folder", data_dir="images", image_size=32, channels=3)
     stored = RunConfig(options, tiny, DataDescription.of(galaxies))
-    monkeypatch.setattr("capsjax.training.loading.load", lambda name, **how: (name, how))
-    how = {"data_dir": Path("images"), "image_size": 32, "channels": 3}
+    monkeypatch.setattr("capsjax.training.inputs.load", lambda name, **how: (name, how))
+    how = {"data_dir": Path("images"), "image_size": 32, "channels": 3, "in_memory": fits}
     assert load_own(stored) == ("image_folder", how)
     assert load_own(stored, Path("moved")) == ("image_folder", {**how, "data_dir": Path("moved")})
 

@@ -120,7 +120,7 @@ def test_tensorboard_holds_the_same_numbers(finished):
 
 def test_evaluate_repeats_the_run_s_test_result(finished, digits, monkeypatch):
     run, result = finished
-    monkeypatch.setattr("capsjax.training.loading.load", lambda *_, **__: digits)
+    monkeypatch.setattr("capsjax.training.inputs.load", lambda *_, **__: digits)
     evaluated = evaluate(EvaluateConfig(run_dir=run, batch_size=16))
     assert (evaluated.step, evaluated.test.wrong) == (23, result.test.wrong)
     assert evaluated.test.class_wrong == result.test.class_wrong
@@ -366,12 +366,12 @@ def test_images_that_the_network_does_not_take_are_named(finished, digits, monke
     other = dataclasses.replace(
         digits, train=digits.train._replace(images=digits.train.images[:, :20]), test=small
     )
-    monkeypatch.setattr("capsjax.training.loading.load", lambda *_, **__: other)
+    monkeypatch.setattr("capsjax.training.inputs.load", lambda *_, **__: other)
     with pytest.raises(ConfigError, match="images of 20x28x1, the network takes 28x28x1"):
         evaluate(EvaluateConfig(run_dir=run, batch_size=16))
     halves = (s._replace(labels=s.labels % 2) for s in (digits.train, digits.test))
     fewer = Dataset("parity", *halves, class_names=("even", "odd"))
-    monkeypatch.setattr("capsjax.training.loading.load", lambda *_, **__: fewer)
+    monkeypatch.setattr("capsjax.training.inputs.load", lambda *_, **__: fewer)
     with pytest.raises(ConfigError, match="has 2 classes, the network has 10"):
         evaluate(EvaluateConfig(run_dir=run, batch_size=16))
 

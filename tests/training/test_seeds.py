@@ -65,7 +65,7 @@ def test_seeds_trained_together_are_what_each_is_alone(together, digits, tiny, t
 
 def test_each_directory_is_that_of_an_ordinary_run(together, digits, monkeypatch, tmp_path):
     configs, results = together
-    monkeypatch.setattr("capsjax.training.loading.load", lambda *_, **__: digits)
+    monkeypatch.setattr("capsjax.training.inputs.load", lambda *_, **__: digits)
     for each, result in zip(configs, results, strict=True):
         found = evaluate(EvaluateConfig(run_dir=each.run_dir, batch_size=16))
         assert (found.step, found.test.wrong) == (14, result.test.wrong)

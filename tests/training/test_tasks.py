@@ -28,6 +28,7 @@ from capsjax.training import (
     train,
 )
 from capsjax.training.choices import choose_task
+from capsjax.training.inputs import fits
 from capsjax.training.optimizers import make_optimizer
 from capsjax.training.picture import draw_reconstructions, reconstruction_grid
 from capsjax.training.programs import as_batch
@@ -152,8 +153,7 @@ def test_a_run_s_images_are_read_as_it_read_them(tmp_path, digits, tiny, monkeyp
         asked.append((name, given))
         raise DataError("enough")
 
-    monkeypatch.setattr("capsjax.training.run.load", load)
-    monkeypatch.setattr("capsjax.training.loading.load", load)
+    monkeypatch.setattr("capsjax.training.inputs.load", load)
     run, folder = RunDirectory(tmp_path / "run"), tmp_path / "data"
     config = options(tmp_path, dataset="image_folder", data_dir=folder, image_size=8, channels=3)
     run.create()
@@ -168,9 +168,9 @@ def test_a_run_s_images_are_read_as_it_read_them(tmp_path, digits, tiny, monkeyp
     ):
         with pytest.raises(DataError, match="enough"):
             read()
-    own = ("image_folder", {"data_dir": folder, "image_size": 8, "channels": 3})
-    assert asked[:3] == [own] * 3
-    assert asked[3][1] == {"data_dir": folder, "image_size": 4, "channels": 1}
+    own = {"data_dir": folder, "image_size": 8, "channels": 3, "in_memory": fits}
+    assert asked[:3] == [("image_folder", own)] * 3
+    assert asked[3][1] == own | {"image_size": 4, "channels": 1}
 
 
 def test_pictures_of_any_number_of_channels():

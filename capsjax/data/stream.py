@@ -1,0 +1,222 @@
+"""Batches that grain reads, decodes and scales ahead of their use, in worker processes.
+
+The position in a stream is the number of the batch, so that it can begin anywhere: nothing else
+has to be saved.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from capsjax.data.dataset import AnySplit, Split
+from capsjax.data.transforms import epoch_order
+from capsjax.errors import ConfigError, DataError, how_to_install
+
+_PIECE = 2**23  # bytes of a batch that are read at once
+_AHEAD = 2  # pieces that each worker has ready
+
+
+class Order(Protocol):
+    """Which images are in a batch; is sent to the worker processes by pickle."""
+
+    def __call__(self, batch: int) -> npt.NDArray[Any]:
+        """Returns the indices of the images in the batch of this number."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EpochOrder:
+    """The order of training, each epoch in that of :func:`epoch_order`.
+
+    Attributes:
+      key: of the order, as of :func:`jax.random.key_data`.
+      impl: name of the key's implementation.
+      partitionable: the value of ``jax_threefry_partitionable``, on which the order depends.
+      count: number of images.
+      batch_size: of whole batches.
+      positions: in the whole batch that are read, int ``[B]``.
+    """
+
+    key: npt.NDArray[Any]
+    impl: str
+    partitionable: bool
+    count: int
+    batch_size: int
+    positions: npt.NDArray[Any]
+
+    def __call__(self, batch: int) -> npt.NDArray[Any]:
+        """Returns the indices for the step of this number."""
+        epoch, number = divmod(batch, self.count // self.batch_size)
+        about = (self.key.tobytes(), self.key.dtype.str, self.impl, self.partitionable, self.count)
+        return _order(*about, epoch)[number * self.batch_size + self.positions]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(
+    key: bytes, dtype: str, impl: str, partitionable: bool, count: int, epoch: int
+) -> npt.NDArray[Any]:
+    with contextlib.ExitStack() as where, jax.threefry_partitionable(partitionable):
+        with contextlib.suppress(RuntimeError):  # JAX may have been kept from the CPU
+            where.enter_context(jax.default_device(jax.local_devices(backend="cpu")[0]))
+        typed = jax.random.wrap_key_data(jnp.asarray(np.frombuffer(key, dtype)), impl=impl)
+        return np.asarray(epoch_order(jax.random.fold_in(typed, epoch), count))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InOrder:
+    """The images as they are, the last one repeated to fill the last batch.
+
+    Attributes:
+      count: number of images.
+      batch_size: of whole batches.
+      positions: in the whole batch that are read, int ``[B]``.
+    """
+
+    count: int
+    batch_size: int
+    positions: npt.NDArray[Any]
+
+    def __call__(self, batch: int) -> npt.NDArray[Any]:
+        """Returns the indices for the batch of this number."""
+        return np.minimum(batch * self.batch_size + self.positions, self.count - 1)
+
+
+def default_workers() -> int:
+    """Number of worker processes unless another is asked for: one processor is left free."""
+    affinity = getattr(os, "sched_getaffinity", None)  # which macOS lacks
+    processors = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(32, processors - 1))
+
+
+def is_installed() -> bool:
+    """Whether grain is installed."""
+    return importlib.util.find_spec("grain") is not None
+
+
+def check_installed() -> None:
+    """Raises a ConfigError if grain is not installed."""
+    if not is_installed():
+        raise ConfigError(
+            f"a stream of images needs grain, which is not installed: {how_to_install('data')}"
+        )
+
+
+@contextlib.contextmanager
+def open_stream(
+    split: AnySplit, order: Order, batches: range, *, workers: int
+) -> Iterator[Iterator[Split]]:
+    """Reads batches in order while a ``with`` statement is entered, which ends the workers.
+
+    Args:
+      split: the images. Those in memory are taken by threads of this process.
+      order: which images are in each batch.
+      batches: numbers of the batches.
+      workers: number of worker processes; threads of this process read if 0.
+
+    Returns:
+      An iterator over the batches. Their arrays may lie in memory that is shared with a worker:
+      they are to be copied and let go.
+
+    Raises:
+      ConfigError: grain is not installed.
+      DataError: when a batch is taken, an image cannot be read, or a worker has ended.
+    """
+    check_installed()
+    import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads its own, which no command line of ours has
+    pieces = _Pieces.of(split, order, batches)
+    if isinstance(split, Split):
+        workers = 0  # sending them to other processes would cost more than reading them
+    threads = 0 if workers else (os.cpu_count() or 1)
+    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    data = grain.MapDataset.source(pieces).to_iter_dataset(read)
+    if workers:
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
+        data = data.mp_prefetch(options, worker_init_fn=_begin_worker)
+    iterator = iter(data)
+    try:
+        yield _joined(iterator, pieces.per_batch)
+    finally:
+        iterator.close()
+
+
+def _joined(iterator: Iterator[Any], per_batch: int) -> Iterator[Split]:
+    """The batches that pieces make."""
+    while True:
+        try:
+            taken = [next(iterator) for _ in range(per_batch)]
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise DataError(
+                "a worker process that reads images has ended: out of memory (fewer --workers need"
+                " less), killed, or started by a script that trains without `if __name__ =="
+                ' "__main__":`; --workers 0 reads in this process'
+            ) from None
+        yield (
+            Split(*taken[0])
+            if per_batch == 1
+            else Split(*map(np.concatenate, zip(*taken, strict=True)))
+        )
+        del taken
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Pieces:
+    """The pieces of batches: a sequence, for grain."""
+
+    split: AnySplit
+    order: Order
+    batches: range
+    per_batch: int
+
+    @classmethod
+    def of(cls, split: AnySplit, order: Order, batches: range) -> "_Pieces":
+        """Divides batches into pieces of a few megabytes."""
+        number = len(order(batches[0]))
+        size = number * split.images.nbytes // max(1, len(split.labels))
+        return cls(split, order, batches, max(1, min(number, -(-size // _PIECE))))
+
+    def __len__(self) -> int:
+        return len(self.batches) * self.per_batch
+
+    def __getitem__(self, index: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        batch, piece = divmod(int(index), self.per_batch)
+        indices = self.order(self.batches[batch])
+        taken = self.split.take(np.array_split(indices, self.per_batch)[piece])
+        if isinstance(taken, Split):
+            return taken.images, taken.labels
+        return taken.images.read(threads=1), taken.labels
+
+
+def _begin_worker(number: int, count: int) -> None:
+    """Makes a process a worker: it ends with its parent alone, and leaves the devices to it."""
+    del number, count
+    for each in (signal.SIGINT, signal.SIGTERM):  # which a terminal sends to all processes
+        signal.signal(each, signal.SIG_IGN)
+    jax.config.update("jax_platforms", "cpu")
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()

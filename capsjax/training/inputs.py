@@ -1,0 +1,89 @@
+"""Whether images stay on the devices or are streamed to them: chosen by size, or asked for."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from capsjax.data import Dataset, Sampler, StoredSplit, load
+from capsjax.data.dataset import AnySplit
+from capsjax.data.stream import check_installed, default_workers, is_installed
+from capsjax.errors import ConfigError
+from capsjax.training import processes
+from capsjax.training.memory import device_memory, machine_memory
+
+InputName = Literal["resident", "stream"]
+
+
+def load_dataset(
+    name: str,
+    asked: InputName | None,
+    *,
+    data_dir: Path | None = None,
+    image_size: int | None = None,
+    channels: int | None = None,
+) -> Dataset:
+    """Loads a data set by name; one that is to be streamed stays on disk if it can.
+
+    Raises:
+      capsjax.data.DataError: as :func:`capsjax.data.load`.
+    """
+    in_memory: bool | Callable[[int], bool] = fits if asked is None else asked == "resident"
+    return load(
+        name, data_dir=data_dir, image_size=image_size, channels=channels, in_memory=in_memory
+    )
+
+
+def fits(size: int) -> bool:
+    """Whether so many bytes of decoded images stay on the devices, unless asked otherwise."""
+    limit = _limit()
+    return processes.decide(limit is None or size <= limit)
+
+
+def _limit() -> int | None:
+    """Half of the memory of a device, or a quarter of the machine's, which holds copies."""
+    device, machine = device_memory(jax.devices()[0]), machine_memory()
+    limits = ([] if device is None else [device // 2]) + ([] if machine is None else [machine // 4])
+    return min(limits, default=None)
+
+
+def choose_stream(
+    asked: InputName | None, dataset: Dataset, sampler: Sampler, *, several_seeds: bool
+) -> str | None:
+    """Returns why images are streamed, or None if they stay on the devices.
+
+    Raises:
+      ConfigError: they have to be streamed and cannot be.
+    """
+    size = dataset.train.images.nbytes + dataset.test.images.nbytes
+    is_stored = isinstance(dataset.train, StoredSplit)
+    can = sampler.takes_batches and not several_seeds and is_installed()
+    if asked == "resident" or (asked is None and (fits(size) or not (can or is_stored))):
+        return None
+    if not sampler.takes_batches:
+        raise ConfigError(
+            f"--input stream is not for data set {dataset.name}, whose samples are made of all"
+            " images together"
+        )
+    if several_seeds:
+        raise ConfigError(
+            "--input stream is for one run: several seeds have orders of their own, and need"
+            " --input resident"
+        )
+    check_installed()
+    if asked == "stream":
+        return "as asked for"
+    limit = _limit()
+    assert limit is not None  # everything fits where it is unknown
+    return (
+        f"all images decoded take {size / 1e9:,.2f} GB, more than {limit / 1e9:,.2f} GB, half of a"
+        " device's memory or a quarter of the machine's"
+    )
+
+
+def choose_workers(workers: int | None, split: AnySplit) -> int:
+    """Returns the number of worker processes that read a split; images in memory need none."""
+    if not isinstance(split, StoredSplit):
+        return 0
+    return default_workers() if workers is None else workers
