@@ -140,7 +140,8 @@ def test_a_stopped_job_goes_on_by_the_same_command_to_the_same_bits(
         codes = job.wait()
         if number == signal.SIGTERM:
             assert codes == [0, 0], job.logs()
-            assert job[0].out.startswith("stopped by SIGTERM at step 7, everything saved")
+            stopped = r"stopped by SIGTERM at step (7|8), everything saved; go on with: capsjax"
+            assert re.match(stopped, job[0].out)
             assert job[1].out == ""
         else:
             assert codes[1] == -signal.SIGKILL
@@ -148,10 +149,11 @@ def test_a_stopped_job_goes_on_by_the_same_command_to_the_same_bits(
             (line,) = job[0].errors
             assert "was lost" in line
             assert line.endswith("start all processes again, on --resume")
-    assert saved(run) == [7]
+    last = saved(run)[-1]
+    assert last in (7, 8)  # the decision for the next call may have been made
     with Job(tmp_path / "second", arguments) as job:
         assert job.wait() == [0, 0], job.logs()
-        assert "from step 7" in job[0].err
+        assert f"from step {last}" in job[0].err
     assert_same_bits(run, whole[0])
 
 
@@ -212,6 +214,16 @@ def test_a_slow_process_changes_nothing(whole, options, tmp_path):
     arguments = [*options, "--steps", LAST, "--run-dir", run]
     with Job(tmp_path, arguments, program=("-c", SLOW)) as job:
         assert job.wait() == [0, 0], job.logs()
+    assert_same_bits(run, whole[0])
+
+
+def test_each_process_streams_its_share_to_the_same_bits(whole, options, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*options, "--steps", LAST, "--run-dir", run, "--input", "stream"]
+    with Job(tmp_path, arguments) as job:
+        assert job.wait() == [0, 0], job.logs()
+        assert "input: a stream" in job[0].err
+        assert "input" not in job[1].err
     assert_same_bits(run, whole[0])
 
 
