@@ -10,6 +10,7 @@ import itertools
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import zlib
@@ -21,8 +22,9 @@ import msgspec
 import numpy as np
 from jax.experimental import multihost_utils
 
-from capsjax import errors, runtime_log
+from capsjax import errors
 from capsjax.errors import CapsjaxError, ConfigError
+from capsjax.training import runtime_log
 from capsjax.training.options import require, require_at_least
 from capsjax.version import __version__
 
@@ -375,14 +377,10 @@ def _watch(over: threading.Event) -> None:
 
 def _end(message: str) -> NoReturn:
     """Ends the process from another thread, while the main one may wait for the devices."""
-    import sys
-
-    from capsjax.process import exit_at_once
-
     print(f"{_command}: error: {message}", file=sys.stderr, flush=True)
     with contextlib.suppress(Exception):
         _client().key_value_set(f"capsjax/gone/{index()}", "", allow_overwrite=True)
-    exit_at_once(1)
+    os._exit(1)
 
 
 def _wait_for_reason(error: Exception) -> NoReturn:

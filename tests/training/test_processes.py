@@ -12,8 +12,8 @@ from jobs import Job
 
 from capsjax.data import save_npz
 from capsjax.errors import ConfigError
-from capsjax.runtime_log import Job as Started
-from capsjax.runtime_log import explain
+from capsjax.training.runtime_log import Job as Started
+from capsjax.training.runtime_log import explain
 from capsjax.training import Checkpoints, ProcessOptions, TrainConfig, initialize, train
 from capsjax.training import processes as many
 

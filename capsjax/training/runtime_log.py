@@ -50,7 +50,7 @@ def explain(log: str, job: Job) -> str:
       job: how the process was started.
 
     Example:
-      >>> from capsjax.runtime_log import Job, explain
+      >>> from capsjax.training.runtime_log import Job, explain
       >>> job = Job("capsjax train", 0, 2, heartbeat_timeout=60, start_timeout=45)
       >>> explain("UNAVAILABLE: … tasks are unhealthy (stopped sending heartbeats):\n1", job)
       'process 1 was lost: no heartbeat for 60 s; start all processes again, on --resume'
