@@ -154,7 +154,9 @@ def _detects_cluster() -> bool:
     """Whether JAX is going to detect a cluster, which it has no public name for."""
     from jax._src.clusters import ClusterEnv
 
-    kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
+    kinds = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method]
+    if "JOB_COMPLETION_INDEX" not in os.environ:  # a pod of its own, not one of an indexed job
+        kinds = [kind for kind in kinds if kind.__name__ != "K8sCluster"]
     return any(kind.is_env_present() for kind in kinds)
 
 

@@ -68,9 +68,12 @@ def explain(log: str, job: Job) -> str:
         which = str(job.process_id) if found[1] is None else found[1]
         return f"two processes were started with --process-id {which}"
     if "/RegisterTask" in log:
+        late = f"not {all_of_them} came within {job.start_timeout} s"
+        if job.num_processes is None:  # as the cluster says
+            return f"{late}; --num-processes 1 trains in this one alone"
         return (
-            f"not {all_of_them} came within {job.start_timeout} s: start each --process-id from 0"
-            " once, with the same --coordinator and --num-processes"
+            f"{late}: start each --process-id from 0 once, with the same --coordinator and"
+            " --num-processes"
         )
     if "/Heartbeat" in log or "Failed to send RPC to coordination service" in log:
         return f"process 0 was lost, which coordinates the others; {again}"

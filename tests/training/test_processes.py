@@ -12,10 +12,10 @@ from jobs import Job
 
 from capsjax.data import save_npz
 from capsjax.errors import ConfigError
-from capsjax.training.runtime_log import Job as Started
-from capsjax.training.runtime_log import explain
 from capsjax.training import Checkpoints, ProcessOptions, TrainConfig, initialize, train
 from capsjax.training import processes as many
+from capsjax.training.runtime_log import Job as Started
+from capsjax.training.runtime_log import explain
 
 # A network that compiles quickly.
 NETWORK = ("--preset", "baseline", "--override", "conv_features=4", "dense_features=8")
