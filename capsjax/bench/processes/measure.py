@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import tempfile
 import time
@@ -140,6 +141,11 @@ class _Clock:
                 each.error = Failure(self._stage, type(error).__name__, text.splitlines()[0])
 
 
+# Never left: libtpu is taken until the process has ended, which then frees the lock.
+_libtpu = contextlib.ExitStack()
+_take_libtpu = functools.cache(lambda: _libtpu.enter_context(libtpu_lock()))
+
+
 def measure_cells(request: Request) -> list[Measurement]:
     """Measures cells in this process; exceptions become errors of the cells."""
     clock = _Clock(request.begun)
@@ -147,19 +153,20 @@ def measure_cells(request: Request) -> list[Measurement]:
     with clock.failures(*found):
         with clock.stage("start", *found):
             target = parse_target(request.cells[0].target)
-        with libtpu_lock() if target.platform == "tpu" else contextlib.nullcontext():
-            with clock.stage("devices", *found):
-                devices = target.devices()
-            programs = []
-            for cell, each in zip(request.cells, found, strict=True):
-                if each is not found[0]:
-                    clock.skip()  # what the cells before took
-                with clock.failures(each):
-                    each.device_kind = devices[0].device_kind
-                    programs.append(_prepare(cell, request, target, devices, each, clock))
-            if request.run_seconds and not target.is_absent:
-                with clock.stage("run", *(each.found for each in programs)):
-                    _run(programs, request.run_seconds, clock)
+        if target.platform == "tpu":
+            _take_libtpu()
+        with clock.stage("devices", *found):
+            devices = target.devices()
+        programs = []
+        for cell, each in zip(request.cells, found, strict=True):
+            if each is not found[0]:
+                clock.skip()  # what the cells before took
+            with clock.failures(each):
+                each.device_kind = devices[0].device_kind
+                programs.append(_prepare(cell, request, target, devices, each, clock))
+        if request.run_seconds and not target.is_absent:
+            with clock.stage("run", *(each.found for each in programs)):
+                _run(programs, request.run_seconds, clock)
     with clock.stage("finish", *found):
         environment = dataclasses.asdict(read_environment())
     for each in found:
