@@ -12,6 +12,25 @@ from pathlib import Path
 
 SECONDS = 240  # that a job may take on a busy machine
 
+# A network that compiles quickly.
+NETWORK = ("--preset", "baseline", "--override", "conv_features=4", "dense_features=8")
+EVERY = ("--batch-size", "16", "--log-every", "4", "--checkpoint-every", "7", "--validation", "20")
+
+# A run that waits at step 7 until a file is there.
+WAITING = """
+import pathlib, sys, time
+from capsjax.__main__ import main
+from capsjax.training import loop
+
+def advance(run, progress, *rest):
+    while progress.step == 7 and not pathlib.Path(sys.argv[1]).exists():
+        time.sleep(0.05)
+    started(run, progress, *rest)
+
+started, loop._advance = loop._advance, advance
+main(sys.argv[2:])
+"""
+
 
 def free_port():
     with socket.socket() as listener:
@@ -19,10 +38,15 @@ def free_port():
         return listener.getsockname()[1]
 
 
+def saved(run):
+    folders = run.glob("checkpoints/*/commit_success.txt")
+    return sorted(int(path.parent.name) for path in folders)
+
+
 class Process:
     """One process of a job, whose standard streams are files."""
 
-    def __init__(self, number, arguments, log, *, devices, environment=None, directory=None):
+    def __init__(self, number, command, log, *, devices, environment=None, directory=None):
         self.number, self.log = number, Path(log)
         flags = re.sub(
             r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")
@@ -30,7 +54,7 @@ class Process:
         flags += f" --xla_force_host_platform_device_count={devices}"
         with open(f"{log}.out", "wb") as out, open(f"{log}.err", "wb") as err:
             self._process = subprocess.Popen(
-                [sys.executable, *map(str, arguments)],
+                [*map(str, command)],
                 cwd=directory,
                 env={**os.environ, "XLA_FLAGS": flags, **(environment or {})},
                 stdin=subprocess.DEVNULL,
@@ -115,7 +139,7 @@ class Job:
                 *("--start-timeout", start),
             ]
             log = Path(folder) / f"process-{len(self.processes)}"
-            command = [*program, *own, *joined]
+            command = [sys.executable, *program, *own, *joined]
             self.processes.append(
                 Process(
                     number,
@@ -160,3 +184,14 @@ class Job:
             assert time.monotonic() < end, f"a process has not ended in {seconds} s\n{self.logs()}"
             time.sleep(0.05)
         return [p.code for p in self.processes]
+
+
+class Launched(Job):
+    """Commands of launchers, each with its environment."""
+
+    def __init__(self, folder, commands, environments):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.processes = [
+            Process(number, command, Path(folder) / f"{number}", devices=1, environment=variables)
+            for number, (command, variables) in enumerate(zip(commands, environments, strict=True))
+        ]

@@ -8,7 +8,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from jobs import Job
+from jobs import EVERY, NETWORK, WAITING, Job, saved
 
 from capsjax.data import save_npz
 from capsjax.errors import ConfigError
@@ -17,9 +17,6 @@ from capsjax.training import processes as many
 from capsjax.training.runtime_log import Job as Started
 from capsjax.training.runtime_log import explain
 
-# A network that compiles quickly.
-NETWORK = ("--preset", "baseline", "--override", "conv_features=4", "dense_features=8")
-EVERY = ("--batch-size", "16", "--log-every", "4", "--checkpoint-every", "7", "--validation", "20")
 LAST = 21
 
 
@@ -67,11 +64,6 @@ def assert_close(run, other):
 
 def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def saved(run):
-    folders = run.glob("checkpoints/*/commit_success.txt")
-    return sorted(int(path.parent.name) for path in folders)
 
 
 def test_two_processes_train_as_one_does(whole, data, tmp_path):
@@ -155,22 +147,6 @@ def test_a_stopped_job_goes_on_by_the_same_command_to_the_same_bits(
         assert job.wait() == [0, 0], job.logs()
         assert f"from step {last}" in job[0].err
     assert_same_bits(run, whole[0])
-
-
-# A run that waits at step 7 until a file is there.
-WAITING = """
-import pathlib, sys, time
-from capsjax.__main__ import main
-from capsjax.training import loop
-
-def advance(run, progress, *rest):
-    while progress.step == 7 and not pathlib.Path(sys.argv[1]).exists():
-        time.sleep(0.05)
-    started(run, progress, *rest)
-
-started, loop._advance = loop._advance, advance
-main(sys.argv[2:])
-"""
 
 
 @pytest.mark.parametrize(("processes", "devices", "driver"), [(4, 1, "shard"), (2, 1, "pmap")])
