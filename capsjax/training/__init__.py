@@ -1,6 +1,6 @@
 """Training: one pure step, drivers that run it anywhere, a loop that loses nothing."""
 
-from capsjax.errors import CheckpointError, ConfigError, DivergedError
+from capsjax.errors import CheckpointError, ConfigError, DivergedError, ProcessError
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.classifier import Classifier, load_classifier
 from capsjax.training.config import TrainConfig
@@ -54,6 +54,7 @@ __all__ = [
     "Memory",
     "PredictConfig",
     "Predictions",
+    "ProcessError",
     "ProcessOptions",
     "Result",
     "StepMetrics",

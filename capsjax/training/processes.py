@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from capsjax import errors
-from capsjax.errors import CapsjaxError, ConfigError
+from capsjax.errors import CapsjaxError, ConfigError, ProcessError
 from capsjax.training import runtime_log
 from capsjax.training.options import require, require_at_least
 from capsjax.version import __version__
@@ -111,6 +111,7 @@ def initialize(options: ProcessOptions | None = None, *, command: str | None = N
     Raises:
       ConfigError: an option is invalid, process 0 is not reached, or the processes were started
         differently.
+      ProcessError: a process does not answer.
 
     Example:
       >>> from capsjax.training import ProcessOptions, initialize
@@ -322,7 +323,9 @@ def together() -> Iterator[None]:
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
-            _wait_for_reason(error)
+            if any(word in str(error) for word in _OF_CONNECTIONS):
+                _wait_for_end(error)
+            raise
     except BaseException as error:
         report_failure(error)
         raise
@@ -357,7 +360,10 @@ def finish() -> None:
     """Waits for the other processes, and leaves them."""
     client = _client()
     if client is not None and number() > 1:
-        client.wait_at_barrier("capsjax/end", _PATIENCE * 1000)
+        try:
+            client.wait_at_barrier("capsjax/end", _PATIENCE * 1000)
+        except jax.errors.JaxRuntimeError as error:
+            _wait_for_end(error)
     jax.distributed.shutdown()
 
 
@@ -385,11 +391,15 @@ def _end(message: str) -> NoReturn:
     os._exit(1)
 
 
-def _wait_for_reason(error: Exception) -> NoReturn:
+# Words of errors of operations on several devices.
+_OF_CONNECTIONS = ("Gloo", "gloo", "collective", "peer", "Socket", "NCCL", "UNAVAILABLE")
+
+
+def _wait_for_end(error: Exception) -> NoReturn:
     """Waits for the runtime, which ends this process and says which other one was lost."""
-    if any(word in str(error) for word in ("Gloo", "gloo", "collective", "peer", "Socket")):
-        time.sleep(_heartbeat_timeout + 15)
-    raise error
+    time.sleep(_heartbeat_timeout + 15)
+    line = str(error).partition("\n")[0]
+    raise ProcessError(f"the processes lost each other: {line}") from None
 
 
 def _reach(options: ProcessOptions) -> None:
@@ -453,8 +463,8 @@ def _wait_for(key: str, process: int) -> bytes:
         data: bytes = _client().blocking_key_value_get_bytes(key, _PATIENCE * 1000)
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
-            _wait_for_reason(error)
-        raise ConfigError(
+            _wait_for_end(error)
+        raise ProcessError(
             f"process {process} is alive, but has not answered for {_PATIENCE // 60} minutes"
         ) from None
     return data

@@ -110,7 +110,10 @@ def _write(line: bytes) -> None:
         pass
 
 
-def start(job: Job) -> Any:
+_running: list[Any] = []  # which ends when this process does
+
+
+def start(job: Job) -> None:
     """Starts this program, and sends what C and C++ write to the standard streams through it."""
     import os
     import subprocess
@@ -134,7 +137,7 @@ def start(job: Job) -> Any:
         )
         setattr(sys, name, text)
     translator.stdin.close()
-    return translator
+    _running.append(translator)
 
 
 if __name__ == "__main__":
