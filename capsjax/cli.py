@@ -143,17 +143,17 @@ def _joined(run: Callable[[Any], None]) -> Callable[[Any, Any], None]:
 
     @functools.wraps(run)
     def join(config: Any, options: Any) -> None:
-        from capsjax.training import processes
+        from capsjax.training import joining, processes
 
-        if not processes.initialize(options, command=f"capsjax {run.__name__[1:]}"):
+        if not joining.initialize(options, command=f"capsjax {run.__name__[1:]}"):
             process.find_devices()
             run(config)
             return
         with processes.together():
             process.find_devices()
-            print(processes.describe(), file=sys.stderr)
+            print(joining.describe(), file=sys.stderr)
             run(config)
-        processes.finish()
+        joining.finish()
 
     return join
 
