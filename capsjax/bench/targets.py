@@ -6,6 +6,7 @@ processes of capsjax wait for each other.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -216,6 +217,19 @@ def libtpu_lock(*, timeout: float = 3600) -> Iterator[float]:
                     ) from None
                 time.sleep(0.2)
         yield time.monotonic() - start
+
+
+_held = contextlib.ExitStack()
+
+
+@functools.cache
+def take_libtpu() -> float:
+    """Takes :func:`libtpu_lock` until this process has ended: libtpu leaves it no earlier.
+
+    Returns:
+      The seconds that were waited.
+    """
+    return _held.enter_context(libtpu_lock())
 
 
 def _torus(chips: int, dimensions: int, most: int) -> tuple[int, ...] | None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import os
 import tempfile
 import time
@@ -21,7 +20,7 @@ from capsjax.bench.processes.timing import Times, alternate
 from capsjax.bench.programs.hlo import stablehlo_opcodes
 from capsjax.bench.programs.program import Cost, Program, read_program
 from capsjax.bench.results.rows import Failure, Memory
-from capsjax.bench.targets import Target, libtpu_lock, parse_target
+from capsjax.bench.targets import Target, parse_target, take_libtpu
 from capsjax.bench.workloads import make_workload
 from capsjax.bench.workloads.workload import JaxFunction, Peer
 from capsjax.files import write_text
@@ -141,11 +140,6 @@ class _Clock:
                 each.error = Failure(self._stage, type(error).__name__, text.splitlines()[0])
 
 
-# Never left: libtpu is taken until the process has ended, which then frees the lock.
-_libtpu = contextlib.ExitStack()
-_take_libtpu = functools.cache(lambda: _libtpu.enter_context(libtpu_lock()))
-
-
 def measure_cells(request: Request) -> list[Measurement]:
     """Measures cells in this process; exceptions become errors of the cells."""
     clock = _Clock(request.begun)
@@ -154,7 +148,7 @@ def measure_cells(request: Request) -> list[Measurement]:
         with clock.stage("start", *found):
             target = parse_target(request.cells[0].target)
         if target.platform == "tpu":
-            _take_libtpu()
+            take_libtpu()
         with clock.stage("devices", *found):
             devices = target.devices()
         programs = []
