@@ -1,41 +1,31 @@
-"""The command line: parse, call, print. An error is one line on standard error.
+"""The command line: parse, call, print. An error is one line on standard error."""
 
-Options are dataclasses that are imported once it is known which command runs, so that
-``capsjax --help`` does not wait for JAX.
-"""
-
-import contextlib
 import dataclasses
-import difflib
 import functools
-import importlib
-import inspect
 import math
 import re
 import shlex
 import signal
 import sys
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
 import capsjax.process as process  # `from capsjax import process` would import JAX
-from capsjax.errors import CapsjaxError, CheckpointError, ConfigError, how_to_install
+from capsjax.errors import CapsjaxError, CheckpointError
+from capsjax.parsing import Command, complete, imported, parse
 from capsjax.version import __version__
 
 if TYPE_CHECKING:
     from capsjax.training import Evaluation, Result
 
-_TYRO = (tyro.conf.PositionalRequiredArgs, tyro.conf.CascadeSubcommandArgs)
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs ``capsjax``; the arguments are those of the process when None."""
     process.print_any_character()
-    arguments = _complete(list(sys.argv[1:] if argv is None else argv))
+    arguments = complete(list(sys.argv[1:] if argv is None else argv))
     prog = " ".join(["capsjax", *(a for a in arguments[:1] if a in _COMMANDS)])
     try:
         try:
@@ -79,7 +69,7 @@ def _run(prog: str, arguments: Sequence[str]) -> None:
     if arguments == ["--version"]:
         print(f"capsjax {__version__}")
         return
-    run = _parse(prog, arguments)
+    run = parse(prog, arguments, _COMMANDS)
     process.quieten_libraries()
     with process.interruptible():
         run()
@@ -148,19 +138,24 @@ def _reproduce(config: Any) -> None:
         print(f"{row.title}, {row.dataset}, {row.steps:,} steps: error {row.text} %")
 
 
-def _join(run: Callable[[Any], None], prog: str, config: Any, options: Any) -> None:
-    """Runs a command as one of several processes, or alone."""
-    from capsjax.training import processes
+def _joined(run: Callable[[Any], None]) -> Callable[[Any, Any], None]:
+    """Lets several processes run a command as one, where there are several."""
 
-    if not processes.initialize(options, command=prog):
-        process.find_devices()
-        run(config)
-        return
-    with processes.together():
-        process.find_devices()
-        print(processes.describe(), file=sys.stderr)
-        run(config)
-    processes.finish()
+    @functools.wraps(run)
+    def join(config: Any, options: Any) -> None:
+        from capsjax.training import joining, processes
+
+        if not joining.initialize(options, command=f"capsjax {run.__name__[1:]}"):
+            process.find_devices()
+            run(config)
+            return
+        with processes.together():
+            process.find_devices()
+            print(joining.describe(), file=sys.stderr)
+            run(config)
+        joining.finish()
+
+    return join
 
 
 def _bench(config: Any) -> None:
@@ -214,17 +209,6 @@ def _export(config: Any) -> None:
     print(f"export: {export(config)}; {config.out / 'load.py'} runs it without capsjax")
 
 
-def _imported(name: str, extra: str | None = None) -> Any:
-    """Imports ``module:Class``, which may need packages that only an extra brings."""
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if extra is None:
-            raise
-        raise ConfigError(f"needs the package {error.name}: {how_to_install(extra)}") from None
-
-
 def _resumed_options(arguments: Sequence[str]) -> Any:
     """The options of the run that is to be resumed, of which the arguments change some."""
     if "--resume" not in arguments or "--help" in arguments:
@@ -232,14 +216,14 @@ def _resumed_options(arguments: Sequence[str]) -> Any:
     given = re.search(r"\0--run[-_]dir[=\0]([^\0]+)", "\0".join(arguments))
     if given is None:
         return None
-    _imported("capsjax.training:initialize")(_process_options(arguments), command="capsjax train")
-    directory = _imported("capsjax.training.run_directory:RunDirectory")
+    imported("capsjax.training:initialize")(_process_options(arguments), command="capsjax train")
+    directory = imported("capsjax.training.run_directory:RunDirectory")
     return directory(Path(given[1]).expanduser()).read_config().train
 
 
 def _process_options(arguments: Sequence[str]) -> Any:
     """How processes are joined, by arguments that are parsed with all others later."""
-    kind = _imported("capsjax.training:ProcessOptions")
+    kind = imported("capsjax.training:ProcessOptions")
     given: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         option = f"--{field.name}".replace("_", "[-_]")
@@ -251,201 +235,33 @@ def _process_options(arguments: Sequence[str]) -> Any:
 
 def _bench_options() -> Any:
     """The options of a benchmark, or after ``compare`` those of a comparison."""
-    run, compare = (_imported(f"capsjax.bench:{name}Config") for name in ("Bench", "Compare"))
+    run, compare = (imported(f"capsjax.bench:{name}Config") for name in ("Bench", "Compare"))
     return (
         Annotated[run, tyro.conf.subcommand("run", prefix_name=False)]
         | Annotated[compare, tyro.conf.subcommand("compare", prefix_name=False)]
     )
 
 
-class _Command(NamedTuple):
-    """A subcommand.
-
-    Attributes:
-      run: called with the options.
-      options: imports the type of the options.
-      default: makes the options that the arguments change; None for those of the type.
-      joins: whether several processes run it as one.
-    """
-
-    run: Callable[[Any], None]
-    options: Callable[[], Any]
-    default: Callable[[Sequence[str]], Any] | None = None
-    joins: bool = False
-
-
-def _command(run: Callable[[Any], None], options: str, extra: str | None = None) -> _Command:
-    return _Command(run, functools.partial(_imported, options, extra))
+def _command(run: Callable[..., None], options: str, extra: str | None = None) -> Command:
+    return Command(run, functools.partial(imported, options, extra))
 
 
 _COMMANDS = {
-    "train": _command(_train, "capsjax.training:TrainConfig")._replace(
+    "train": _command(_joined(_train), "capsjax.training:TrainConfig")._replace(
         default=_resumed_options, joins=True
     ),
-    "evaluate": _command(_evaluate, "capsjax.training:EvaluateConfig")._replace(joins=True),
+    "evaluate": _command(_joined(_evaluate), "capsjax.training:EvaluateConfig")._replace(
+        joins=True
+    ),
     "predict": _command(_predict, "capsjax.training:PredictConfig"),
     "export": _command(_export, "capsjax.training:ExportConfig"),
-    "reproduce": _command(_reproduce, "capsjax.reproduce:ReproduceConfig")._replace(joins=True),
-    "bench": _Command(_bench, _bench_options, lambda _: _imported("capsjax.bench:BenchConfig")()),
+    "reproduce": _command(_joined(_reproduce), "capsjax.reproduce:ReproduceConfig")._replace(
+        joins=True
+    ),
+    "bench": Command(_bench, _bench_options, lambda _: imported("capsjax.bench:BenchConfig")()),
     "draw": _command(_draw, "capsjax.viz.draw:DrawConfig", "viz"),
     "explore": _command(_explore, "capsjax.viz.explorer:ExploreConfig", "explore"),
 }
-
-
-def _complete(arguments: list[str]) -> list[str]:
-    """Spells out what may be abbreviated."""
-    arguments = [re.sub(r"^--model(?==|$)", "--preset", argument) for argument in arguments]
-    # A file of arrays may be named as the data set that it holds.
-    text = "".join(f"\0{argument}" for argument in arguments)
-    file = r"\0--dataset[=\0]([^\0]+\.npz)(?=\0|$)"
-    arguments = re.sub(file, r"\0--dataset\0npz\0--data-dir\0\1", text).split("\0")[1:]
-    command = arguments[0] if arguments else ""
-    if command in ("evaluate", "predict", "export", "explore"):
-        given = (re.sub(r"^--run[-_]dir(=|$)", "", argument) for argument in arguments)
-        return [argument for argument in given if argument]
-    if command == "train" and "--resume" in arguments:
-        after = arguments.index("--resume") + 1
-        if _is_value(arguments[after : after + 1]):
-            arguments.insert(after, "--run-dir")
-    if command != "bench":
-        return arguments
-    first = 2 if arguments[1:2] == ["run"] else 1
-    if arguments[first : first + 1] != ["compare"] and _is_value(arguments[first : first + 1]):
-        arguments.insert(first, "--suite")
-    # Flags of XLA begin with dashes, as options do: with a space before them they are values.
-    after = False
-    for n, argument in enumerate(arguments):
-        is_flag = argument.startswith("--xla_")
-        if after and is_flag:
-            arguments[n] = f" {argument}"
-        after = argument in ("--xla-flag", "--xla_flag") or (
-            after and (is_flag or not argument.startswith("-"))
-        )
-    return arguments
-
-
-def _is_value(arguments: Sequence[str]) -> bool:
-    return bool(arguments) and not arguments[0].startswith("-")
-
-
-def _parse(prog: str, arguments: Sequence[str]) -> Callable[[], None]:
-    """Returns the chosen command with its options."""
-
-    def choice(command: _Command) -> Callable[..., Any]:
-        options = tyro.conf.arg(name="", constructor_factory=command.options)
-        chosen = [command] == [_COMMANDS.get(a) for a in arguments[:1]]
-        default = command.default(arguments) if chosen and command.default else None
-        kinds: dict[str, Any] = {"config": Annotated[Any, options]}
-        if command.joins:
-            joined = functools.partial(_imported, "capsjax.training:ProcessOptions")
-            kinds["processes"] = Annotated[Any, tyro.conf.arg(name="", constructor_factory=joined)]
-
-        def choose(**given: Any) -> Callable[[], None]:
-            if command.joins:
-                return functools.partial(_join, command.run, prog, *given.values())
-            return functools.partial(command.run, *given.values())
-
-        parameters = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                annotation=kind,
-                default=default if name == "config" and default else inspect.Parameter.empty,
-            )
-            for name, kind in kinds.items()
-        ]
-        choose.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        choose.__annotations__ = kinds
-        choose.__doc__ = command.run.__doc__
-        return choose
-
-    # The hook is not a part of tyro's stable interface: without it tyro prints errors in its way.
-    hook = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
-    with hook(functools.partial(_refuse, prog, arguments)), process.wide_enough():
-        run: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
-            {name: choice(command) for name, command in _COMMANDS.items()},
-            prog="capsjax",
-            description=f"Capsule networks for JAX, version {__version__} (--version).",
-            args=arguments,
-            config=_TYRO,
-        )
-    return run
-
-
-_KINDS = {
-    "INT": "an integer",
-    "FLOAT": "a number",
-    "PATH": "a path",
-    "STR": "a text",
-    "{[FLOAT [FLOAT ...]]}": "numbers",
-}
-
-
-def _refuse(prog: str, arguments: Sequence[str], event: Any) -> None:
-    """Raises a ConfigError for an event of tyro: what it could not parse, in one line."""
-    match type(event).__name__:
-        case "InvalidChoice":
-            # The order of an option's choices is that of a set if there may be none of them.
-            choices = event.choices if "None" not in event.choices else sorted(event.choices)
-            known = ", ".join(choice for choice in choices if choice != "None")
-            message = f"{_name(event.argument)} must be one of {known}, got {event.value!r}"
-        case "BadValue":
-            message = f"{_name(event.argument)} needs a value: {_kind(event.argument)}"
-            flags = {"--help", *_flags(arguments[0])}
-            options = [a.partition("=")[0] for a in arguments if a.startswith("--")]
-            unknown = [option for option in options if option not in flags]
-            if unknown:  # which is what keeps a positional argument from its value
-                message = _unknown(unknown[0], arguments)
-        case "InstantiationFailure" if event.argument is None:
-            message = event.message  # of the options' own checks
-        case "InstantiationFailure":
-            given = re.findall(r"'[^']*'", event.message.partition("\n")[0])
-            got = f", got {given[-1]}" if given else f": {event.message}"
-            message = f"{_name(event.argument)} must be {_kind(event.argument)}{got}"
-        case "UnrecognizedArgs":
-            message = _unknown(event.tokens[0], arguments)
-        case "MissingArgs":
-            names = ", ".join(_name(missing.arg) for missing in event.missing_arguments)
-            message = f"needs {names}"
-        case "MissingSubcommand":
-            message = f"needs a command, one of {', '.join(_COMMANDS)}"
-        case _:
-            return
-    raise ConfigError(f"{message} (see {prog} --help)")
-
-
-def _unknown(token: str, arguments: Sequence[str]) -> str:
-    if arguments[0] not in _COMMANDS:
-        return f"command must be one of {', '.join(_COMMANDS)}, got {arguments[0]!r}"
-    near = difflib.get_close_matches(token.partition("=")[0], _flags(arguments[0]), n=1)
-    return f"unknown: {token}" + (f"; perhaps you meant {near[0]}" if near else "")
-
-
-def _flags(command: str) -> list[str]:
-    """The options of a command, as they are written."""
-    types = typing.get_args(_COMMANDS[command].options()) or (_COMMANDS[command].options(),)
-    if _COMMANDS[command].joins:
-        types = (*types, _imported("capsjax.training:ProcessOptions"))
-    kinds = [getattr(kind, "__origin__", kind) for kind in types]
-    flags = ["--model"] if command == "train" else []
-    for field in (field for kind in kinds for field in dataclasses.fields(kind)):
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            continue  # by its position
-        name = field.name.replace("_", "-")
-        flags += [f"--{name}", f"--no-{name}"] if field.type is bool else [f"--{name}"]
-    return flags
-
-
-def _kind(argument: Any) -> str:
-    metavar = argument.lowered.metavar.removeprefix("{None}|")
-    kinds = (kind.replace("{None,", "{") for kind in metavar.split("|"))
-    return " or ".join(_KINDS.get(kind, kind.strip("{}")) for kind in kinds)
-
-
-def _name(argument: Any) -> str:
-    """An argument as it is written on the command line."""
-    flags = argument.lowered.name_or_flags
-    return str(flags[0] if flags and flags[0].startswith("-") else argument.field.extern_name)
 
 
 def _print_result(result: "Result") -> None:

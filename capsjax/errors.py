@@ -32,6 +32,12 @@ class CheckpointError(CapsjaxError):
     """Raised when a checkpoint cannot be written or read."""
 
 
+class ProcessError(CapsjaxError):
+    """Raised when processes that work as one lose each other."""
+
+    exit_code: ClassVar[int] = 1
+
+
 class DivergedError(CapsjaxError):
     """Raised when the loss or the parameters are not finite; the message names the step."""
 

@@ -21,7 +21,7 @@ from capsjax.bench.results.rows import (
 )
 from capsjax.bench.scaling import Scaling, ScalingStep, estimate_scaling
 from capsjax.bench.sizes import CAPSULE_SIZES, CapsuleSizes
-from capsjax.bench.targets import Target, libtpu_lock, parse_target
+from capsjax.bench.targets import Target, libtpu_lock, parse_target, take_libtpu
 from capsjax.bench.workloads import WORKLOADS, make_workload
 
 __all__ = [
@@ -64,5 +64,6 @@ __all__ = [
     "run_cells",
     "run_comparison",
     "suite_cells",
+    "take_libtpu",
     "write_report",
 ]

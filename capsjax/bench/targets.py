@@ -6,6 +6,7 @@ processes of capsjax wait for each other.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -218,6 +219,19 @@ def libtpu_lock(*, timeout: float = 3600) -> Iterator[float]:
         yield time.monotonic() - start
 
 
+_held = contextlib.ExitStack()
+
+
+@functools.cache
+def take_libtpu() -> float:
+    """Takes :func:`libtpu_lock` until this process has ended: libtpu leaves it no earlier.
+
+    Returns:
+      The seconds that were waited.
+    """
+    return _held.enter_context(libtpu_lock())
+
+
 def _torus(chips: int, dimensions: int, most: int) -> tuple[int, ...] | None:
     """The shape of a slice of so many chips; None if there is none."""
     if chips == 1:
@@ -262,6 +276,9 @@ def _absent_devices(target: Target, topology: str) -> tuple[jax.Device, ...]:
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     host = [1, 1, 1] if target.chips == 1 else [2, 2, 1]
+    if target.generation == "v6e" and target.chips > 8:
+        # libtpu 0.0.41 fails to lower the train step's all-reduce where these have several hosts.
+        host = [int(size) for size in topology.partition(":")[2].split("x")] + [1]
     try:
         described = topologies.get_topology_desc(
             platform="tpu",

@@ -13,6 +13,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -217,6 +218,8 @@ def _begin_worker(number: int, count: int) -> None:
 
     def end_with_parent() -> None:
         multiprocessing.connection.wait([parent.sentinel])
+        # By then the queue is full, and no shared memory is being made, which would stay.
+        time.sleep(1)
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -1,6 +1,6 @@
 """Training: one pure step, drivers that run it anywhere, a loop that loses nothing."""
 
-from capsjax.errors import CheckpointError, ConfigError, DivergedError
+from capsjax.errors import CheckpointError, ConfigError, DivergedError, ProcessError
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.classifier import Classifier, load_classifier
 from capsjax.training.config import TrainConfig
@@ -14,6 +14,7 @@ from capsjax.training.evaluation import (
 )
 from capsjax.training.exporting import ExportConfig, export
 from capsjax.training.holdout import hold_out
+from capsjax.training.joining import ProcessOptions, initialize
 from capsjax.training.loading import TrainedNetwork, load_network
 from capsjax.training.memory import Memory, estimate_memory
 from capsjax.training.objectives import (
@@ -28,7 +29,6 @@ from capsjax.training.objectives import (
 )
 from capsjax.training.optimizers import paper_optimizer
 from capsjax.training.predicting import PredictConfig, Predictions, predict
-from capsjax.training.processes import ProcessOptions, initialize
 from capsjax.training.programs import make_evaluate, make_run_steps, make_step
 from capsjax.training.run import Result, train, train_seeds
 from capsjax.training.step import (
@@ -54,6 +54,7 @@ __all__ = [
     "Memory",
     "PredictConfig",
     "Predictions",
+    "ProcessError",
     "ProcessOptions",
     "Result",
     "StepMetrics",

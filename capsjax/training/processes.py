@@ -5,11 +5,10 @@ process does all of this by itself: nothing here costs it anything.
 """
 
 import contextlib
-import dataclasses
 import itertools
 import os
 import signal
-import socket
+import sys
 import threading
 import time
 import zlib
@@ -21,10 +20,8 @@ import msgspec
 import numpy as np
 from jax.experimental import multihost_utils
 
-from capsjax import errors, runtime_log
-from capsjax.errors import CapsjaxError, ConfigError
-from capsjax.training.options import require, require_at_least
-from capsjax.version import __version__
+from capsjax import errors
+from capsjax.errors import CapsjaxError, ConfigError, ProcessError
 
 T = TypeVar("T")
 Tree = TypeVar("Tree")
@@ -37,126 +34,10 @@ _WATCH_SECONDS = 1.0
 _KEPT = 1000  # answers of process 0 that others may not have read yet
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProcessOptions:
-    """How several processes train as one.
-
-    On TPU VMs, GKE, SLURM, Open MPI and Kubernetes, nothing is needed: JAX detects them.
-    """
-
-    coordinator: str | None = None
-    """HOST:PORT at which process 0 is reached by the others; also CAPSJAX_COORDINATOR. Only where
-    JAX detects no cluster."""
-
-    num_processes: int | None = None
-    """Number of processes; also CAPSJAX_NUM_PROCESSES. 1 trains alone, whatever JAX detects."""
-
-    process_id: int | None = None
-    """Number of this process, from 0; also CAPSJAX_PROCESS_ID."""
-
-    heartbeat_timeout: int = 60
-    """Seconds of silence after which a process counts as lost, and the others end."""
-
-    start_timeout: int = 40
-    """Seconds that processes wait for each other at the start."""
-
-    def __post_init__(self) -> None:
-        """Checks the options, and completes them from the environment."""
-        for name, kind in (("coordinator", str), ("num_processes", int), ("process_id", int)):
-            variable = f"CAPSJAX_{name.upper()}"
-            if getattr(self, name) is None and (text := os.environ.get(variable)):
-                try:
-                    object.__setattr__(self, name, kind(text))
-                except ValueError:
-                    raise ConfigError(f"{variable} must be an integer, got {text!r}") from None
-        require_at_least(self, 1, "num_processes", "heartbeat_timeout", "start_timeout")
-        require_at_least(self, 0, "process_id")
-        values = (self.coordinator, self.num_processes, self.process_id)
-        if self.num_processes == 1:
-            return
-        if any(value is not None for value in values) and None in values:
-            names = ("--coordinator", "--num-processes", "--process-id")
-            missing = [n for n, value in zip(names, values, strict=True) if value is None]
-            raise ConfigError(f"several processes need {' and '.join(missing)} too")
-        if self.coordinator is not None:
-            host, _, port = self.coordinator.rpartition(":")
-            known = bool(host) and port.isdecimal() and 0 < int(port) < 2**16
-            require(self, "coordinator", known, "HOST:PORT")
-        if self.process_id is not None and self.num_processes is not None:
-            below = self.process_id < self.num_processes
-            require(self, "process_id", below, f"below --num-processes {self.num_processes}")
-
-    @property
-    def are_alone(self) -> bool:
-        """Whether this process is alone by these options."""
-        return self.num_processes == 1
-
-
-def initialize(options: ProcessOptions | None = None, *, command: str | None = None) -> bool:
-    """Joins this process with the others, before JAX's devices are used.
-
-    Does nothing where processes are joined already, and on a machine where JAX detects no cluster
-    and the options name no processes.
-
-    Args:
-      options: how; those of the environment when None.
-      command: the name of the command whose process this is: what JAX's runtime logs when it ends
-        the process is then said in one line. Not for programs that keep their standard streams.
-
-    Returns:
-      Whether several processes are joined.
-
-    Raises:
-      ConfigError: an option is invalid, process 0 is not reached, or the processes were started
-        differently.
-
-    Example:
-      >>> from capsjax.training import ProcessOptions, initialize
-      >>> initialize(ProcessOptions(num_processes=1))
-      False
-    """
+def know(command: str, heartbeat_timeout: float) -> None:
+    """Takes the name of the command, for messages, and how long the lost may be silent."""
     global _command, _heartbeat_timeout
-    options = options or ProcessOptions()
-    if options.are_alone or jax.distributed.is_initialized():
-        return number() > 1
-    if options.coordinator is None and not _detects_cluster():
-        return False
-    _command = command or _command
-    if command is not None:
-        fields = (options.process_id, options.num_processes)
-        times = (options.heartbeat_timeout, options.start_timeout)
-        runtime_log.start(runtime_log.Job(command, *fields, *times))
-    # Signals are noted by the training loop, which agrees on the step to end at.
-    jax.config.update("jax_enable_preemption_service", False)
-    _reach(options)
-    try:
-        jax.distributed.initialize(
-            options.coordinator,
-            options.num_processes,
-            options.process_id,
-            cluster_detection_method=None if options.coordinator is None else "deactivate",
-            initialization_timeout=options.start_timeout,
-            heartbeat_timeout_seconds=options.heartbeat_timeout,
-        )
-    except Exception as error:  # of many kinds, of JAX and of what it asks a cluster with
-        raise ConfigError(f"processes cannot be joined: {error}; {_ALONE}") from error
-    _heartbeat_timeout = options.heartbeat_timeout
-    if number() == 1:
-        return False
-    versions = {"capsjax": __version__, "jax": jax.__version__}
-    check_alike({"command": command, "--num-processes": number(), **versions}, what="start")
-    return True
-
-
-def _detects_cluster() -> bool:
-    """Whether JAX is going to detect a cluster, which it has no public name for."""
-    from jax._src.clusters import ClusterEnv
-
-    kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
-    return any(kind.is_env_present() for kind in kinds)
-
-
-_ALONE = "--num-processes 1 trains in this one alone"
+    _command, _heartbeat_timeout = command, heartbeat_timeout
 
 
 def number() -> int:
@@ -172,15 +53,6 @@ def index() -> int:
 def is_first() -> bool:
     """Whether this is process 0, whose files the run's files are."""
     return index() == 0
-
-
-def describe() -> str:
-    """Returns this process, its host and its devices in words."""
-    local, every = jax.local_devices(), jax.devices()
-    return (
-        f"process {index()} of {number()} on {socket.gethostname()}: {len(local)} of"
-        f" {len(every)} {local[0].platform} devices"
-    )
 
 
 _counter = itertools.count()
@@ -318,7 +190,9 @@ def together() -> Iterator[None]:
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
-            _wait_for_reason(error)
+            if any(word in str(error) for word in _OF_CONNECTIONS):
+                _wait_for_end(error)
+            raise
     except BaseException as error:
         report_failure(error)
         raise
@@ -349,12 +223,13 @@ def report_failure(error: BaseException) -> None:
             time.sleep(0.1)
 
 
-def finish() -> None:
-    """Waits for the other processes, and leaves them."""
-    client = _client()
-    if client is not None and number() > 1:
-        client.wait_at_barrier("capsjax/end", _PATIENCE * 1000)
-    jax.distributed.shutdown()
+def wait_for_all(name: str) -> None:
+    """Waits until all processes have come to a point of this name, once."""
+    if number() > 1:
+        try:
+            _client().wait_at_barrier(name, _PATIENCE * 1000)
+        except jax.errors.JaxRuntimeError as error:
+            _wait_for_end(error)
 
 
 def _watch(over: threading.Event) -> None:
@@ -375,40 +250,21 @@ def _watch(over: threading.Event) -> None:
 
 def _end(message: str) -> NoReturn:
     """Ends the process from another thread, while the main one may wait for the devices."""
-    import sys
-
-    from capsjax.process import exit_at_once
-
     print(f"{_command}: error: {message}", file=sys.stderr, flush=True)
     with contextlib.suppress(Exception):
         _client().key_value_set(f"capsjax/gone/{index()}", "", allow_overwrite=True)
-    exit_at_once(1)
+    os._exit(1)
 
 
-def _wait_for_reason(error: Exception) -> NoReturn:
+# Words of errors of operations on several devices.
+_OF_CONNECTIONS = ("Gloo", "gloo", "collective", "peer", "Socket", "NCCL", "UNAVAILABLE")
+
+
+def _wait_for_end(error: Exception) -> NoReturn:
     """Waits for the runtime, which ends this process and says which other one was lost."""
-    if any(word in str(error) for word in ("Gloo", "gloo", "collective", "peer", "Socket")):
-        time.sleep(_heartbeat_timeout + 15)
-    raise error
-
-
-def _reach(options: ProcessOptions) -> None:
-    """Waits until process 0 accepts connections."""
-    if options.coordinator is None or options.process_id == 0:
-        return
-    host, _, port = options.coordinator.rpartition(":")
-    end, reason = time.monotonic() + options.start_timeout, ""
-    while time.monotonic() < end:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-            return
-        except OSError as error:
-            reason = error.strerror or str(error)
-            time.sleep(0.2)
-    raise ConfigError(
-        f"process {options.process_id} reaches no process 0 at --coordinator"
-        f" {options.coordinator} within {options.start_timeout} s: {reason}"
-    )
+    time.sleep(_heartbeat_timeout + 15)
+    line = str(error).partition("\n")[0]
+    raise ProcessError(f"the processes lost each other: {line}") from None
 
 
 class _Error(msgspec.Struct):
@@ -453,8 +309,8 @@ def _wait_for(key: str, process: int) -> bytes:
         data: bytes = _client().blocking_key_value_get_bytes(key, _PATIENCE * 1000)
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
-            _wait_for_reason(error)
-        raise ConfigError(
+            _wait_for_end(error)
+        raise ProcessError(
             f"process {process} is alive, but has not answered for {_PATIENCE // 60} minutes"
         ) from None
     return data

@@ -35,7 +35,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self._first: tuple[signal.Signals, float] | None = None
         self._previous: dict[signal.Signals, object] = {}
-        self._depth = 0
+        self._depth = self._turn = 0
 
     def requested(self) -> bool:
         """Returns whether the run should end; all processes must ask, and hear the same."""

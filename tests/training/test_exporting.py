@@ -95,13 +95,13 @@ import sys
 import jax, jax.numpy as jnp
 from jax import export
 from jax.sharding import SingleDeviceSharding
-from capsjax.bench import libtpu_lock, parse_target
+from capsjax.bench import parse_target, take_libtpu
 network = export.deserialize(open(sys.argv[1], "rb").read())
-with libtpu_lock():
-    sharding = SingleDeviceSharding(parse_target("v5e-1").devices()[0])
-    for batch in (1, 7):
-        images = jax.ShapeDtypeStruct((batch, 28, 28, 1), jnp.uint8, sharding=sharding)
-        print(jax.jit(network.call).lower(images).compile().out_info["scores"].shape)
+take_libtpu()
+sharding = SingleDeviceSharding(parse_target("v5e-1").devices()[0])
+for batch in (1, 7):
+    images = jax.ShapeDtypeStruct((batch, 28, 28, 1), jnp.uint8, sharding=sharding)
+    print(jax.jit(network.call).lower(images).compile().out_info["scores"].shape)
 """
 
 

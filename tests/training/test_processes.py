@@ -12,10 +12,10 @@ from jobs import EVERY, NETWORK, WAITING, Job, saved
 
 from capsjax.data import save_npz
 from capsjax.errors import ConfigError
-from capsjax.runtime_log import Job as Started
-from capsjax.runtime_log import explain
 from capsjax.training import Checkpoints, ProcessOptions, TrainConfig, initialize, train
 from capsjax.training import processes as many
+from capsjax.training.runtime_log import Job as Started
+from capsjax.training.runtime_log import explain
 
 LAST = 21
 

@@ -20,7 +20,7 @@ from capsjax.bench.processes.timing import Times, alternate
 from capsjax.bench.programs.hlo import stablehlo_opcodes
 from capsjax.bench.programs.program import Cost, Program, read_program
 from capsjax.bench.results.rows import Failure, Memory
-from capsjax.bench.targets import Target, libtpu_lock, parse_target
+from capsjax.bench.targets import Target, parse_target, take_libtpu
 from capsjax.bench.workloads import make_workload
 from capsjax.bench.workloads.workload import JaxFunction, Peer
 from capsjax.files import write_text
@@ -147,19 +147,20 @@ def measure_cells(request: Request) -> list[Measurement]:
     with clock.failures(*found):
         with clock.stage("start", *found):
             target = parse_target(request.cells[0].target)
-        with libtpu_lock() if target.platform == "tpu" else contextlib.nullcontext():
-            with clock.stage("devices", *found):
-                devices = target.devices()
-            programs = []
-            for cell, each in zip(request.cells, found, strict=True):
-                if each is not found[0]:
-                    clock.skip()  # what the cells before took
-                with clock.failures(each):
-                    each.device_kind = devices[0].device_kind
-                    programs.append(_prepare(cell, request, target, devices, each, clock))
-            if request.run_seconds and not target.is_absent:
-                with clock.stage("run", *(each.found for each in programs)):
-                    _run(programs, request.run_seconds, clock)
+        if target.platform == "tpu":
+            take_libtpu()
+        with clock.stage("devices", *found):
+            devices = target.devices()
+        programs = []
+        for cell, each in zip(request.cells, found, strict=True):
+            if each is not found[0]:
+                clock.skip()  # what the cells before took
+            with clock.failures(each):
+                each.device_kind = devices[0].device_kind
+                programs.append(_prepare(cell, request, target, devices, each, clock))
+        if request.run_seconds and not target.is_absent:
+            with clock.stage("run", *(each.found for each in programs)):
+                _run(programs, request.run_seconds, clock)
     with clock.stage("finish", *found):
         environment = dataclasses.asdict(read_environment())
     for each in found:

@@ -20,7 +20,7 @@ from capsjax.bench.processes.measure import Measurement, Request, measure_cells
 from capsjax.bench.processes.roofline import Roofline, measure_roofline
 from capsjax.bench.processes.timing import Times
 from capsjax.bench.results.rows import Alternation, Bound, Failure, Row, Run, append_rows, read_rows
-from capsjax.bench.targets import libtpu_lock, parse_target
+from capsjax.bench.targets import parse_target, take_libtpu
 from capsjax.errors import ConfigError, DataError
 
 _VERSIONS = (
@@ -151,8 +151,8 @@ def _measure_roofline(platform: str) -> Roofline:
 def _missing_devices(name: str) -> str:
     """Why the target cannot be served; empty if it can."""
     try:
-        with libtpu_lock():
-            parse_target(name).devices()
+        take_libtpu()
+        parse_target(name).devices()
     except ConfigError as error:
         return str(error)
     return ""

@@ -50,7 +50,7 @@ def explain(log: str, job: Job) -> str:
       job: how the process was started.
 
     Example:
-      >>> from capsjax.runtime_log import Job, explain
+      >>> from capsjax.training.runtime_log import Job, explain
       >>> job = Job("capsjax train", 0, 2, heartbeat_timeout=60, start_timeout=45)
       >>> explain("UNAVAILABLE: … tasks are unhealthy (stopped sending heartbeats):\n1", job)
       'process 1 was lost: no heartbeat for 60 s; start all processes again, on --resume'
@@ -68,9 +68,12 @@ def explain(log: str, job: Job) -> str:
         which = str(job.process_id) if found[1] is None else found[1]
         return f"two processes were started with --process-id {which}"
     if "/RegisterTask" in log:
+        late = f"not {all_of_them} came within {job.start_timeout} s"
+        if job.num_processes is None:  # as the cluster says
+            return f"{late}; --num-processes 1 trains in this one alone"
         return (
-            f"not {all_of_them} came within {job.start_timeout} s: start each --process-id from 0"
-            " once, with the same --coordinator and --num-processes"
+            f"{late}: start each --process-id from 0 once, with the same --coordinator and"
+            " --num-processes"
         )
     if "/Heartbeat" in log or "Failed to send RPC to coordination service" in log:
         return f"process 0 was lost, which coordinates the others; {again}"
@@ -107,7 +110,10 @@ def _write(line: bytes) -> None:
         pass
 
 
-def start(job: Job) -> Any:
+_running: list[Any] = []  # which ends when this process does
+
+
+def start(job: Job) -> None:
     """Starts this program, and sends what C and C++ write to the standard streams through it."""
     import os
     import subprocess
@@ -131,7 +137,7 @@ def start(job: Job) -> Any:
         )
         setattr(sys, name, text)
     translator.stdin.close()
-    return translator
+    _running.append(translator)
 
 
 if __name__ == "__main__":

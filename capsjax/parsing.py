@@ -1,0 +1,219 @@
+"""Parsing the command line by tyro, with errors of one line.
+
+Options are dataclasses that are imported once it is known which command runs, so that
+``capsjax --help`` does not wait for JAX.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+import capsjax.process as process  # `from capsjax import process` would import JAX
+from capsjax.errors import ConfigError, how_to_install
+from capsjax.version import __version__
+
+_TYRO = (tyro.conf.PositionalRequiredArgs, tyro.conf.CascadeSubcommandArgs)
+
+
+class Command(NamedTuple):
+    """A subcommand.
+
+    Attributes:
+      run: called with the options; with those of the processes too if it joins them.
+      options: imports the type of the options.
+      default: makes the options that the arguments change; None for those of the type.
+      joins: whether several processes run it as one.
+    """
+
+    run: Callable[..., None]
+    options: Callable[[], Any]
+    default: Callable[[Sequence[str]], Any] | None = None
+    joins: bool = False
+
+
+def imported(name: str, extra: str | None = None) -> Any:
+    """Imports ``module:Class``, which may need packages that only an extra brings."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if extra is None:
+            raise
+        raise ConfigError(f"needs the package {error.name}: {how_to_install(extra)}") from None
+
+
+def complete(arguments: list[str]) -> list[str]:
+    """Spells out what may be abbreviated."""
+    arguments = [re.sub(r"^--model(?==|$)", "--preset", argument) for argument in arguments]
+    # A file of arrays may be named as the data set that it holds.
+    text = "".join(f"\0{argument}" for argument in arguments)
+    file = r"\0--dataset[=\0]([^\0]+\.npz)(?=\0|$)"
+    arguments = re.sub(file, r"\0--dataset\0npz\0--data-dir\0\1", text).split("\0")[1:]
+    command = arguments[0] if arguments else ""
+    if command in ("evaluate", "predict", "export", "explore"):
+        given = (re.sub(r"^--run[-_]dir(=|$)", "", argument) for argument in arguments)
+        return [argument for argument in given if argument]
+    if command == "train" and "--resume" in arguments:
+        after = arguments.index("--resume") + 1
+        if _is_value(arguments[after : after + 1]):
+            arguments.insert(after, "--run-dir")
+    if command != "bench":
+        return arguments
+    first = 2 if arguments[1:2] == ["run"] else 1
+    if arguments[first : first + 1] != ["compare"] and _is_value(arguments[first : first + 1]):
+        arguments.insert(first, "--suite")
+    # Flags of XLA begin with dashes, as options do: with a space before them they are values.
+    after = False
+    for n, argument in enumerate(arguments):
+        is_flag = argument.startswith("--xla_")
+        if after and is_flag:
+            arguments[n] = f" {argument}"
+        after = argument in ("--xla-flag", "--xla_flag") or (
+            after and (is_flag or not argument.startswith("-"))
+        )
+    return arguments
+
+
+def _is_value(arguments: Sequence[str]) -> bool:
+    return bool(arguments) and not arguments[0].startswith("-")
+
+
+def parse(
+    prog: str, arguments: Sequence[str], commands: Mapping[str, Command]
+) -> Callable[[], None]:
+    """Returns the chosen command with its options.
+
+    Args:
+      prog: the name of the command, for errors.
+      arguments: as :func:`complete` returns them.
+      commands: all of them, by name.
+
+    Raises:
+      ConfigError: an argument is invalid.
+    """
+
+    def choice(command: Command) -> Callable[..., Any]:
+        options = tyro.conf.arg(name="", constructor_factory=command.options)
+        chosen = [command] == [commands.get(a) for a in arguments[:1]]
+        default = command.default(arguments) if chosen and command.default else None
+        kinds: dict[str, Any] = {"config": Annotated[Any, options]}
+        if command.joins:
+            joined = functools.partial(imported, "capsjax.training:ProcessOptions")
+            kinds["processes"] = Annotated[Any, tyro.conf.arg(name="", constructor_factory=joined)]
+
+        def choose(**given: Any) -> Callable[[], None]:
+            return functools.partial(command.run, *given.values())
+
+        parameters = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                annotation=kind,
+                default=default if name == "config" and default else inspect.Parameter.empty,
+            )
+            for name, kind in kinds.items()
+        ]
+        choose.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        choose.__annotations__ = kinds
+        choose.__doc__ = command.run.__doc__
+        return choose
+
+    # The hook is not a part of tyro's stable interface: without it tyro prints errors in its way.
+    hook = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
+    with hook(functools.partial(_refuse, prog, arguments, commands)), process.wide_enough():
+        run: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
+            {name: choice(command) for name, command in commands.items()},
+            prog="capsjax",
+            description=f"Capsule networks for JAX, version {__version__} (--version).",
+            args=arguments,
+            config=_TYRO,
+        )
+    return run
+
+
+_KINDS = {
+    "INT": "an integer",
+    "FLOAT": "a number",
+    "PATH": "a path",
+    "STR": "a text",
+    "{[FLOAT [FLOAT ...]]}": "numbers",
+}
+
+
+def _refuse(
+    prog: str, arguments: Sequence[str], commands: Mapping[str, Command], event: Any
+) -> None:
+    """Raises a ConfigError for an event of tyro: what it could not parse, in one line."""
+    match type(event).__name__:
+        case "InvalidChoice":
+            # The order of an option's choices is that of a set if there may be none of them.
+            choices = event.choices if "None" not in event.choices else sorted(event.choices)
+            known = ", ".join(choice for choice in choices if choice != "None")
+            message = f"{_name(event.argument)} must be one of {known}, got {event.value!r}"
+        case "BadValue":
+            message = f"{_name(event.argument)} needs a value: {_kind(event.argument)}"
+            flags = {"--help", *_flags(commands[arguments[0]])}
+            options = [a.partition("=")[0] for a in arguments if a.startswith("--")]
+            unknown = [option for option in options if option not in flags]
+            if unknown:  # which is what keeps a positional argument from its value
+                message = _unknown(unknown[0], arguments, commands)
+        case "InstantiationFailure" if event.argument is None:
+            message = event.message  # of the options' own checks
+        case "InstantiationFailure":
+            given = re.findall(r"'[^']*'", event.message.partition("\n")[0])
+            got = f", got {given[-1]}" if given else f": {event.message}"
+            message = f"{_name(event.argument)} must be {_kind(event.argument)}{got}"
+        case "UnrecognizedArgs":
+            message = _unknown(event.tokens[0], arguments, commands)
+        case "MissingArgs":
+            names = ", ".join(_name(missing.arg) for missing in event.missing_arguments)
+            message = f"needs {names}"
+        case "MissingSubcommand":
+            message = f"needs a command, one of {', '.join(commands)}"
+        case _:
+            return
+    raise ConfigError(f"{message} (see {prog} --help)")
+
+
+def _unknown(token: str, arguments: Sequence[str], commands: Mapping[str, Command]) -> str:
+    if arguments[0] not in commands:
+        return f"command must be one of {', '.join(commands)}, got {arguments[0]!r}"
+    near = difflib.get_close_matches(token.partition("=")[0], _flags(commands[arguments[0]]), n=1)
+    return f"unknown: {token}" + (f"; perhaps you meant {near[0]}" if near else "")
+
+
+def _flags(command: Command) -> list[str]:
+    """The options of a command, as they are written."""
+    types = typing.get_args(command.options()) or (command.options(),)
+    if command.joins:
+        types = (*types, imported("capsjax.training:ProcessOptions"))
+    kinds = [getattr(kind, "__origin__", kind) for kind in types]
+    fields = [field for kind in kinds for field in dataclasses.fields(kind)]
+    flags = ["--model"] if any(field.name == "preset" for field in fields) else []
+    for field in fields:
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            continue  # by its position
+        name = field.name.replace("_", "-")
+        flags += [f"--{name}", f"--no-{name}"] if field.type is bool else [f"--{name}"]
+    return flags
+
+
+def _kind(argument: Any) -> str:
+    metavar = argument.lowered.metavar.removeprefix("{None}|")
+    kinds = (kind.replace("{None,", "{") for kind in metavar.split("|"))
+    return " or ".join(_KINDS.get(kind, kind.strip("{}")) for kind in kinds)
+
+
+def _name(argument: Any) -> str:
+    """An argument as it is written on the command line."""
+    flags = argument.lowered.name_or_flags
+    return str(flags[0] if flags and flags[0].startswith("-") else argument.field.extern_name)

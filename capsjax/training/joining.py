@@ -1,0 +1,170 @@
+"""Joining processes, each with devices of its own, by ``jax.distributed``."""
+
+import dataclasses
+import os
+import socket
+import time
+
+import jax
+
+from capsjax.errors import ConfigError
+from capsjax.training import processes, runtime_log
+from capsjax.training.options import require, require_at_least
+from capsjax.version import __version__
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessOptions:
+    """How several processes train as one.
+
+    On TPU VMs, GKE, SLURM, Open MPI and Kubernetes, nothing is needed: JAX detects them.
+    """
+
+    coordinator: str | None = None
+    """HOST:PORT at which process 0 is reached by the others; also CAPSJAX_COORDINATOR. Only where
+    JAX detects no cluster."""
+
+    num_processes: int | None = None
+    """Number of processes; also CAPSJAX_NUM_PROCESSES. 1 trains alone, whatever JAX detects."""
+
+    process_id: int | None = None
+    """Number of this process, from 0; also CAPSJAX_PROCESS_ID."""
+
+    heartbeat_timeout: int = 60
+    """Seconds of silence after which a process counts as lost, and the others end."""
+
+    start_timeout: int = 40
+    """Seconds that processes wait for each other at the start."""
+
+    def __post_init__(self) -> None:
+        """Checks the options, and completes them from the environment."""
+        for name, kind in (("coordinator", str), ("num_processes", int), ("process_id", int)):
+            variable = f"CAPSJAX_{name.upper()}"
+            if getattr(self, name) is None and (text := os.environ.get(variable)):
+                try:
+                    object.__setattr__(self, name, kind(text))
+                except ValueError:
+                    raise ConfigError(f"{variable} must be an integer, got {text!r}") from None
+        require_at_least(self, 1, "num_processes", "heartbeat_timeout", "start_timeout")
+        require_at_least(self, 0, "process_id")
+        values = (self.coordinator, self.num_processes, self.process_id)
+        if self.num_processes == 1:
+            return
+        if any(value is not None for value in values) and None in values:
+            names = ("--coordinator", "--num-processes", "--process-id")
+            missing = [n for n, value in zip(names, values, strict=True) if value is None]
+            raise ConfigError(f"several processes need {' and '.join(missing)} too")
+        if self.coordinator is not None:
+            host, _, port = self.coordinator.rpartition(":")
+            known = bool(host) and port.isdecimal() and 0 < int(port) < 2**16
+            require(self, "coordinator", known, "HOST:PORT")
+        if self.process_id is not None and self.num_processes is not None:
+            below = self.process_id < self.num_processes
+            require(self, "process_id", below, f"below --num-processes {self.num_processes}")
+
+    @property
+    def are_alone(self) -> bool:
+        """Whether this process is alone by these options."""
+        return self.num_processes == 1
+
+
+_ALONE = "--num-processes 1 trains in this one alone"
+
+
+def initialize(options: ProcessOptions | None = None, *, command: str | None = None) -> bool:
+    """Joins this process with the others, before JAX's devices are used.
+
+    Does nothing where processes are joined already, and on a machine where JAX detects no cluster
+    and the options name no processes.
+
+    Args:
+      options: how; those of the environment when None.
+      command: the name of the command whose process this is: what JAX's runtime logs when it ends
+        the process is then said in one line. Not for programs that keep their standard streams.
+
+    Returns:
+      Whether several processes are joined.
+
+    Raises:
+      ConfigError: an option is invalid, process 0 is not reached, or the processes were started
+        differently.
+      ProcessError: a process does not answer.
+
+    Example:
+      >>> from capsjax.training import ProcessOptions, initialize
+      >>> initialize(ProcessOptions(num_processes=1))
+      False
+    """
+    options = options or ProcessOptions()
+    if options.are_alone or jax.distributed.is_initialized():
+        return processes.number() > 1
+    if options.coordinator is None and not _detects_cluster():
+        return False
+    if command is not None:
+        fields = (options.process_id, options.num_processes)
+        times = (options.heartbeat_timeout, options.start_timeout)
+        runtime_log.start(runtime_log.Job(command, *fields, *times))
+    # Signals are noted by the training loop, which agrees on the step to end at.
+    jax.config.update("jax_enable_preemption_service", False)
+    _reach(options)
+    try:
+        jax.distributed.initialize(
+            options.coordinator,
+            options.num_processes,
+            options.process_id,
+            cluster_detection_method=None if options.coordinator is None else "deactivate",
+            initialization_timeout=options.start_timeout,
+            heartbeat_timeout_seconds=options.heartbeat_timeout,
+        )
+    except Exception as error:  # of many kinds, of JAX and of what it asks a cluster with
+        raise ConfigError(f"processes cannot be joined: {error}; {_ALONE}") from error
+    processes.know(command or "capsjax", options.heartbeat_timeout)
+    if processes.number() == 1:
+        return False
+    versions = {"capsjax": __version__, "jax": jax.__version__}
+    processes.check_alike(
+        {"command": command, "--num-processes": processes.number(), **versions}, what="start"
+    )
+    return True
+
+
+def _detects_cluster() -> bool:
+    """Whether JAX is going to detect a cluster, which it has no public name for."""
+    from jax._src.clusters import ClusterEnv
+
+    kinds = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method]
+    if "JOB_COMPLETION_INDEX" not in os.environ:  # a pod of its own, not one of an indexed job
+        kinds = [kind for kind in kinds if kind.__name__ != "K8sCluster"]
+    return any(kind.is_env_present() for kind in kinds)
+
+
+def describe() -> str:
+    """Returns this process, its host and its devices in words."""
+    local, every = jax.local_devices(), jax.devices()
+    process = f"process {processes.index()} of {processes.number()} on {socket.gethostname()}"
+    return f"{process}: {len(local)} of {len(every)} {local[0].platform} devices"
+
+
+def finish() -> None:
+    """Waits for the other processes, and leaves them."""
+    processes.wait_for_all("capsjax/end")
+    jax.distributed.shutdown()
+
+
+def _reach(options: ProcessOptions) -> None:
+    """Waits until process 0 accepts connections."""
+    if options.coordinator is None or options.process_id == 0:
+        return
+    host, _, port = options.coordinator.rpartition(":")
+    end, reason = time.monotonic() + options.start_timeout, ""
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+            time.sleep(0.2)
+    raise ConfigError(
+        f"process {options.process_id} reaches no process 0 at --coordinator"
+        f" {options.coordinator} within {options.start_timeout} s: {reason}"
+    )
