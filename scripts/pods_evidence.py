@@ -168,30 +168,33 @@ def kill(bench: Bench, shape: str) -> None:
 def stop(bench: Bench, shape: str) -> None:
     """SIGSTOP to a random process: the others notice, and so does it when it goes on."""
     run = bench.folder / f"run-{bench.trial}"
-    with bench.recorded("SIGSTOP", shape) as record:
-        with bench.job(f"{bench.trial}", run, shape, steps=10**6) as job:
-            job.until(lambda: saved(run), "a checkpoint")
-            number = bench.random.randrange(len(job.processes))
-            wait_for(job, bench.random.uniform(0, 5))
-            job[number].send(signal.SIGSTOP)
-            start = time.monotonic()
-            others = [n for n in range(len(job.processes)) if n != number]
-            while any(job[n].code is None for n in others):
-                check(time.monotonic() < start + PATIENCE, f"not noticed: {job.logs()}")
-                time.sleep(0.05)
-            record |= {"process": number, "noticed_after": round(time.monotonic() - start, 1)}
-            check_lines(job, record, others)
-            job[number].send(signal.SIGCONT)
-            record["codes"] = job.wait(PATIENCE)
-            check(0 not in record["codes"], f"a process ended well: {job.logs()}")
+    with (
+        bench.recorded("SIGSTOP", shape) as record,
+        bench.job(f"{bench.trial}", run, shape, steps=10**6) as job,
+    ):
+        job.until(lambda: saved(run), "a checkpoint")
+        number = bench.random.randrange(len(job.processes))
+        wait_for(job, bench.random.uniform(0, 5))
+        job[number].send(signal.SIGSTOP)
+        start = time.monotonic()
+        others = [n for n in range(len(job.processes)) if n != number]
+        while any(job[n].code is None for n in others):
+            check(time.monotonic() < start + PATIENCE, f"not noticed: {job.logs()}")
+            time.sleep(0.05)
+        record |= {"process": number, "noticed_after": round(time.monotonic() - start, 1)}
+        check_lines(job, record, others)
+        job[number].send(signal.SIGCONT)
+        record["codes"] = job.wait(PATIENCE)
+        check(0 not in record["codes"], f"a process ended well: {job.logs()}")
 
 
 def ask(bench: Bench, shape: str) -> None:
     """SIGTERM to a random process at a random time after they have joined: all save one step."""
     _, seconds = bench.uninterrupted(shape)
     run = bench.folder / f"run-{bench.trial}"
+    uncached = {"environment": {"JAX_ENABLE_COMPILATION_CACHE": "false"}}
     with bench.recorded("SIGTERM", shape) as record:
-        with bench.job(f"{bench.trial}", run, shape) as job:
+        with bench.job(f"{bench.trial}", run, shape, **uncached) as job:
             job.until(lambda: all("process " in p.err for p in job.processes), "joining")
             joined = time.monotonic()
             number = bench.random.randrange(len(job.processes))
@@ -343,6 +346,10 @@ def main() -> None:
     sizes = ((full.train, 180), (full.test, 101))
     train, test = (Split(split.images[:n], split.labels[:n]) for split, n in sizes)
     with tempfile.TemporaryDirectory(prefix="pods-evidence-") as folder:
+        # As the tests compile: what is examined here does not depend on the code's speed.
+        os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/cache"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
         bench = Bench(Path(folder), options.out.resolve(), random.Random(options.seed))
         small = Dataset("mnist_5k", train, test, full.class_names)
         save_npz(small, bench.folder / "digits.npz")
