@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import tyro
 
 import capsjax.process as process  # `from capsjax import process` would import JAX
-from capsjax.errors import CapsjaxError, CheckpointError
+from capsjax.errors import CapsjaxError, CheckpointError, ConfigError
 from capsjax.parsing import Command, complete, imported, parse
 from capsjax.version import __version__
 
@@ -228,8 +228,13 @@ def _process_options(arguments: Sequence[str]) -> Any:
     for field in dataclasses.fields(kind):
         option = f"--{field.name}".replace("_", "[-_]")
         if found := re.search(rf"\0{option}[=\0]([^\0]+)", "\0" + "\0".join(arguments)):
-            text = found[1]
-            given[field.name] = int(text) if field.name != "coordinator" else text
+            text = given[field.name] = found[1]
+            if field.name != "coordinator":
+                try:
+                    given[field.name] = int(text)
+                except ValueError:
+                    name = f"--{field.name.replace('_', '-')}"
+                    raise ConfigError(f"{name} must be an integer, got {text!r}") from None
     return kind(**given)
 
 

@@ -109,6 +109,8 @@ class Job:
       numbers: which processes are started, and how often; each once if not given.
       told: the number of processes that each is told, if not the true one.
       directory: the working directory of a process, a function of its number.
+      host: of process 0.
+      prefix: words before the command of a process, a function of its number.
     """
 
     def __init__(
@@ -125,6 +127,8 @@ class Job:
         numbers=None,
         told=None,
         directory=None,
+        host="127.0.0.1",
+        prefix=lambda number: (),
     ):
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.port = free_port()
@@ -133,13 +137,13 @@ class Job:
         for number in range(processes) if numbers is None else numbers:
             own = arguments(number) if callable(arguments) else arguments
             joined = [
-                *("--coordinator", f"127.0.0.1:{self.port}"),
+                *("--coordinator", f"{host}:{self.port}"),
                 *("--num-processes", processes if told is None else told[number]),
                 *("--process-id", number, "--heartbeat-timeout", heartbeat),
                 *("--start-timeout", start),
             ]
             log = Path(folder) / f"process-{len(self.processes)}"
-            command = [sys.executable, *program, *own, *joined]
+            command = [*prefix(number), sys.executable, *program, *own, *joined]
             self.processes.append(
                 Process(
                     number,

@@ -117,7 +117,11 @@ def initialize(options: ProcessOptions | None = None, *, command: str | None = N
             heartbeat_timeout_seconds=options.heartbeat_timeout,
         )
     except Exception as error:  # of many kinds, of JAX and of what it asks a cluster with
-        raise ConfigError(f"processes cannot be joined: {error}; {_ALONE}") from error
+        reason = str(error)
+        if "Failed to start RPC server" in reason:
+            port = options.coordinator or "which JAX detected; JAX_COORDINATOR_PORT sets another"
+            reason = f"the port of the coordinator is in use, {port}"
+        raise ConfigError(f"processes cannot be joined: {reason}; {_ALONE}") from error
     processes.know(command or "capsjax", options.heartbeat_timeout)
     if processes.number() == 1:
         return False
@@ -135,7 +139,10 @@ def _detects_cluster() -> bool:
     kinds = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method]
     if "JOB_COMPLETION_INDEX" not in os.environ:  # a pod of its own, not one of an indexed job
         kinds = [kind for kind in kinds if kind.__name__ != "K8sCluster"]
-    return any(kind.is_env_present() for kind in kinds)
+    try:
+        return any(kind.is_env_present() for kind in kinds)
+    except Exception as error:  # of many kinds, of what JAX asks a cluster with
+        raise ConfigError(f"processes cannot be detected: {error}; {_ALONE}") from error
 
 
 def describe() -> str:

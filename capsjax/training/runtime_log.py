@@ -17,7 +17,7 @@ _FATAL = re.compile(
 )
 # Reports of what the fatal line is going to say, and of connections that succeeded.
 _NOISE = re.compile(
-    rb"[EW]\d{4} .*coordination_service|\[Gloo\] Rank|.*connected to \d+ peer ranks"
+    rb"[EW]\d{4} .*(coordination_service|add_port)|\[Gloo\] Rank|.*connected to \d+ peer ranks"
 )
 _CONTINUED = re.compile(
     rb"\d+$|The tasks have crashed|=== Source Location|external/xla|RPC: /xla|$"
