@@ -80,7 +80,8 @@ class StopRequest:
             if processes.number() > 1 and now - self._first[1] < _SAME_SECONDS:
                 return
             raise KeyboardInterrupt(number)
-        self._first = signal.Signals(number), now
+        self.signal = signal.Signals(number)
+        self._first = self.signal, now
         # Past Python's buffers, which the signal may have come in the middle of.
         with contextlib.suppress(OSError):  # the terminal, or the next program, may be gone
             os.write(2, b"\nstopping: what is done will be saved; once more to quit at once\n")
