@@ -144,7 +144,7 @@ def test_the_guide_has_the_recorded_figures():
     for row in rows:
         assert row.hlo.collectives["all-reduce"].executions == 1
         memory = (row.memory.arguments, row.memory.temporaries, row.hlo.cycles.total)
-        cells = (f"{row.parameters['batch']:,}", *(f"{size / 1e6:.3f}" for size in memory))
+        cells = (f"{int(row.parameters['batch']):,}", *(f"{size / 1e6:.3f}" for size in memory))
         assert f"| {row.target} | {row.processes} | {' | '.join(cells)} |" in guide
 
 
