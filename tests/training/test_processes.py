@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jobs import EVERY, NETWORK, WAITING, Job, saved
 
+from capsjax import cli
 from capsjax.data import save_npz
 from capsjax.errors import ConfigError
 from capsjax.training import Checkpoints, ProcessOptions, TrainConfig, initialize, train
@@ -348,6 +349,26 @@ def test_options_of_processes_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("CAPSJAX_PROCESS_ID", "one")
     with pytest.raises(ConfigError, match="CAPSJAX_PROCESS_ID must be an integer, got 'one'"):
         ProcessOptions()
+
+
+def test_an_id_that_is_no_number_is_one_line_on_resume(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--resume", str(tmp_path), "--process-id", "one"])
+    line = "capsjax train: error: --process-id must be an integer, got 'one'\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_cluster_that_cannot_be_asked_is_named(monkeypatch):
+    class Broken:
+        opt_in_only_method = False
+
+        @classmethod
+        def is_env_present(cls):
+            raise RuntimeError("no metadata")
+
+    monkeypatch.setattr("jax._src.clusters.ClusterEnv._cluster_types", [Broken])
+    with pytest.raises(ConfigError, match="cannot be detected: no metadata; --num-processes 1"):
+        initialize()
 
 
 def test_alone_nothing_is_joined():
