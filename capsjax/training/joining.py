@@ -104,9 +104,9 @@ def initialize(options: ProcessOptions | None = None, *, command: str | None = N
         fields = (options.process_id, options.num_processes)
         times = (options.heartbeat_timeout, options.start_timeout)
         runtime_log.start(runtime_log.Job(command, *fields, *times))
+    _reach(options)
     # Signals are noted by the training loop, which agrees on the step to end at.
     jax.config.update("jax_enable_preemption_service", False)
-    _reach(options)
     try:
         jax.distributed.initialize(
             options.coordinator,
@@ -119,8 +119,7 @@ def initialize(options: ProcessOptions | None = None, *, command: str | None = N
     except Exception as error:  # of many kinds, of JAX and of what it asks a cluster with
         reason = str(error)
         if "Failed to start RPC server" in reason:
-            port = options.coordinator or "which JAX detected; JAX_COORDINATOR_PORT sets another"
-            reason = f"the port of the coordinator is in use, {port}"
+            reason = "the coordinator's port is in use; JAX_COORDINATOR_PORT sets another"
         raise ConfigError(f"processes cannot be joined: {reason}; {_ALONE}") from error
     processes.know(command or "capsjax", options.heartbeat_timeout)
     if processes.number() == 1:
@@ -159,10 +158,22 @@ def finish() -> None:
 
 
 def _reach(options: ProcessOptions) -> None:
-    """Waits until process 0 accepts connections."""
-    if options.coordinator is None or options.process_id == 0:
+    """Waits until process 0 accepts connections; in process 0, checks that it can."""
+    if options.coordinator is None:
         return
     host, _, port = options.coordinator.rpartition(":")
+    if options.process_id == 0:
+        # JAX would share the port with another job, whose processes would then join this one.
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(("", int(port)))
+            except OSError as error:
+                raise ConfigError(
+                    f"the port of --coordinator {options.coordinator} cannot be used:"
+                    f" {error.strerror}; each job needs one of its own"
+                ) from None
+        return
     end, reason = time.monotonic() + options.start_timeout, ""
     while time.monotonic() < end:
         try:

@@ -211,7 +211,8 @@ def report_failure(error: BaseException) -> None:
     if client is None or number() == 1 or _reported:
         return
     _reported = True
-    text = str(error) or type(error).__name__
+    is_interrupt = isinstance(error, KeyboardInterrupt)  # whose text is the signal's number
+    text = "interrupted" if is_interrupt else str(error) or type(error).__name__
     with contextlib.suppress(Exception):  # the others may be gone
         client.key_value_set(f"capsjax/failed/{index()}", text, allow_overwrite=True)
         client.key_value_set(f"capsjax/gone/{index()}", "", allow_overwrite=True)

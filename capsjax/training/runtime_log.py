@@ -66,7 +66,10 @@ def explain(log: str, job: Job) -> str:
     twice = r"(\d+) unexpectedly tried to connect|more recent barrier call .* from the same task"
     if found := re.search(twice, log):
         which = str(job.process_id) if found[1] is None else found[1]
-        return f"two processes were started with --process-id {which}"
+        return (
+            f"two processes were started with --process-id {which}, or another job with the same"
+            " port of --coordinator"
+        )
     if "/RegisterTask" in log:
         late = f"not {all_of_them} came within {job.start_timeout} s"
         if job.num_processes is None:  # as the cluster says

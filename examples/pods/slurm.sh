@@ -8,7 +8,7 @@
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=8
 #SBATCH --time=04:00:00
-# Two minutes before the time limit, and when the job is pre-empted: training saves and ends.
+# Two minutes before the time limit, and when the job is preempted: training saves and ends.
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
 #SBATCH --open-mode=append

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 
 import jax
 import numpy as np
@@ -356,6 +357,14 @@ def test_an_id_that_is_no_number_is_one_line_on_resume(tmp_path, capsys):
         cli.main(["train", "--resume", str(tmp_path), "--process-id", "one"])
     line = "capsjax train: error: --process-id must be an integer, got 'one'\n"
     assert capsys.readouterr().err == line
+
+
+def test_a_used_port_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        options = ProcessOptions(coordinator=address, num_processes=2, process_id=0)
+        with pytest.raises(ConfigError, match=f"{address} cannot be used: .*; each job needs"):
+            initialize(options)
 
 
 def test_a_cluster_that_cannot_be_asked_is_named(monkeypatch):
