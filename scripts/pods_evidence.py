@@ -49,7 +49,7 @@ class Bench:
     folder: Path
     out: Path
     random: random.Random
-    whole: dict[str, tuple[Path, float]] = dataclasses.field(default_factory=dict)
+    whole: dict[str, tuple[Path, float, float]] = dataclasses.field(default_factory=dict)
     failures: int = 0
     trial: int = 0
 
@@ -66,13 +66,15 @@ class Bench:
         arguments = self.arguments(run, steps)
         return Job(self.folder / name, arguments, start=START, **{**counts, **settings})
 
-    def uninterrupted(self, shape: str) -> tuple[Path, float]:
-        """Returns a run that nothing happens to, and its seconds."""
+    def uninterrupted(self, shape: str) -> tuple[Path, float, float]:
+        """Returns a run that nothing happens to, its seconds, and those until all had joined."""
         if shape not in self.whole:
             run, start = self.folder / f"whole-{shape}", time.monotonic()
             with self.job(f"whole-{shape}-log", run, shape) as job:
+                wait_until_joined(job)
+                joined = time.monotonic() - start
                 check(set(job.wait()) == {0}, "an uninterrupted job failed")
-            self.whole[shape] = run, time.monotonic() - start
+            self.whole[shape] = run, time.monotonic() - start, joined
         return self.whole[shape]
 
     @contextlib.contextmanager
@@ -95,7 +97,7 @@ class Bench:
         record["saved"] = max(saved(run), default=0)
         with self.job(f"{self.trial}-again", run, shape) as job:
             check(set(job.wait()) == {0}, f"the job did not go on: {job.logs()}")
-        whole, _ = self.uninterrupted(shape)
+        whole, *_ = self.uninterrupted(shape)
         jax.tree.map(np.testing.assert_array_equal, state(run), state(whole))
         record["identical"] = True
 
@@ -133,6 +135,11 @@ def wait_for(job: Job, seconds: float) -> None:
         time.sleep(0.05)
 
 
+def wait_until_joined(job: Job) -> None:
+    """Waits until each process has said which one it is."""
+    job.until(lambda: all("process " in p.err for p in job.processes), "joining")
+
+
 def check_lines(job: Job, record: dict[str, Any], numbers: list[int]) -> None:
     """Checks that each of these processes has reported one error."""
     record["lines"] = sorted({line for number in numbers for line in job[number].errors})
@@ -142,17 +149,18 @@ def check_lines(job: Job, record: dict[str, Any], numbers: list[int]) -> None:
 
 def kill(bench: Bench, shape: str) -> None:
     """SIGKILL to a random process at a random time; the others end, and the job goes on."""
-    _, seconds = bench.uninterrupted(shape)
+    _, seconds, _ = bench.uninterrupted(shape)
     run = bench.folder / f"run-{bench.trial}"
     with bench.recorded("SIGKILL", shape) as record:
         with bench.job(f"{bench.trial}", run, shape) as job:
             number = bench.random.randrange(len(job.processes))
-            at = bench.random.uniform(0, seconds)
+            at = bench.random.uniform(0, 0.9 * seconds)
             wait_for(job, at)
             others = [n for n in range(len(job.processes)) if n != number]
             record |= {"process": number, "at": round(at, 1)}
             ended = [p.code is not None for p in job.processes]
-            job[number].send(signal.SIGKILL)
+            if not all(ended):
+                job[number].send(signal.SIGKILL)
             start = time.monotonic()
             codes = job.wait(START + PATIENCE)
             record |= {"codes": codes, "ended_after": round(time.monotonic() - start, 1)}
@@ -190,21 +198,22 @@ def stop(bench: Bench, shape: str) -> None:
 
 def ask(bench: Bench, shape: str) -> None:
     """SIGTERM to a random process at a random time after they have joined: all save one step."""
-    _, seconds = bench.uninterrupted(shape)
+    _, seconds, joined = bench.uninterrupted(shape)
     run = bench.folder / f"run-{bench.trial}"
     uncached = {"environment": {"JAX_ENABLE_COMPILATION_CACHE": "false"}}
     with bench.recorded("SIGTERM", shape) as record:
         with bench.job(f"{bench.trial}", run, shape, **uncached) as job:
-            job.until(lambda: all("process " in p.err for p in job.processes), "joining")
-            joined = time.monotonic()
+            wait_until_joined(job)
             number = bench.random.randrange(len(job.processes))
-            at = bench.random.uniform(0, seconds * 0.7)
+            at = bench.random.uniform(0, 0.9 * (seconds - joined))
             wait_for(job, at)
-            job[number].send(signal.SIGTERM)
+            start = time.monotonic()
+            if job[number].code is None:
+                job[number].send(signal.SIGTERM)
             last = [line for line in job[0].err.splitlines() if line][-1]
             record |= {"process": number, "at": round(at, 1), "while": last[:60]}
             record["codes"] = job.wait()
-            record["ended_after"] = round(time.monotonic() - joined - at, 1)
+            record["ended_after"] = round(time.monotonic() - start, 1)
             check(set(record["codes"]) == {0}, f"codes {record['codes']}: {job.logs()}")
             found = re.match(r"(stopped by SIGTERM|interrupted).* step ([\d,]+)", job[0].out)
             if found is not None:
@@ -310,7 +319,7 @@ def equality(bench: Bench, shape: str) -> None:
     with bench.recorded("equality", shape) as record:
         run = bench.folder / f"run-{bench.trial}"
         again, alone = run.with_name(f"{run.name}-again"), run.with_name(f"{run.name}-alone")
-        whole, _ = bench.uninterrupted(shape)
+        whole, *_ = bench.uninterrupted(shape)
         with bench.job(f"{bench.trial}", again, shape) as job:
             check(set(job.wait()) == {0}, job.logs())
         processes, devices = SHAPES[shape]

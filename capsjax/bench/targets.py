@@ -6,7 +6,6 @@ processes of capsjax wait for each other.
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import math
 import os
@@ -220,16 +219,18 @@ def libtpu_lock(*, timeout: float = 3600) -> Iterator[float]:
 
 
 _held = contextlib.ExitStack()
+_waited: list[float] = []
 
 
-@functools.cache
 def take_libtpu() -> float:
     """Takes :func:`libtpu_lock` until this process has ended: libtpu leaves it no earlier.
 
     Returns:
       The seconds that were waited.
     """
-    return _held.enter_context(libtpu_lock())
+    if not _waited:
+        _waited.append(_held.enter_context(libtpu_lock()))
+    return _waited[0]
 
 
 def _torus(chips: int, dimensions: int, most: int) -> tuple[int, ...] | None:
@@ -276,9 +277,6 @@ def _absent_devices(target: Target, topology: str) -> tuple[jax.Device, ...]:
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     host = [1, 1, 1] if target.chips == 1 else [2, 2, 1]
-    if target.generation == "v6e" and target.chips > 8:
-        # libtpu 0.0.41 fails to lower the train step's all-reduce where these have several hosts.
-        host = [int(size) for size in topology.partition(":")[2].split("x")] + [1]
     try:
         described = topologies.get_topology_desc(
             platform="tpu",

@@ -39,7 +39,9 @@ class Driver(abc.ABC):
 
     @property
     def local_devices(self) -> tuple[jax.Device, ...]:
-        """Those of this process."""
+        """Those of this process; all where it is alone, also the absent ones of a pod."""
+        if jax.process_count() == 1:
+            return self.devices
         process = jax.process_index()
         return tuple(d for d in self.devices if d.process_index == process)
 
