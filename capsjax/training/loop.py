@@ -244,7 +244,7 @@ def begin(
         )
     state = setup.initial
     if step:
-        like = unstack(jax.eval_shape(lambda: state), len(directories))[0]
+        like = jax.eval_shape(lambda state: unstack(state, len(directories))[0], state)
         state = processes.share(
             lambda: stack([each.restore(step, like) for each in checkpoints]), state
         )
