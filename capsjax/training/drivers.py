@@ -49,16 +49,14 @@ class Driver(abc.ABC):
         """Copies arrays, which all processes have alike, to each device, once."""
         return _replicate(tree, self.sharding())
 
-    def sharding(self, *axes: str) -> NamedSharding:
+    def sharding(self, *axes: str | None) -> NamedSharding:
         """Returns the sharding of the leading dimensions over these axes; replicated for none."""
         return _sharding(self.devices, *axes)
 
     def local_positions(self, batch_size: int) -> np.ndarray:
         """Returns the positions in the batch that this process's devices work on, int ``[b]``."""
-        part, process = batch_size // len(self.devices), jax.process_index()
-        firsts = [
-            n * part for n, device in enumerate(self.devices) if device.process_index == process
-        ]
+        part, here = batch_size // len(self.devices), self.local_devices
+        firsts = [n * part for n, device in enumerate(self.devices) if device in here]
         return (np.array(firsts)[:, None] + np.arange(part)).ravel()
 
     @abc.abstractmethod
@@ -99,11 +97,8 @@ class Jit(Driver):
 
     def place_chunk(self, chunk: Tree) -> Tree:
         """Divides the batches, not the chunk, among the devices."""
-        mesh = Mesh(np.array(self.devices), (AXIS,))
-        sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
-        placed: Tree = jax.tree.map(
-            functools.partial(jax.make_array_from_process_local_data, sharding), chunk
-        )
+        place = functools.partial(jax.make_array_from_process_local_data, self.sharding(None, AXIS))
+        placed: Tree = jax.tree.map(place, chunk)
         return placed
 
     def compile(
@@ -244,7 +239,7 @@ def local(tree: Tree) -> Tree:
     return first
 
 
-def _sharding(devices: Sequence[jax.Device], *axes: str) -> NamedSharding:
+def _sharding(devices: Sequence[jax.Device], *axes: str | None) -> NamedSharding:
     return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(*axes))
 
 

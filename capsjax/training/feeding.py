@@ -133,7 +133,7 @@ class Streamed:
     evaluate_chunk: Evaluate
 
     def __post_init__(self) -> None:
-        self._evaluate = StreamedEvaluate(self.driver, self.batch_size, self.evaluate_chunk)
+        self.evaluate = StreamedEvaluate(self.driver, self.batch_size, self.evaluate_chunk)
         self._chunks: _Chunks | None = None
 
     def run_steps(
@@ -171,20 +171,9 @@ class Streamed:
         """Leaves the images where they are."""
         return split
 
-    def evaluate(
-        self,
-        variables: Variables,
-        examples: AnySplit,
-        first: int,
-        num_batches: int,
-        number: int,
-    ) -> EvaluationSums:
-        """See :class:`StreamedEvaluate`."""
-        return self._evaluate(variables, examples, first, num_batches, number)
-
     def close(self) -> None:
         """Ends the workers."""
-        self._evaluate.close()
+        self.evaluate.close()
         if self._chunks is not None:
             self._chunks.close()
             self._chunks = None

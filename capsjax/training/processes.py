@@ -201,9 +201,6 @@ def together() -> Iterator[None]:
         _watched = False
 
 
-_reported = False
-
-
 def report_failure(error: BaseException) -> None:
     """Tells the other processes that this one fails; process 0 waits until they have ended."""
     global _reported
