@@ -159,6 +159,15 @@ def zeros(shape: tuple[int, ...], dtype: jnp.dtype, *like: jax.Array | None) -> 
     return result
 
 
+def alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Returns the arrays, all varying over every mesh axis over which one of them varies.
+
+    Under ``shard_map`` a derivative must return gradients of the type of its arguments. The
+    transpose of this function sums them over the axes that it added.
+    """
+    return [array + zeros((), array.dtype, *arrays) for array in arrays]
+
+
 def is_integer(value: Any) -> bool:
     """Whether `value` is a Python or NumPy integer, and not a bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
