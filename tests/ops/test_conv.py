@@ -17,7 +17,7 @@ from capsjax.ops import ReceptiveFields
 from capsjax.ops.fourier import gains_by_fourier
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-OWN = ["patches", "fourier", "phases"]
+OWN = ["patches", "lookup", "fourier", "phases"]
 
 
 def arrays(batch, height, width, channels, kh, kw, features, dtype="float32"):
