@@ -2,12 +2,11 @@
 
 XLA's gradients of a strided 9 × 9 convolution are slow. Its CPU backend takes many times as long
 as the equivalent matrix products, its TPU backend multiplies by zeros in the gradient of the
-images, and cuDNN takes longer than products of Fourier transforms. This module multiplies patches
-or Fourier transforms on CPUs, Fourier transforms on NVIDIA GPUs where they need fewer operations,
+images, and cuDNN takes longer than products of Fourier transforms or patches. This module
+multiplies patches or Fourier transforms on CPUs and, where that takes less time, on NVIDIA GPUs,
 and computes the gradient phase by phase on TPUs. Elsewhere it uses XLA's convolution.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -17,9 +16,10 @@ from jax import lax
 
 from capsjax.ops.fields import Padding, ReceptiveFields, channels_last
 from capsjax.ops.fourier import conv_by_fourier, gains_by_fourier
+from capsjax.ops.patches import conv_by_lookup, conv_by_patches, gains_by_lookup
 from capsjax.ops.phases import conv_by_phases, gains_by_phases
 
-ConvImplementation = Literal["patches", "fourier", "phases", "xla"]
+ConvImplementation = Literal["patches", "lookup", "fourier", "phases", "xla"]
 
 
 def conv_general_dilated(
@@ -68,9 +68,16 @@ def conv_general_dilated(
         * ``"patches"``: concatenates shifted copies of the images and multiplies them with the
           kernel in one matrix product. Needs memory for KH·KW/stride² images. The default on CPUs
           unless Fourier transforms take fewer operations.
+        * ``"lookup"``: as ``"patches"``, but reads the patches, and the terms of the gradient of
+          the images, by tables of positions. The default on NVIDIA GPUs for large kernels on one
+          channel, or few in 16-bit dtypes, and in 16-bit dtypes where Fourier transforms take fewer
+          operations than patches; unless the patches take more than 1 GiB. The second derivatives
+          and the forward-mode derivative with respect to the images add to memory out of order,
+          which is slower.
         * ``"fourier"``: multiplies Fourier transforms, which takes a third of the operations for
           large kernels on small images. Needs memory for the transforms, four to five kernels with
-          the paper's sizes. The default on CPUs and NVIDIA GPUs where it takes fewer operations.
+          the paper's sizes. The default on CPUs, and on NVIDIA GPUs in float32, where it takes
+          fewer operations.
         * ``"phases"``: XLA's convolution, with a gradient of the images that does not multiply by
           zeros. The default on TPUs for strided convolutions.
         * ``"xla"``: :func:`jax.lax.conv_general_dilated`. The default elsewhere.
@@ -134,7 +141,12 @@ def conv_general_dilated(
         return xla(lhs, rhs)
     fields = _fields(lhs, rhs, window_strides, padding)
     by_name: dict[str, Callable[..., jax.Array]]
-    by_name = {"patches": _conv_by_patches, "fourier": conv_by_fourier, "phases": conv_by_phases}
+    by_name = {
+        "patches": conv_by_patches,
+        "lookup": conv_by_lookup,
+        "fourier": conv_by_fourier,
+        "phases": conv_by_phases,
+    }
 
     def products(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
         return lambda lhs, rhs: by_name[name](lhs, rhs, fields, precision, preferred_element_type)
@@ -143,7 +155,10 @@ def conv_general_dilated(
         return products(implementation)(lhs, rhs)
     by_fourier = gains_by_fourier(lhs, rhs, fields)
     on_cpu = products("fourier" if by_fourier else "patches")
-    on_gpu = products("fourier") if by_fourier else xla
+    if gains_by_lookup(lhs, fields, by_fourier):
+        on_gpu = products("lookup")
+    else:
+        on_gpu = products("fourier") if by_fourier else xla
     on_tpu = products("phases") if gains_by_phases(fields) else xla
     return lax.platform_dependent(lhs, rhs, cpu=on_cpu, cuda=on_gpu, tpu=on_tpu, default=xla)
 
@@ -204,22 +219,3 @@ def _fields(
     images: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Padding
 ) -> ReceptiveFields:
     return ReceptiveFields.of(images.shape[1:-1], kernel.shape[:-2], strides, padding)
-
-
-def _conv_by_patches(
-    images: jax.Array,
-    kernel: jax.Array,
-    fields: ReceptiveFields,
-    precision: lax.PrecisionLike,
-    preferred_element_type: Any,
-) -> jax.Array:
-    """Gathers all receptive fields and multiplies them with the kernel in one product."""
-    grid, features = (images.shape[0], *fields.shape), kernel.shape[-1]
-    size = fields.size * images.shape[-1]
-    product = jnp.matmul(
-        fields.gather(images).reshape(math.prod(grid), size),
-        kernel.reshape(size, features),
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-    )
-    return product.reshape(*grid, features)

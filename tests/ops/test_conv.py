@@ -17,7 +17,7 @@ from capsjax.ops import ReceptiveFields
 from capsjax.ops.fourier import gains_by_fourier
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-OWN = ["patches", "fourier", "phases"]
+OWN = ["patches", "lookup", "fourier", "phases"]
 
 
 def arrays(batch, height, width, channels, kh, kw, features, dtype="float32"):
@@ -137,17 +137,86 @@ def test_the_gradient_of_the_images_multiplies_by_no_zeros_on_tpus():
     assert not dilated("xla", (1, 1))
 
 
+def lowered_default(platform, images, kernel, stride, dtype="float32", gradient=False):
+    def function(images, kernel):
+        return conv(images, kernel, (stride, stride))
+
+    def gradients(images, kernel):
+        return jax.grad(lambda *x: jnp.sum(function(*x)), (0, 1))(images, kernel)
+
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in (images, kernel)]
+    traced = jax.jit(gradients if gradient else function).trace(*shapes)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
 @pytest.mark.parametrize(
-    ("platform", "batch", "products"),
-    [("cpu", 2, 1), ("cpu", 64, 6), ("cuda", 2, 0), ("cuda", 64, 6), ("tpu", 64, 0)],
+    ("platform", "dtype", "batch", "products"),
+    [
+        ("cpu", "float32", 2, 1),
+        ("cpu", "float32", 64, 6),
+        ("cpu", "bfloat16", 64, 6),
+        ("cuda", "float32", 2, 0),
+        ("cuda", "float32", 64, 6),
+        ("cuda", "bfloat16", 64, 1),
+        ("cuda", "bfloat16", 1024, 6),  # The patches would take more than 1 GiB.
+        ("tpu", "float32", 64, 0),
+        ("tpu", "bfloat16", 64, 0),
+    ],
 )
-def test_by_fourier_transforms_where_they_are_less_work(platform, batch, products):
-    shapes = [
-        jax.ShapeDtypeStruct(shape, jnp.float32)
-        for shape in ((batch, 20, 20, 256), (9, 9, 256, 256))
-    ]
-    text = export.export(jax.jit(lambda *x: conv(*x, (2, 2))), platforms=[platform])(*shapes)
-    assert text.mlir_module().count("stablehlo.dot_general") == products
+def test_by_products_where_they_are_less_work(platform, dtype, batch, products):
+    shapes = (batch, 20, 20, 256), (9, 9, 256, 256)
+    text = lowered_default(platform, *shapes, 2, dtype)
+    assert text.count("stablehlo.dot_general") == products
+    assert text.count('"stablehlo.gather"(') == (products == 1 and platform == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("images", "kernel", "dtype", "gathers"),
+    [
+        ((128, 28, 28, 1), (9, 9, 1, 256), "float32", True),
+        ((128, 28, 28, 1), (9, 9, 1, 256), "bfloat16", True),
+        ((128, 28, 28, 1), (5, 5, 1, 32), "float32", True),
+        ((128, 32, 32, 2), (9, 9, 2, 256), "float32", False),
+        ((128, 32, 32, 3), (3, 3, 3, 64), "bfloat16", False),
+        ((128, 512, 512, 1), (9, 9, 1, 64), "float32", False),
+    ],
+)
+def test_by_lookup_on_gpus_for_few_channels(images, kernel, dtype, gathers):
+    text = lowered_default("cuda", images, kernel, 1, dtype)
+    assert ("stablehlo.gather" in text, "stablehlo.convolution" in text) == (gathers, not gathers)
+
+
+def test_gradients_by_lookup_read_and_add_nothing_in_memory():
+    for shapes in (((64, 20, 20, 256), (9, 9, 256, 256), 2), ((4, 28, 28, 1), (9, 9, 1, 8), 1)):
+        text = lowered_default("cuda", *shapes, dtype="bfloat16", gradient=True)
+        assert text.count('"stablehlo.gather"(') == 2
+        assert "stablehlo.scatter" not in text
+
+
+# As the paper's convolutions, but smaller: one channel, and a stride that phases do not divide.
+@pytest.mark.parametrize("dtype", ["float64", *FLOATS])
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), [((14, 13, 1), 1, "VALID"), ((13, 12, 4), 2, ((1, 0), (0, 2)))]
+)
+def test_gradients_by_lookup(size, stride, padding, dtype):
+    def all_of_them(implementation, images, kernel, cotangent):
+        def function(*x):
+            return conv(*x, (stride, stride), padding, implementation)
+
+        out, back = jax.vjp(function, images, kernel)
+        return out, *back(cotangent)
+
+    with jax.enable_x64(dtype == "float64"):
+        images, kernel = arrays(2, *size, 9, 9, 3, dtype)
+        out = jax.eval_shape(lambda *x: conv(*x, (stride, stride), padding), images, kernel)
+        cotangent = np.random.default_rng(1).normal(size=out.shape).astype(jnp.dtype(dtype))
+        results = jax.jit(functools.partial(all_of_them, "lookup"))(images, kernel, cotangent)
+    with jax.enable_x64(True):
+        wide = (np.asarray(x, np.float64) for x in (images, kernel, cotangent))
+        expected = jax.jit(functools.partial(all_of_them, "xla"))(*wide)
+        for a, b in zip(results, expected, strict=True):
+            assert a.dtype == dtype
+            assert_close(a, b, terms=81 * size[-1], dtype=dtype)
 
 
 def test_in_one_program_for_several_platforms():
