@@ -168,6 +168,11 @@ def alike(*arrays: jax.Array) -> list[jax.Array]:
     return [array + zeros((), array.dtype, *arrays) for array in arrays]
 
 
+def is_constant(shape: tuple[Any, ...]) -> bool:
+    """Whether all sizes are constant; those of an exported function may be symbolic."""
+    return all(isinstance(size, int) for size in shape)
+
+
 def is_integer(value: Any) -> bool:
     """Whether `value` is a Python or NumPy integer, and not a bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -34,14 +34,14 @@ class _Operand(NamedTuple):
     Attributes:
       array: what the blocks are of.
       block: their rows and columns.
-      index: row and column of a block, from the number that the table has, the tile's number along
+      place: row and column of a block, from the number that the table has, the tile's number along
         the operand's own axis, and the number of the block along the axis of the sums.
       is_transposed: whether blocks have the axis of the sums where a product would not have it.
     """
 
     array: jax.Array
     block: tuple[int, int]
-    index: Callable[[Any, Any, Any], tuple[Any, Any]]
+    place: Callable[[Any, Any, Any], tuple[Any, Any]]
     is_transposed: bool
 
 
@@ -75,7 +75,7 @@ def gathered_product(plan: Plan, x: jax.Array, y: jax.Array, *, interpret: bool)
             def of(step: Any) -> tuple[Any, Any]:
                 blocks = jnp.int32(plan.blocks)
                 pair, block = lax.div(step, blocks), lax.rem(step, blocks)
-                return operand.index(pairs[first + pair, factor], tile_number, block)
+                return operand.place(pairs[first + pair, factor], tile_number, block)
 
             return of
 
@@ -109,7 +109,7 @@ def gathered_product(plan: Plan, x: jax.Array, y: jax.Array, *, interpret: bool)
                     )
                     mosaic_gpu.copy_smem_to_gmem(tile.at[group, slot], out.at[part, *place])
 
-            pl.run_scoped(scope, mosaic_gpu.ACC((rows, plan.columns), jnp.float32))
+            pl.run_scoped(scope, mosaic_gpu.WGMMAAccumulatorRef((rows, plan.columns), jnp.float32))
 
         mosaic_gpu.emit_pipeline_warp_specialized(
             step,
@@ -165,9 +165,7 @@ def _operands(plan: Plan, x: jax.Array, y: jax.Array) -> tuple[_Operand, _Operan
     left = _Operand(flat, (ROWS, inner), lambda n, t, k: (t, n * blocks + k), False)
     if plan.result == "features" and not is_wide:
         kernel = y.reshape(-1, y.shape[2])
-        return left, _Operand(
-            kernel, (inner, columns), lambda n, t, k: (n * blocks + k, t), False
-        )
+        return left, _Operand(kernel, (inner, columns), lambda n, t, k: (n * blocks + k, t), False)
     if plan.result == "features":
         y = y.transpose(0, 2, 1)
     tiles = y.shape[1] // columns

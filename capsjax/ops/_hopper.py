@@ -16,7 +16,7 @@ Function = Callable[..., Any]
 
 
 def register(primitive: Primitive, kernel: Function, otherwise: Function) -> None:
-    """Registers how a primitive is lowered for NVIDIA GPUs.
+    """Registers how a primitive is lowered: for NVIDIA GPUs, and not for other platforms.
 
     Nothing of it is traced, nor is Pallas imported, when a program is for another platform.
 
@@ -33,7 +33,21 @@ def register(primitive: Primitive, kernel: Function, otherwise: Function) -> Non
     def lower(context: mlir.LoweringRuleContext, *arguments: Any, **parameters: Any) -> Any:
         return rules[0 if _fits(context) else 1](context, *arguments, **parameters)
 
+    def refuse(context: mlir.LoweringRuleContext, *_: Any, **parameters: Any) -> Any:
+        raise NotImplementedError(
+            "implementation 'mosaic_gpu' is for NVIDIA GPUs, the program is compiled for"
+            f" {', '.join(context.module_context.platforms)}"
+        )
+
+    mlir.register_lowering(primitive, refuse)
     mlir.register_lowering(primitive, lower, platform="cuda")
+
+
+def allows_tf32(precision: jax.lax.PrecisionLike) -> bool:
+    """Whether float32 factors of a matrix product may be rounded to TF32."""
+    if precision is None:
+        precision = jax.config.values["jax_default_matmul_precision"]
+    return precision in (None, "default", "tensorfloat32", jax.lax.Precision.DEFAULT)
 
 
 def call(
@@ -46,7 +60,8 @@ def call(
     if names[0] not in inspect.signature(mosaic_gpu.kernel).parameters:
         names = ("out_shape", "scratch_shapes")
     if interpret:
-        options["interpret"] = mosaic_gpu.InterpretGPUParams()
+        # jax 0.10.1 has no such simulation.
+        options["interpret"] = mosaic_gpu.InterpretGPUParams()  # type: ignore[attr-defined]
     kernel: Function = mosaic_gpu.kernel(
         body, **dict(zip(names, (out, scratch), strict=True)), **options
     )
@@ -63,7 +78,7 @@ def transpose(reference: Any) -> Any:
 
 
 def _fits(context: mlir.LoweringRuleContext) -> bool:
-    axes = context.module_context.axis_context
+    axes: Any = context.module_context.axis_context
     if getattr(axes, "num_devices", 1) > 1:
         return False
     mesh = getattr(axes, "mesh", None)

@@ -16,10 +16,11 @@ from jax import lax
 
 from capsjax.ops.fields import Padding, ReceptiveFields, channels_last
 from capsjax.ops.fourier import conv_by_fourier, gains_by_fourier
+from capsjax.ops.gathered import conv_by_gathering, why_not_by_gathering
 from capsjax.ops.patches import conv_by_lookup, conv_by_patches, gains_by_lookup
 from capsjax.ops.phases import conv_by_phases, gains_by_phases
 
-ConvImplementation = Literal["patches", "lookup", "fourier", "phases", "xla"]
+ConvImplementation = Literal["patches", "lookup", "fourier", "phases", "mosaic_gpu", "xla"]
 
 
 def conv_general_dilated(
@@ -80,6 +81,11 @@ def conv_general_dilated(
           fewer operations.
         * ``"phases"``: XLA's convolution, with a gradient of the images that does not multiply by
           zeros. The default on TPUs for strided convolutions.
+        * ``"mosaic_gpu"``: a kernel for Hopper GPUs, such as H100, which gathers blocks of images
+          and features while it multiplies them; see :mod:`capsjax.ops.gathered`. Rounds float32
+          factors to TF32. The default there where Fourier transforms take fewer operations than
+          patches, for channels in multiples of 128 and features in multiples of 64. On other NVIDIA
+          GPUs, and where XLA divides a program among devices, one of the above takes its place.
         * ``"xla"``: :func:`jax.lax.conv_general_dilated`. The default elsewhere.
 
     Returns:
@@ -87,7 +93,8 @@ def conv_general_dilated(
 
     Raises:
       ValueError: ``implementation`` is unknown.
-      NotImplementedError: the named implementation does not support the arguments.
+      NotImplementedError: the named implementation does not support the arguments, or not the
+        platform.
 
     Example:
       >>> import jax.numpy as jnp
@@ -146,21 +153,31 @@ def conv_general_dilated(
         "lookup": conv_by_lookup,
         "fourier": conv_by_fourier,
         "phases": conv_by_phases,
+        "xla": _conv_by_xla,
     }
+    by_fourier = gains_by_fourier(lhs, rhs, fields)
+    on_gpu = "fourier" if by_fourier else "xla"
+    if gains_by_lookup(lhs, fields, by_fourier):
+        on_gpu = "lookup"
+    why_not = why_not_by_gathering(lhs, rhs, fields, precision, preferred_element_type)
 
     def products(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        if name == "mosaic_gpu":
+            return lambda lhs, rhs: conv_by_gathering(lhs, rhs, fields, by_name[on_gpu])
         return lambda lhs, rhs: by_name[name](lhs, rhs, fields, precision, preferred_element_type)
 
+    if implementation == "mosaic_gpu" and why_not:
+        raise NotImplementedError(f"implementation={implementation!r} {why_not}")
     if implementation:
         return products(implementation)(lhs, rhs)
-    by_fourier = gains_by_fourier(lhs, rhs, fields)
-    on_cpu = products("fourier" if by_fourier else "patches")
-    if gains_by_lookup(lhs, fields, by_fourier):
-        on_gpu = products("lookup")
-    else:
-        on_gpu = products("fourier") if by_fourier else xla
-    on_tpu = products("phases") if gains_by_phases(fields) else xla
-    return lax.platform_dependent(lhs, rhs, cpu=on_cpu, cuda=on_gpu, tpu=on_tpu, default=xla)
+    return lax.platform_dependent(
+        lhs,
+        rhs,
+        cpu=products("fourier" if by_fourier else "patches"),
+        cuda=products("mosaic_gpu" if by_fourier and why_not is None else on_gpu),
+        tpu=products("phases" if gains_by_phases(fields) else "xla"),
+        default=products("xla"),
+    )
 
 
 def _why_only_xla(
@@ -219,3 +236,21 @@ def _fields(
     images: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Padding
 ) -> ReceptiveFields:
     return ReceptiveFields.of(images.shape[1:-1], kernel.shape[:-2], strides, padding)
+
+
+def _conv_by_xla(
+    images: jax.Array,
+    kernel: jax.Array,
+    fields: ReceptiveFields,
+    precision: lax.PrecisionLike,
+    preferred_element_type: Any,
+) -> jax.Array:
+    return lax.conv_general_dilated(
+        images,
+        kernel,
+        fields.strides,
+        fields.pads,
+        dimension_numbers=channels_last(len(fields.grid)),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )

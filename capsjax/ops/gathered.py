@@ -23,7 +23,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from capsjax.ops import _hopper
-from capsjax.ops._checks import alike
+from capsjax.ops._checks import alike, is_constant
 from capsjax.ops.fields import ReceptiveFields
 
 # The result of the three products: each is a sum of products of blocks of the other two.
@@ -33,8 +33,9 @@ Result = Literal["features", "images", "kernel"]
 _ROWS, _COLUMNS = 128, (256, 128, 64)
 _LINE = 128  # bytes of a block's rows
 _MULTIPROCESSORS = 132
-# Time at the end of a tile, and of a part of a tile in float32, in products of two blocks.
-_EPILOGUE, _PARTIAL = 4, 12
+# Time at the end of a tile, and of a part of a tile in float32, in products of two blocks; bytes of
+# parts that are added up in the time of one such product.
+_EPILOGUE, _PARTIAL, _ADDED = 4, 12, 2.5e6
 
 Convolve = Callable[..., jax.Array]
 
@@ -73,21 +74,27 @@ def conv_by_gathering(
 
 
 def why_not_by_gathering(
-    images: jax.Array, kernel: jax.Array, fields: ReceptiveFields, precision: lax.PrecisionLike
+    images: jax.Array,
+    kernel: jax.Array,
+    fields: ReceptiveFields,
+    precision: lax.PrecisionLike,
+    preferred_element_type: Any,
 ) -> str | None:
     """Why the kernel does not support these arguments, or None."""
     channels, features = kernel.shape[-2:]
     if images.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"computes in float32, bfloat16 and float16, got {images.dtype}"
-    if not isinstance(images.shape[0], int):
+    if not is_constant(images.shape):
         return f"needs a batch of constant size, got images of shape {images.shape}"
     if channels % _ROWS or features % _COLUMNS[-1]:
         return (
             f"needs channels in multiples of {_ROWS} and features in multiples of {_COLUMNS[-1]},"
             f" got a kernel of shape {kernel.shape}"
         )
-    if precision not in (None, lax.Precision.DEFAULT, (lax.Precision.DEFAULT,) * 2):
-        return f"has the platform's default precision, got {precision}"
+    if images.dtype == jnp.float32 and not _hopper.allows_tf32(precision):
+        return f"rounds float32 factors to TF32, got {precision=}"
+    if preferred_element_type not in (None, images.dtype):
+        return f"returns the dtype of the images, got {preferred_element_type=}"
     return None
 
 
@@ -155,7 +162,9 @@ _product.def_impl(lambda *xs, **options: jax.jit(partial(_product.bind, **option
 _hopper.register(_product, _by_kernel, _by_convolution)
 
 
-def _transpose_first(cotangent: jax.Array, x: Any, y: Any, *, result: Result, **options: Any) -> Any:
+def _transpose_first(
+    cotangent: jax.Array, x: Any, y: Any, *, result: Result, **options: Any
+) -> Any:
     del x
     if result == "kernel":  # of images and features
         return _product.bind(y, cotangent, result="images", **options)
@@ -200,8 +209,8 @@ _hopper.register(_product, _by_kernel, _by_convolution)
 class Plan(NamedTuple):
     """How a result is computed: which tiles, of which blocks.
 
-    A block is of the two-dimensional arrays that the kernel sees, in which everything but the batch,
-    or everything but the features, is flattened.
+    Blocks are of two-dimensional arrays, in which all axes but that of the batch, or all but that
+    of the features, are flattened.
 
     Attributes:
       result: what is computed.
@@ -246,7 +255,7 @@ def make_plan(
     columns = next(each for each in _COLUMNS if width % each == 0)
     blocks = length // inner
     tiles = rows * (width // columns)
-    parts = min(range(1, 9), key=lambda parts: _duration(counts, tiles, blocks, parts))
+    parts = min(range(1, 9), key=lambda parts: _duration(counts, tiles, columns, blocks, parts))
     tasks = []
     for number, (first, count) in enumerate(zip(firsts, counts, strict=True)):
         bounds = first + count * np.arange(parts + 1) // parts
@@ -268,15 +277,19 @@ def make_plan(
     )
 
 
-def _duration(counts: np.ndarray, tiles: int, blocks: int, parts: int) -> float:
-    """Until the last multiprocessor ends, in products of blocks."""
-    if parts > counts[counts > 0].min():
+def _duration(counts: np.ndarray, tiles: int, columns: int, blocks: int, parts: int) -> float:
+    """Until the last multiprocessor ends and parts are added up, in products of two blocks."""
+    if parts == 1:
+        sizes, end, adding = counts, _EPILOGUE, 0.0
+    elif parts > counts[counts > 0].min():
         return math.inf
-    sizes = np.concatenate([(counts + part) // parts for part in range(parts)])
+    else:
+        sizes = np.concatenate([(counts + part) // parts for part in range(parts)])
+        end, adding = _PARTIAL, len(sizes) * tiles * _ROWS * columns * 4 / _ADDED
     ends = [0.0] * _MULTIPROCESSORS
     for size in sorted(np.repeat(sizes, tiles), reverse=True):
-        heapq.heapreplace(ends, ends[0] + size * blocks + (_EPILOGUE if parts == 1 else _PARTIAL))
-    return max(ends)
+        heapq.heapreplace(ends, ends[0] + size * blocks + end)
+    return max(ends) + adding
 
 
 @functools.lru_cache(maxsize=64)
