@@ -10,7 +10,7 @@ WARPGROUPS, STAGES = 2, 3
 # Multiprocessors, and bytes of shared memory for a program that has one of them to itself.
 _PROCESSORS, _SHARED = 132, 225 * 2**10
 # Numbers of a vote, J·D, such that votes and sums fit into the registers of a warpgroup.
-_MOST_COLUMNS = 160
+_MOST_COLUMNS = 176
 _BYTES = 4
 
 
