@@ -12,6 +12,17 @@ import numpy as np
 import pytest
 import references
 from comparing import FLOATS, all_finite, assert_close
+from dense import (
+    CHILDREN,
+    IN_FEATURES,
+    PAPER,
+    STATIC,
+    arguments,
+    assert_same,
+    bias_of,
+    loss,
+    with_gradients,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
@@ -24,50 +35,8 @@ from capsjax.routing.fused import Implementation
 from capsjax.routing.fused.blocked import Blocks
 from capsjax.routing.fused.lanes import Lanes
 
-CHILDREN, IN_FEATURES, PARENTS, FEATURES = 35, 3, 4, 5
-PAPER = CAPSULE_SIZES["paper"].batch, CAPSULE_SIZES["paper"].layer
-# Those that store no votes.
-FAST = tuple(name for name in get_args(Implementation) if name != "reference")
-
-
-def arguments(*leading, shape=(CHILDREN, IN_FEATURES, PARENTS, FEATURES), dtype="float32", seed=0):
-    """Poses and weights whose votes are of about one."""
-    rng = np.random.default_rng(seed)
-    poses = rng.normal(size=(*leading, *shape[:2]))
-    weights = rng.normal(size=shape) / np.sqrt(shape[1])
-    # Converted on the host, which compiles nothing.
-    return tuple(jnp.asarray(x.astype(jnp.dtype(dtype))) for x in (poses, weights))
-
-
-def bias_of(parents=PARENTS, features=FEATURES):
-    return jnp.asarray(np.random.default_rng(3).normal(size=(parents, features)), jnp.float32)
-
-
-def loss(poses, weights, bias=None, **options):
-    """Fixed directions, so that no gradient is zero by symmetry."""
-    routed = dense_capsules(poses, weights, bias=bias, **options)
-    poses, activations = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in routed[:2])
-    direction = jnp.cos(jnp.arange(poses.size, dtype=poses.dtype)).reshape(poses.shape)
-    return jnp.vdot(poses, direction) + jnp.sum(activations[..., 0])
-
-
-STATIC = ("implementation", "num_iterations", "leaky", "stop_gradient")
-
-
-@functools.partial(jax.jit, static_argnames=STATIC)
-def with_gradients(implementation, poses, weights, bias=None, **options):
-    function = functools.partial(loss, implementation=implementation, **options)
-    argnums = (0, 1) if bias is None else (0, 1, 2)
-    return jax.value_and_grad(function, argnums)(poses, weights, bias)
-
-
-def assert_same(actual, expected, dtype, terms):
-    """Equal but for rounding to the dtype, relative to the largest number of all."""
-    leaves = jax.tree.leaves(expected)
-    largest = max(1.0, *(np.abs(np.asarray(x, np.float64)).max(initial=0) for x in leaves))
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), leaves, strict=True):
-        assert_close(a, b, dtype=dtype, terms=terms, scale=largest)
+# Those that store no votes and run everywhere; test_mosaic_gpu.py has the other one.
+FAST = tuple(name for name in get_args(Implementation) if name not in ("reference", "mosaic_gpu"))
 
 
 def some_slow(cases, *fast):
@@ -291,7 +260,7 @@ def test_what_is_named_is_what_runs(platform):
     [
         (*PAPER, "cpu", False),
         (*PAPER, "tpu", False),
-        (*PAPER, "cuda", True),
+        (128, (1152, 8, 10, 24), "cuda", True),  # votes larger than the kernel's
         (128, CAPSULE_SIZES["many_parents"].layer, "cuda", False),
         (2, PAPER[1], "cpu", True),  # few votes
         (2, PAPER[1], "tpu", True),
@@ -563,7 +532,7 @@ BAD = [
     (
         {"implementation": "cudnn"},
         ValueError,
-        "None or one of reference, blocked, lanes, got 'cudnn'",
+        "None or one of reference, blocked, lanes, mosaic_gpu, got 'cudnn'",
     ),
 ]
 

@@ -22,11 +22,12 @@ from capsjax.ops._checks import (
 from capsjax.ops.votes import check_dense
 from capsjax.routing.fused.blocked import Blocks
 from capsjax.routing.fused.lanes import Lanes
+from capsjax.routing.fused.mosaic_gpu import MosaicGpu
 from capsjax.routing.fused.recurrence import Sweeps, route
 from capsjax.routing.record import algorithm
 from capsjax.routing.routed import Routed
 
-Implementation = Literal["reference", "blocked", "lanes"]
+Implementation = Literal["reference", "blocked", "lanes", "mosaic_gpu"]
 
 # Storing the votes of a batch is faster everywhere if they have fewer numbers than this.
 _MANY_VOTES = 2**20
@@ -120,7 +121,8 @@ def dense_capsules(
         bias = as_floating("bias", bias)
         if bias.shape != weights.shape[2:]:
             raise ValueError(f"bias must have shape [J, D] = {weights.shape[2:]}, got {bias.shape}")
-    options = _Options(iterations, bias, where, bool(leaky), bool(stop_gradient), precision)
+    named = implementation is not None
+    options = _Options(iterations, bias, where, bool(leaky), bool(stop_gradient), precision, named)
     if implementation is not None:
         return _IMPLEMENTATIONS[implementation](options, poses, weights)
     preferred = {platform: _prefer(platform, poses, weights) for platform in ("cpu", "cuda", "tpu")}
@@ -157,6 +159,8 @@ class _Options:
     leaky: bool
     stop_gradient: bool
     precision: lax.PrecisionLike
+    named: bool
+    """Whether the implementation was selected by its name."""
 
 
 def _store(options: _Options, poses: jax.Array, weights: jax.Array) -> Routed:
@@ -194,10 +198,18 @@ def _sweep(
     return Routed(v.astype(dtype), length(v).astype(dtype), None)
 
 
+def _mosaic_gpu(options: _Options, poses: jax.Array, weights: jax.Array) -> Routed:
+    of = functools.partial(
+        MosaicGpu.of, num_iterations=options.num_iterations, required=options.named
+    )
+    return _sweep(of, options, poses, weights)
+
+
 _IMPLEMENTATIONS: dict[str, Callable[[_Options, jax.Array, jax.Array], Routed]] = {
     "reference": _store,
     "blocked": functools.partial(_sweep, Blocks.of),
     "lanes": functools.partial(_sweep, Lanes.of),
+    "mosaic_gpu": _mosaic_gpu,
 }
 
 
@@ -212,7 +224,7 @@ def _prefer(platform: str, poses: jax.Array, weights: jax.Array) -> tuple[str, .
             return stored  # blocks save memory, but no time
         return ("blocked", *stored)
     if platform == "cuda" and number is not None and number <= _MOST_STORED_ON_GPU:
-        return stored
+        return ("mosaic_gpu", *stored)
     return ("lanes", *stored)
 
 

@@ -48,6 +48,8 @@ class Blocks:
     stop_gradient: bool
     precision: lax.PrecisionLike
 
+    unrolled = False
+
     @classmethod
     def of(cls, poses: jax.Array, weights: jax.Array, **options: Any) -> "Blocks":
         """Makes the sweeps for poses ``[B, I, K]`` and weights ``[I, K, J, D]``."""
@@ -79,7 +81,7 @@ class Blocks:
         weights = weights.transpose(0, 3, 4, 2, 1)
         return poses, weights.reshape(*weights.shape[:3], -1)
 
-    def unpack(self, grads: Packed) -> tuple[jax.Array, jax.Array]:
+    def unpack(self, grads: Packed, *_: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Inverts :meth:`pack`."""
         poses, weights = grads
         poses = poses.transpose(1, 0, 3, 2)

@@ -49,6 +49,8 @@ class Lanes:
     stop_gradient: bool
     precision: lax.PrecisionLike
 
+    unrolled = False
+
     @classmethod
     def of(cls, poses: jax.Array, weights: jax.Array, **options: Any) -> "Lanes":
         """Makes the sweeps for poses ``[B, I, K]`` and weights ``[I, K, J, D]``."""
@@ -85,7 +87,7 @@ class Lanes:
             weights.reshape(*weights.shape[:3], -1, weights.shape[-1]),
         )
 
-    def unpack(self, grads: Packed) -> tuple[jax.Array, jax.Array]:
+    def unpack(self, grads: Packed, *_: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Inverts :meth:`pack`."""
         poses, weights = grads
         rows = (self.in_features, self.group)

@@ -8,7 +8,7 @@ module has the iterations and their derivative.
 """
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import jax
@@ -40,6 +40,14 @@ class Sweeps(Hashable, Protocol):
     def precision(self) -> lax.PrecisionLike:
         """Precision of the matrix products; None means the highest for the dtype."""
 
+    @property
+    def unrolled(self) -> bool:
+        """Whether iterations are unrolled, and `grads` a growing tuple of terms.
+
+        A term is a factor ``[I, J, B]`` or a number, and a vector ``[J, B, D]``; the votes'
+        gradient is the sum of their products.
+        """
+
     def pack(self, poses: jax.Array, weights: jax.Array) -> Any:
         """Converts poses ``[B, I, K]`` and weights ``[I, K, J, D]`` to the sweeps' layout."""
 
@@ -51,8 +59,10 @@ class Sweeps(Hashable, Protocol):
     ) -> tuple[jax.Array, Any]:
         """Returns the query's gradient, and adds those of poses and weights to `grads`."""
 
-    def unpack(self, grads: Any) -> tuple[jax.Array, jax.Array]:
-        """Converts packed gradients to ``[B, I, K]`` and ``[I, K, J, D]``."""
+    def unpack(
+        self, grads: Any, poses: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Converts `grads` to gradients of poses ``[B, I, K]`` and weights ``[I, K, J, D]``."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -92,12 +102,25 @@ def _sums(
         return sums
     packed = sweeps.pack(poses, weights)
 
-    def iterate(t: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def iterate(
+        t: jax.Array | int, carry: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         query, sums = carry
         query = query + squash(sums[t - 1])
         return query, sums.at[t].set(sweeps.forward(packed, query) + bias[:, None])
 
-    return lax.fori_loop(1, num_iterations, iterate, (jnp.zeros_like(first), sums))[1]
+    return _loop(sweeps)(1, num_iterations, iterate, (jnp.zeros_like(first), sums))[1]
+
+
+def _loop(sweeps: Sweeps) -> Callable[..., Any]:
+    """Returns ``lax.fori_loop``, or the same in Python, which needs no launches of its own."""
+    if not sweeps.unrolled:
+        return lax.fori_loop
+
+    def loop(first: int, end: int, body: Callable[[int, Any], Any], carry: Any) -> Any:
+        return functools.reduce(lambda carry, n: body(n, carry), range(first, end), carry)
+
+    return loop
 
 
 def _route_bwd(
@@ -118,16 +141,19 @@ def _route_bwd(
 
     if last > 0:
         packed = sweeps.pack(poses, weights)
-        grads = jax.tree.map(
-            lambda x: zeros(x.shape, accumulator(x.dtype), poses, weights, bias, d_v), packed
-        )
+        grads: Any = ()
+        if not sweeps.unrolled:
+            grads = jax.tree.map(
+                lambda x: zeros(x.shape, accumulator(x.dtype), poses, weights, bias, d_v), packed
+            )
         d_sums = before_squash(last, d_v)
         d_bias = jnp.sum(d_sums, axis=1)
         d_query, grads = sweep_back(last, d_sums, grads)
         if sweeps.stop_gradient:
-            return _cast((*sweeps.unpack(grads), d_bias), (poses, weights, bias))
+            swept = sweeps.unpack(grads, poses, weights)
+            return _cast((*swept, d_bias), (poses, weights, bias))
 
-        def iterate(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        def iterate(number: jax.Array | int, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             """Adds the gradients of iteration t, whose poses are part of all later queries."""
             t = last - number
             d_query, d_bias, grads = carry
@@ -135,9 +161,11 @@ def _route_bwd(
             more, grads = sweep_back(t, d_sums, grads)
             return d_query + more, d_bias + jnp.sum(d_sums, axis=1), grads
 
-        d_v, d_bias, grads = lax.fori_loop(1, last, iterate, (d_query, d_bias, grads))
-        swept = (*sweeps.unpack(grads), d_bias)
+        d_v, d_bias, grads = _loop(sweeps)(1, last, iterate, (d_query, d_bias, grads))
     d_first = before_squash(0, d_v)
+    if last > 0 and sweeps.unrolled:
+        swept = sweeps.unpack((*grads, (sweeps.share, d_first)), poses, weights)
+        return _cast((*swept, d_bias + jnp.sum(d_first, axis=1)), (poses, weights, bias))
     d_votes = (sweeps.share * d_first).transpose(1, 0, 2).astype(poses.dtype)
     flat_poses, flat_weights = _flat(poses, weights)
     d_flat = d_votes.reshape(poses.shape[0], -1)
@@ -146,8 +174,10 @@ def _route_bwd(
         product("bn,bm->nm", flat_poses, d_flat, sweeps.precision).reshape(weights.shape),
         jnp.sum(d_first, axis=1),
     )
-    total = jax.tree.map(jnp.add, uniform, swept) if last > 0 else uniform
-    return _cast(total, (poses, weights, bias))
+    if last == 0:
+        return _cast(uniform, (poses, weights, bias))
+    swept = sweeps.unpack(grads, poses, weights)
+    return _cast(jax.tree.map(jnp.add, uniform, (*swept, d_bias)), (poses, weights, bias))
 
 
 route.defvjp(_route_fwd, _route_bwd)

@@ -1,0 +1,175 @@
+"""A sweep over the children as a primitive, which becomes a kernel when it is lowered for a GPU.
+
+``lax.platform_dependent`` traces its branches for every platform. As a primitive, the kernel is
+traced only in programs for NVIDIA GPUs; others do not import Pallas.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from capsjax.ops._checks import zeros
+
+# Its matrix instruction exists in no earlier and no later GPU.
+_CAPABILITY = "9.0"
+
+
+def sweep(
+    poses: jax.Array, weights: jax.Array, *queries: jax.Array, leaky: bool, required: bool
+) -> tuple[jax.Array, ...]:
+    r"""Sweeps over the children of N layers.
+
+    Args:
+      poses: ``[N, I, B, K]``, float32 like all arguments and results.
+      weights: ``[N, I, J, D, K]``.
+      *queries: the query, and for the backward sweep the gradient of the sums, ``[N, B, J, D]``.
+      leaky: whether the softmax includes a logit of zero.
+      required: whether lowering raises a NotImplementedError where the kernel does not run.
+        Otherwise the votes are stored there.
+
+    Returns:
+      The sums :math:`\sum_i c_{ij} \hat u_{ij}`, ``[N, B, J, D]``; for the backward sweep the
+      query's gradient, and coupling and gradients of the logits, ``[N, I, J, B]``.
+    """
+    arguments = (poses, weights, *queries)
+    results = _sweep.bind(*arguments, leaky=leaky, required=required)
+    # Under shard_map they vary over the same mesh axes as the arguments.
+    return tuple(x + zeros((), x.dtype, *arguments) for x in results)
+
+
+def plain(
+    poses: jax.Array, weights: jax.Array, *queries: jax.Array, leaky: bool
+) -> tuple[jax.Array, ...]:
+    """Does the same as the kernel, with stored votes."""
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    votes = product("nibk,nijdk->nijbd", poses, weights)
+    logits = product("nijbd,nbjd->nijb", votes, queries[0])
+    highest = jnp.max(logits, axis=2, keepdims=True)
+    if leaky:
+        highest = jnp.maximum(highest, 0)
+    highest = jax.lax.stop_gradient(highest)
+    exponentials = jnp.exp(logits - highest)
+    total = jnp.sum(exponentials, axis=2, keepdims=True)
+    if leaky:
+        total = total + jnp.exp(-highest)
+    coupling = exponentials / total
+    if len(queries) == 1:
+        return (product("nijb,nijbd->nbjd", coupling, votes),)
+    d_coupling = product("nijbd,nbjd->nijb", votes, queries[1])
+    mean = jnp.sum(coupling * d_coupling, axis=2, keepdims=True)
+    d_logits = coupling * (d_coupling - mean)
+    return product("nijb,nijbd->nbjd", d_logits, votes), coupling, d_logits
+
+
+def _shapes(
+    poses: Any, weights: Any, *queries: Any, leaky: bool, required: bool
+) -> list[jax.core.ShapedArray]:
+    del leaky, required
+    number, children, batch, _ = poses.shape
+    pairs = [(number, children, weights.shape[2], batch)] * (2 * (len(queries) - 1))
+    return [jax.core.ShapedArray(shape, jnp.float32) for shape in (queries[0].shape, *pairs)]
+
+
+def _run(*arguments: jax.Array, **options: Any) -> list[jax.Array]:
+    results: list[jax.Array] = jax.jit(functools.partial(_sweep.bind, **options))(*arguments)
+    return results
+
+
+def _batched(
+    arguments: tuple[jax.Array, ...], axes: tuple[int | None, ...], **options: Any
+) -> tuple[list[jax.Array], list[int]]:
+    """Adds the mapped axis to the batch if the weights are not mapped, else to the layers."""
+    size = next(x.shape[a] for x, a in zip(arguments, axes, strict=True) if a is not None)
+    arguments = tuple(map(batching.bdim_at_front, arguments, axes, [size] * len(axes)))
+    if axes[1] is None:
+        # [mapped, N, I, B, K], [mapped, N, B, J, D] and results [N, I, J, B] by the axis of B.
+        poses, weights, *queries = arguments
+        merged = (_merge(poses, 2), weights[0], *(_merge(x, 1) for x in queries))
+        places = [1, 3, 3]
+    else:
+        merged, places = tuple(_merge(x, 0) for x in arguments), [0, 0, 0]
+    results = _sweep.bind(*merged, **options)
+    places = places[: len(results)]
+    return [_split(x, place, size) for x, place in zip(results, places, strict=True)], places
+
+
+def _merge(x: jax.Array, axis: int) -> jax.Array:
+    """Merges the first axis into another of the other axes."""
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _split(x: jax.Array, axis: int, size: int) -> jax.Array:
+    return x.reshape(*x.shape[:axis], size, -1, *x.shape[axis + 1 :])
+
+
+def _derivative(
+    primals: tuple[jax.Array, ...], tangents: tuple[Any, ...], *, leaky: bool, required: bool
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Second derivatives of routing; they store the votes."""
+    del required
+    tangents = tuple(map(ad.instantiate_zeros, tangents))
+    results, derivatives = jax.jvp(functools.partial(plain, leaky=leaky), primals, tangents)
+    return list(results), list(derivatives)
+
+
+def _lower(context: Any, *operands: Any, leaky: bool, required: bool) -> Any:
+    reason = _unsupported(context)
+    if reason is not None and required:
+        raise NotImplementedError(f"implementation 'mosaic_gpu' {reason}")
+    if reason is not None:
+        function = functools.partial(plain, leaky=leaky)
+    else:
+        from capsjax.routing.fused import hopper_kernel
+
+        function = functools.partial(hopper_kernel.sweep, leaky=leaky)
+    # A kernel knows nothing of mesh axes over which its arguments vary.
+    shapes = [jax.core.ShapedArray(x.shape, x.dtype) for x in context.avals_in]
+    return mlir.lower_fun(function)(context.replace(avals_in=shapes), *operands)
+
+
+def _unsupported(context: Any) -> str | None:
+    """Why a program cannot have the kernel, as far as its lowering tells; otherwise None."""
+    platforms = context.platforms or context.module_context.platforms
+    if tuple(platforms) != ("cuda",):
+        return f"needs an NVIDIA GPU, but the program is compiled for {', '.join(platforms)}"
+    if context.module_context.lowering_parameters.for_export:
+        return "is for Hopper GPUs only, but an exported program runs on any GPU"
+    axes = context.module_context.axis_context
+    if getattr(axes, "num_devices", 1) > 1:
+        return "runs on several devices under shard_map or pmap only: XLA cannot partition it"
+    mesh = getattr(axes, "mesh", None)
+    if isinstance(mesh, jax.sharding.Mesh):
+        return _wrong_device(mesh.devices.flat[0])
+    return None
+
+
+def unavailable() -> str | None:
+    """Why the kernel does not run here, if a GPU is present; None if it does or there is none."""
+    if jax.__version_info__ < (0, 11):
+        return f"needs jax 0.11 or later, got {jax.__version__}"
+    return _wrong_device(jax.devices()[0]) if jax.default_backend() == "gpu" else None
+
+
+def _wrong_device(device: jax.Device) -> str | None:
+    capability = getattr(device, "compute_capability", _CAPABILITY)
+    if capability == _CAPABILITY:
+        return None
+    return (
+        f"needs compute capability {_CAPABILITY} (Hopper), got {capability} ({device.device_kind})"
+    )
+
+
+_sweep = Primitive("capsule_sweep")
+_sweep.multiple_results = True
+_sweep.def_abstract_eval(_shapes)
+_sweep.def_impl(_run)
+mlir.register_lowering(_sweep, _lower)
+# Programs for several platforms have one of each.
+mlir.register_lowering(_sweep, _lower, platform="cuda")
+batching.primitive_batchers[_sweep] = _batched
+ad.primitive_jvps[_sweep] = _derivative
