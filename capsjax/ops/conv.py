@@ -76,8 +76,8 @@ def conv_general_dilated(
           which is slower.
         * ``"fourier"``: multiplies Fourier transforms, which takes a third of the operations for
           large kernels on small images. Needs memory for the transforms, four to five kernels with
-          the paper's sizes. The default on CPUs, and on NVIDIA GPUs in float32, where it takes
-          fewer operations.
+          the paper's sizes. The default on CPUs and NVIDIA GPUs where it takes fewer
+          operations, except where ``"lookup"`` is.
         * ``"phases"``: XLA's convolution, with a gradient of the images that does not multiply by
           zeros. The default on TPUs for strided convolutions.
         * ``"xla"``: :func:`jax.lax.conv_general_dilated`. The default elsewhere.

@@ -187,7 +187,7 @@ def test_gradients_by_lookup_read_and_add_nothing_in_memory():
         assert "stablehlo.scatter" not in text
 
 
-# As the paper's convolutions, but smaller: one channel, and a stride that does not divide the kernel.
+# Like the paper's, but smaller: one channel, and a stride that does not divide the kernel.
 @pytest.mark.parametrize("dtype", ["float64", *FLOATS])
 @pytest.mark.parametrize(
     ("size", "stride", "padding"), [((14, 13, 1), 1, "VALID"), ((13, 12, 4), 2, ((1, 0), (0, 2)))]
