@@ -77,8 +77,8 @@ def conv_general_dilated(
           which is slower.
         * ``"fourier"``: multiplies Fourier transforms, which takes a third of the operations for
           large kernels on small images. Needs memory for the transforms, four to five kernels with
-          the paper's sizes. The default on CPUs, and on NVIDIA GPUs in float32, where it takes
-          fewer operations.
+          the paper's sizes. The default on CPUs and NVIDIA GPUs where it takes fewer
+          operations, except where ``"lookup"`` is.
         * ``"phases"``: XLA's convolution, with a gradient of the images that does not multiply by
           zeros. The default on TPUs for strided convolutions.
         * ``"mosaic_gpu"``: a kernel for Hopper GPUs, such as H100, which gathers blocks of images

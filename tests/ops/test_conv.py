@@ -104,19 +104,25 @@ def test_paper_s_primary_capsules(implementation):
     assert_close(a, b, terms=81 * 256)
 
 
-def lowered_for(platform, implementation=None):
-    images, kernel = arrays(1, 9, 9, 2, 3, 3, 4)
-    function = jax.jit(lambda *x: conv(*x, (2, 2), implementation=implementation))
-    return export.export(function, platforms=[platform])(images, kernel).mlir_module()
+def lowered(platform, images, kernel, stride, dtype="float32", implementation=None, gradient=False):
+    def function(images, kernel):
+        return conv(images, kernel, (stride, stride), implementation=implementation)
+
+    def gradients(images, kernel):
+        return jax.grad(lambda *x: jnp.sum(function(*x)), (0, 1))(images, kernel)
+
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in (images, kernel)]
+    traced = jax.jit(gradients if gradient else function).trace(*shapes)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_the_lowered_text_shows_the_implementation(platform):
     def counts(implementation):
-        text = lowered_for(platform, implementation)
+        text = lowered(platform, (1, 9, 9, 2), (3, 3, 2, 4), 2, implementation=implementation)
         return text.count("stablehlo.convolution"), text.count("stablehlo.dot_general")
 
-    assert counts("patches") == (0, 1)
+    assert counts("patches") == counts("lookup") == (0, 1)
     assert counts("fourier") == (0, 6)
     assert counts("xla") == counts("phases") == (1, 0)
     assert counts(None) == ((0, 1) if platform == "cpu" else (1, 0))
@@ -137,18 +143,6 @@ def test_the_gradient_of_the_images_multiplies_by_no_zeros_on_tpus():
     assert not dilated("xla", (1, 1))
 
 
-def lowered_default(platform, images, kernel, stride, dtype="float32", gradient=False):
-    def function(images, kernel):
-        return conv(images, kernel, (stride, stride))
-
-    def gradients(images, kernel):
-        return jax.grad(lambda *x: jnp.sum(function(*x)), (0, 1))(images, kernel)
-
-    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in (images, kernel)]
-    traced = jax.jit(gradients if gradient else function).trace(*shapes)
-    return traced.lower(lowering_platforms=(platform,)).as_text()
-
-
 @pytest.mark.parametrize(
     ("platform", "dtype", "batch", "products"),
     [
@@ -165,7 +159,7 @@ def lowered_default(platform, images, kernel, stride, dtype="float32", gradient=
 )
 def test_by_products_where_they_are_less_work(platform, dtype, batch, products):
     shapes = (batch, 20, 20, 256), (9, 9, 256, 256)
-    text = lowered_default(platform, *shapes, 2, dtype)
+    text = lowered(platform, *shapes, 2, dtype)
     assert text.count("stablehlo.dot_general") == products
     assert text.count('"stablehlo.gather"(') == (products == 1 and platform == "cuda")
 
@@ -182,18 +176,18 @@ def test_by_products_where_they_are_less_work(platform, dtype, batch, products):
     ],
 )
 def test_by_lookup_on_gpus_for_few_channels(images, kernel, dtype, gathers):
-    text = lowered_default("cuda", images, kernel, 1, dtype)
+    text = lowered("cuda", images, kernel, 1, dtype)
     assert ("stablehlo.gather" in text, "stablehlo.convolution" in text) == (gathers, not gathers)
 
 
 def test_gradients_by_lookup_read_and_add_nothing_in_memory():
     for shapes in (((64, 20, 20, 256), (9, 9, 256, 256), 2), ((4, 28, 28, 1), (9, 9, 1, 8), 1)):
-        text = lowered_default("cuda", *shapes, dtype="bfloat16", gradient=True)
+        text = lowered("cuda", *shapes, dtype="bfloat16", gradient=True)
         assert text.count('"stablehlo.gather"(') == 2
         assert "stablehlo.scatter" not in text
 
 
-# As the paper's convolutions, but smaller: one channel, and a stride that phases do not divide.
+# Like the paper's, but smaller: one channel, and a stride that does not divide the kernel.
 @pytest.mark.parametrize("dtype", ["float64", *FLOATS])
 @pytest.mark.parametrize(
     ("size", "stride", "padding"), [((14, 13, 1), 1, "VALID"), ((13, 12, 4), 2, ((1, 0), (0, 2)))]
