@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from capsjax.models.network import NetworkConfig, Prediction, check_build, check_images, make_conv
+from capsjax.ops.relu import relu
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,10 +118,10 @@ class BaselineCNN(nnx.Module):
         del target
         x = check_images(images, self.config.image_shape)
         for conv in self.convs:
-            x = _pool(jax.nn.relu(conv(x)), self.config.pooling)
+            x = _pool(relu(conv(x)), self.config.pooling)
         x = jax.lax.collapse(x, -3)
         for dense in self.hidden:
-            x = jax.nn.relu(dense(x))
+            x = relu(dense(x))
         if keys is not None:
             x = _dropout(keys, x, self.config.dropout_rate)
         return Prediction(self.logits(x).astype(jnp.float32))

@@ -15,6 +15,7 @@ from capsjax.models.network import (
     make_decoder,
 )
 from capsjax.nn import DenseCapsules, PrimaryCapsules
+from capsjax.ops.relu import relu
 from capsjax.routing import Routed, algorithm
 from capsjax.routing.fused import Implementation
 
@@ -192,7 +193,7 @@ class CapsNet(CapsuleNetwork):
 
     def primary_capsules(self, images: jax.Array) -> jax.Array:
         """Computes the primary capsules ``[..., I, K]`` of images ``[..., H, W, C]``."""
-        capsules: jax.Array = self.primary(jax.nn.relu(self.conv(images)))
+        capsules: jax.Array = self.primary(relu(self.conv(images)))
         return capsules
 
     def class_capsules(

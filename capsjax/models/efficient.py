@@ -17,6 +17,7 @@ from capsjax.models.network import (
 )
 from capsjax.nn import DenseCapsules
 from capsjax.ops import exponential_squash
+from capsjax.ops.relu import relu
 from capsjax.routing import Routed
 from capsjax.routing.fused import Implementation
 
@@ -175,7 +176,7 @@ class EfficientCapsNet(CapsuleNetwork):
         """Computes the class capsules of images whose shape has been checked."""
         x = images
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = norm(jax.nn.relu(conv(x)))
+            x = norm(relu(conv(x)))
         x = self.primary(x)
         capsules = (self.config.num_primary, self.config.primary_features)
         primary = exponential_squash(x.reshape(*x.shape[:-3], *capsules))

@@ -17,6 +17,7 @@ from capsjax.models.network import (
 )
 from capsjax.nn import MatrixConvCapsules, MatrixGridCapsules, MatrixPrimaryCapsules
 from capsjax.nn.shared import check_shares_weights
+from capsjax.ops.relu import relu
 from capsjax.routing import Routed
 from capsjax.routing.fused import Implementation
 
@@ -154,7 +155,7 @@ class MatrixCapsNet(CapsuleNetwork):
     ) -> Routed:
         """Computes the class capsules of images whose shape has been checked."""
         del implementation
-        poses, activations = self.primary(jax.nn.relu(self.conv(images)))
+        poses, activations = self.primary(relu(self.conv(images)))
         for layer in self.capsules:
             poses, activations, _ = layer(poses, activations=activations)
         routed: Routed = self.classes(poses, activations=activations)

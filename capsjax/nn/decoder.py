@@ -11,6 +11,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 
 from capsjax.nn._checks import check_rngs
 from capsjax.ops._checks import as_array, as_integers, check_callable, check_sizes
+from capsjax.ops.relu import relu
 
 
 class Decoder(nnx.Module):
@@ -104,6 +105,6 @@ class Decoder(nnx.Module):
         hidden = jnp.where(weights == 0, 0, poses) * weights
         hidden = jax.lax.collapse(hidden, -2)
         for layer in self.layers[:-1]:
-            hidden = jax.nn.relu(layer(hidden))
+            hidden = relu(layer(hidden))
         pixels = jax.nn.sigmoid(self.layers[-1](hidden))
         return pixels.reshape(*pixels.shape[:-1], *self.image_shape)

@@ -29,10 +29,11 @@ from capsjax.ops.fields import ReceptiveFields
 # The result of the three products: each is a sum of products of blocks of the other two.
 Result = Literal["features", "images", "kernel"]
 
-# Of a tile, as in the kernel; widths of its columns, the first that fits is taken.
-_ROWS, _COLUMNS = 128, (256, 128, 64)
+# Of a tile, as in the kernel; columns that it may have, with the time of a product of two blocks.
+_ROWS, _COLUMNS = 128, {256: 1.0, 128: 0.57, 64: 0.35}
 _LINE = 128  # bytes of a block's rows
 _MULTIPROCESSORS = 132
+_MOST_PARTS = 8
 # Time at the end of a tile, and of a part of a tile in float32, in products of two blocks; bytes of
 # parts that are added up in the time of one such product.
 _EPILOGUE, _PARTIAL, _ADDED = 4, 12, 2.5e6
@@ -86,9 +87,9 @@ def why_not_by_gathering(
         return f"computes in float32, bfloat16 and float16, got {images.dtype}"
     if not is_constant(images.shape):
         return f"needs a batch of constant size, got images of shape {images.shape}"
-    if channels % _ROWS or features % _COLUMNS[-1]:
+    if channels % _ROWS or features % min(_COLUMNS):
         return (
-            f"needs channels in multiples of {_ROWS} and features in multiples of {_COLUMNS[-1]},"
+            f"needs channels in multiples of {_ROWS} and features in multiples of {min(_COLUMNS)},"
             f" got a kernel of shape {kernel.shape}"
         )
     if images.dtype == jnp.float32 and not _hopper.allows_tf32(precision):
@@ -252,10 +253,13 @@ def make_plan(
     length = x[0] if result == "kernel" else x[2]
     rows = (x[2] if result == "kernel" else x[0]) // _ROWS
     inner = _LINE // np.dtype(dtype).itemsize
-    columns = next(each for each in _COLUMNS if width % each == 0)
     blocks = length // inner
-    tiles = rows * (width // columns)
-    parts = min(range(1, 9), key=lambda parts: _duration(counts, tiles, columns, blocks, parts))
+    columns, parts = min(
+        itertools.product(
+            (each for each in _COLUMNS if width % each == 0), range(1, _MOST_PARTS + 1)
+        ),
+        key=lambda choice: _duration(counts, rows, width, blocks, *choice),
+    )
     tasks = []
     for number, (first, count) in enumerate(zip(firsts, counts, strict=True)):
         bounds = first + count * np.arange(parts + 1) // parts
@@ -277,18 +281,21 @@ def make_plan(
     )
 
 
-def _duration(counts: np.ndarray, tiles: int, columns: int, blocks: int, parts: int) -> float:
-    """Until the last multiprocessor ends and parts are added up, in products of two blocks."""
+def _duration(
+    counts: np.ndarray, rows: int, width: int, blocks: int, columns: int, parts: int
+) -> float:
+    """Until the last multiprocessor ends and parts are added up, in products of wide blocks."""
+    tiles, time, share = rows * (width // columns), _COLUMNS[columns], columns / max(_COLUMNS)
     if parts == 1:
-        sizes, end, adding = counts, _EPILOGUE, 0.0
+        sizes, end, adding = counts, _EPILOGUE * share, 0.0
     elif parts > counts[counts > 0].min():
         return math.inf
     else:
         sizes = np.concatenate([(counts + part) // parts for part in range(parts)])
-        end, adding = _PARTIAL, len(sizes) * tiles * _ROWS * columns * 4 / _ADDED
+        end, adding = _PARTIAL * share, len(sizes) * rows * _ROWS * width * 4 / _ADDED
     ends = [0.0] * _MULTIPROCESSORS
     for size in sorted(np.repeat(sizes, tiles), reverse=True):
-        heapq.heapreplace(ends, ends[0] + size * blocks + end)
+        heapq.heapreplace(ends, ends[0] + size * blocks * time + end)
     return max(ends) + adding
 
 
