@@ -27,7 +27,7 @@ from capsjax.files import write_text
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _TRACED = "/jax/core/compile/jaxpr_trace_duration"
-# Threads of OpenMP, which other compilers' programs use, spin for this long.
+# Threads of OpenMP, which other compilers' programs use on CPUs, spin for this long.
 _PAUSE = 0.3
 _MOST_ROUNDS = 100
 
@@ -180,7 +180,8 @@ def _prepare(
     with clock.stage("build", found):
         built = make_workload(cell.workload, dict(cell.parameters)).build(devices)
     if isinstance(built, Peer):
-        return _Program(found, _compile_peer(built, found, clock), pause=_PAUSE)
+        pause = _PAUSE if target.platform == "cpu" else 0.0
+        return _Program(found, _compile_peer(built, found, clock), pause)
     found.processes = len({each.process_index for each in devices[: built.devices]})
     lowered, compiled = _compile(built, target, request.cache, found, clock)
     if request.analyse:

@@ -15,7 +15,7 @@ from capsjax.bench.workloads.capsules import implementations
 from capsjax.bench.workloads.workload import Dtype, JaxFunction, Peer, placed
 
 # A plain step in PyTorch, which the train step is compared with.
-_TORCH = ("torch", "torch.compile")
+_TORCH = ("torch", "torch.compile", "torch.max-autotune", "torch.graph")
 
 
 def _step_implementations() -> tuple[str, ...]:
@@ -61,8 +61,11 @@ class Forward(_Network):
 class TrainingStep(_Network):
     """The train step of a network on one device, its state donated.
 
-    The implementations ``torch`` and ``torch.compile`` are the paper's network as it is usually
-    written in PyTorch, without the shifts of images that the others make.
+    The implementations whose names begin with ``torch`` are the paper's network as it is usually
+    written in PyTorch, without the shifts of images that the others make: ``torch`` is eager;
+    ``torch.compile`` and ``torch.max-autotune`` are compiled in PyTorch's mode of this name, the
+    latter with CUDA graphs of the forward and of the backward pass; ``torch.graph`` is also tuned,
+    and captured with its optimizer in one CUDA graph.
     """
 
     implementation: Annotated[str, _step_implementations] = "default"
@@ -79,14 +82,20 @@ class TrainingStep(_Network):
             raise NotImplementedError("needs PyTorch, which is not installed: pip install torch")
         if name is None or not isinstance(config, models.CapsNetConfig):
             raise NotImplementedError("PyTorch takes part on cpu and gpu, with presets of CapsNet")
-        from capsjax.bench.workloads.torch_step import make_step
+        if self.implementation == "torch.graph" and name != "cuda":
+            raise NotImplementedError("CUDA graphs need a gpu")
+        from capsjax.bench.workloads.torch_step import CapsNet, make_step
 
         images, labels = (np.asarray(x) for x in _make_batch(self.batch, config))
-        compiled = self.implementation == "torch.compile"
 
         def compile_step() -> Callable[[], float]:
-            step = make_step(config, images, labels, compiled=compiled, device=name)
-            step()  # PyTorch compiles in the first call
+            network = CapsNet(config)
+            step = make_step(
+                network, images, labels, implementation=self.implementation, device=name
+            )
+            # PyTorch compiles in the first call, and records CUDA graphs in the next two.
+            for _ in range(3):
+                step()
             return step
 
         return Peer(compile_step)
