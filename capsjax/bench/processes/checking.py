@@ -12,7 +12,7 @@ from capsjax.bench.workloads import make_workload
 from capsjax.bench.workloads.workload import JaxFunction
 
 # The implementation that others are held against.
-_PLAIN = {"routing": "reference", "convolution": "xla"}
+_PLAIN = {"routing": "reference", "convolution": "patches"}
 # Factors of float32 products are rounded to this on NVIDIA GPUs unless asked otherwise.
 _TF32_EPSILON = 2.0**-10
 

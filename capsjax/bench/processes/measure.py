@@ -350,7 +350,7 @@ def _run(programs: Sequence[_Program], request: Request, clock: _Clock) -> None:
         found = programs[int(name)].found
         found.times = each
         if request.profile:
-            with clock.failures(found):
+            with contextlib.suppress(Exception):  # a time without kernels is better than none
                 found.profile = profile_call(calls[name])
 
 
