@@ -101,6 +101,15 @@ def test_collectives_of_the_pmapped_step_are_the_parameters():
     assert reduced.bytes == parameters + 8
 
 
+def test_steps_of_several_seeds_in_one_call():
+    sizes = {"batch": 2, "examples": 4, "steps": 3, "seeds": 2}
+    built = make_workload("train_steps", sizes).build(jax.devices())
+    state, sums = built.function(*jax.jit(built.make_arguments)())
+    np.testing.assert_array_equal(state.step, [3, 3])
+    assert np.isfinite(sums.loss).all()
+    assert sums.loss[0] != sums.loss[1]
+
+
 def test_a_function_of_the_user_s_own(tmp_path, monkeypatch):
     (tmp_path / "mine_for_bench.py").write_text("def double(x, n):\n    return 2 * x + n\n")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -29,6 +29,7 @@ def measure_deviation(
       compiled: the program.
 
     Raises:
+      FloatingPointError: a result is not finite.
       KeyError: the workload has no plain implementation.
     """
     random = np.random.default_rng(0)
@@ -45,13 +46,17 @@ def measure_deviation(
         exact = [jax.device_put(x.astype(np.float64), cpu) for x in arguments]
         expected = plain.build([cpu]).function(*exact)
     pairs = zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True)
+    found = max(_relative(*pair) for pair in pairs)
+    if not np.isfinite(found):
+        raise FloatingPointError("a result is not finite")
     epsilon = float(jnp.finfo(built.arguments[0].dtype).eps)
     if device.platform == "gpu":
         epsilon = max(epsilon, _TF32_EPSILON)
-    return Deviation(max(_relative(*pair) for pair in pairs), allowed=max(4 * epsilon, 1e-5))
+    return Deviation(found, allowed=max(4 * epsilon, 1e-5))
 
 
 def _relative(actual: jax.Array, expected: jax.Array) -> float:
-    """Norm of the difference by that of the expected numbers; NaN stays NaN."""
+    """Norm of the difference by that of the expected numbers; infinite for NaN."""
     a, b = (np.asarray(x, np.float64) for x in (actual, expected))
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    error = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    return np.inf if np.isnan(error) else error
