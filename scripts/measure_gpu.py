@@ -8,7 +8,6 @@ else may use the GPU meanwhile: XLA, cuDNN and PyTorch choose algorithms by timi
 import argparse
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from capsjax.bench.workloads import choices
 from capsjax.errors import ConfigError
 
 EPOCH = 60_000  # images
+SHOWN = 6  # kernels
 PEER_SECONDS = 120.0  # for PyTorch to compile one step
 
 
@@ -87,12 +87,11 @@ def is_done(row: Row, commit: str) -> bool:
 
 
 def describe(row: Row) -> str:
-    """One line with what a row says."""
+    """What a row says: a line, and one for each of its dearest kernels."""
     if row.error is not None:
         return f"{row.cell}: {row.error.stage}: {row.error.message}"
-    said = []
+    said, steps = [], row.parameters.get("steps", 1)
     if row.run is not None:
-        steps = row.parameters.get("steps", 1)
         times = (row.run.median_seconds, row.run.least_seconds, row.run.most_seconds)
         median, least, most = (1e3 * seconds / steps for seconds in times)
         said.append(f"{median:.3f} ms ({least:.3f}-{most:.3f})" + " per step" * (steps > 1))
@@ -101,10 +100,14 @@ def describe(row: Row) -> str:
     if "compile" in row.stages:
         said.append(f"compiled in {row.stages['compile'][0]:.1f} s")
     if row.profile is not None:
-        said.append(f"{row.profile.launches:.0f} launches")
+        said.append(f"{row.profile.launches / steps:.0f} launches" + " per step" * (steps > 1))
     if row.deviation is not None:
         said.append(f"deviates by {row.deviation.found:.1e} of {row.deviation.allowed:.1e}")
-    return f"{row.cell}: {', '.join(said)}"
+    lines = [f"{row.cell}: {', '.join(said)}"]
+    for kernel in row.profile.kernels[:SHOWN] if row.profile else ():
+        microseconds, count = 1e6 * kernel.seconds / steps, kernel.launches / steps
+        lines.append(f"  {microseconds:.1f} us in {count:g} launches: {kernel.name[:70]}")
+    return "\n".join(lines)
 
 
 def ratio_to_best(rows: Sequence[Row]) -> str:
@@ -166,12 +169,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures what is left; exit code 2 without a GPU, 1 if something failed or time ran out."""
     begun, options = time.monotonic(), parse(arguments)
-    if options.platform == "gpu":
-        # What one process has tuned, the next need not.
-        cache = Path(tempfile.gettempdir(), "capsjax-autotune")
-        cache.mkdir(exist_ok=True)
-        flag = f"--xla_gpu_per_fusion_autotune_cache_dir={cache}"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and "cpu" not in platforms.split(","):
+        os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"  # where float64 is computed
     items = {item.name: item for item in make_items(options)}
     work = [
         (item, group)

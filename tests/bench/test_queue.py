@@ -2,14 +2,23 @@
 
 import dataclasses
 import importlib.util
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
 
-from capsjax.bench import Failure, Row, Run, append_rows, make_workload, read_environment, read_rows
+from capsjax.bench import (
+    Failure,
+    Kernel,
+    Profile,
+    Row,
+    Run,
+    append_rows,
+    make_workload,
+    read_environment,
+    read_rows,
+)
 from capsjax.bench.processes import checking, profile
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_gpu.py"
@@ -65,9 +74,7 @@ def test_begins_nothing_that_the_time_does_not_suffice_for(run, tmp_path):
     assert not (tmp_path / "rows.jsonl").exists()
 
 
-def test_no_gpu_is_one_line(queue, in_this_process, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("XLA_FLAGS", "")
+def test_no_gpu_is_one_line(queue, in_this_process, tmp_path, capsys):
     assert queue.main(["--output", str(tmp_path / "rows.jsonl")]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
@@ -108,6 +115,14 @@ def test_what_was_stopped_is_measured_again_and_what_fails_is_not(queue):
     assert not queue.is_done(made("default"), commit)
     assert not queue.is_done(made("default", error=Failure("process", "timeout", "no")), commit)
     assert queue.is_done(made("default", error=Failure("compile", "E", "no")), commit)
+
+
+def test_times_and_launches_are_per_step(queue):
+    kernels = Profile(seconds=0.5, launches=40.0, kernels=(Kernel("gemm", 2e-4, 20.0),))
+    row = dataclasses.replace(made("default", (0.1, 0.2, 0.3)), profile=kernels)
+    said = queue.describe(dataclasses.replace(row, parameters={"steps": 10}))
+    assert "20.000 ms (10.000-30.000) per step, 4 launches per step" in said
+    assert "20.0 us in 2 launches: gemm" in said
 
 
 def test_the_ratio_is_to_the_fastest_of_pytorch(queue):

@@ -1,6 +1,7 @@
 """How far results are from those of the plain implementation in float64 on the CPU."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -32,31 +33,37 @@ def measure_deviation(
       FloatingPointError: a result is not finite.
       KeyError: the workload has no plain implementation.
     """
-    random = np.random.default_rng(0)
-    arguments = [0.3 * random.normal(size=x.shape) for x in built.arguments]
-    # Rounded as the program's are, so that all of the difference is its own.
-    arguments = [x.astype(s.dtype) for x, s in zip(arguments, built.arguments, strict=True)]
-    device = built.arguments[0].sharding.device_set.pop()
-    results = compiled(*(jax.device_put(x, device) for x in arguments))
-
     workload: Any = make_workload(name, parameters)
-    plain = dataclasses.replace(workload, implementation=_PLAIN[name], dtype="float64")
-    cpu = jax.devices("cpu")[0]
-    with jax.enable_x64(True):
-        exact = [jax.device_put(x.astype(np.float64), cpu) for x in arguments]
-        expected = plain.build([cpu]).function(*exact)
-    pairs = zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True)
+    plain: Any = dataclasses.replace(workload, implementation=_PLAIN[name], dtype="float64")
+    dtype = built.arguments[0].dtype
+    arguments, expected = _expected(plain, dtype.name)
+    device = built.arguments[0].sharding.device_set.pop()
+    results = compiled(*(jax.device_put(x.astype(dtype), device) for x in arguments))
+    pairs = zip(jax.tree.leaves(results), expected, strict=True)
     found = max(_relative(*pair) for pair in pairs)
     if not np.isfinite(found):
         raise FloatingPointError("a result is not finite")
-    epsilon = float(jnp.finfo(built.arguments[0].dtype).eps)
+    epsilon = float(jnp.finfo(dtype).eps)
     if device.platform == "gpu":
         epsilon = max(epsilon, _TF32_EPSILON)
     return Deviation(found, allowed=max(4 * epsilon, 1e-5))
 
 
-def _relative(actual: jax.Array, expected: jax.Array) -> float:
+@functools.lru_cache(maxsize=1)  # programs that are compared have it in common
+def _expected(plain: Any, dtype: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Arguments that are exact in a dtype, and the results, in float64."""
+    random, cpu = np.random.default_rng(0), jax.devices("cpu")[0]
+    with jax.enable_x64(True):
+        built = plain.build([cpu])
+        arguments = [
+            (0.3 * random.normal(size=x.shape)).astype(jnp.dtype(dtype)).astype(np.float64)
+            for x in built.arguments
+        ]
+        results = built.function(*(jax.device_put(x, cpu) for x in arguments))
+        return arguments, [np.asarray(x) for x in jax.tree.leaves(results)]
+
+
+def _relative(actual: jax.Array, expected: np.ndarray) -> float:
     """Norm of the difference by that of the expected numbers; infinite for NaN."""
-    a, b = (np.asarray(x, np.float64) for x in (actual, expected))
-    error = float(np.linalg.norm(a - b) / np.linalg.norm(b))
-    return np.inf if np.isnan(error) else error
+    error = float(np.linalg.norm(np.asarray(actual, np.float64) - expected))
+    return np.inf if np.isnan(error) else error / float(np.linalg.norm(expected))
