@@ -95,6 +95,8 @@ def describe(row: Row) -> str:
         times = (row.run.median_seconds, row.run.least_seconds, row.run.most_seconds)
         median, least, most = (1e3 * seconds / steps for seconds in times)
         said.append(f"{median:.3f} ms ({least:.3f}-{most:.3f})" + " per step" * (steps > 1))
+        if "seeds" in row.parameters:
+            said.append(f"{row.run.median_seconds / row.parameters['seeds']:.3f} s per seed")
     if row.memory is not None and row.memory.temporaries is not None:
         said.append(f"{row.memory.temporaries / 1e6:.0f} MB")
     if "compile" in row.stages:

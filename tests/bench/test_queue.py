@@ -120,8 +120,8 @@ def test_what_was_stopped_is_measured_again_and_what_fails_is_not(queue):
 def test_times_and_launches_are_per_step(queue):
     kernels = Profile(seconds=0.5, launches=40.0, kernels=(Kernel("gemm", 2e-4, 20.0),))
     row = dataclasses.replace(made("default", (0.1, 0.2, 0.3)), profile=kernels)
-    said = queue.describe(dataclasses.replace(row, parameters={"steps": 10}))
-    assert "20.000 ms (10.000-30.000) per step, 4 launches per step" in said
+    said = queue.describe(dataclasses.replace(row, parameters={"steps": 10, "seeds": 2}))
+    assert "20.000 ms (10.000-30.000) per step, 0.100 s per seed, 4 launches per step" in said
     assert "20.0 us in 2 launches: gemm" in said
 
 
