@@ -31,8 +31,9 @@ class BenchConfig:
     v6e-8. If not given, the CPU, or v5e-256, v6e-256 and v5p-128 for the suite pod."""
 
     workload: str | None = None
-    """One workload instead of a suite: squash, routing, stack, hotos, hotos_gcc, forward,
-    train_step, pmap_train_step; or a function of your own, module:function."""
+    """One workload instead of a suite: squash, routing, stack, hotos, hotos_gcc, convolution,
+    forward, train_step, train_steps, pmap_train_step; or a function of your own,
+    module:function."""
 
     set: tuple[str, ...] = ()
     """Parameters of the workload, such as iterations=1,3,10 loop=fori_loop,unrolled; several values

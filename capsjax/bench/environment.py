@@ -22,6 +22,7 @@ class Environment:
       libtpu: version.
       flax: version.
       optax: version.
+      torch: version.
       python: version.
       xla_flags: the variable ``XLA_FLAGS``.
       libtpu_init_args: the variable ``LIBTPU_INIT_ARGS``.
@@ -38,6 +39,7 @@ class Environment:
     libtpu: str | None
     flax: str | None
     optax: str | None
+    torch: str | None
     python: str
     xla_flags: str
     libtpu_init_args: str
@@ -68,6 +70,7 @@ def read_environment() -> Environment:
         libtpu=_version("libtpu"),
         flax=_version("flax"),
         optax=_version("optax"),
+        torch=_version("torch"),
         python=platform.python_version(),
         xla_flags=os.environ.get("XLA_FLAGS", ""),
         libtpu_init_args=os.environ.get("LIBTPU_INIT_ARGS", ""),

@@ -10,9 +10,12 @@ from capsjax.bench import (
     Collective,
     Cost,
     Cycles,
+    Deviation,
     Failure,
+    Kernel,
     Loop,
     Memory,
+    Profile,
     Program,
     Row,
     Run,
@@ -47,6 +50,8 @@ WHOLE = row(
         calls=((0.1, 0.2, 0.3),),
         roofline=Bound(flops_per_second=1e9, bytes_per_second=1e9, seconds=0.1, fraction=0.5),
     ),
+    profile=Profile(seconds=0.1, launches=1.5, kernels=(Kernel("k", 0.1, 1.5),)),
+    deviation=Deviation(1e-3, 1e-2),
     alternation=Alternation("b", 0.5),
 )
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from capsjax import routing
 from capsjax.bench import (
@@ -43,35 +42,12 @@ from capsjax.errors import ConfigError, DataError
 
 CHROMIUM = Path("/usr/bin/chromium")
 ROOFLINE = Roofline(1e10, 1e10)
-CACHE = (
-    "jax_enable_compilation_cache",
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_compile_time_secs",
-    "jax_persistent_cache_min_entry_size_bytes",
-)
-
-
 real_call = runner._call
 
 
 def without_roofline(function, *rest):
     """Saves a process."""
     return ROOFLINE if function is runner._measure_roofline else real_call(function, *rest)
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Measures in the process of the test, which saves starting others."""
-
-    def call(function, argument, environment, timeout):
-        return ROOFLINE if function is runner._measure_roofline else function(argument)
-
-    monkeypatch.setattr(runner, "_call", call)
-    kept = {name: getattr(jax.config, name) for name in CACHE}
-    yield
-    for name, value in kept.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """Programs in alternation: order, rounds, ratios of pairs."""
 
+import contextlib
 import time
 
 import pytest
 
 from capsjax.bench import Times, alternate
+from capsjax.bench.processes.timing import bounded
 
 
 def test_ratios_are_of_pairs():
@@ -44,3 +46,15 @@ def test_rounds_end_with_the_time_but_not_before_three(work):
 def test_no_rounds_are_named():
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         alternate({}, rounds=0)
+
+
+def test_what_takes_too_long_is_ended_though_it_keeps_exceptions_to_itself():
+    def busy():
+        while True:
+            with contextlib.suppress(Exception):
+                sum(range(100))
+
+    with pytest.raises(TimeoutError, match="took longer than 0.01 seconds"), bounded(0.01):
+        busy()
+    with bounded(60.0), bounded(None):
+        pass

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from capsjax import models, routing
+from capsjax import models, routing, training
 from capsjax.bench import CAPSULE_SIZES, make_workload, parse_target, read_program, suite_cells
 from capsjax.bench.config import Suite
 from capsjax.bench.workloads import UserFunction, choices, parse_shape
+from capsjax.data import Batch, Sampler, Shifted
 from capsjax.errors import ConfigError
 from capsjax.ops import squash
 from capsjax.routing.fused import Implementation
@@ -98,6 +99,16 @@ def test_collectives_of_the_pmapped_step_are_the_parameters():
     parameters = sum(x.size * 4 for x in jax.tree.leaves(built.arguments[1].params))
     # And the loss and the error, float32 each.
     assert reduced.bytes == parameters + 8
+
+
+def test_steps_of_several_seeds_in_one_call():
+    sizes = {"batch": 2, "examples": 4, "steps": 3, "seeds": 2}
+    built = make_workload("train_steps", sizes).build(jax.devices())
+    before, examples, order, _, steps = built.arguments
+    assert (examples.images.shape, order.shape, steps.shape) == ((4, 28, 28, 1), (2, 4), ())
+    state, sums = jax.eval_shape(built.function, *built.arguments)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, before)
+    assert sums.loss.shape == (2,)
 
 
 def test_a_function_of_the_user_s_own(tmp_path, monkeypatch):
@@ -187,23 +198,76 @@ def test_a_missing_pytorch_is_named(monkeypatch):
         step.build(jax.devices())
 
 
+COMPILED = [
+    pytest.param(name, "float32", marks=pytest.mark.slow)
+    for name in ("torch.compile", "torch.max-autotune", "torch.graph")
+]
+
+
+def test_a_cuda_graph_is_for_gpus(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    step = make_workload("train_step", {"implementation": "torch.graph"})
+    with pytest.raises(NotImplementedError, match="CUDA graphs need a gpu"):
+        step.build(jax.devices())
+
+
+@pytest.fixture(scope="module")
+def first_steps():
+    """Variables of the network, images, and the losses of three steps without shifts."""
+    apply, variables = training.split_network(models.create("small", rngs=nnx.Rngs(0)))
+    optimizer = training.paper_optimizer()
+    images = np.random.default_rng(0).integers(0, 256, (4, 28, 28, 1), dtype=np.uint8)
+    four = jnp.arange(4)
+    sample = Sampler(Shifted(0), 10).train(
+        Batch(images, four), jax.random.key(0), four, indices=four
+    )
+    step = jax.jit(training.make_train_step(apply, optimizer, training.paper_loss))
+    state, losses = training.init_state(variables, optimizer), []
+    for _ in range(3):
+        state, metrics = step(state, sample)
+        losses.append(float(metrics.loss))
+    return variables.params, images, losses
+
+
+def copy_weights(params, network):
+    """Copies the network's weights to PyTorch, whose layers have another order of axes."""
+
+    def copy(parameter, array, *axes):
+        parameter.data.copy_(parameter.new_tensor(np.transpose(array, axes or None)))
+
+    copy(network.conv.weight, params["conv"]["kernel"], 3, 2, 0, 1)
+    copy(network.conv.bias, params["conv"]["bias"])
+    copy(network.primary.weight, params["primary"]["conv"]["kernel"], 3, 2, 0, 1)
+    copy(network.primary.bias, params["primary"]["bias"])
+    copy(network.weights, params["classes"]["kernel"], 0, 2, 3, 1)
+    for number, layer in params["decoder"]["layers"].items():
+        copy(network.decoder[2 * number].weight, layer["kernel"], 1, 0)
+        copy(network.decoder[2 * number].bias, layer["bias"])
+
+
+COMPILED = [
+    pytest.param(name, "float32", marks=pytest.mark.slow)
+    for name in ("torch.compile", "torch.max-autotune", "torch.graph")
+]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch")
-def test_the_step_in_pytorch_is_the_same_network_and_learns():
+@pytest.mark.filterwarnings("ignore")  # what PyTorch's compiler warns of is its own
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("torch", "float32"), ("torch", "bfloat16"), *COMPILED]
+)
+def test_every_step_in_pytorch_is_the_step_in_jax(first_steps, name, dtype):
     from capsjax.bench.workloads import torch_step
 
-    network = torch_step.CapsNet(models.configure("small"))
-    number = sum(p.numel() for p in network.parameters())
-    own = models.create("small", rngs=nnx.Rngs(0))
-    assert number == sum(x.size for x in jax.tree.leaves(nnx.state(own)))
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (4, 28, 28, 1), dtype=np.uint8)
-    starts = []
-    for dtype in ("float32", "bfloat16"):
-        config = models.configure("small", dtype=dtype)
-        torch_step.torch.manual_seed(0)
-        step = torch_step.make_step(config, images, np.arange(4), compiled=False, device="cpu")
-        losses = [step() for _ in range(10)]
-        assert losses[-1] < losses[0]
-        starts.append(losses[0])
-    assert starts[0] != starts[1]
-    np.testing.assert_allclose(starts[1], starts[0], rtol=0.02)
+    device = "cuda" if torch_step.torch.cuda.is_available() else "cpu"
+    if name == "torch.graph" and device == "cpu":
+        pytest.skip("CUDA graphs need a GPU")
+    params, images, losses = first_steps
+    network = torch_step.CapsNet(models.configure("small", dtype=dtype))
+    copy_weights(params, network)
+    step = torch_step.make_step(network, images, np.arange(4), device=device, implementation=name)
+    found = [step() for _ in losses]
+    tolerance = 0.02 if dtype == "bfloat16" else 1e-5 if device == "cpu" else 2e-3
+    np.testing.assert_allclose(found[0], losses[0], rtol=tolerance)
+    # Adam's first updates have the size of the learning rate even where gradients are rounding.
+    np.testing.assert_allclose(found[1:], losses[1:], rtol=max(tolerance, 1e-3))

@@ -16,10 +16,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from capsjax.bench.cells import Cell
 from capsjax.bench.environment import read_environment
-from capsjax.bench.processes.timing import Times, alternate
+from capsjax.bench.processes.checking import measure_deviation
+from capsjax.bench.processes.profile import profile_call
+from capsjax.bench.processes.timing import Times, alternate, bounded
 from capsjax.bench.programs.hlo import stablehlo_opcodes
 from capsjax.bench.programs.program import Cost, Program, read_program
-from capsjax.bench.results.rows import Failure, Memory
+from capsjax.bench.results.rows import Deviation, Failure, Memory, Profile
 from capsjax.bench.targets import Target, parse_target, take_libtpu
 from capsjax.bench.workloads import make_workload
 from capsjax.bench.workloads.workload import JaxFunction, Peer
@@ -27,7 +29,7 @@ from capsjax.files import write_text
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _TRACED = "/jax/core/compile/jaxpr_trace_duration"
-# Threads of OpenMP, which other compilers' programs use, spin for this long.
+# Threads of OpenMP, which other compilers' programs use on CPUs, spin for this long.
 _PAUSE = 0.3
 _MOST_ROUNDS = 100
 
@@ -45,6 +47,9 @@ class Request:
       analyse: whether compiled programs are read; once is enough.
       run_seconds: about how long each program is run; 0 for not at all.
       texts: directory for the texts of the programs; None if they are not kept.
+      profile: whether to trace the kernels of GPUs, after the times.
+      check: whether to compare results with those of the plain implementation.
+      peer_seconds: bound of the compilation by another compiler; None for no bound.
     """
 
     cells: tuple[Cell, ...]
@@ -53,6 +58,9 @@ class Request:
     analyse: bool = True
     run_seconds: float = 1.0
     texts: Path | None = None
+    profile: bool = False
+    check: bool = False
+    peer_seconds: float | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -75,6 +83,8 @@ class Measurement:
       memory: of each device.
       first_seconds: time of the first call.
       times: of the calls that are counted.
+      profile: kernels of a GPU.
+      deviation: from the plain implementation in float64.
     """
 
     stages: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -92,6 +102,8 @@ class Measurement:
     memory: Memory | None = None
     first_seconds: float | None = None
     times: Times | None = None
+    profile: Profile | None = None
+    deviation: Deviation | None = None
 
 
 class _Program(NamedTuple):
@@ -160,7 +172,7 @@ def measure_cells(request: Request) -> list[Measurement]:
                 programs.append(_prepare(cell, request, target, devices, each, clock))
         if request.run_seconds and not target.is_absent:
             with clock.stage("run", *(each.found for each in programs)):
-                _run(programs, request.run_seconds, clock)
+                _run(programs, request, clock)
     with clock.stage("finish", *found):
         environment = dataclasses.asdict(read_environment())
     for each in found:
@@ -180,12 +192,18 @@ def _prepare(
     with clock.stage("build", found):
         built = make_workload(cell.workload, dict(cell.parameters)).build(devices)
     if isinstance(built, Peer):
-        return _Program(found, _compile_peer(built, found, clock), pause=_PAUSE)
+        pause = _PAUSE if target.platform == "cpu" else 0.0
+        with bounded(request.peer_seconds):
+            return _Program(found, _compile_peer(built, found, clock), pause)
     found.processes = len({each.process_index for each in devices[: built.devices]})
     lowered, compiled = _compile(built, target, request.cache, found, clock)
     if request.analyse:
         with clock.stage("analyse", found):
             _analyse(lowered, compiled, request.texts and request.texts / cell.file_name, found)
+    if request.check:
+        with clock.stage("check", found):
+            parameters = dict(cell.parameters)
+            found.deviation = measure_deviation(cell.workload, parameters, built, compiled)
     return _Program(found, _caller(built, compiled, target, found))
 
 
@@ -315,7 +333,7 @@ def _check_memory(memory: Memory | None, target: Target) -> None:
         )
 
 
-def _run(programs: Sequence[_Program], seconds: float, clock: _Clock) -> None:
+def _run(programs: Sequence[_Program], request: Request, clock: _Clock) -> None:
     """Times the first call of each program, and then all of them in alternation."""
     calls: dict[str, Call] = {}
     for number, (found, make_call, _) in enumerate(programs):
@@ -326,9 +344,14 @@ def _run(programs: Sequence[_Program], seconds: float, clock: _Clock) -> None:
             found.first_seconds = time.perf_counter() - start
             calls[str(number)] = call
     pause = max((each.pause for each in programs), default=0.0)
-    times = alternate(calls, rounds=_MOST_ROUNDS, seconds=seconds * len(calls), pause=pause)
+    seconds = request.run_seconds * len(calls)
+    times = alternate(calls, rounds=_MOST_ROUNDS, seconds=seconds, pause=pause)
     for name, each in times.items():
-        programs[int(name)].found.times = each
+        found = programs[int(name)].found
+        found.times = each
+        if request.profile:
+            with contextlib.suppress(Exception):  # a time without kernels is better than none
+                found.profile = profile_call(calls[name])
 
 
 @contextlib.contextmanager

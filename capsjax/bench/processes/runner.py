@@ -50,6 +50,10 @@ class Plan:
       alternate: name of a parameter. Cells that differ in nothing else form a group, which is
         compiled in one process and run in alternation; ratios are to the first of them that does
         not fail. None for a process for each cell.
+      roofline: whether to measure how fast the machine is at best, in a process of its own.
+      profile: whether to trace the kernels of GPUs.
+      check: whether to compare results with those of the plain implementation in float64.
+      peer_seconds: bound of the compilation by another compiler; None for no bound.
     """
 
     output: Path
@@ -58,6 +62,10 @@ class Plan:
     run_seconds: float = 1.0
     hlo: Path | None = None
     alternate: str | None = None
+    roofline: bool = True
+    profile: bool = False
+    check: bool = False
+    peer_seconds: float | None = None
 
 
 def remaining(cells: Sequence[Cell], plan: Plan) -> list[Cell]:
@@ -107,7 +115,7 @@ def run_cells(
     for group in groups(cells, plan.alternate):
         target = parse_target(group[0].target)
         platform = target.platform
-        if not target.is_absent and platform not in rooflines:
+        if plan.roofline and not target.is_absent and platform not in rooflines:
             on_start(f"roofline @ {platform}")
             found = _call(_measure_roofline, platform, _environment(platform), plan.timeout)
             rooflines[platform] = found if isinstance(found, Roofline) else None
@@ -169,6 +177,9 @@ def _repetition(group: Sequence[Cell], plan: Plan, is_first: bool) -> Sequence[M
             analyse=is_first,
             run_seconds=plan.run_seconds,
             texts=plan.hlo.resolve() if plan.hlo and is_first else None,
+            profile=plan.profile and is_first,
+            check=plan.check and is_first,
+            peer_seconds=plan.peer_seconds,
         )
         environment = _environment(group[0].target, group[0].xla_flags)
         found = _call(measure_cells, request, environment, plan.timeout)
@@ -271,6 +282,8 @@ def _row(
         hlo=first.program,
         memory=first.memory,
         run=_run(whole, first, roofline),
+        profile=first.profile,
+        deviation=first.deviation,
         environment=first.environment,
         base_environment=here,
     )

@@ -4,10 +4,12 @@ The speed of a machine drifts by more than programs differ: what is compared run
 ratio is taken within each round.
 """
 
+import contextlib
 import math
+import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -82,3 +84,31 @@ def alternate(
             jax.block_until_ready(program())
             found[name].append(time.perf_counter() - start)
     return {name: Times(tuple(each)) for name, each in found.items()}
+
+
+class _Overdue(BaseException):
+    """Passes through code that keeps exceptions to itself."""
+
+
+@contextlib.contextmanager
+def bounded(seconds: float | None) -> Iterator[None]:
+    """Raises a TimeoutError in what takes longer; None for no bound.
+
+    Only the main thread may ask for it, and only Python code is interrupted.
+    """
+    if seconds is None:
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise _Overdue
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _Overdue:
+        raise TimeoutError(f"took longer than {seconds:g} seconds") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

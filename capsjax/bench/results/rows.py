@@ -86,6 +86,38 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What a call runs on the device under one name: seconds and launches, both in one call."""
+
+    name: str
+    seconds: float
+    launches: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What a call runs on a GPU, copies included.
+
+    Attributes:
+      seconds: sum over the kernels; the device may run several at once, or none.
+      launches: number of kernels.
+      kernels: the dearest by name, dearest first.
+    """
+
+    seconds: float
+    launches: float
+    kernels: tuple[Kernel, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Deviation:
+    """Largest relative error, in norm, among the results: found, and allowed for the dtype."""
+
+    found: float
+    allowed: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Alternation:
     """A cell beside the base of its group, with which it was run in alternation.
 
@@ -126,6 +158,8 @@ class Row:
       hlo: the compiled program.
       memory: of each device.
       run: run times, on targets of this machine.
+      profile: kernels of a GPU, where they were asked for.
+      deviation: from the plain implementation in float64, where it was asked for.
       alternation: the ratio to the base, where cells were run in alternation.
       environment: of the processes.
       base_environment: of the process that started them.
@@ -151,6 +185,8 @@ class Row:
     hlo: Program | None = None
     memory: Memory | None = None
     run: Run | None = None
+    profile: Profile | None = None
+    deviation: Deviation | None = None
     alternation: Alternation | None = None
     environment: dict[str, Any] | None = None
     base_environment: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -11,9 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from capsjax.bench.workloads.capsules import Routing, Squash, Stack
+from capsjax.bench.workloads.convolutions import Convolution
 from capsjax.bench.workloads.gcc import GccHotOS
 from capsjax.bench.workloads.hotos import HotOS
-from capsjax.bench.workloads.networks import Forward, PmappedTrainingStep, TrainingStep
+from capsjax.bench.workloads.networks import (
+    Forward,
+    PmappedTrainingStep,
+    TrainingStep,
+    TrainingSteps,
+)
 from capsjax.bench.workloads.workload import JaxFunction, Workload, placed
 from capsjax.errors import ConfigError
 
@@ -24,8 +30,10 @@ WORKLOADS: Mapping[str, type] = MappingProxyType(
         "stack": Stack,
         "hotos": HotOS,
         "hotos_gcc": GccHotOS,
+        "convolution": Convolution,
         "forward": Forward,
         "train_step": TrainingStep,
+        "train_steps": TrainingSteps,
         "pmap_train_step": PmappedTrainingStep,
     }
 )

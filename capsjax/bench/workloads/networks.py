@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from capsjax.bench.workloads.capsules import implementations
 from capsjax.bench.workloads.workload import Dtype, JaxFunction, Peer, placed
 
 # A plain step in PyTorch, which the train step is compared with.
-_TORCH = ("torch", "torch.compile")
+_TORCH = ("torch", "torch.compile", "torch.max-autotune", "torch.graph")
 
 
 def _step_implementations() -> tuple[str, ...]:
@@ -61,8 +61,11 @@ class Forward(_Network):
 class TrainingStep(_Network):
     """The train step of a network on one device, its state donated.
 
-    The implementations ``torch`` and ``torch.compile`` are the paper's network as it is usually
-    written in PyTorch, without the shifts of images that the others make.
+    The implementations whose names begin with ``torch`` are the paper's network as it is usually
+    written in PyTorch, without the shifts of images that the others make: ``torch`` is eager;
+    ``torch.compile`` and ``torch.max-autotune`` are compiled in PyTorch's mode of this name, the
+    latter with CUDA graphs of the forward and of the backward pass; ``torch.graph`` is also tuned,
+    and captured with its optimizer in one CUDA graph.
     """
 
     implementation: Annotated[str, _step_implementations] = "default"
@@ -79,17 +82,59 @@ class TrainingStep(_Network):
             raise NotImplementedError("needs PyTorch, which is not installed: pip install torch")
         if name is None or not isinstance(config, models.CapsNetConfig):
             raise NotImplementedError("PyTorch takes part on cpu and gpu, with presets of CapsNet")
-        from capsjax.bench.workloads.torch_step import make_step
+        if self.implementation == "torch.graph" and name != "cuda":
+            raise NotImplementedError("CUDA graphs need a gpu")
+        from capsjax.bench.workloads.torch_step import CapsNet, make_step
 
         images, labels = (np.asarray(x) for x in _make_batch(self.batch, config))
-        compiled = self.implementation == "torch.compile"
 
         def compile_step() -> Callable[[], float]:
-            step = make_step(config, images, labels, compiled=compiled, device=name)
-            step()  # PyTorch compiles in the first call
+            network = CapsNet(config)
+            step = make_step(
+                network, images, labels, implementation=self.implementation, device=name
+            )
+            # PyTorch compiles in the first call, and records CUDA graphs in the next two.
+            for _ in range(3):
+                step()
             return step
 
         return Peer(compile_step)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSteps(_Network):
+    """Train steps in one call, as training repeats them on images that stay on the device.
+
+    ``examples`` is the number of images, ``seeds`` that of networks that train side by side.
+    """
+
+    steps: int = 32
+    examples: int = 6000
+    seeds: int = 1
+
+    def build(self, devices: Sequence[jax.Device]) -> JaxFunction:
+        """Makes the function."""
+        from capsjax.data import Batch
+        from capsjax.training.programs import make_run_steps
+
+        parts, several = _training(self, "jit", devices[:1]), self.seeds > 1
+        function = make_run_steps(
+            parts.step, parts.sampler, parts.driver, batch_size=self.batch, several_seeds=several
+        )
+
+        def make_arguments() -> tuple[Any, ...]:
+            orders = [jax.random.permutation(jax.random.key(seed), self.examples) for seed in seeds]
+            each = [
+                (parts.init_state(seed), order, jax.random.key(seed))
+                for seed, order in zip(seeds, orders, strict=True)
+            ]
+            state, order, key = jax.tree.map(lambda *x: jnp.stack(x), *each) if several else each[0]
+            examples = Batch(*_make_batch(self.examples, parts.config))
+            return state, examples, order, key, jnp.int32(self.steps)
+
+        seeds = range(self.seeds)
+        arguments = placed(jax.eval_shape(make_arguments), devices[0])
+        return JaxFunction(function, arguments, make_arguments, donated=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,35 +158,59 @@ def _make_batch(size: int, config: models.ModelConfig) -> tuple[jax.Array, jax.A
     return images, jax.random.randint(keys[1], (size,), 0, config.num_classes)
 
 
-def _compiled_step(workload: _Network, driver: str, devices: Sequence[jax.Device]) -> JaxFunction:
-    """The step that training repeats, images shifted, as this driver compiles it."""
+class _Training(NamedTuple):
+    """What a train step is made of."""
+
+    config: models.ModelConfig
+    optimizer: Any
+    step: Any
+    sampler: Any
+    driver: Any
+    batch_size: int
+
+    def init_state(self, seed: int = 0) -> Any:
+        """The state before the first step."""
+        from capsjax import training
+
+        _, variables = training.split_network(models.build(self.config, rngs=nnx.Rngs(seed)))
+        return training.init_state(variables, self.optimizer)
+
+
+def _training(workload: _Network, driver: str, devices: Sequence[jax.Device]) -> _Training:
+    """The train step of a network, images shifted."""
     # Only here: what trains needs packages that other workloads do without.
     from capsjax import training
-    from capsjax.data import Batch, Sampler, Shifted
+    from capsjax.data import Sampler, Shifted
     from capsjax.training.objectives import LOSSES, choose_loss
-    from capsjax.training.programs import make_step
 
     config, optimizer = workload.configure(), training.paper_optimizer()
     apply, _ = training.split_network(_abstract(config))
     objective = LOSSES[choose_loss(None, workload.preset, config)]
     batch_size = workload.batch * len(devices)
     on = training.make_driver(driver, batch_size=batch_size, devices=devices)
-    train_step = training.make_train_step(apply, optimizer, objective, axis_name=on.axis_name)
+    step = training.make_train_step(apply, optimizer, objective, axis_name=on.axis_name)
     sampler = Sampler(Shifted(), config.num_classes)
-    step = make_step(train_step, sampler, on, batch_size=batch_size)
+    return _Training(config, optimizer, step, sampler, on, batch_size)
 
+
+def _compiled_step(workload: _Network, driver: str, devices: Sequence[jax.Device]) -> JaxFunction:
+    """The step that training repeats, as this driver compiles it."""
+    from capsjax.data import Batch
+    from capsjax.training.programs import make_step
+
+    parts = _training(workload, driver, devices)
+    on, batch_size = parts.driver, parts.batch_size
+    step = make_step(parts.step, parts.sampler, on, batch_size=batch_size)
     compiled = on.compile(step, donate=True)
     # The argument that pmap maps over is bound in what the driver returns: compiling needs it.
     function, bound = getattr(compiled, "func", compiled), getattr(compiled, "args", ())
 
     def make_arguments() -> tuple[Any, ...]:
-        _, variables = training.split_network(models.build(config, rngs=nnx.Rngs(0)))
-        state = training.init_state(variables, optimizer)
         # No more than a device needs: the layout of the data set is converted once in a call of
         # many steps, but here would be in each.
-        examples = Batch(*_make_batch(workload.batch, config))
+        examples = Batch(*_make_batch(workload.batch, parts.config))
         order = jnp.arange(batch_size) % workload.batch
-        return *bound, state, examples, order, jax.random.key(0)
+        return *bound, parts.init_state(), examples, order, jax.random.key(0)
 
     arguments = jax.eval_shape(make_arguments)
     if len(devices) == 1:
