@@ -72,12 +72,13 @@ def sweep(
                         ref[sizes.group * group + i, j, rows] = x
             return total + _spread(factors, sizes.features) * votes
 
-        total = plgpu.layout_cast(jnp.full((TILE, columns), 0, jnp.float32), _WGMMA)
-        for n in range(STAGES):
+        def copied(n: jax.Array, total: jax.Array) -> jax.Array:
             plgpu.barrier_wait(barriers.at[STAGES * warpgroup + n])
             at = first + stage * n
-            total = lax.fori_loop(at, at + stage, child, total)
-        sums_ref[WARPGROUPS * group + warpgroup, rows] = total
+            return lax.fori_loop(at, at + stage, child, total)
+
+        none = plgpu.layout_cast(jnp.full((TILE, columns), 0, jnp.float32), _WGMMA)
+        sums_ref[WARPGROUPS * group + warpgroup, rows] = lax.fori_loop(0, STAGES, copied, none)
 
     pairs = (number * sizes.children, parents, sizes.batch)
     partial_sums = (number * sizes.groups * WARPGROUPS, sizes.batch, columns)
