@@ -223,7 +223,7 @@ def test_xla_partitions_the_votes_instead_of_the_kernel(monkeypatch):
             {"precision": "highest"},
             "rounds float32 factors to TF32, got precision 'highest'",
         ),
-        ((6, 3, 12, 16), {}, "at most 176 numbers per vote of all parents, .* got 192"),
+        ((6, 3, 12, 16), {}, r"J · \(D \+ 4\) of at most 224, .* got J = 12 and D = 16"),
         ((6, 64, 10, 16), {}, "poses of fewer dimensions, .* got K = 64"),
     ],
 )

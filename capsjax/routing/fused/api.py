@@ -82,7 +82,7 @@ def dense_capsules(
         forward-mode differentiation. ``"blocked"`` and ``"lanes"`` store neither votes nor logits.
         They differ in the last axis of their blocks: the children in ``"blocked"``, for CPUs, the
         batch in ``"lanes"``, for GPUs and TPUs. ``"mosaic_gpu"`` is a kernel for NVIDIA GPUs of
-        compute capability 9.0 (Hopper) and sizes up to J·D = 176; it needs jax 0.11 and stores the
+        compute capability 9.0 (Hopper) and sizes up to J·(D + 4) = 224; it needs jax 0.11 and stores the
         gradient of the votes. A name selects that implementation on every platform. None selects
         by sizes and by the platform that the program is compiled for: ``"blocked"`` on CPUs and
         ``"lanes"`` elsewhere, but stored votes where they are faster. That is the case with fewer
