@@ -169,6 +169,7 @@ def test_default_of_programs_for_nvidia_gpus():
     # Two iterations share one kernel.
     assert text.count("@mosaic_gpu") == 1
     assert "@mosaic_gpu" not in program("cuda", precision="highest")
+    assert "@mosaic_gpu" not in program("cuda", batch=16)
 
 
 @pytest.mark.usefixtures("anywhere")

@@ -21,6 +21,7 @@ from capsjax.ops._checks import (
 )
 from capsjax.ops.votes import check_dense
 from capsjax.routing.fused.blocked import Blocks
+from capsjax.routing.fused.hopper_sizes import TILE
 from capsjax.routing.fused.lanes import Lanes
 from capsjax.routing.fused.mosaic_gpu import MosaicGpu
 from capsjax.routing.fused.recurrence import Sweeps, route
@@ -82,13 +83,14 @@ def dense_capsules(
         forward-mode differentiation. ``"blocked"`` and ``"lanes"`` store neither votes nor logits.
         They differ in the last axis of their blocks: the children in ``"blocked"``, for CPUs, the
         batch in ``"lanes"``, for GPUs and TPUs. ``"mosaic_gpu"`` is a kernel for NVIDIA GPUs of
-        compute capability 9.0 (Hopper) and sizes up to J·(D + 4) = 224; it needs jax 0.11 and stores the
-        gradient of the votes. A name selects that implementation on every platform. None selects
-        by sizes and by the platform that the program is compiled for: ``"blocked"`` on CPUs and
-        ``"lanes"`` elsewhere, but stored votes where they are faster. That is the case with fewer
-        than 2²⁰ numbers in the votes of the batch, on CPUs if votes have fewer dimensions than the
-        children's poses, and on NVIDIA GPUs up to 2²⁵ numbers, unless the kernel supports the
-        arguments. Programs that are exported, or partitioned by XLA, do not contain the kernel.
+        compute capability 9.0 (Hopper) and sizes up to J·(D + 4) = 224; it needs jax 0.11 and
+        stores the gradient of the votes. A name selects that implementation on every platform. None
+        selects by sizes and by the platform that the program is compiled for: ``"blocked"`` on CPUs
+        and ``"lanes"`` elsewhere, but stored votes where they are faster. That is the case with
+        fewer than 2²⁰ numbers in the votes of the batch, on CPUs if votes have fewer dimensions
+        than the children's poses, and on NVIDIA GPUs up to 2²⁵ numbers, unless the kernel supports
+        the arguments and B is at least 32. Without the name, programs that are exported or
+        partitioned by XLA do not contain the kernel.
 
     Returns:
       :class:`Routed`: poses :math:`v` ``[..., J, D]`` and activations :math:`\|v\|` ``[..., J]`` in
@@ -229,7 +231,8 @@ def _prefer(platform: str, poses: jax.Array, weights: jax.Array) -> tuple[str, .
             return stored  # blocks save memory, but no time
         return ("blocked", *stored)
     if platform == "cuda" and number is not None and number <= _MOST_STORED_ON_GPU:
-        return ("mosaic_gpu", *stored)
+        # The kernel pads the batch to a multiple of its tile.
+        return ("mosaic_gpu", *stored) if math.prod(poses.shape[:-2]) >= TILE // 2 else stored
     return ("lanes", *stored)
 
 
