@@ -83,7 +83,7 @@ CASES = [
     ((2,), SIZES, 3, "float32", False, False, True, True),
     ((2,), SIZES, 3, "float32", True, True, True, False),
     ((3, 1), (33, 9, 1, 2), 2, "bfloat16", True, False, False, True),
-    ((2,), (16, 2, 20, 3), 4, "float16", False, False, True, False),
+    ((2,), (16, 2, 12, 3), 4, "float16", False, False, True, False),
 ]
 
 
@@ -169,6 +169,7 @@ def test_default_of_programs_for_nvidia_gpus():
     # Two iterations share one kernel.
     assert text.count("@mosaic_gpu") == 1
     assert "@mosaic_gpu" not in program("cuda", precision="highest")
+    assert "@mosaic_gpu" not in program("cuda", batch=16)
 
 
 @pytest.mark.usefixtures("anywhere")
@@ -223,7 +224,7 @@ def test_xla_partitions_the_votes_instead_of_the_kernel(monkeypatch):
             {"precision": "highest"},
             "rounds float32 factors to TF32, got precision 'highest'",
         ),
-        ((6, 3, 12, 16), {}, "at most 176 numbers per vote of all parents, .* got 192"),
+        ((6, 3, 12, 16), {}, r"J · \(D \+ 4\) of at most 224, .* got J = 12 and D = 16"),
         ((6, 64, 10, 16), {}, "poses of fewer dimensions, .* got K = 64"),
     ],
 )

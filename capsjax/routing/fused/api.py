@@ -21,6 +21,7 @@ from capsjax.ops._checks import (
 )
 from capsjax.ops.votes import check_dense
 from capsjax.routing.fused.blocked import Blocks
+from capsjax.routing.fused.hopper_sizes import TILE
 from capsjax.routing.fused.lanes import Lanes
 from capsjax.routing.fused.mosaic_gpu import MosaicGpu
 from capsjax.routing.fused.recurrence import Sweeps, route
@@ -31,7 +32,7 @@ Implementation = Literal["reference", "blocked", "lanes", "mosaic_gpu"]
 
 # Storing the votes of a batch is faster everywhere if they have fewer numbers than this.
 _MANY_VOTES = 2**20
-# Storing up to this many was faster on an H200; larger sizes were not measured.
+# On GPUs, storing up to this many was faster than "lanes"; larger sizes were not measured.
 _MOST_STORED_ON_GPU = 2**25
 
 
@@ -57,10 +58,11 @@ def dense_capsules(
       c_{ij}^{(t)} = \mathrm{softmax}_j \Bigl(\hat u_{j|i} \cdot \sum_{\tau < t} v_j^{(\tau)}\Bigr)
 
     In this form, neither votes nor logits have to be kept. The first pass is one matrix product;
-    the later ones, and the gradient, recompute votes for a block of children at a time. Beyond
-    arguments, results and a copy of the weights, memory grows with B·(I·K + J·K + J·D) instead of
-    B·I·J·D, where B is the size of the leading axes. Pass a batch as a leading axis instead of
-    using ``vmap``, which computes a gradient of the weights for every example.
+    the later ones, and the gradient, recompute votes for a block of children at a time. With
+    ``"blocked"`` and ``"lanes"``, memory beyond arguments, results and a copy of the weights grows
+    with B·(I·K + J·K + J·D) instead of B·I·J·D, where B is the size of the leading axes. Pass a
+    batch as a leading axis instead of using ``vmap``, which computes a gradient of the weights for
+    every example.
 
     Softmax, squash and all sums are float32 (or float64). Factors of matrix products have the dtype
     to which poses and weights promote.
@@ -75,16 +77,20 @@ def dense_capsules(
         influence and no gradient, whatever their poses are; their weights have to be finite.
       stop_gradient: stops gradients through the logits; they flow through the last pass only.
       precision: precision of the matrix products, as in :func:`jax.numpy.einsum`. None means the
-        highest, so that float32 factors are not rounded; if votes are stored, it means the
-        platform's default, which is TF32 on NVIDIA GPUs.
+        highest, so that float32 factors are not rounded; if votes are stored, and in
+        ``"mosaic_gpu"``, it means the platform's default, which is TF32 on NVIDIA GPUs.
       implementation: ``"reference"`` stores the votes. It alone returns the coupling and supports
         forward-mode differentiation. ``"blocked"`` and ``"lanes"`` store neither votes nor logits.
         They differ in the last axis of their blocks: the children in ``"blocked"``, for CPUs, the
-        batch in ``"lanes"``, for GPUs and TPUs. A name selects that implementation on every
-        platform. None selects by sizes and by the platform that the program is compiled for:
-        ``"blocked"`` on CPUs and ``"lanes"`` elsewhere, but stored votes where they are faster.
-        That is the case with fewer than 2²⁰ numbers in the votes of the batch, on CPUs if votes
-        have fewer dimensions than the children's poses, and on NVIDIA GPUs up to 2²⁵ numbers.
+        batch in ``"lanes"``, for GPUs and TPUs. ``"mosaic_gpu"`` is a kernel for NVIDIA GPUs of
+        compute capability 9.0 (Hopper) and sizes up to J·(D + 4) = 224; it needs jax 0.11 and
+        stores the gradient of the votes. A name selects that implementation on every platform. None
+        selects by sizes and by the platform that the program is compiled for: ``"blocked"`` on CPUs
+        and ``"lanes"`` elsewhere, but stored votes where they are faster. That is the case with
+        fewer than 2²⁰ numbers in the votes of the batch, on CPUs if votes have fewer dimensions
+        than the children's poses, and on NVIDIA GPUs up to 2²⁵ numbers, unless the kernel supports
+        the arguments and B is at least 32. Without the name, programs that are exported or
+        partitioned by XLA do not contain the kernel.
 
     Returns:
       :class:`Routed`: poses :math:`v` ``[..., J, D]`` and activations :math:`\|v\|` ``[..., J]`` in
@@ -97,7 +103,8 @@ def dense_capsules(
       ValueError: an argument has the wrong shape, ``num_iterations`` is below 1, or
         ``implementation`` is unknown.
       NotImplementedError: ``implementation`` is ``"blocked"`` or ``"lanes"``, and the sizes of the
-        weights are symbolic.
+        weights are symbolic; or it is ``"mosaic_gpu"``, and device, sizes, dtype or precision are
+        not supported.
 
     Example:
       >>> import jax
@@ -224,7 +231,8 @@ def _prefer(platform: str, poses: jax.Array, weights: jax.Array) -> tuple[str, .
             return stored  # blocks save memory, but no time
         return ("blocked", *stored)
     if platform == "cuda" and number is not None and number <= _MOST_STORED_ON_GPU:
-        return ("mosaic_gpu", *stored)
+        # The kernel pads the batch to a multiple of its tile.
+        return ("mosaic_gpu", *stored) if math.prod(poses.shape[:-2]) >= TILE // 2 else stored
     return ("lanes", *stored)
 
 

@@ -4,6 +4,7 @@ It is imported when a program is lowered for an NVIDIA GPU, and only then.
 """
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -68,18 +69,18 @@ def sweep(
                 mean = _total([c * d for c, d in zip(coupling, along[1], strict=True)])
                 factors = [c * (d - mean) for c, d in zip(coupling, along[1], strict=True)]
                 for ref, pairs in zip(pair_refs, (coupling, factors), strict=True):
-                    for j, x in enumerate(pairs):
-                        ref[sizes.group * group + i, j, rows] = x
+                    ref[sizes.group * group + i, rows] = _columns(pairs, ref.shape[-1])
             return total + _spread(factors, sizes.features) * votes
 
-        total = plgpu.layout_cast(jnp.full((TILE, columns), 0, jnp.float32), _WGMMA)
-        for n in range(STAGES):
+        def copied(n: jax.Array, total: jax.Array) -> jax.Array:
             plgpu.barrier_wait(barriers.at[STAGES * warpgroup + n])
             at = first + stage * n
-            total = lax.fori_loop(at, at + stage, child, total)
-        sums_ref[WARPGROUPS * group + warpgroup, rows] = total
+            return lax.fori_loop(at, at + stage, child, total)
 
-    pairs = (number * sizes.children, parents, sizes.batch)
+        none = plgpu.layout_cast(jnp.full((TILE, columns), 0, jnp.float32), _WGMMA)
+        sums_ref[WARPGROUPS * group + warpgroup, rows] = lax.fori_loop(0, STAGES, copied, none)
+
+    pairs = (number * sizes.children, sizes.batch, 8 * math.ceil(parents / 8))
     partial_sums = (number * sizes.groups * WARPGROUPS, sizes.batch, columns)
     sums, *others = plgpu.kernel(
         program,
@@ -106,7 +107,7 @@ def sweep(
         *(x.reshape(-1, columns) for x in tiles),
     )
     sums = jnp.sum(sums.reshape(number, -1, sizes.batch, parents, sizes.features), axis=1)
-    others = [x.reshape(number, -1, *pairs[1:])[:, :children, :, :batch] for x in others]
+    others = [x.reshape(number, -1, *pairs[1:])[:, :children, :batch, :parents] for x in others]
     return sums[:, :batch, :, :features], *others
 
 
@@ -154,6 +155,16 @@ def _spread(factors: Sequence[jax.Array], features: int) -> jax.Array:
     """Repeats the factor of each parent over its dimensions."""
     shape = (TILE, features)
     return lax.concatenate([lax.broadcast_in_dim(x, shape, [0]) for x in factors], 1)
+
+
+def _columns(factors: Sequence[jax.Array], width: int) -> jax.Array:
+    """Puts the factor of each parent into its column, so that stores are contiguous."""
+    shape = (TILE, width)
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_WGMMA)
+    result = plgpu.layout_cast(jnp.full(shape, 0, jnp.float32), _WGMMA)
+    for j, x in enumerate(factors):
+        result = jnp.where(column == j, lax.broadcast_in_dim(x, shape, [0]), result)
+    return result
 
 
 def _softmax(logits: Sequence[jax.Array], leaky: bool) -> list[jax.Array]:

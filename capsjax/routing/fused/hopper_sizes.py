@@ -9,8 +9,8 @@ TILE = 64
 WARPGROUPS, STAGES = 2, 3
 # Multiprocessors, and bytes of shared memory for a program that has one of them to itself.
 _PROCESSORS, _SHARED = 132, 225 * 2**10
-# Numbers of a vote, J·D, such that votes and sums fit into the registers of a warpgroup.
-_MOST_COLUMNS = 176
+# Up to this many numbers per example, J·(D + 4), a thread's registers hold votes, sums and logits.
+_MOST_NUMBERS = 224
 _BYTES = 4
 
 
@@ -49,10 +49,10 @@ class Sizes:
         parents, features, in_features = weights[2:]
         batch, features, in_features = (_up(batch, TILE), _up(features, 8), _up(in_features, 8))
         columns = parents * features
-        if columns > _MOST_COLUMNS:
+        if parents * (features + 4) > _MOST_NUMBERS:
             raise NotImplementedError(
-                f"at most {_MOST_COLUMNS} numbers per vote of all parents, J·D with D rounded up to"
-                f" a multiple of 8, got {columns}"
+                f"J · (D + 4) of at most {_MOST_NUMBERS}, with D rounded up to a multiple of 8, got"
+                f" J = {parents} and D = {features}"
             )
         unit = WARPGROUPS * STAGES
         bytes_of_unit = unit * (TILE + columns) * in_features * _BYTES

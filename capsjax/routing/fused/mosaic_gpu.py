@@ -105,9 +105,9 @@ class MosaicGpu:
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         """Returns the query's gradient, and adds terms of the votes' gradient to `grads`."""
         d_query, coupling, d_logits = self._sweep(packed, query, d_sums)
-        grads = (*grads, (coupling[0], d_sums))
+        grads = (*grads, (coupling[0, ..., None], d_sums))
         if not self.stop_gradient:
-            grads = (*grads, (d_logits[0], query))
+            grads = (*grads, (d_logits[0, ..., None], query))
         return _parents_first(d_query), grads
 
     def unpack(
@@ -116,9 +116,7 @@ class MosaicGpu:
         """Returns the gradients of poses and weights from the terms of the votes' gradient."""
         d_votes: Any = 0.0
         for factor, vector in grads:
-            factor = jnp.asarray(factor)
-            by_example = factor if factor.ndim == 0 else factor.transpose(0, 2, 1)[..., None]
-            d_votes = d_votes + by_example * vector.transpose(1, 0, 2)[None]
+            d_votes = d_votes + factor * vector.transpose(1, 0, 2)[None]
         shape = (poses.shape[1], poses.shape[0], *weights.shape[2:])
         d_votes = jnp.broadcast_to(d_votes, shape).astype(poses.dtype)
         poses = poses.transpose(1, 0, 2)

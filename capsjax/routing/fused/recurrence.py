@@ -44,7 +44,7 @@ class Sweeps(Hashable, Protocol):
     def unrolled(self) -> bool:
         """Whether iterations are unrolled, and `grads` a growing tuple of terms.
 
-        A term is a factor ``[I, J, B]`` or a number, and a vector ``[J, B, D]``; the votes'
+        A term is a factor ``[I, B, J, 1]`` or a number, and a vector ``[J, B, D]``; the votes'
         gradient is the sum of their products.
         """
 

@@ -33,7 +33,7 @@ def sweep(
 
     Returns:
       The sums :math:`\sum_i c_{ij} \hat u_{ij}`, ``[N, B, J, D]``; for the backward sweep the
-      query's gradient, and coupling and gradients of the logits, ``[N, I, J, B]``.
+      query's gradient, and coupling and gradients of the logits, ``[N, I, B, J]``.
     """
     arguments = (poses, weights, *queries)
     results = _sweep.bind(*arguments, leaky=leaky, required=required)
@@ -46,23 +46,23 @@ def plain(
 ) -> tuple[jax.Array, ...]:
     """Does the same as the kernel, with stored votes."""
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    votes = product("nibk,nijdk->nijbd", poses, weights)
-    logits = product("nijbd,nbjd->nijb", votes, queries[0])
-    highest = jnp.max(logits, axis=2, keepdims=True)
+    votes = product("nibk,nijdk->nibjd", poses, weights)
+    logits = product("nibjd,nbjd->nibj", votes, queries[0])
+    highest = jnp.max(logits, axis=3, keepdims=True)
     if leaky:
         highest = jnp.maximum(highest, 0)
     highest = jax.lax.stop_gradient(highest)
     exponentials = jnp.exp(logits - highest)
-    total = jnp.sum(exponentials, axis=2, keepdims=True)
+    total = jnp.sum(exponentials, axis=3, keepdims=True)
     if leaky:
         total = total + jnp.exp(-highest)
     coupling = exponentials / total
     if len(queries) == 1:
-        return (product("nijb,nijbd->nbjd", coupling, votes),)
-    d_coupling = product("nijbd,nbjd->nijb", votes, queries[1])
-    mean = jnp.sum(coupling * d_coupling, axis=2, keepdims=True)
+        return (product("nibj,nibjd->nbjd", coupling, votes),)
+    d_coupling = product("nibjd,nbjd->nibj", votes, queries[1])
+    mean = jnp.sum(coupling * d_coupling, axis=3, keepdims=True)
     d_logits = coupling * (d_coupling - mean)
-    return product("nijb,nijbd->nbjd", d_logits, votes), coupling, d_logits
+    return product("nibj,nibjd->nbjd", d_logits, votes), coupling, d_logits
 
 
 def _shapes(
@@ -70,7 +70,7 @@ def _shapes(
 ) -> list[jax.core.ShapedArray]:
     del leaky, required
     number, children, batch, _ = poses.shape
-    pairs = [(number, children, weights.shape[2], batch)] * (2 * (len(queries) - 1))
+    pairs = [(number, children, batch, weights.shape[2])] * (2 * (len(queries) - 1))
     return [jax.core.ShapedArray(shape, jnp.float32) for shape in (queries[0].shape, *pairs)]
 
 
@@ -86,10 +86,10 @@ def _batched(
     size = next(x.shape[a] for x, a in zip(arguments, axes, strict=True) if a is not None)
     arguments = tuple(map(batching.bdim_at_front, arguments, axes, [size] * len(axes)))
     if axes[1] is None:
-        # [mapped, N, I, B, K], [mapped, N, B, J, D] and results [N, I, J, B] by the axis of B.
+        # The axis of B in poses, queries and results.
         poses, weights, *queries = arguments
         merged = (_merge(poses, 2), weights[0], *(_merge(x, 1) for x in queries))
-        places = [1, 3, 3]
+        places = [1, 2, 2]
     else:
         merged, places = tuple(_merge(x, 0) for x in arguments), [0, 0, 0]
     results = _sweep.bind(*merged, **options)
