@@ -29,6 +29,8 @@ from capsjax.training.step import (
 
 NEVER = jnp.iinfo(jnp.int32).max
 _SECONDS_PER_CALL = 0.5
+# Steps whose samples a GPU makes at once, and bytes that these may take.
+_MOST_AHEAD, _BYTES_AHEAD = 16, 2**26
 Tree = TypeVar("Tree")
 
 
@@ -84,17 +86,26 @@ def make_step(train_step: TrainStep, sampler: Sampler, driver: Driver, *, batch_
       batch_size: B, examples in the whole batch.
     """
     as_integer("batch_size", batch_size)
+    draw = _make_draw(sampler, driver, batch_size)
 
     def step(
         state: TrainState, examples: Batch, order: jax.Array, key: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
-        first = state.step % (order.shape[0] // batch_size) * batch_size
-        positions = driver.batch_positions(batch_size)
-        step_key = jax.random.fold_in(key, state.step)
-        sample = sampler.train(examples, step_key, positions, order[first + positions])
-        return train_step(state, sample)
+        return train_step(state, draw(state.step, examples, order, key))
 
     return step
+
+
+def _make_draw(sampler: Sampler, driver: Driver, batch_size: int) -> Callable[..., Sample]:
+    """Returns ``draw(step, examples, order, key) -> sample``."""
+
+    def draw(step: jax.Array, examples: Batch, order: jax.Array, key: jax.Array) -> Sample:
+        first = step % (order.shape[0] // batch_size) * batch_size
+        positions = driver.batch_positions(batch_size)
+        step_key = jax.random.fold_in(key, step)
+        return sampler.train(examples, step_key, positions, order[first + positions])
+
+    return draw
 
 
 def make_run_steps(
@@ -123,6 +134,31 @@ def make_run_steps(
     step = make_step(train_step, sampler, driver, batch_size=batch_size)
     if streamed:
         step = _make_streamed_step(train_step, sampler, driver, batch_size)
+    draw = _make_draw(sampler, driver, batch_size)
+
+    def run_drawn_ahead(
+        state: TrainState, examples: Batch, order: jax.Array, key: jax.Array, num_steps: jax.Array
+    ) -> tuple[TrainState, StepSums]:
+        """The same steps, whose samples are made for many of them at once."""
+        sample = jax.eval_shape(draw, state.step, examples, order, key)
+        ahead = max(1, min(_MOST_AHEAD, _BYTES_AHEAD // _nbytes(sample)))
+
+        def several(
+            number: jax.Array, carry: tuple[TrainState, StepSums]
+        ) -> tuple[TrainState, StepSums]:
+            steps = carry[0].step + jnp.arange(ahead)
+            samples = jax.vmap(lambda step: draw(step, examples, order, key))(steps)
+
+            def body(
+                n: jax.Array, carry: tuple[TrainState, StepSums]
+            ) -> tuple[TrainState, StepSums]:
+                state, sums = carry
+                next_state, metrics = train_step(state, jax.tree.map(lambda x: x[n], samples))
+                return next_state, _add(sums, metrics, state.step)
+
+            return jax.lax.fori_loop(0, jnp.minimum(ahead, num_steps - number * ahead), body, carry)
+
+        return jax.lax.fori_loop(0, -(-num_steps // ahead), several, (state, _no_sums()))
 
     def run_steps(
         state: TrainState, examples: Batch, order: jax.Array, key: jax.Array, num_steps: jax.Array
@@ -132,11 +168,12 @@ def make_run_steps(
             next_state, metrics = step(state, examples, order, key)
             return next_state, _add(sums, metrics, state.step)
 
-        zero = jnp.zeros((), jnp.float32)
-        sums = StepSums(zero, zero, jnp.int32(NEVER))
-        return jax.lax.fori_loop(0, num_steps, body, (state, sums))
+        return jax.lax.fori_loop(0, num_steps, body, (state, _no_sums()))
 
-    function = jax.vmap(run_steps, (0, None, 0, 0, None)) if several_seeds else run_steps
+    # A sample takes dozens of small kernels, each of which takes longer to launch than to run.
+    function = run_drawn_ahead if _launches_kernels(driver) and not streamed else run_steps
+    if several_seeds:
+        function = jax.vmap(function, (0, None, 0, 0, None))
     chunk = "examples" if streamed else None
     compiled: RunSteps = driver.compile(function, donate=True, chunk=chunk)
     return compiled
@@ -313,6 +350,19 @@ def unstack(tree: Tree, number: int) -> list[Tree]:
     if number == 1:
         return [tree]
     return [jax.tree.map(lambda x, n=n: x[n], tree) for n in range(number)]
+
+
+def _launches_kernels(driver: Driver) -> bool:
+    return driver.devices[0].platform in ("gpu", "cuda")
+
+
+def _nbytes(sample: Sample) -> int:
+    return sum(x.size * x.dtype.itemsize for x in (sample.images, sample.drawings))
+
+
+def _no_sums() -> StepSums:
+    zero = jnp.zeros((), jnp.float32)
+    return StepSums(zero, zero, jnp.int32(NEVER))
 
 
 def _add(sums: StepSums, metrics: StepMetrics, step: jax.Array) -> StepSums:

@@ -16,6 +16,7 @@ from capsjax.training import (
     make_train_step,
     paper_loss,
     paper_optimizer,
+    programs,
     split_network,
 )
 from capsjax.training.programs import NEVER
@@ -107,6 +108,23 @@ def test_how_steps_are_grouped_into_calls_changes_no_bit(digits, tiny, name):
     for number in (1, 2, 1):
         programs.run(number)
     jax.tree.map(np.testing.assert_array_equal, together, jax.device_get(programs.state))
+
+
+@pytest.mark.parametrize("name", ["jit", "pmap"])
+def test_samples_of_many_steps_at_once_are_those_of_each(digits, tiny, name, monkeypatch):
+    """As GPUs make them: the same losses and parameters, also in a last part of fewer steps."""
+    one_by_one = Programs(name, digits, tiny)
+    monkeypatch.setattr(programs, "_launches_kernels", lambda driver: True)
+    monkeypatch.setattr(programs, "_MOST_AHEAD", 3)
+    ahead = Programs(name, digits, tiny)
+    for number in (1, 5):
+        np.testing.assert_allclose(ahead.run(number).loss, one_by_one.run(number).loss, rtol=1e-6)
+    assert int(ahead.state.step.max()) == 6
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+        jax.device_get(ahead.state.params),
+        jax.device_get(one_by_one.state.params),
+    )
 
 
 @pytest.mark.parametrize("name", ["jit", "pmap", "shard"])
