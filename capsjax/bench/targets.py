@@ -46,13 +46,10 @@ _GENERATIONS = {
     "tpu7x": _Generation(2, 3, "default"),
 }
 _ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
-# Without a GPU there is nothing to time tile sizes on. The estimates of "sol", which are not used,
-# fail for chips that XLA has no table of, such as the A100.
-_ABSENT_GPU_FLAGS = (
-    "--xla_gpu_autotune_level=0",
-    "--xla_gpu_collect_cost_model_stats=true",
-    "--xla_disable_hlo_passes=sol-gpu-cost-model-stats-collection",
-)
+# Without a GPU there is nothing to time tile sizes on.
+_ABSENT_GPU_FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_collect_cost_model_stats=true")
+# One of the estimates, which is not used, fails for A100: XLA has no table of it.
+_WITHOUT_SOL = "--xla_disable_hlo_passes=sol-gpu-cost-model-stats-collection"
 _MOST_CHIPS = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
 EXAMPLES = (
     "cpu",
@@ -134,7 +131,9 @@ class Target:
         """XLA flags that the target itself needs."""
         if self.platform == "cpu":
             return (f"--xla_force_host_platform_device_count={self.count or 1}",)
-        return _ABSENT_GPU_FLAGS if self.is_absent and self.platform == "gpu" else ()
+        if self.platform != "gpu" or not self.is_absent:
+            return ()
+        return (*_ABSENT_GPU_FLAGS, *([_WITHOUT_SOL] if self.generation == "a100" else []))
 
     def devices(self) -> tuple[jax.Device, ...]:
         """Returns the devices, or the compiler's descriptions of absent ones.

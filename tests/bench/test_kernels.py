@@ -8,14 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from capsjax.bench import GPUS, known_gpu, parse_target, read_environment, read_program
+from capsjax.bench import (
+    GPUS,
+    estimate_scaling,
+    known_gpu,
+    parse_target,
+    read_environment,
+    read_program,
+    read_rows,
+)
 from capsjax.bench.programs.hlo import Module
 from capsjax.bench.programs.kernels import Work, library_work
+from capsjax.bench.results import estimates
 
 # A convolution, three products in a loop, and a loop of unknown length: for an H200, jax 0.11.2.
 # Fields that nothing reads are cut out.
 TEXT = Path(__file__).with_name("gpu.hlo.txt").read_text()
 H200 = GPUS["h200"]
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_launches_of_a_run_by_kind():
@@ -145,6 +155,24 @@ def test_gpus_are_known_by_the_names_that_devices_have():
     assert known_gpu(H200.name) is H200
     assert known_gpu("NVIDIA GeForce RTX 4090") is None
     assert known_gpu("") is None
+
+
+def test_the_guide_has_the_recorded_figures():
+    guide = (DOCS / "guides" / "benchmarking-xla.md").read_text()
+    rows = {row.cell: row for row in read_rows(DOCS / "results" / "epyc-2-cores" / "gpus.jsonl")}
+    lines = (DOCS / "results" / "h200" / "kernels.jsonl").read_text().splitlines()
+    for measured in map(json.loads, lines):
+        counts = rows[measured["cell"]].counts
+        estimate, found = 1e3 * counts["estimate"], measured["microseconds"] / 1e3
+        figures = (
+            f"{counts['kernels']:g} | {measured['launches']:.0f} | {estimate:.3f} | {found:.3f}"
+            f" | {estimate / found - 1:+.0%} |"
+        )
+        assert figures in guide
+    for scaling in estimate_scaling(rows.values()):
+        for step in scaling.steps:
+            cells = (scaling.generation, scaling.kind, *estimates.cells(scaling, step))
+            assert f"| {' | '.join(cells)} |" in guide
 
 
 # A mapped step over the GPUs of two absent hosts, with a product, a convolution and a loop.

@@ -115,7 +115,7 @@ def rows_table(rows: Sequence[Row]) -> Table:
     names = [name for name in names if any(COLUMNS[name](row) for row in rows)]
     table = Table(caption_justify="left")
     if "est. ms" in names:
-        table.caption = "est. ms: estimated and untuned; libraries take longer than their estimate"
+        table.caption = "est. ms: an untuned estimate, often too short"
     table.add_column("seconds unless stated", overflow="fold")
     for name in names:
         table.add_column(name, justify="right", no_wrap=name != "collectives")
