@@ -1,5 +1,6 @@
 """Programs of GPUs: kernels of a stored text counted by hand; the compiler without a GPU."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,19 +8,24 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from capsjax.bench import (
     GPUS,
+    Row,
+    append_rows,
     estimate_scaling,
     known_gpu,
     parse_target,
     read_environment,
     read_program,
     read_rows,
+    write_report,
 )
 from capsjax.bench.programs.hlo import Module
 from capsjax.bench.programs.kernels import Work, library_work
 from capsjax.bench.results import estimates
+from capsjax.bench.results.table import rows_table
 
 # A convolution, three products in a loop, and a loop of unknown length: for an H200, jax 0.11.2.
 # Fields that nothing reads are cut out.
@@ -155,6 +161,28 @@ def test_gpus_are_known_by_the_names_that_devices_have():
     assert known_gpu(H200.name) is H200
     assert known_gpu("NVIDIA GeForce RTX 4090") is None
     assert known_gpu("") is None
+
+
+def test_a_row_shows_kernels_and_the_estimate(tmp_path):
+    hlo = read_program(TEXT.replace("__cudnn$convForward", "mosaic_gpu_v2"), gpu=H200)
+    row = Row(cell="f @ h200", workload="mine:f", parameters={}, target="h200", hlo=hlo)
+    append_rows(tmp_path / "rows.jsonl", [row])
+    assert read_rows(tmp_path / "rows.jsonl") == [row]
+    screen = Console(width=160, record=True, file=io.StringIO())
+    screen.print(rows_table([row]))
+    shown = screen.export_text()
+    assert "est. ms: an untuned estimate" in shown
+    assert "0.023+" in shown
+    write_report([row], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    for text in (
+        "<td>7 fusion, 5 copy, 3 gemm, 1 custom call</td>",
+        "<td>3, ?</td>",
+        "<h2>Time on GPUs, estimated</h2>",
+        "<h2>Estimated time by source line: f @ h200</h2>",
+        "not counted: custom-call mosaic_gpu_v2 (1 times).",
+    ):
+        assert text in page
 
 
 def test_the_guide_has_the_recorded_figures():
