@@ -63,7 +63,7 @@ class Estimate:
 
     @property
     def has_kernels(self) -> bool:
-        """Whether custom calls are left out, such as Pallas kernels: they may be most of it."""
+        """Whether custom calls, such as Pallas kernels, are left out; they may be most of it."""
         return any(name.startswith("custom-call ") for name in self.without_estimate)
 
 
