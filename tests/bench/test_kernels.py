@@ -73,6 +73,13 @@ def test_a_kernel_that_nobody_estimates_is_named():
     assert kernels.seconds.has_kernels
 
 
+def test_what_stays_outside_of_fusions_is_named():
+    text = TEXT.replace(" copy(%gemm_fusion_dot_general.1)", " fft(%gemm_fusion_dot_general.1)")
+    kernels = read_program(text, gpu=H200).kernels
+    assert (kernels.launches["copy"], kernels.launches["other"]) == (2, 3)
+    assert kernels.seconds.without_estimate == {"fft": 3}
+
+
 def test_a_text_without_estimates_has_no_total():
     # As the compiler writes it for a GPU that is there.
     text = TEXT.replace("exec_time_us", "gone")

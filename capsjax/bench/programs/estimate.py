@@ -23,7 +23,7 @@ COLLECTIVES = {
 # Custom calls that compute nothing.
 FREE_CALLS = {"AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
 # Opcodes that take time, and have no estimate of their own outside of fusions.
-_WORK = {
+WORK = {
     "fusion",
     "custom-call",
     "convolution",
@@ -109,7 +109,7 @@ def descending(counts: Counter[str]) -> dict[str, Any]:
 
 def _works(each: Instruction) -> bool:
     """Whether an instruction takes time: not copies of scalars between memories."""
-    kinds = _WORK | COLLECTIVES
+    kinds = WORK | COLLECTIVES
     return each.opcode.removesuffix("-start") in kinds and shape_bytes(each.shape) > 8
 
 

@@ -16,6 +16,7 @@ from capsjax.bench.gpus import Gpu
 from capsjax.bench.programs.estimate import (
     COLLECTIVES,
     FREE_CALLS,
+    WORK,
     Estimate,
     descending,
     sum_estimates,
@@ -132,7 +133,9 @@ def _kind(each: Instruction) -> str | None:
         return libraries.get(target.partition("$")[0], "custom call")
     if opcode in COLLECTIVES:
         return "collective"
-    return {"copy": "copy", "sort": "other", "rng-bit-generator": "other"}.get(opcode)
+    if opcode == "conditional":  # the host chooses a branch
+        return None
+    return "copy" if opcode == "copy" else "other" if opcode in WORK else None
 
 
 def _seconds(module: Module, execution: Execution, kind: str, gpu: Gpu) -> float | None:
