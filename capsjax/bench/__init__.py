@@ -4,9 +4,12 @@ from capsjax.bench.cells import Cell, suite_cells
 from capsjax.bench.command import run_benchmark, run_comparison
 from capsjax.bench.config import BenchConfig, CompareConfig
 from capsjax.bench.environment import Environment, read_environment
+from capsjax.bench.gpus import GPUS, Gpu, known_gpu
 from capsjax.bench.processes.runner import Plan, run_cells
 from capsjax.bench.processes.timing import Times, alternate
-from capsjax.bench.programs.program import Collective, Cost, Cycles, Loop, Program, read_program
+from capsjax.bench.programs.estimate import Cycles, Estimate
+from capsjax.bench.programs.kernels import Kernels
+from capsjax.bench.programs.program import Collective, Cost, Loop, Program, read_program
 from capsjax.bench.results.comparison import Comparison, Ratio, compare_rows
 from capsjax.bench.results.page import write_report
 from capsjax.bench.results.rows import (
@@ -29,6 +32,7 @@ from capsjax.bench.workloads import WORKLOADS, make_workload
 
 __all__ = [
     "CAPSULE_SIZES",
+    "GPUS",
     "WORKLOADS",
     "Alternation",
     "BenchConfig",
@@ -42,8 +46,11 @@ __all__ = [
     "Cycles",
     "Deviation",
     "Environment",
+    "Estimate",
     "Failure",
+    "Gpu",
     "Kernel",
+    "Kernels",
     "Loop",
     "Memory",
     "Plan",
@@ -60,6 +67,7 @@ __all__ = [
     "append_rows",
     "compare_rows",
     "estimate_scaling",
+    "known_gpu",
     "libtpu_lock",
     "make_workload",
     "parse_target",

@@ -27,8 +27,8 @@ class BenchConfig:
     """Suite to measure; quick if neither it nor a workload is named."""
 
     target: tuple[str, ...] = ()
-    """What to compile for: cpu, cpu:8, gpu, tpu, or an absent TPU such as v5e-256, v5p-128 or
-    v6e-8. If not given, the CPU, or v5e-256, v6e-256 and v5p-128 for the suite pod."""
+    """What to compile for: cpu, cpu:8, gpu, tpu, or an absent TPU or GPU such as v5e-256, v6e-8,
+    h100 or h200:8. If not given, the CPU, or v5e-256, v6e-256 and v5p-128 for the suite pod."""
 
     workload: str | None = None
     """One workload instead of a suite: squash, routing, stack, hotos, hotos_gcc, convolution,
@@ -110,7 +110,7 @@ class CompareConfig:
 
     measure: tuple[str, ...] = ()
     """What to compare: trace, lower, compile, load, run, instructions, fusions, flops, bytes,
-    temporaries, cycles; all if not given."""
+    temporaries, cycles, kernels, estimate; all if not given."""
 
     all: bool = False
     """Print every ratio, not only those beyond 2 % or the interval."""

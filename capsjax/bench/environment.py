@@ -20,6 +20,7 @@ class Environment:
       jax: version.
       jaxlib: version.
       libtpu: version.
+      cuda_plugin: version of jax's plugin for CUDA, whichever CUDA it is for.
       flax: version.
       optax: version.
       torch: version.
@@ -37,6 +38,7 @@ class Environment:
     jax: str | None
     jaxlib: str | None
     libtpu: str | None
+    cuda_plugin: str | None
     flax: str | None
     optax: str | None
     torch: str | None
@@ -68,6 +70,7 @@ def read_environment() -> Environment:
         jax=_version("jax"),
         jaxlib=_version("jaxlib"),
         libtpu=_version("libtpu"),
+        cuda_plugin=_version("jax-cuda13-plugin") or _version("jax-cuda12-plugin"),
         flax=_version("flax"),
         optax=_version("optax"),
         torch=_version("torch"),

@@ -1,7 +1,8 @@
-"""How training scales over a pod, estimated from programs compiled for it.
+"""How training scales over a pod or a cluster, estimated from programs compiled for it.
 
-The compiler estimates the cycles of a step on one chip, and its text holds the bytes that are
-summed over the chips. A model of the interconnect gives the time of that sum. Nothing is measured.
+The compiler estimates the cycles of a step on one TPU, or its time on one GPU, and its text holds
+the bytes that are summed over the chips. A model of the interconnect gives the time of that sum.
+Nothing is measured.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
+from capsjax.bench.gpus import GPUS, Gpu
 from capsjax.bench.results.rows import Row
 from capsjax.bench.targets import Target, parse_target
 from capsjax.bench.workloads import make_workload
@@ -54,14 +56,14 @@ class ScalingStep:
     Attributes:
       chips: of the slice.
       batch: examples on each chip.
-      cycles: of each chip, without communication.
-      compute_seconds: of these cycles.
+      cycles: of each TPU, without communication; None for GPUs.
+      compute_seconds: of each chip, without communication.
       all_reduce_seconds: of the sum over the chips, which nothing hides.
     """
 
     chips: int
     batch: int
-    cycles: float
+    cycles: float | None
     compute_seconds: float
     all_reduce_seconds: float
 
@@ -143,8 +145,37 @@ def all_reduce_seconds(chip: Chip, shape: Sequence[int], size: float) -> float:
     return 2 * (chips - 1) / chips * size / bandwidth + hops * _HOP_SECONDS
 
 
+def gpu_all_reduce_seconds(gpu: Gpu, shape: Sequence[int], size: float) -> float:
+    """Estimates the least time of an all-reduce of `size` bytes over hosts with several GPUs each.
+
+    NVLink sums over the GPUs of a host, so that each has a part of the sum; InfiniBand sums each
+    part over the hosts, one adapter for each GPU; NVLink hands the parts round. Over `n` members a
+    GPU sends ``2 (n - 1) / n`` times the bytes, in ``2 (n - 1)`` hops of 1 us.
+
+    Args:
+      gpu: its links.
+      shape: hosts, and GPUs of each.
+      size: bytes that each GPU hands in.
+
+    Example:
+      >>> from capsjax.bench import GPUS
+      >>> from capsjax.bench.scaling import gpu_all_reduce_seconds
+      >>> round(1e6 * gpu_all_reduce_seconds(GPUS["h100"], (1, 8), 36e6))   # 140 us and 14 hops
+      154
+    """
+    hosts, members = shape
+    stages = (
+        (members, size, gpu.link_bytes_per_second),
+        (hosts, size / members, gpu.network_bytes_per_second),
+    )
+    return sum(
+        2 * (n - 1) / n * part / bandwidth + 2 * (n - 1) * _HOP_SECONDS
+        for n, part, bandwidth in stages
+    )
+
+
 def slice_sizes(target: Target) -> list[int]:
-    """Numbers of chips to look at, up to all of an absent TPU: 1, 8, 64, 256.
+    """Numbers of chips to look at, up to all that are absent: 1, 8, 64, 256.
 
     Example:
       >>> from capsjax.bench import parse_target
@@ -177,7 +208,8 @@ def estimate_scaling(rows: Iterable[Row]) -> list[Scaling]:
     next larger number: the programs differ in their all-reduce alone.
 
     Args:
-      rows: of any workloads; TPUs other than v4, v5e, v5p and v6e have no estimate.
+      rows: of any workloads; other TPUs than v4, v5e, v5p and v6e, and devices of this machine,
+        have no estimate.
 
     Returns:
       For each pod and program, weak scaling with a batch of 128 on each chip, or the largest there
@@ -186,7 +218,7 @@ def estimate_scaling(rows: Iterable[Row]) -> list[Scaling]:
     pods: dict[tuple[str, str], dict[tuple[int, int], Row]] = {}
     for row in rows:
         target = parse_target(row.target)
-        if row.workload == WORKLOAD and target.generation in CHIPS and _cycles(row):
+        if row.workload == WORKLOAD and _compute_seconds(row, target) is not None:
             key = (target.generation, _program(row))
             pods.setdefault(key, {})[_batch(row), target.chips] = row
     found = []
@@ -221,11 +253,14 @@ def _step(
         shape = pod.resized(chips).shape
     except ConfigError:
         return None  # slices of the generation do not come in this size
-    chip, cycles = CHIPS[pod.generation], _cycles(row)
-    size = all_reduce_bytes(row)
-    return ScalingStep(
-        chips, batch, cycles, cycles / chip.hertz, all_reduce_seconds(chip, shape, size)
-    )
+    size, compute = all_reduce_bytes(row), _compute_seconds(row, pod)
+    if compute is None:
+        return None
+    if pod.platform == "gpu":
+        summed = gpu_all_reduce_seconds(GPUS[pod.generation], shape, size)
+    else:
+        summed = all_reduce_seconds(CHIPS[pod.generation], shape, size)
+    return ScalingStep(chips, batch, row.counts["cycles"], compute, summed)
 
 
 def all_reduce_bytes(row: Row) -> float:
@@ -234,8 +269,12 @@ def all_reduce_bytes(row: Row) -> float:
     return found.bytes if found else 0.0
 
 
-def _cycles(row: Row) -> float:
-    return row.hlo.cycles.total if row.hlo and row.hlo.cycles else 0.0
+def _compute_seconds(row: Row, target: Target) -> float | None:
+    """What one absent chip takes without communication; None if it is not known."""
+    if target.generation in GPUS:
+        return row.counts["estimate"]
+    cycles, chip = row.counts["cycles"], CHIPS.get(target.generation)
+    return cycles / chip.hertz if cycles and chip else None
 
 
 def _batch(row: Row) -> int:

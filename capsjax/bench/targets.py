@@ -1,7 +1,7 @@
-"""What programs are compiled for: devices of this machine, or absent TPUs.
+"""What programs are compiled for: devices of this machine, or absent TPUs and GPUs.
 
 The TPU compiler is in ``libtpu`` and needs no TPU. Only one process at a time can use it;
-processes of capsjax wait for each other.
+processes of capsjax wait for each other. The GPU compiler is in the CUDA plugin and needs no GPU.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import jax
 
+from capsjax.bench.gpus import GPUS, HOST
 from capsjax.errors import ConfigError, how_to_install
 
 Platform = Literal["cpu", "gpu", "tpu"]
@@ -45,6 +46,10 @@ _GENERATIONS = {
     "tpu7x": _Generation(2, 3, "default"),
 }
 _ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
+# Without a GPU there is nothing to time tile sizes on.
+_ABSENT_GPU_FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_collect_cost_model_stats=true")
+# One of the estimates, which is not used, fails for A100: XLA has no table of it.
+_WITHOUT_SOL = "--xla_disable_hlo_passes=sol-gpu-cost-model-stats-collection"
 _MOST_CHIPS = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
 EXAMPLES = (
     "cpu",
@@ -59,6 +64,9 @@ EXAMPLES = (
     "v6e-8",
     "v6e-256",
     "tpu7x-8",
+    "h100",
+    "h200:8",
+    "b200:16",
 )
 
 
@@ -70,8 +78,8 @@ class Target:
       name: as given.
       platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
       count: number of local devices; None for all of them. As many virtual CPUs are created.
-      topology: of an absent TPU, in the words of its compiler, such as ``"v5e:16x16"``; None for
-        devices of this machine.
+      topology: of absent devices, such as ``"v5e:16x16"`` in the words of the TPU's compiler, or
+        ``"h100:2x8"`` for two hosts with eight GPUs each; None for devices of this machine.
     """
 
     name: str
@@ -86,51 +94,57 @@ class Target:
 
     @property
     def generation(self) -> str:
-        """Of an absent TPU, such as ``"v5e"``; empty for devices of this machine."""
+        """Of absent devices, such as ``"v5e"`` or ``"h100"``; else empty."""
         return (self.topology or "").partition(":")[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Chips along each axis of an absent TPU; empty for devices of this machine."""
+        """Chips along each axis of an absent TPU; absent hosts, and GPUs of each; else empty."""
         sizes = (self.topology or "").partition(":")[2]
         return tuple(int(size) for size in sizes.split("x") if size)
 
     @property
     def chips(self) -> int:
-        """Number of chips of an absent TPU; 1 for devices of this machine."""
+        """Number of absent chips; 1 for devices of this machine."""
         return math.prod(self.shape)
 
     def resized(self, chips: int) -> "Target":
-        """Returns a slice of the same generation of absent TPUs, with so many chips.
+        """Returns so many absent chips of the same generation.
 
         Raises:
-          ConfigError: there is no such slice.
+          ConfigError: they do not come in this number.
         """
+        if self.platform == "gpu":
+            return parse_target(f"{self.generation}:{chips}")
         number = chips * _GENERATIONS[self.generation].cores_per_chip
         return parse_target(f"{self.generation}-{number}")
 
     @property
     def environment(self) -> dict[str, str]:
         """Variables that have to be set before jax is imported, without XLA flags."""
-        if self.is_absent:
+        if self.is_absent and self.platform == "tpu":
             return {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3"}
-        return {"JAX_PLATFORMS": "cpu"} if self.platform == "cpu" else {}
+        return {"JAX_PLATFORMS": "cpu"} if self.is_absent or self.platform == "cpu" else {}
 
     @property
     def xla_flags(self) -> tuple[str, ...]:
         """XLA flags that the target itself needs."""
-        if self.platform != "cpu" or self.is_absent:
+        if self.platform == "cpu":
+            return (f"--xla_force_host_platform_device_count={self.count or 1}",)
+        if self.platform != "gpu" or not self.is_absent:
             return ()
-        return (f"--xla_force_host_platform_device_count={self.count or 1}",)
+        return (*_ABSENT_GPU_FLAGS, *([_WITHOUT_SOL] if self.generation == "a100" else []))
 
     def devices(self) -> tuple[jax.Device, ...]:
-        """Returns the devices, or for an absent TPU their descriptions for the compiler.
+        """Returns the devices, or the compiler's descriptions of absent ones.
 
         Raises:
           ConfigError: this machine cannot serve the target.
         """
         if self.topology is not None:
-            return _absent_devices(self, self.topology)
+            if self.platform == "gpu":
+                return _absent_gpus(self)
+            return _absent_tpus(self, self.topology)
         try:
             found = jax.devices(self.platform)
         except RuntimeError:
@@ -152,7 +166,8 @@ def parse_target(name: str) -> Target:
     Args:
       name: ``cpu``, ``gpu`` or ``tpu``, with ``:N`` for N devices of this machine; or what a TPU
         is rented as: ``v5e-256`` and ``v6e-8`` count chips; ``v4-32``, ``v5p-128`` and ``tpu7x-8``
-        count cores, two for each chip.
+        count cores, two for each chip; or ``a100``, ``h100``, ``h200`` or ``b200``, with ``:N`` for
+        N GPUs of one host, or of hosts with eight each.
 
     Returns:
       A :class:`Target`. No device is looked for yet.
@@ -169,13 +184,23 @@ def parse_target(name: str) -> Target:
         platform, count = local.groups()
         number = int(count) if count else (1 if platform == "cpu" else None)
         return Target(name, platform, number)  # type: ignore[arg-type]
+    if gpus := re.fullmatch(rf"({'|'.join(GPUS)})(?::([1-9]\d*))?", name):
+        number = int(gpus[2] or 1)
+        if number > HOST and number % HOST:
+            raise ConfigError(
+                f"target must have 1 to {HOST} GPUs, or hosts of {HOST} each, got {name!r}"
+            )
+        hosts = -(-number // HOST)
+        return Target(name, "gpu", topology=f"{gpus[1]}:{hosts}x{number // hosts}")
     absent = re.fullmatch(r"([a-z0-9]+)-([1-9]\d*)", name)
     if absent is None:
         raise ConfigError(f"target must be like {', '.join(EXAMPLES)}, got {name!r}")
     family, number = _ALIASES.get(absent[1], absent[1]), int(absent[2])
     if family not in _GENERATIONS:
-        known = ", ".join(_GENERATIONS)
-        raise ConfigError(f"target must be of a TPU generation among {known}, got {name!r}")
+        raise ConfigError(
+            f"target must be of a TPU generation among {', '.join(_GENERATIONS)}, or a GPU such as"
+            f" {', '.join(GPUS)} or h100:8, got {name!r}"
+        )
     generation = _GENERATIONS[family]
     chips, rest = divmod(number, generation.cores_per_chip)
     shape = None if rest else _torus(chips, generation.dimensions, _MOST_CHIPS[family])
@@ -267,7 +292,29 @@ def _near(family: str) -> str:
     return ", ".join(f"{family}-{n * generation.cores_per_chip}" for n in fitting)
 
 
-def _absent_devices(target: Target, topology: str) -> tuple[jax.Device, ...]:
+def _absent_gpus(target: Target) -> tuple[jax.Device, ...]:
+    from jax.experimental import topologies
+
+    hosts, number = target.shape
+    try:
+        described = topologies.get_topology_desc(
+            platform="cuda",
+            topology=f"1x{hosts}x{number}",
+            target_config=GPUS[target.generation].target_config,
+        )
+    except NotImplementedError:
+        raise ConfigError(
+            f"target {target.name!r} needs the GPU compiler, which comes with:"
+            f" {how_to_install('cuda')}"
+        ) from None
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(
+            f"target {target.name!r} is unknown to this CUDA plugin: {str(error).splitlines()[0]}"
+        ) from None
+    return tuple(described.devices)
+
+
+def _absent_tpus(target: Target, topology: str) -> tuple[jax.Device, ...]:
     name = target.name
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(

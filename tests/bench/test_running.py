@@ -21,7 +21,9 @@ from capsjax import routing
 from capsjax.bench import (
     Cost,
     Cycles,
+    Estimate,
     Failure,
+    Kernels,
     Plan,
     Program,
     Row,
@@ -236,6 +238,17 @@ def test_ratios_are_of_cycles_where_nothing_ran():
     assert runner._beside(estimated(5.0), base).ratio == 0.5
     # Kernels have no estimate and must not count as nothing.
     assert runner._beside(estimated(5.0, ["custom-call tpu_custom_call"]), base).ratio is None
+
+
+def test_ratios_are_of_seconds_on_absent_gpus():
+    def on_a_gpu(total, without=()):
+        kernels = Kernels({"fusion": 1.0}, 0.0, Estimate(total, {}, dict.fromkeys(without, 2.0)))
+        hlo = Program(kernels=kernels)
+        return Row(cell="a", workload="squash", parameters={}, target="h100", hlo=hlo)
+
+    base = on_a_gpu(2e-3, ["all-reduce-start"])
+    assert runner._beside(on_a_gpu(1e-3), base).ratio == 0.5
+    assert runner._beside(on_a_gpu(1e-3, ["custom-call mosaic_gpu_v2"]), base).ratio is None
 
 
 def test_a_donated_argument_is_replaced_by_the_result():

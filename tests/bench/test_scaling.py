@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from capsjax.bench import (
+    GPUS,
     Collective,
     Cycles,
+    Estimate,
+    Kernels,
     Program,
     Row,
     append_rows,
@@ -19,7 +22,13 @@ from capsjax.bench import (
     suite_cells,
 )
 from capsjax.bench.results import estimates
-from capsjax.bench.scaling import CHIPS, all_reduce_seconds, batches, estimate_scaling
+from capsjax.bench.scaling import (
+    CHIPS,
+    all_reduce_seconds,
+    batches,
+    estimate_scaling,
+    gpu_all_reduce_seconds,
+)
 from capsjax.cli import main
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -91,6 +100,46 @@ def test_it_says_where_adding_chips_stops_paying_and_why():
 def test_a_program_for_the_slice_itself_is_preferred():
     (weak, _) = estimate_scaling([*POD, compiled("v5e-1", 128, 3e6, size=0)])
     assert [step.cycles for step in weak.steps] == [3e6, 1.5e6]
+
+
+def on_gpus(target, batch, seconds):
+    """The row of a program that takes so long on each GPU, and sums 36 MB."""
+    kernels = Kernels({"fusion": 9.0}, seconds=Estimate(seconds))
+    hlo = Program(kernels=kernels, collectives={"all-reduce": Collective(2, 36e6)})
+    return compiled(target, batch, 0, hlo=hlo)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "microseconds"),
+    [
+        ("h100", (1, 1), 0),
+        # 7 / 8 of 72 MB at 450 GB/s, and 14 hops.
+        ("h100", (1, 8), 140 + 14),
+        # An eighth of it once more, at 50 GB/s.
+        ("h100", (2, 8), 140 + 14 + 90 + 2),
+        ("a100", (4, 1), 6 * 36e6 / 4 / 2.5e4 + 6),
+    ],
+)
+def test_the_time_of_an_all_reduce_over_gpus(name, shape, microseconds):
+    found = gpu_all_reduce_seconds(GPUS[name], shape, 36e6)
+    assert found == pytest.approx(microseconds / 1e6)
+
+
+def test_scaling_over_hosts_of_gpus():
+    rows = [on_gpus("h100:16", batch, 1e-6 * batch) for batch in (64, 128, 1024)]
+    assert batches(parse_target("h100:16")) == [128, 1024, 64]
+    weak, strong = estimate_scaling(rows)
+    assert [(step.chips, step.batch) for step in weak.steps] == [(1, 128), (8, 128), (16, 128)]
+    assert [(step.chips, step.batch) for step in strong.steps] == [(1, 1024), (8, 128), (16, 64)]
+    assert [1e6 * step.seconds for step in strong.steps] == pytest.approx([1024, 282, 310])
+    assert strong.limit == strong.steps[1]
+    assert "Mcycles" not in estimates.headings(strong)
+    cells = estimates.cells(strong, strong.steps[1])
+    assert cells == ("8", "128", "1,024", "0.128", "0.154", "3,631,206", "45%")
+    assert len(cells) == len(estimates.headings(strong))
+    text = estimates.assumptions([strong])
+    assert "h100 450 and 50 GB/s in each direction" in text
+    assert "cycles" not in text
 
 
 def test_other_rows_have_no_estimate():

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from capsjax.bench import libtpu_lock, parse_target
+from capsjax.bench import GPUS, libtpu_lock, parse_target
 from capsjax.errors import ConfigError
 
 
@@ -42,14 +42,45 @@ def test_slices_of_a_pod():
 
 
 @pytest.mark.parametrize(
+    ("name", "topology", "chips"),
+    [("a100", "a100:1x1", 1), ("h100:8", "h100:1x8", 8), ("b200:16", "b200:2x8", 16)],
+)
+def test_gpus_that_are_not_here(name, topology, chips):
+    target = parse_target(name)
+    assert (target.platform, target.topology, target.chips) == ("gpu", topology, chips)
+    assert target.environment == {"JAX_PLATFORMS": "cpu"}
+    assert "--xla_gpu_autotune_level=0" in target.xla_flags
+    assert target.resized(8).shape == (1, 8)
+    assert parse_target("gpu").xla_flags == ()
+
+
+def test_a_gpu_is_described_to_its_compiler():
+    text = GPUS["h200"].target_config
+    for line in (
+        "  core_count: 132",
+        "  memory_bandwidth: 4800000000000",
+        "  shared_memory_per_block_optin: 232448",
+        "  clock_rate_ghz: 1.98",
+        "  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }",
+        "dnn_version_info { major: 9 minor: 10 patch: 0 }",
+        'device_description_str: "NVIDIA H200 141GB HBM3e"',
+    ):
+        assert f"{line}\n" in text
+    assert "{ major: 8 minor: 0 }" in GPUS["a100"].target_config
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v9-8", "among v4, v5e, v5p, v6e, tpu7x, got 'v9-8'"),
+        ("v9-8", "among v4, v5e, v5p, v6e, tpu7x, or a GPU such as a100, .* got 'v9-8'"),
         ("v5e", "target must be like cpu, .*, got 'v5e'"),
         ("cpu:0", "got 'cpu:0'"),
         ("v5e-3", "a v5e does not come as 'v5e-3'; try v5e-1, v5e-4"),
         ("v4-31", "a v4 does not come as 'v4-31'; try v4-2, v4-8"),
         ("v5e-512", "does not come as 'v5e-512'"),
+        ("h100:12", "must have 1 to 8 GPUs, or hosts of 8 each, got 'h100:12'"),
+        ("h100-8", "or a GPU such as a100, h100, h200, b200 or h100:8, got 'h100-8'"),
+        ("v100", "target must be like cpu, .* h200:8, b200:16, got 'v100'"),
     ],
 )
 def test_bad_names_suggest_good_ones(name, message):
@@ -75,6 +106,16 @@ def test_a_tpu_without_its_compiler_is_one_line_with_what_to_install(monkeypatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"'v5e-8' needs the TPU compiler.*\[tpu\]"):
         parse_target("v5e-8").devices()
+
+
+def test_a_gpu_without_its_compiler_is_one_line_with_what_to_install(monkeypatch):
+    def missing(**options):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", missing)
+    with pytest.raises(ConfigError, match=r"'h100:8' needs the GPU compiler.*\[cuda\]") as error:
+        parse_target("h100:8").devices()
+    assert "\n" not in str(error.value)
 
 
 def test_the_second_waits_for_the_first(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from capsjax.bench.cells import Cell
 from capsjax.bench.environment import read_environment
+from capsjax.bench.gpus import known_gpu
 from capsjax.bench.processes.checking import measure_deviation
 from capsjax.bench.processes.profile import profile_call
 from capsjax.bench.processes.timing import Times, alternate, bounded
@@ -229,7 +230,7 @@ def _compile(
     with clock.stage("compile", found), _count(_HIT) as hits:
         compiled = lowered.compile()
     found.cache = {"hits_cold": hits[0], "entries": len(os.listdir(cache))}
-    if not target.is_absent:  # an executable for an absent TPU cannot be loaded
+    if not target.is_absent:  # an executable for absent devices cannot be loaded
         jax.clear_caches()
         with clock.stage("lower_again", found):
             again = built.function.lower(*built.arguments)
@@ -268,7 +269,7 @@ def _analyse(lowered: Any, compiled: Any, texts: Path | None, found: Measurement
         write_text(texts.with_name(texts.name + ".stablehlo.mlir"), before)
         write_text(texts.with_name(texts.name + ".hlo.txt"), after)
     found.stablehlo = dict(stablehlo_opcodes(before).most_common())
-    found.program = read_program(after)
+    found.program = read_program(after, gpu=known_gpu(found.device_kind or ""))
     if memory := compiled.memory_analysis():
         found.memory = Memory(
             arguments=memory.argument_size_in_bytes,

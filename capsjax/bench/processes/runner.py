@@ -28,6 +28,7 @@ _VERSIONS = (
     "jax",
     "jaxlib",
     "libtpu",
+    "cuda_plugin",
     "flax",
     "optax",
     "python",
@@ -158,9 +159,11 @@ def _measure_roofline(platform: str) -> Roofline:
 
 def _missing_devices(name: str) -> str:
     """Why the target cannot be served; empty if it can."""
+    target = parse_target(name)
     try:
-        take_libtpu()
-        parse_target(name).devices()
+        if target.platform == "tpu":
+            take_libtpu()
+        target.devices()
     except ConfigError as error:
         return str(error)
     return ""
@@ -325,11 +328,11 @@ def _ratio(row: Row, base: Row) -> float | None:
     if row.run and base.run:
         pairs = zip(row.run.calls, base.run.calls, strict=True)
         return statistics.median(Times(a).ratio(Times(b)) for a, b in pairs)
-    cycles = [each.hlo.cycles for each in (row, base) if each.hlo and each.hlo.cycles]
+    estimates = [each.hlo.estimate for each in (row, base) if each.hlo and each.hlo.estimate]
     # Kernels without an estimate must not count as nothing.
-    if len(cycles) < 2 or any(each.has_kernels for each in cycles):
+    if len(estimates) < 2 or any(each.has_kernels for each in estimates):
         return None
-    return cycles[0].total / cycles[1].total
+    return estimates[0].total / estimates[1].total
 
 
 def _memory_ratio(row: Row, base: Row) -> float | None:

@@ -153,11 +153,17 @@ class Module:
         )
 
     def source(self, each: Instruction) -> str:
-        """File, line and function that an instruction comes from; empty if unknown."""
+        """File, line and function that an instruction comes from; empty if unknown.
+
+        A fusion may have none of its own: then the last one inside of it.
+        """
         if found := _SOURCE.search(each.attributes):
             return f"{found[1]}:{found[2]}"
-        frame = _FRAME.search(each.attributes)
-        return self._frames.get(int(frame[1]), "") if frame else ""
+        if frame := _FRAME.search(each.attributes):
+            return self._frames.get(int(frame[1]), "")
+        parts = (self.computations[name] for name in each.called.get("calls", ()))
+        inside = (self.source(i) for p in parts for i in reversed(list(p.instructions.values())))
+        return next(filter(None, inside), "")
 
     @functools.cached_property
     def _frames(self) -> dict[int, str]:

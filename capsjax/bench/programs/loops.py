@@ -7,6 +7,7 @@ from typing import NamedTuple
 from capsjax.bench.programs.hlo import Computation, Instruction, Module
 
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_FUSIONS = {"fusion", "fusion-start"}  # the second is asynchronous
 # Instructions whose result has the value of their operand.
 _SAME_VALUE = {"copy", "bitcast", "convert", "reshape", "bitcast-convert", "opt-barrier"}
 
@@ -105,7 +106,7 @@ def _walk(module: Module, part: Computation, times: float, fused: bool) -> Itera
                 often = times * (trips if role == "body" else trips + 1)
             for name in names:
                 called = module.computations[name]
-                yield from _walk(module, called, often, fused or each.opcode == "fusion")
+                yield from _walk(module, called, often, fused or each.opcode in _FUSIONS)
 
 
 def _comparison(module: Module, part: Computation) -> tuple[str, Instruction, Instruction] | None:

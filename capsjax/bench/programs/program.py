@@ -5,52 +5,28 @@ that is not known the body counts once, and the result says so.
 """
 
 import dataclasses
-import os
 import re
-import site
 from collections import Counter
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from capsjax.bench.gpus import Gpu
+from capsjax.bench.programs.estimate import (
+    COLLECTIVES,
+    FREE_CALLS,
+    Cycles,
+    Estimate,
+    descending,
+    sum_estimates,
+)
 from capsjax.bench.programs.hlo import Computation, Instruction, Module, shape_bytes
+from capsjax.bench.programs.kernels import Kernels, library_work, read_kernels
 from capsjax.bench.programs.loops import Execution, executions, loops_in, trip_count
 
-_COLLECTIVES = {
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-}
 _Counts = np.ndarray[Any, np.dtype[np.float64]]
-# Custom calls that compute nothing.
-_FREE_CALLS = {"AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
-# Opcodes that take time, and have no estimate of their own outside of fusions.
-_WORK = {
-    "fusion",
-    "custom-call",
-    "convolution",
-    "dot",
-    "sort",
-    "scatter",
-    "gather",
-    "reduce",
-    "reduce-window",
-    "select-and-scatter",
-    "rng-bit-generator",
-    "copy",
-    "transpose",
-    "fft",
-    "triangular-solve",
-    "cholesky",
-    "conditional",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,28 +72,6 @@ class Cost:
     bytes: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Cycles:
-    """Estimates of the TPU compiler; other compilers estimate nothing.
-
-    Attributes:
-      total: sum of the estimates with loops counted in full.
-      by_source: the same by file and line, largest first; instructions without a line are under
-        ``""``.
-      without_estimate: executions by opcode that compute or communicate and have no estimate, so
-        that they are not part of `total`; custom calls by their target.
-    """
-
-    total: float
-    by_source: dict[str, float] = dataclasses.field(default_factory=dict)
-    without_estimate: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def has_kernels(self) -> bool:
-        """Whether Pallas kernels are left out, which may be most of the work."""
-        return "custom-call tpu_custom_call" in self.without_estimate
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
     """What the compiled text says; None stands for what a compiler does not tell.
@@ -132,7 +86,8 @@ class Program:
       collectives: by opcode.
       custom_calls: executions by target, such as ``"__onednn$matmul"``.
       cost: None where this version of jaxlib does not give it.
-      cycles: None where no instruction has an estimate.
+      cycles: of a TPU's program; None where no instruction has an estimate.
+      kernels: of a program for a GPU that is in the table of GPUs.
     """
 
     instructions: int | None = None
@@ -145,13 +100,20 @@ class Program:
     custom_calls: dict[str, float] = dataclasses.field(default_factory=dict)
     cost: Cost | None = None
     cycles: Cycles | None = None
+    kernels: Kernels | None = None
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """What one run takes, as estimated: cycles of a TPU, seconds of a GPU."""
+        return self.kernels.seconds if self.kernels else self.cycles
 
 
-def read_program(text: str) -> Program:
+def read_program(text: str, *, gpu: Gpu | None = None) -> Program:
     """Reads the text of a compiled program.
 
     Args:
       text: of ``jax.stages.Compiled.as_text()``.
+      gpu: that it was compiled for, see :func:`capsjax.bench.known_gpu`; None for other devices.
 
     Returns:
       A :class:`Program`.
@@ -179,15 +141,16 @@ def read_program(text: str) -> Program:
     fusions = Counter(each.attribute("kind") for each in _all(module, "fusion"))
     return Program(
         instructions=opcodes.total(),
-        opcodes=_sorted(opcodes),
+        opcodes=descending(opcodes),
         fusion_count=fusions.total(),
-        fusions=_sorted(fusions),
+        fusions=descending(fusions),
         loops=loops,
         is_complete=all(loop.trip_count is not None for loop in loops),
         collectives=_collectives(executed),
         custom_calls=_custom_calls(executed),
-        cost=_cost(module),
+        cost=_cost(module, executed),
         cycles=_cycles(module, executed),
+        kernels=read_kernels(module, executed, gpu) if gpu else None,
     )
 
 
@@ -196,15 +159,11 @@ def _all(module: Module, opcode: str) -> list[Instruction]:
     return [e for part in parts for e in part.instructions.values() if e.opcode == opcode]
 
 
-def _sorted(counts: Counter[str]) -> dict[str, Any]:
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
 def _collectives(executed: list[Execution]) -> dict[str, Collective]:
     found: dict[str, Collective] = {}
     for each, part, times, _ in executed:
         opcode = each.opcode.removesuffix("-start")
-        if opcode in _COLLECTIVES:
+        if opcode in COLLECTIVES:
             operands = (part.instructions[name].shape for name in each.operand_names)
             size = sum(shape_bytes(shape) for shape in operands)
             before = found.get(opcode, Collective(0, 0))
@@ -215,50 +174,24 @@ def _collectives(executed: list[Execution]) -> dict[str, Collective]:
 def _custom_calls(executed: list[Execution]) -> dict[str, float]:
     calls = Counter[str]()
     for each, _, times, _ in executed:
-        if each.opcode == "custom-call" and each.target not in _FREE_CALLS:
+        if each.opcode == "custom-call" and each.target not in FREE_CALLS:
             calls[each.target] += times  # type: ignore[assignment]
-    return _sorted(calls)
+    return descending(calls)
 
 
 def _cycles(module: Module, executed: list[Execution]) -> Cycles | None:
-    total, by_source = 0.0, Counter[str]()
-    missing = Counter[str]()
-    for each, _, times, fused in executed:
-        if fused:
-            continue
-        cycles = each.estimated_cycles
-        if cycles is not None:
-            total += times * cycles
-            by_source[_short(module.source(each))] += times * cycles  # type: ignore[assignment]
-        elif each.opcode == "custom-call":
-            if each.target not in _FREE_CALLS:
-                missing[f"custom-call {each.target}"] += times  # type: ignore[assignment]
-        elif _works(each):
-            missing[each.opcode] += times  # type: ignore[assignment]
-    if not total:
+    alone = [each for each in executed if not each.is_fused]
+    found = sum_estimates(module, ((each, each.instruction.estimated_cycles) for each in alone))
+    if found is None:
         return None
-    return Cycles(total, _sorted(by_source), _sorted(missing))
+    return Cycles(found.total, found.by_source, found.without_estimate)
 
 
-def _works(each: Instruction) -> bool:
-    """Whether an instruction takes time: not copies of scalars between memories."""
-    kinds = _WORK | _COLLECTIVES
-    return each.opcode.removesuffix("-start") in kinds and shape_bytes(each.shape) > 8
+def _cost(module: Module, executed: list[Execution]) -> Cost | None:
+    """XLA's cost of the module, and of each loop's body and condition as often as they run.
 
-
-def _short(source: str) -> str:
-    """A file's path relative to where it is installed, or to the working directory."""
-    for root in (*site.getsitepackages(), os.getcwd(), os.path.dirname(_PACKAGE)):
-        if source.startswith(root + os.sep):
-            return source[len(root) + 1 :]
-    return source
-
-
-_PACKAGE = str(Path(__file__).parents[2])
-
-
-def _cost(module: Module) -> Cost | None:
-    """XLA's cost of the module, and of each loop's body and condition as often as they run."""
+    Calls of a GPU's libraries are added, of which XLA counts nothing.
+    """
     # None of it is public: the parser moved after jaxlib 0.10.1.
     try:
         from jaxlib import _jax
@@ -294,7 +227,13 @@ def _cost(module: Module) -> Cost | None:
                 total = total + times * full(called) - once(called.name)
         return total
 
+    calls = [
+        each.times * np.array([work.flops, 0.0, work.bytes])
+        for each in executed
+        if each.instruction.opcode == "custom-call"
+        and (work := library_work(each.computation, each.instruction))
+    ]
     try:
-        return Cost(*full(module.entry).tolist())
+        return Cost(*sum(calls, full(module.entry)).tolist())
     except (jax.errors.JaxRuntimeError, ValueError):
         return None  # a text that this version's own parser does not read

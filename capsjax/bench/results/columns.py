@@ -3,13 +3,7 @@
 import statistics
 from collections.abc import Callable
 
-from capsjax.bench.programs.program import Cycles
 from capsjax.bench.results.rows import Row
-
-
-def cycles_of(row: Row) -> Cycles | None:
-    """The compiler's estimate, if it made one."""
-    return row.hlo.cycles if row.hlo else None
 
 
 def _stage(name: str) -> Callable[[Row], str]:
@@ -55,12 +49,23 @@ def _arguments(row: Row) -> str:
     return _number(row.memory.arguments, 1e-6, 2) if row.memory else ""
 
 
-def _cycles(row: Row) -> str:
+def _estimate(name: str, scale: float) -> Callable[[Row], str]:
     """With a plus where instructions have no estimate."""
-    cycles = cycles_of(row)
-    if cycles is None:
-        return ""
-    return _number(cycles.total, 1e-6, 3) + "+" * bool(cycles.without_estimate)
+
+    def show(row: Row) -> str:
+        found = row.hlo.estimate if row.hlo and row.counts[name] is not None else None
+        return _number(found.total, scale, 3) + "+" * bool(found.without_estimate) if found else ""
+
+    return show
+
+
+def _kinds(row: Row) -> str:
+    launches = row.hlo.kernels.launches if row.hlo and row.hlo.kernels else {}
+    return ", ".join(f"{count:g} {kind}" for kind, count in launches.items())
+
+
+def _cuts(row: Row) -> str:
+    return f"{row.hlo.kernels.graph_cuts:g}" if row.hlo and row.hlo.kernels else ""
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -81,13 +86,21 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "MB": _count("temporaries", 1e-6, 2),
     "MB ratio": lambda row: _number(row.alternation.temporaries, 1, 3) if row.alternation else "",
     "collectives": _collectives,
-    "Mcycles": _cycles,
+    "Mcycles": _estimate("cycles", 1e-6),
+    "kernels": _count("kernels"),
+    "by kind": _kinds,
+    "graph cuts": _cuts,
+    "est. ms": _estimate("estimate", 1e3),
 }
 NOTE = (
     "Stages in seconds: compiling is cold, loading is from the persistent cache; another compiler's"
     " is all of its compilation. Ratios are to the first cell of a group that ran in alternation,"
     " run times within each round. GFLOP, GB moved, MB of arguments (args MB) and of temporary"
-    " memory (MB), bytes of collectives and Mcycles are those of one device, loops in full; Mcycles"
-    " are the TPU compiler's estimate, with a plus where custom calls, copies or collectives have"
-    " none."
+    " memory (MB), bytes of collectives, Mcycles, kernels and est. ms are those of one device,"
+    " loops in full. Mcycles are the TPU compiler's estimate. Est. ms is a GPU's, untuned: the GPU"
+    " compiler's for fusions, and for matrix products, convolutions and copies the least time at"
+    " the published speed of the chip, which libraries do not reach. A plus follows where custom"
+    " calls, copies or collectives have no estimate. Kernels are what one run launches on a GPU,"
+    " graph cuts the convolutions by cuDNN, each of which ends a CUDA graph; a loop with ? trips"
+    " counts once and waits for the host in each."
 )

@@ -12,7 +12,16 @@ from capsjax.bench.results.rows import Row
 
 # Times, one for each repetition; and counts, which do not vary.
 TIMES = ("trace", "lower", "compile", "load", "run")
-COUNTS = ("instructions", "fusions", "flops", "bytes", "temporaries", "cycles")
+COUNTS = (
+    "instructions",
+    "fusions",
+    "flops",
+    "bytes",
+    "temporaries",
+    "cycles",
+    "kernels",
+    "estimate",
+)
 
 
 class Ratio(NamedTuple):

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from capsjax.bench.gpus import GPUS
 from capsjax.bench.scaling import CHIPS, PAYS, Scaling, ScalingStep
 
-HEADINGS = (
+_HEADINGS = (
     "chips",
     "examples\nper chip",
     "examples\nper step",
@@ -21,13 +22,18 @@ def title(scaling: Scaling) -> str:
     return f"{scaling.kind.capitalize()} scaling on {scaling.generation}: {scaling.program}"
 
 
+def headings(scaling: Scaling) -> tuple[str, ...]:
+    """Of the columns; GPUs have no cycles."""
+    return tuple(name for name in _HEADINGS if name != "Mcycles" or scaling.generation not in GPUS)
+
+
 def cells(scaling: Scaling, step: ScalingStep) -> tuple[str, ...]:
     """The text under each heading."""
     return (
         f"{step.chips}",
         f"{step.batch:,}",
         f"{step.chips * step.batch:,}",
-        f"{step.cycles / 1e6:.3f}",
+        *([] if step.cycles is None else [f"{step.cycles / 1e6:.3f}"]),
         f"{1e3 * step.compute_seconds:.3f}",
         f"{1e3 * step.all_reduce_seconds:.3f}",
         f"{step.examples_per_second:,.0f}",
@@ -52,15 +58,35 @@ def verdict(scaling: Scaling) -> str:
 def assumptions(scalings: Sequence[Scaling]) -> str:
     """What the estimates rest on."""
     generations = dict.fromkeys(each.generation for each in scalings)
-    clocks = ", ".join(f"{name} {CHIPS[name].hertz / 1e9:g} GHz" for name in generations)
-    links = ", ".join(
-        f"{name} {CHIPS[name].link_bytes_per_second / 1e9:g} GB/s" for name in generations
-    )
-    return (
-        "These are estimates: nothing was run. Compute time is the compiler's cycles for one chip"
-        f" at its clock ({clocks}); starts of copies and communication are not among them. An"
-        " all-reduce moves 2 (n - 1) / n times its bytes over all links of a chip at once"
-        f" ({links} for each link and direction), takes 1 us more for each hop, and overlaps with"
-        " nothing. Many steps are one call on data in the chips' memory: hosts take no time."
-        " Efficiency is examples/s per chip, relative to the fewest chips."
-    )
+    tpus = [name for name in generations if name in CHIPS]
+    gpus = [name for name in generations if name in GPUS]
+    text = ["These are estimates: nothing was run."]
+    if tpus:
+        clocks = ", ".join(f"{name} {CHIPS[name].hertz / 1e9:g} GHz" for name in tpus)
+        links = ", ".join(
+            f"{name} {CHIPS[name].link_bytes_per_second / 1e9:g} GB/s" for name in tpus
+        )
+        text.append(
+            "Compute time is the compiler's cycles for one chip at its clock"
+            f" ({clocks}); starts of copies and communication are not among them. An"
+            " all-reduce moves 2 (n - 1) / n times its bytes over all links of a chip at once"
+            f" ({links} for each link and direction), takes 1 us more for each hop, and overlaps"
+            " with nothing."
+        )
+    if gpus:
+        links = ", ".join(
+            f"{name} {GPUS[name].link_bytes_per_second / 1e9:g} and"
+            f" {GPUS[name].network_bytes_per_second / 1e9:g} GB/s"
+            for name in gpus
+        )
+        text.append(
+            "Compute time of a GPU is est. ms, which is untuned, and too short where libraries"
+            " compute. An all-reduce sums over the GPUs of a host by NVLink, and over hosts by"
+            f" InfiniBand, one adapter for each GPU ({links} in each direction); it takes 1 us more"
+            " for each hop, and overlaps with nothing."
+        )
+    text += [
+        "Many steps are one call on data in the chips' memory: hosts take no time.",
+        "Efficiency is examples/s per chip, relative to the fewest chips.",
+    ]
+    return " ".join(text)

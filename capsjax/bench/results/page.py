@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from capsjax.bench.results import estimates
-from capsjax.bench.results.columns import COLUMNS, NOTE, cycles_of
+from capsjax.bench.results.columns import COLUMNS, NOTE
 from capsjax.bench.results.rows import Row
 from capsjax.bench.scaling import estimate_scaling
 from capsjax.bench.workloads import WORKLOADS
@@ -74,12 +74,12 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
         scalings=[
             {
                 "title": estimates.title(each),
+                "headings": estimates.headings(each),
                 "rows": [estimates.cells(each, step) for step in each.steps],
                 "verdict": estimates.verdict(each),
             }
             for each in scalings
         ],
-        headings=estimates.HEADINGS,
         assumptions=estimates.assumptions(scalings) if scalings else "",
         environments=_environments(rows),
         contributors=_contributors(rows),
@@ -147,22 +147,31 @@ def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any
             ],
             ("least time, ms", "run, ms", log, log),
         )
-    estimated = [(row.cell, cycles.total) for row in rows if (cycles := cycles_of(row))]
-    if estimated:
-        yield (
+    for count, scale, heading, note, unit in (
+        (
+            "cycles",
+            1.0,
             "Cycles on absent TPUs",
             "The compiler's estimate for one device, loops counted in full; custom calls and"
             " collectives have no estimate and are not in it.",
-            [
-                {
-                    "x": [cell for cell, _ in estimated],
-                    "y": [total for _, total in estimated],
-                    "name": "estimated cycles",
-                    "type": "bar",
-                }
-            ],
-            ("", "cycles", {}, linear),
-        )
+            "cycles",
+        ),
+        (
+            "estimate",
+            1e3,
+            "Time on GPUs, estimated",
+            "For one device, untuned, loops counted in full: the compiler's estimate of fusions,"
+            " and the least time of matrix products and convolutions. Other custom calls and"
+            " collectives have no estimate and are not in it.",
+            "ms",
+        ),
+    ):
+        estimated = [(row.cell, row.counts[count]) for row in rows]
+        bars = [(cell, scale * total) for cell, total in estimated if total]
+        if bars:
+            x, y = zip(*bars, strict=True)
+            trace = {"x": x, "y": y, "name": f"estimated {unit}", "type": "bar"}
+            yield heading, note, [trace], ("", unit, {}, linear)
 
 
 def _series(
@@ -244,17 +253,23 @@ def _shown(value: Any) -> str:
 
 
 def _contributors(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Where the cycles of absent TPUs go, by source line."""
+    """Where the cycles of absent TPUs, or the time of absent GPUs, go by source line."""
     found = []
     for row in rows:
-        if cycles := cycles_of(row):
-            lines = list(cycles.by_source.items())[:10]
-            missing = (f"{name} ({n:g} times)" for name, n in cycles.without_estimate.items())
+        if row.hlo and (estimate := row.hlo.estimate):
+            unit, scale, digits = ("cycles", 1, 0) if row.hlo.cycles else ("us", 1e6, 1)
+            lines = list(estimate.by_source.items())[:10]
+            missing = (f"{name} ({n:g} times)" for name, n in estimate.without_estimate.items())
             found.append(
                 {
                     "cell": row.cell,
+                    "unit": unit,
                     "lines": [
-                        (source or "no line", f"{each:,.0f}", f"{each / cycles.total:.1%}")
+                        (
+                            source or "no line",
+                            f"{scale * each:,.{digits}f}",
+                            f"{each / estimate.total:.1%}",
+                        )
                         for source, each in lines
                     ],
                     "missing": ", ".join(missing),

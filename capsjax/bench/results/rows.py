@@ -124,7 +124,7 @@ class Alternation:
     Attributes:
       base: key of the base.
       ratio: of run times, the median of pairs of the same round; where nothing ran of estimated
-        cycles, if both are complete but for copies and collectives.
+        cycles or seconds, if both are complete but for copies and collectives.
       temporaries: ratio of temporary memory.
     """
 
@@ -200,6 +200,7 @@ class Row:
     def counts(self) -> dict[str, float | None]:
         """What the compiler alone decides, as numbers."""
         hlo = self.hlo or Program()
+        seconds = hlo.kernels.seconds if hlo.kernels else None
         return {
             "instructions": hlo.instructions,
             "fusions": hlo.fusion_count,
@@ -207,6 +208,8 @@ class Row:
             "bytes": hlo.cost.bytes if hlo.cost else None,
             "temporaries": self.memory.temporaries if self.memory else None,
             "cycles": hlo.cycles.total if hlo.cycles else None,
+            "kernels": sum(hlo.kernels.launches.values()) if hlo.kernels else None,
+            "estimate": seconds.total if seconds else None,
         }
 
 

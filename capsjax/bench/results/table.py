@@ -17,14 +17,26 @@ from capsjax.bench.results.comparison import TIMES, Comparison, Ratio
 from capsjax.bench.results.rows import Row
 from capsjax.bench.scaling import Scaling
 
-_STAGED = ("trace", "lower", "compile", "load", "run ms", "instr.", "MB", "Mcycles")
+_STAGED = (
+    "trace",
+    "lower",
+    "compile",
+    "load",
+    "run ms",
+    "instr.",
+    "MB",
+    "Mcycles",
+    "kernels",
+    "est. ms",
+)
 # Of programs for several absent devices.
-_PLANNED = ("compile", "args MB", "MB", "Mcycles", "collectives")
+_PLANNED = ("compile", "args MB", "MB", "Mcycles", "kernels", "est. ms", "collectives")
 _COMPARED = (
     "compile",
     "run ms",
     "range ms",
     "Mcycles",
+    "est. ms",
     "ratio",
     "MB",
     "MB ratio",
@@ -99,9 +111,11 @@ def rows_table(rows: Sequence[Row]) -> Table:
         names = list(_COMPARED)
     elif any(COLUMNS["collectives"](row) for row in rows) and not any(row.run for row in rows):
         names = list(_PLANNED)
-    # Nothing runs on absent targets, and only their compilers estimate cycles.
+    # Nothing runs on absent targets, and only their compilers estimate times.
     names = [name for name in names if any(COLUMNS[name](row) for row in rows)]
-    table = Table()
+    table = Table(caption_justify="left")
+    if "est. ms" in names:
+        table.caption = "est. ms: an untuned estimate, often too short"
     table.add_column("seconds unless stated", overflow="fold")
     for name in names:
         table.add_column(name, justify="right", no_wrap=name != "collectives")
@@ -124,7 +138,7 @@ def scaling_table(scaling: Scaling) -> Table:
         pad_edge=False,
         show_edge=False,
     )
-    for heading in estimates.HEADINGS:
+    for heading in estimates.headings(scaling):
         table.add_column(heading, justify="right", no_wrap=True)
     for step in scaling.steps:
         table.add_row(*estimates.cells(scaling, step))
