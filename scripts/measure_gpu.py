@@ -22,6 +22,7 @@ from capsjax.errors import ConfigError
 EPOCH = 60_000  # images
 SHOWN = 6  # kernels
 PEER_SECONDS = 120.0  # for PyTorch to compile one step
+TORCH = [name for name in choices("train_step", "implementation") if name.startswith("torch")]
 
 
 class Item(NamedTuple):
@@ -57,15 +58,14 @@ def make_items(options: argparse.Namespace) -> list[Item]:
     routing = {**capsules, **dtypes, "implementation": implementations("routing", options)}
     names = implementations("convolution", options)
     convolution = {**network, **dtypes, "implementation": names}
-    torch = [name for name in choices("train_step", "implementation") if name.startswith("torch")]
-    peer = {**network, **dtypes, "implementation": ["default", *torch]}
+    peer = {**network, **dtypes, "implementation": ["default", *options.peers]}
     epoch = {"examples": [EPOCH], "steps": [EPOCH // options.batch], "seeds": [1, 3]}
     return [
         Item("routing", "routing", routing, check=True),
         Item("primary", "convolution", {"layer": ["primary"], **convolution}, check=True),
         Item("steps", "train_steps", {**network, "steps": [32], **dtypes}, "dtype"),
         Item("step", "train_step", {**network, "implementation": ["default"], **dtypes}, "dtype"),
-        Item("peer", "train_step", peer, seconds=4 * PEER_SECONDS, profile=False),
+        Item("peer", "train_step", peer, seconds=4 * options.peer_seconds, profile=False),
         Item("epoch", "train_steps", {**network, **epoch, **dtypes}, "dtype", profile=False),
         Item("conv", "convolution", {"layer": ["conv"], **convolution}, check=True),
     ]
@@ -131,13 +131,13 @@ def measure(
     plan = Plan(
         output=options.output,
         repetitions=1,
-        timeout=min(item.seconds, left),
+        timeout=min(options.bound or item.seconds, left),
         run_seconds=options.run_seconds,
         alternate=item.alternate,
         roofline=False,
         profile=item.profile,
         check=item.check,
-        peer_seconds=min(PEER_SECONDS, left / 4),
+        peer_seconds=min(options.peer_seconds, left / 2),
     )
     run_cells(group, plan, on_row=rows.append)
     for row in rows:
@@ -158,6 +158,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=["paper", "small"], default="paper")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--peers", nargs="+", choices=TORCH, default=TORCH, metavar="NAME")
+    parser.add_argument(
+        "--peer-seconds",
+        type=float,
+        default=PEER_SECONDS,
+        help=f"for PyTorch to compile one step (default: {PEER_SECONDS:g})",
+    )
+    parser.add_argument("--bound", type=float, help="seconds of one process, for all items")
     parser.add_argument(
         "--run-seconds", type=float, default=2.0, help="for each program (default: 2)"
     )
@@ -197,7 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed, skipped = False, 0
     for item, group in todo:
         left = options.seconds - (time.monotonic() - begun)
-        if left < item.seconds / 2:  # a process that is stopped has no result
+        # A process that is stopped has no result.
+        if left < (options.bound or item.seconds) / 2:
             skipped += 1
             continue
         for row in measure(item, group, options, left):
