@@ -3,6 +3,7 @@
 import atexit
 import gc
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import shutil
@@ -74,3 +75,19 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the folder of prepared data beside the repository")
     return folder
+
+
+@pytest.fixture(scope="session")
+def absent_h200():
+    """Places arguments on an H200 that programs are compiled for without having one."""
+    from jax.experimental import topologies
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from capsjax.bench import GPUS
+
+    if not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
+        pytest.skip("needs the CUDA plugin: pip install 'capsjax[cuda]'")
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology="1x1x1", target_config=GPUS["h200"].target_config
+    )
+    return NamedSharding(topologies.make_mesh(topology, (1,), ("device",)), PartitionSpec())

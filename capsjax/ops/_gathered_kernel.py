@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
-
-from capsjax.ops import _hopper
+from jax.experimental.pallas import mosaic_gpu as _mosaic_gpu
 
 if TYPE_CHECKING:
     from capsjax.ops.gathered import Plan
+
+mosaic_gpu: Any = _mosaic_gpu  # its types differ between releases
 
 # Rows of a tile, half of them for each warp group that multiplies.
 ROWS, _WARP_GROUPS = 128, 2
@@ -84,8 +84,8 @@ def gathered_product(plan: Plan, x: jax.Array, y: jax.Array, *, interpret: bool)
             a = left_block.at[:, own] if left.is_transposed else left_block.at[own]
             mosaic_gpu.wgmma(
                 sums,
-                _hopper.transpose(a) if left.is_transposed else a,
-                _hopper.transpose(right_block) if right.is_transposed else right_block,
+                a.transpose((1, 0)) if left.is_transposed else a,
+                right_block.transpose((1, 0)) if right.is_transposed else right_block,
             )
             mosaic_gpu.wgmma_wait(1)
             return sums
@@ -109,7 +109,7 @@ def gathered_product(plan: Plan, x: jax.Array, y: jax.Array, *, interpret: bool)
                     )
                     mosaic_gpu.copy_smem_to_gmem(tile.at[group, slot], out.at[part, *place])
 
-            pl.run_scoped(scope, mosaic_gpu.WGMMAAccumulatorRef((rows, plan.columns), jnp.float32))
+            pl.run_scoped(scope, mosaic_gpu.ACC((rows, plan.columns), jnp.float32))
 
         mosaic_gpu.emit_pipeline_warp_specialized(
             step,
@@ -126,20 +126,19 @@ def gathered_product(plan: Plan, x: jax.Array, y: jax.Array, *, interpret: bool)
         )(left_ref, right_ref)
         mosaic_gpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    parts = _hopper.call(
+    scratch = mosaic_gpu.SMEM(
+        (_WARP_GROUPS, 2, rows, written), dtype, transforms=_swizzled(written, dtype)
+    )
+    parts = mosaic_gpu.kernel(
         program,
-        jax.ShapeDtypeStruct((plan.parts, *shape), dtype),
-        [
-            mosaic_gpu.SMEM(
-                (_WARP_GROUPS, 2, rows, written), dtype, transforms=_swizzled(written, dtype)
-            )
-        ],
+        out_type=jax.ShapeDtypeStruct((plan.parts, *shape), dtype),
+        scratch_types=[scratch],
         grid=(len(plan.tasks),),
         grid_names=("program",),
         num_threads=_WARP_GROUPS + 1,
         thread_name="group",
         kernel_name=f"capsjax_conv_{plan.result}",
-        interpret=interpret,
+        interpret=mosaic_gpu.InterpretGPUParams() if interpret else None,
     )(left.array, right.array, jnp.asarray(plan.tasks), jnp.asarray(plan.pairs))
     result: jax.Array = parts[0] if plan.parts == 1 else jnp.sum(parts, axis=0)
     return result.astype(x.dtype)

@@ -1,103 +1,87 @@
-"""Whether a program that is being lowered can hold kernels for Hopper GPUs, such as H100."""
+"""Kernels for NVIDIA's Hopper GPUs, such as H100: where they run, and how they are lowered.
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
+``lax.platform_dependent`` traces its branches for every platform. As a primitive, a kernel is
+traced when a program for NVIDIA GPUs is lowered; other programs import nothing of Pallas.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-# Of chips with warp-group products: newer ones have others.
-_CAPABILITY = 9.0
+# The kernels' matrix instructions exist in no earlier and no later GPU.
+_CAPABILITY = "9.0"
 
 Function = Callable[..., Any]
 
 
-def register(primitive: Primitive, kernel: Function, otherwise: Function) -> None:
-    """Registers how a primitive is lowered: for NVIDIA GPUs, and not for other platforms.
-
-    Nothing of it is traced, nor is Pallas imported, when a program is for another platform.
+def register(primitive: Primitive, choose: Callable[..., tuple[Function, Function | None]]) -> None:
+    """Registers how a primitive is lowered.
 
     Args:
       primitive: with one or several results.
-      kernel: computes the results by a kernel for Hopper GPUs; takes arrays and the primitive's
-        parameters.
-      otherwise: the same by XLA alone, for other GPUs, and for programs that XLA divides among
-        devices, as it cannot divide a kernel.
+      choose: from the primitive's parameters, the kernel, and what takes its place where it does
+        not run; None for a NotImplementedError there.
     """
-    several = primitive.multiple_results
-    rules = [mlir.lower_fun(f, multiple_results=several) for f in (kernel, otherwise)]
 
-    def lower(context: mlir.LoweringRuleContext, *arguments: Any, **parameters: Any) -> Any:
-        return rules[0 if _fits(context) else 1](context, *arguments, **parameters)
+    def lower(context: mlir.LoweringRuleContext, *operands: Any, **parameters: Any) -> Any:
+        kernel, otherwise = choose(**parameters)
+        reason = _why_not(context)
+        if reason is not None and otherwise is None:
+            raise NotImplementedError(f"implementation 'mosaic_gpu' {reason}")
+        function = kernel if reason is None or otherwise is None else otherwise
+        # A kernel knows nothing of mesh axes over which its arguments vary.
+        shapes = [_shape(x) for x in context.avals_in]
+        rule = mlir.lower_fun(function, multiple_results=primitive.multiple_results)
+        return rule(context.replace(avals_in=shapes), *operands)
 
-    def refuse(context: mlir.LoweringRuleContext, *_: Any, **parameters: Any) -> Any:
-        raise NotImplementedError(
-            "implementation 'mosaic_gpu' is for NVIDIA GPUs, the program is compiled for"
-            f" {', '.join(context.module_context.platforms)}"
-        )
-
-    mlir.register_lowering(primitive, refuse)
+    mlir.register_lowering(primitive, lower)
+    # Programs for several platforms have one of each.
     mlir.register_lowering(primitive, lower, platform="cuda")
 
 
-def allows_tf32(precision: jax.lax.PrecisionLike) -> bool:
-    """Whether float32 factors of a matrix product may be rounded to TF32."""
+def why_not_here() -> str | None:
+    """Why kernels do not run here, if a GPU is present; None if they do or there is none."""
+    if jax.__version_info__ < (0, 11):
+        return f"needs jax 0.11 or later, got {jax.__version__}"
+    return _why_not_on(jax.devices()[0]) if jax.default_backend() == "gpu" else None
+
+
+def allows_tf32(precision: lax.PrecisionLike) -> bool:
+    """Whether float32 factors of matrix products may be rounded to TF32."""
     if precision is None:
         precision = jax.config.values["jax_default_matmul_precision"]
-    return precision in (None, "default", "tensorfloat32", jax.lax.Precision.DEFAULT)
+    return precision in (None, "default", "fastest", "tensorfloat32", lax.Precision.DEFAULT)
 
 
-def call(
-    body: Function, out: Any, scratch: Sequence[Any], *, interpret: bool = False, **options: Any
-) -> Function:
-    """``pallas.mosaic_gpu.kernel``, whose arguments were renamed after jax 0.10.1."""
-    from jax.experimental.pallas import mosaic_gpu
-
-    names = ("out_type", "scratch_types")
-    if names[0] not in inspect.signature(mosaic_gpu.kernel).parameters:
-        names = ("out_shape", "scratch_shapes")
-    if interpret:
-        # jax 0.10.1 has no such simulation.
-        options["interpret"] = mosaic_gpu.InterpretGPUParams()  # type: ignore[attr-defined]
-    kernel: Function = mosaic_gpu.kernel(
-        body, **dict(zip(names, (out, scratch), strict=True)), **options
-    )
-    return kernel
+def _shape(aval: Any) -> jax.core.ShapedArray:
+    return jax.core.ShapedArray(aval.shape, aval.dtype)
 
 
-def transpose(reference: Any) -> Any:
-    """A reference to a matrix in shared memory, transposed."""
-    if hasattr(reference, "transpose"):
-        return reference.transpose((1, 0))
-    from jax.experimental.pallas import mosaic_gpu  # jax 0.10.1
-
-    return mosaic_gpu.transpose_ref(reference, (1, 0))
-
-
-def _fits(context: mlir.LoweringRuleContext) -> bool:
-    axes: Any = context.module_context.axis_context
-    if getattr(axes, "num_devices", 1) > 1:
-        return False
+def _why_not(context: Any) -> str | None:
+    """Why a program cannot have kernels, as far as its lowering tells; otherwise None."""
+    platforms = context.platforms or context.module_context.platforms
+    if tuple(platforms) != ("cuda",):
+        return f"needs an NVIDIA GPU, but the program is compiled for {', '.join(platforms)}"
+    if context.module_context.lowering_parameters.for_export:
+        return "is for Hopper GPUs only, but an exported program runs on any GPU"
+    axes = context.module_context.axis_context
     mesh = getattr(axes, "mesh", None)
-    if mesh is not None and set(axes.manual_axes) != set(mesh.axis_names):
-        return False
-    devices = getattr(axes, "device_assignment", None) or getattr(mesh, "devices", None)
-    if devices is not None:
-        first = devices[0] if isinstance(devices, tuple) else devices.flat[0]
-        return _capability_of(first) == _CAPABILITY
-    return _capability_here() == _CAPABILITY
+    is_partitioned = mesh is not None and set(axes.manual_axes) != set(mesh.axis_names)
+    if getattr(axes, "num_devices", 1) > 1 or is_partitioned:
+        return "runs on several devices under shard_map or pmap only: XLA cannot partition it"
+    if isinstance(mesh, jax.sharding.Mesh):
+        return _why_not_on(mesh.devices.flat[0])
+    return why_not_here()
 
 
-def _capability_of(device: jax.Device) -> float:
-    return float(getattr(device, "compute_capability", _CAPABILITY))
-
-
-@functools.cache
-def _capability_here() -> float:
-    """Of this machine's GPUs; that of Hopper where it has none, and compiles for others."""
-    if jax.default_backend() != "gpu":
-        return _CAPABILITY
-    return _capability_of(jax.local_devices()[0])
+def _why_not_on(device: jax.Device) -> str | None:
+    capability = getattr(device, "compute_capability", _CAPABILITY)
+    if capability == _CAPABILITY:
+        return None
+    return (
+        f"needs compute capability {_CAPABILITY} (Hopper), got {capability} ({device.device_kind})"
+    )

@@ -83,9 +83,9 @@ def conv_general_dilated(
           zeros. The default on TPUs for strided convolutions.
         * ``"mosaic_gpu"``: a kernel for Hopper GPUs, such as H100, which gathers blocks of images
           and features while it multiplies them; see :mod:`capsjax.ops.gathered`. Rounds float32
-          factors to TF32. The default there where Fourier transforms take fewer operations than
-          patches, for channels in multiples of 128 and features in multiples of 64. On other NVIDIA
-          GPUs, and where XLA divides a program among devices, one of the above takes its place.
+          factors to TF32. With jax 0.11 or later, the default there where Fourier transforms take
+          fewer operations than patches, for channels in multiples of 128 and features in multiples
+          of 64; but not in programs that are exported, or that XLA divides among devices.
         * ``"xla"``: :func:`jax.lax.conv_general_dilated`. The default elsewhere.
 
     Returns:
@@ -163,7 +163,8 @@ def conv_general_dilated(
 
     def products(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
         if name == "mosaic_gpu":
-            return lambda lhs, rhs: conv_by_gathering(lhs, rhs, fields, by_name[on_gpu])
+            otherwise = None if implementation else by_name[on_gpu]
+            return lambda lhs, rhs: conv_by_gathering(lhs, rhs, fields, otherwise)
         return lambda lhs, rhs: by_name[name](lhs, rhs, fields, precision, preferred_element_type)
 
     if implementation == "mosaic_gpu" and why_not:

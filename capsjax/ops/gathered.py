@@ -45,7 +45,7 @@ def conv_by_gathering(
     images: jax.Array,
     kernel: jax.Array,
     fields: ReceptiveFields,
-    otherwise: Convolve,
+    otherwise: Convolve | None,
 ) -> jax.Array:
     r"""Convolves without storing patches, on Hopper GPUs.
 
@@ -59,8 +59,8 @@ def conv_by_gathering(
         :func:`why_not_by_gathering` for what is supported.
       kernel: ``[KH, KW, C, O]``.
       fields: receptive fields of the kernel on the images.
-      otherwise: computes the same on other GPUs, from images, kernel, fields, precision and
-        preferred element type.
+      otherwise: computes the same where the kernel does not run, from images, kernel, fields,
+        precision and preferred element type; None for a NotImplementedError there.
 
     Returns:
       ``[B, P, Q, O]`` in the dtype of the images. Sums are float32; factors in float32 are rounded
@@ -81,7 +81,9 @@ def why_not_by_gathering(
     precision: lax.PrecisionLike,
     preferred_element_type: Any,
 ) -> str | None:
-    """Why the kernel does not support these arguments, or None."""
+    """Why the kernel does not support these arguments, or does not run here; otherwise None."""
+    if (reason := _hopper.why_not_here()) is not None:
+        return reason
     channels, features = kernel.shape[-2:]
     if images.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"computes in float32, bfloat16 and float16, got {images.dtype}"
@@ -119,13 +121,11 @@ def _by_kernel(
     *,
     fields: ReceptiveFields,
     result: Result,
-    otherwise: Any = None,
     interpret: bool = False,
 ) -> jax.Array:
     """The kernel's product."""
     from capsjax.ops._gathered_kernel import gathered_product
 
-    del otherwise
     dtype = x.dtype
     shape = _result_shape(x, y, fields, result)
     missing = -x.shape[0] % _ROWS
@@ -157,10 +157,11 @@ def _by_convolution(
     return jax.vjp(lambda kernel: convolve(x, kernel), zeros)[1](y)[0]
 
 
-_product = Primitive("capsjax_gathered_product")
-_product.def_abstract_eval(_abstract)
-_product.def_impl(lambda *xs, **options: jax.jit(partial(_product.bind, **options))(*xs))
-_hopper.register(_product, _by_kernel, _by_convolution)
+def _choose(
+    *, otherwise: Convolve | None, **options: Any
+) -> tuple[_hopper.Function, _hopper.Function | None]:
+    place = otherwise and partial(_by_convolution, otherwise=otherwise, **options)
+    return partial(_by_kernel, **options), place
 
 
 def _transpose_first(
@@ -204,7 +205,7 @@ _product.def_abstract_eval(_abstract)
 _product.def_impl(lambda *xs, **options: jax.jit(partial(_product.bind, **options))(*xs))
 ad.defbilinear(_product, _transpose_first, _transpose_second)
 batching.primitive_batchers[_product] = _batch
-_hopper.register(_product, _by_kernel, _by_convolution)
+_hopper.register(_product, _choose)
 
 
 class Plan(NamedTuple):

@@ -9,17 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparing import assert_close
-from jax.experimental.pallas import mosaic_gpu
-from jax.interpreters import mlir
+from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from capsjax import conv_general_dilated
-from capsjax.ops import gathered
+from capsjax.ops import _hopper, gathered
 from capsjax.ops.conv import _conv_by_xla
 from capsjax.ops.fields import ReceptiveFields
 
 # Images, kernel and features of one convolution are each a sum of products of the other two.
+needs_kernel = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the kernel needs jax 0.11 or later"
+)
 RESULTS = ("features", "images", "kernel")
 PAPER = ReceptiveFields.of((20, 20), (9, 9), (2, 2), "VALID")
 PADDED = ReceptiveFields.of((5, 4), (3, 2), (2, 1), ((1, 1), (0, 0)))
@@ -103,9 +105,7 @@ def test_the_paper_s_tiles_fill_the_multiprocessors():
     assert np.all(np.diff(longest_first) <= 0)
 
 
-@pytest.mark.skipif(
-    not hasattr(mosaic_gpu, "InterpretGPUParams"), reason="jax 0.10.1 simulates no such kernels"
-)
+@needs_kernel
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("result", RESULTS)
 def test_the_simulated_kernel_computes_the_convolution(result, dtype):
@@ -123,11 +123,7 @@ def test_the_simulated_kernel_computes_the_convolution(result, dtype):
 @pytest.fixture
 def on_cpus(monkeypatch):
     """Lets the primitive's derivatives run here, by XLA's convolution."""
-    rule = mlir.lower_fun(gathered._by_convolution, multiple_results=False)
-    before = mlir._lowerings[gathered._product]
-    mlir.register_lowering(gathered._product, rule)
-    yield
-    mlir.register_lowering(gathered._product, before.rule if hasattr(before, "rule") else before)
+    monkeypatch.setattr(_hopper, "_why_not", lambda context: "does not run on CPUs")
 
 
 @pytest.mark.parametrize("fields", [PADDED, NOT_ALL_READ])
@@ -169,6 +165,7 @@ def lowered(function, *shapes, dtype="bfloat16", sharding=None, platform="cuda")
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
+@needs_kernel
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_is_the_default_for_large_kernels_on_hopper_gpus(dtype):
     text = lowered(CONVOLVE, *SHAPES, dtype=dtype)
@@ -177,10 +174,35 @@ def test_is_the_default_for_large_kernels_on_hopper_gpus(dtype):
     assert "mosaic_gpu" not in lowered(CONVOLVE, (128, 20, 20, 256), (3, 3, 256, 256), dtype=dtype)
 
 
-def test_xla_takes_over_where_it_divides_the_program_among_devices():
+def test_xla_takes_over_where_it_divides_the_program_among_devices(monkeypatch):
+    monkeypatch.setattr(_hopper, "why_not_here", lambda: None)
     mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))
     text = lowered(CONVOLVE, *SHAPES, sharding=NamedSharding(mesh, PartitionSpec()))
     assert "mosaic_gpu" not in text
+    named = functools.partial(CONVOLVE, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="under shard_map or pmap only"):
+        lowered(named, *SHAPES, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def test_exported_programs_run_on_any_gpu(monkeypatch):
+    monkeypatch.setattr(_hopper, "why_not_here", lambda: None)
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in SHAPES]
+    exported = export.export(jax.jit(CONVOLVE), platforms=["cuda"])(*shapes)
+    assert "mosaic_gpu" not in exported.mlir_module()
+
+
+@needs_kernel
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiles_for_an_absent_h200(dtype, absent_h200):
+    """With all gradients, of three kernels."""
+
+    def gradients(images, kernel):
+        return jax.grad(lambda *x: jnp.sum(jnp.sin(CONVOLVE(*x))), (0, 1))(images, kernel)
+
+    shapes = [jax.ShapeDtypeStruct(shape, dtype, sharding=absent_h200) for shape in SHAPES]
+    text = jax.jit(gradients).lower(*shapes).compile().as_text()
+    assert all(f"capsjax_conv_{result}" in text for result in RESULTS)
 
 
 def test_the_kernel_is_not_imported_for_other_platforms():
@@ -194,7 +216,8 @@ def test_the_kernel_is_not_imported_for_other_platforms():
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-def test_says_what_it_does_not_support():
+def test_says_what_it_does_not_support(monkeypatch):
+    monkeypatch.setattr(_hopper, "why_not_here", lambda: None)
     for shapes, options, reason in (
         (((2, 20, 20, 100), (9, 9, 100, 64)), {}, "multiples of 128"),
         (((2, 20, 20, 128), (9, 9, 128, 32)), {}, "multiples of 64"),
@@ -207,6 +230,7 @@ def test_says_what_it_does_not_support():
             )
 
 
-def test_on_a_cpu_it_is_named():
-    with pytest.raises(NotImplementedError, match="is for NVIDIA GPUs.* compiled for cpu"):
+def test_a_name_is_an_error_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(_hopper, "why_not_here", lambda: None)
+    with pytest.raises(NotImplementedError, match="'mosaic_gpu' needs an NVIDIA GPU, .* cpu"):
         lowered(functools.partial(CONVOLVE, implementation="mosaic_gpu"), *SHAPES, platform="cpu")

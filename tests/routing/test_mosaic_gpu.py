@@ -1,7 +1,6 @@
 """The kernel for Hopper GPUs: interpreted on CPUs, and compiled where the compiler is installed."""
 
 import functools
-import importlib.util
 import sys
 
 import jax
@@ -11,11 +10,11 @@ import pytest
 from comparing import assert_close
 from dense import PAPER, arguments, assert_same, bias_of, loss, with_gradients
 from jax import export
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from capsjax import dense_capsules
-from capsjax.routing.fused import mosaic_gpu, sweep_primitive
+from capsjax.ops import _hopper
+from capsjax.routing.fused import sweep_primitive
 from capsjax.routing.fused.hopper_sizes import TILE, Sizes
 from capsjax.routing.fused.mosaic_gpu import MosaicGpu
 
@@ -34,7 +33,7 @@ def anywhere(monkeypatch):
     monkeypatch.setattr(
         MosaicGpu, "of", lambda *x, **kwargs: real(*x, **{**kwargs, "required": False})
     )
-    monkeypatch.setattr(mosaic_gpu, "unavailable", lambda: None)
+    monkeypatch.setattr(_hopper, "why_not_here", lambda: None)
 
 
 def sweeps(number, sizes, batch):
@@ -181,14 +180,14 @@ def test_programs_for_other_platforms_do_not_import_the_kernel(platform, monkeyp
 
 
 def test_exported_programs_run_on_any_gpu(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "unavailable", lambda: None)
+    monkeypatch.setattr(_hopper, "why_not_here", lambda: None)
     shapes = [jax.ShapeDtypeStruct(x, jnp.float32) for x in ((128, *PAPER[1][:2]), PAPER[1])]
     exported = export.export(jax.jit(lambda *x: dense_capsules(*x).poses), platforms=["cuda"])
     assert "mosaic_gpu" not in exported(*shapes).mlir_module()
 
 
 def test_a_name_is_an_error_where_the_kernel_does_not_run(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "unavailable", lambda: None)
+    monkeypatch.setattr(_hopper, "why_not_here", lambda: None)
     poses, weights = arguments(2)
     named = jax.jit(functools.partial(dense_capsules, implementation=NAME))
     with pytest.raises(NotImplementedError, match="'mosaic_gpu' needs an NVIDIA GPU, .* cpu"):
@@ -198,7 +197,7 @@ def test_a_name_is_an_error_where_the_kernel_does_not_run(monkeypatch):
 
 
 def test_xla_partitions_the_votes_instead_of_the_kernel(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "unavailable", lambda: None)
+    monkeypatch.setattr(_hopper, "why_not_here", lambda: None)
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     shapes = [
         jax.ShapeDtypeStruct(x, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
@@ -229,7 +228,7 @@ def test_xla_partitions_the_votes_instead_of_the_kernel(monkeypatch):
     ],
 )
 def test_what_is_not_supported(sizes, options, match, monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "unavailable", lambda: None)
+    monkeypatch.setattr(_hopper, "why_not_here", lambda: None)
     with pytest.raises(NotImplementedError, match=f"'mosaic_gpu' .*{match}"):
         jax.eval_shape(
             lambda *x: dense_capsules(*x, implementation=NAME, **options),
@@ -238,7 +237,7 @@ def test_what_is_not_supported(sizes, options, match, monkeypatch):
 
 
 def test_16_bit_factors_are_exact_whatever_the_precision(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "unavailable", lambda: None)
+    monkeypatch.setattr(_hopper, "why_not_here", lambda: None)
     named = functools.partial(dense_capsules, implementation=NAME, precision="highest")
     assert jax.eval_shape(named, *arguments(2, dtype="float16")).poses.dtype == jnp.float16
 
@@ -251,34 +250,11 @@ def test_programs_fill_the_multiprocessors_once():
     assert Sizes.of((1, 7, 3, 3), (1, 7, 2, 5, 3), 2) == Sizes(64, 8, 8, 6, 2)
 
 
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 151397597184 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-runtime_version { major: 12 minor: 8 patch: 0 }
-device_description_str: "NVIDIA H200 141GB HBM3e"
-"""
-
-
 @needs_kernel
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))),
-    reason="needs jax[cuda12] or jax[cuda13]",
-)
-def test_compiles_for_an_absent_h200():
-    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200)
-    sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("d",)), PartitionSpec())
+def test_compiles_for_an_absent_h200(absent_h200):
     shapes = [
-        jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=sharding)
+        jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=absent_h200)
         for x in ((128, *PAPER[1][:2]), PAPER[1])
     ]
     gradients = jax.grad(loss, (0, 1))

@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from capsjax.ops import _hopper
 from capsjax.routing.fused.hopper_sizes import Sizes
-from capsjax.routing.fused.sweep_primitive import sweep, unavailable
+from capsjax.routing.fused.sweep_primitive import sweep
 
 Packed = tuple[jax.Array, jax.Array]
 
@@ -64,14 +65,11 @@ class MosaicGpu:
         required: bool,
     ) -> "MosaicGpu":
         """Makes the sweeps for poses ``[B, I, K]`` and weights ``[I, K, J, D]``."""
-        if (reason := unavailable()) is not None:
+        if (reason := _hopper.why_not_here()) is not None:
             raise _unsupported(reason)
         if poses.dtype == jnp.float64:
             raise _unsupported("computes in float32, got poses or weights of float64")
-        if precision is None:
-            config: Any = jax.config
-            precision = config.jax_default_matmul_precision
-        if poses.dtype == jnp.float32 and precision not in _TF32:
+        if poses.dtype == jnp.float32 and not _hopper.allows_tf32(precision):
             raise _unsupported(f"rounds float32 factors to TF32, got precision {precision!r}")
         if num_iterations > _MOST_ITERATIONS:
             raise _unsupported(
@@ -127,10 +125,6 @@ class MosaicGpu:
     def _sweep(self, packed: Packed, *queries: jax.Array) -> tuple[jax.Array, ...]:
         by_example = (x.transpose(1, 0, 2)[None] for x in queries)
         return sweep(*packed, *by_example, leaky=self.leaky, required=self.required)
-
-
-# What a precision is called whose products of float32 factors are rounded to TF32 on GPUs.
-_TF32 = (None, "default", "fastest", lax.Precision.DEFAULT)
 
 
 def _unsupported(reason: str) -> NotImplementedError:

@@ -1,8 +1,4 @@
-"""A sweep over the children as a primitive, which becomes a kernel when it is lowered for a GPU.
-
-``lax.platform_dependent`` traces its branches for every platform. As a primitive, the kernel is
-traced only in programs for NVIDIA GPUs; others do not import Pallas.
-"""
+"""A sweep over the children as a primitive, which becomes a kernel when it is lowered for a GPU."""
 
 import functools
 from typing import Any
@@ -10,12 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
+from capsjax.ops import _hopper
 from capsjax.ops._checks import zeros
-
-# Its matrix instruction exists in no earlier and no later GPU.
-_CAPABILITY = "9.0"
 
 
 def sweep(
@@ -117,59 +111,22 @@ def _derivative(
     return list(results), list(derivatives)
 
 
-def _lower(context: Any, *operands: Any, leaky: bool, required: bool) -> Any:
-    reason = _unsupported(context)
-    if reason is not None and required:
-        raise NotImplementedError(f"implementation 'mosaic_gpu' {reason}")
-    if reason is not None:
-        function = functools.partial(plain, leaky=leaky)
-    else:
-        from capsjax.routing.fused import hopper_kernel
+def _kernel(*arguments: jax.Array, leaky: bool) -> tuple[jax.Array, ...]:
+    from capsjax.routing.fused import hopper_kernel
 
-        function = functools.partial(hopper_kernel.sweep, leaky=leaky)
-    # A kernel knows nothing of mesh axes over which its arguments vary.
-    shapes = [jax.core.ShapedArray(x.shape, x.dtype) for x in context.avals_in]
-    return mlir.lower_fun(function)(context.replace(avals_in=shapes), *operands)
+    results: tuple[jax.Array, ...] = hopper_kernel.sweep(*arguments, leaky=leaky)
+    return results
 
 
-def _unsupported(context: Any) -> str | None:
-    """Why a program cannot have the kernel, as far as its lowering tells; otherwise None."""
-    platforms = context.platforms or context.module_context.platforms
-    if tuple(platforms) != ("cuda",):
-        return f"needs an NVIDIA GPU, but the program is compiled for {', '.join(platforms)}"
-    if context.module_context.lowering_parameters.for_export:
-        return "is for Hopper GPUs only, but an exported program runs on any GPU"
-    axes = context.module_context.axis_context
-    if getattr(axes, "num_devices", 1) > 1:
-        return "runs on several devices under shard_map or pmap only: XLA cannot partition it"
-    mesh = getattr(axes, "mesh", None)
-    if isinstance(mesh, jax.sharding.Mesh):
-        return _wrong_device(mesh.devices.flat[0])
-    return None
-
-
-def unavailable() -> str | None:
-    """Why the kernel does not run here, if a GPU is present; None if it does or there is none."""
-    if jax.__version_info__ < (0, 11):
-        return f"needs jax 0.11 or later, got {jax.__version__}"
-    return _wrong_device(jax.devices()[0]) if jax.default_backend() == "gpu" else None
-
-
-def _wrong_device(device: jax.Device) -> str | None:
-    capability = getattr(device, "compute_capability", _CAPABILITY)
-    if capability == _CAPABILITY:
-        return None
-    return (
-        f"needs compute capability {_CAPABILITY} (Hopper), got {capability} ({device.device_kind})"
-    )
+def _choose(*, leaky: bool, required: bool) -> tuple[_hopper.Function, _hopper.Function | None]:
+    otherwise = None if required else functools.partial(plain, leaky=leaky)
+    return functools.partial(_kernel, leaky=leaky), otherwise
 
 
 _sweep = Primitive("capsule_sweep")
 _sweep.multiple_results = True
 _sweep.def_abstract_eval(_shapes)
 _sweep.def_impl(_run)
-mlir.register_lowering(_sweep, _lower)
-# Programs for several platforms have one of each.
-mlir.register_lowering(_sweep, _lower, platform="cuda")
+_hopper.register(_sweep, _choose)
 batching.primitive_batchers[_sweep] = _batched
 ad.primitive_jvps[_sweep] = _derivative
