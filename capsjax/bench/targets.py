@@ -20,6 +20,7 @@ import jax
 
 from capsjax.bench.gpus import GPUS, HOST
 from capsjax.errors import ConfigError, how_to_install
+from capsjax.ops import _hopper
 
 Platform = Literal["cpu", "gpu", "tpu"]
 
@@ -311,6 +312,7 @@ def _absent_gpus(target: Target) -> tuple[jax.Device, ...]:
         raise ConfigError(
             f"target {target.name!r} is unknown to this CUDA plugin: {str(error).splitlines()[0]}"
         ) from None
+    _hopper.compile_for(described.devices[0])
     return tuple(described.devices)
 
 

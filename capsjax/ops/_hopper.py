@@ -16,6 +16,7 @@ from jax.interpreters import mlir
 _CAPABILITY = "9.0"
 
 Function = Callable[..., Any]
+_absent: jax.Device | None = None
 
 
 def register(primitive: Primitive, choose: Callable[..., tuple[Function, Function | None]]) -> None:
@@ -44,10 +45,21 @@ def register(primitive: Primitive, choose: Callable[..., tuple[Function, Functio
 
 
 def why_not_here() -> str | None:
-    """Why kernels do not run here, if a GPU is present; None if they do or there is none."""
+    """Why kernels do not run on this machine's GPU, or the absent one; None if they do."""
     if jax.__version_info__ < (0, 11):
         return f"needs jax 0.11 or later, got {jax.__version__}"
-    return _why_not_on(jax.devices()[0]) if jax.default_backend() == "gpu" else None
+    if jax.default_backend() == "gpu":
+        return _why_not_on(jax.devices()[0])
+    return _why_not_on(_absent) if _absent is not None else None
+
+
+def compile_for(device: jax.Device) -> None:
+    """Tells for which absent GPU programs are compiled from now on; otherwise it is a Hopper GPU.
+
+    The lowering of a program for one device does not know it.
+    """
+    global _absent
+    _absent = device
 
 
 def allows_tf32(precision: lax.PrecisionLike) -> bool:

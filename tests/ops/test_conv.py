@@ -13,7 +13,7 @@ from jax import export, lax
 from jax.test_util import check_grads
 
 from capsjax import conv_general_dilated
-from capsjax.ops import ReceptiveFields
+from capsjax.ops import ReceptiveFields, _hopper
 from capsjax.ops.fourier import gains_by_fourier
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -157,7 +157,8 @@ def test_the_gradient_of_the_images_multiplies_by_no_zeros_on_tpus():
         ("tpu", "bfloat16", 64, 0),
     ],
 )
-def test_by_products_where_they_are_less_work(platform, dtype, batch, products):
+def test_by_products_where_they_are_less_work(platform, dtype, batch, products, monkeypatch):
+    monkeypatch.setattr(_hopper, "why_not_here", lambda: "needs another GPU")
     shapes = (batch, 20, 20, 256), (9, 9, 256, 256)
     text = lowered(platform, *shapes, 2, dtype)
     assert text.count("stablehlo.dot_general") == products
@@ -180,7 +181,8 @@ def test_by_lookup_on_gpus_for_few_channels(images, kernel, dtype, gathers):
     assert ("stablehlo.gather" in text, "stablehlo.convolution" in text) == (gathers, not gathers)
 
 
-def test_gradients_by_lookup_read_and_add_nothing_in_memory():
+def test_gradients_by_lookup_read_and_add_nothing_in_memory(monkeypatch):
+    monkeypatch.setattr(_hopper, "why_not_here", lambda: "needs another GPU")
     for shapes in (((64, 20, 20, 256), (9, 9, 256, 256), 2), ((4, 28, 28, 1), (9, 9, 1, 8), 1)):
         text = lowered("cuda", *shapes, dtype="bfloat16", gradient=True)
         assert text.count('"stablehlo.gather"(') == 2
