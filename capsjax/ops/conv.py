@@ -82,10 +82,10 @@ def conv_general_dilated(
         * ``"phases"``: XLA's convolution, with a gradient of the images that does not multiply by
           zeros. The default on TPUs for strided convolutions.
         * ``"mosaic_gpu"``: a kernel for Hopper GPUs, such as H100, which gathers blocks of images
-          and features while it multiplies them; see :mod:`capsjax.ops.gathered`. Rounds float32
-          factors to TF32. With jax 0.11 or later, the default there where Fourier transforms take
-          fewer operations than patches, for channels in multiples of 128 and features in multiples
-          of 64; but not in programs that are exported, or that XLA divides among devices.
+          and features while it multiplies them, and stores no patches. Rounds float32 factors to
+          TF32. With jax 0.11 or later, the default there where Fourier transforms take fewer
+          operations than patches, for channels in multiples of 128 and features in multiples of 64;
+          but not in programs that are exported, or that XLA divides among devices.
         * ``"xla"``: :func:`jax.lax.conv_general_dilated`. The default elsewhere.
 
     Returns:
