@@ -4,10 +4,8 @@ A program computes one tile. One of its three warp groups copies blocks to share
 two multiply them, 64 rows each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +13,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as _mosaic_gpu
 
-if TYPE_CHECKING:
-    from capsjax.ops.gathered import Plan
+from capsjax.ops.gathered import LINE, ROWS, Plan
 
 mosaic_gpu: Any = _mosaic_gpu  # its types differ between releases
 
-# Rows of a tile, half of them for each warp group that multiplies.
-ROWS, _WARP_GROUPS = 128, 2
+# Groups that multiply, each with its part of a tile's rows.
+_WARP_GROUPS = 2
 # Blocks in shared memory, of which some are copied while others are multiplied.
 _STAGES = 4
-# Bytes of a block's row, and of a row of the parts in which a tile is written.
-LINE = 128
 
 
 class _Operand(NamedTuple):

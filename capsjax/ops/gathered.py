@@ -29,9 +29,9 @@ from capsjax.ops.fields import ReceptiveFields
 # The result of the three products: each is a sum of products of blocks of the other two.
 Result = Literal["features", "images", "kernel"]
 
-# Of a tile, as in the kernel; columns that it may have, with the time of a product of two blocks.
-_ROWS, _COLUMNS = 128, {256: 1.0, 128: 0.57, 64: 0.35}
-_LINE = 128  # bytes of a block's rows
+# Rows of a tile; columns that it may have, with the time of a product of two blocks.
+ROWS, _COLUMNS = 128, {256: 1.0, 128: 0.57, 64: 0.35}
+LINE = 128  # bytes of a block's rows
 _MULTIPROCESSORS = 132
 _MOST_PARTS = 8
 # Time at the end of a tile, and of a part of a tile in float32, in products of two blocks; bytes of
@@ -89,9 +89,9 @@ def why_not_by_gathering(
         return f"computes in float32, bfloat16 and float16, got {images.dtype}"
     if not is_constant(images.shape):
         return f"needs a batch of constant size, got images of shape {images.shape}"
-    if channels % _ROWS or features % min(_COLUMNS):
+    if channels % ROWS or features % min(_COLUMNS):
         return (
-            f"needs channels in multiples of {_ROWS} and features in multiples of {min(_COLUMNS)},"
+            f"needs channels in multiples of {ROWS} and features in multiples of {min(_COLUMNS)},"
             f" got a kernel of shape {kernel.shape}"
         )
     if images.dtype == jnp.float32 and not _hopper.allows_tf32(precision):
@@ -128,7 +128,7 @@ def _by_kernel(
 
     dtype = x.dtype
     shape = _result_shape(x, y, fields, result)
-    missing = -x.shape[0] % _ROWS
+    missing = -x.shape[0] % ROWS
     x = jnp.pad(x, ((0, missing), (0, 0), (0, 0)))
     if result == "kernel":
         y = jnp.pad(y, ((0, missing), (0, 0), (0, 0)))
@@ -241,19 +241,19 @@ def make_plan(
     """For images or features x and kernel or features y, in a batch of whole blocks."""
     position, tap, place = _pairs(fields)
     positions, taps, grid = _numbers(fields)
-    target, number, *factors = {
+    target, size, *factors = {
         "features": (position, positions, place, tap),
         "images": (place, grid, position, tap),
         "kernel": (tap, taps, place, position),
     }[result]
     order = np.argsort(target, kind="stable")
     # A tile without pairs, whose position is in no receptive field, is zero.
-    counts = np.bincount(target, minlength=number)
+    counts = np.bincount(target, minlength=size)
     firsts = np.cumsum(counts) - counts
     width = y[1] if result == "images" else y[2]
     length = x[0] if result == "kernel" else x[2]
-    rows = (x[2] if result == "kernel" else x[0]) // _ROWS
-    inner = _LINE // np.dtype(dtype).itemsize
+    rows = (x[2] if result == "kernel" else x[0]) // ROWS
+    inner = LINE // np.dtype(dtype).itemsize
     blocks = length // inner
     columns, parts = min(
         itertools.product(
@@ -293,7 +293,7 @@ def _duration(
         return math.inf
     else:
         sizes = np.concatenate([(counts + part) // parts for part in range(parts)])
-        end, adding = _PARTIAL * share, len(sizes) * rows * _ROWS * width * 4 / _ADDED
+        end, adding = _PARTIAL * share, len(sizes) * rows * ROWS * width * 4 / _ADDED
     ends = [0.0] * _MULTIPROCESSORS
     for size in sorted(np.repeat(sizes, tiles), reverse=True):
         heapq.heapreplace(ends, ends[0] + size * blocks * time + end)

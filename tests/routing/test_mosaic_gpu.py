@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from capsjax import dense_capsules
 from capsjax.ops import _hopper
 from capsjax.routing.fused import sweep_primitive
+from capsjax.routing.fused.api import _prefer
 from capsjax.routing.fused.hopper_sizes import TILE, Sizes
 from capsjax.routing.fused.mosaic_gpu import MosaicGpu
 
@@ -260,3 +261,17 @@ def test_compiles_for_an_absent_h200(absent_h200):
     gradients = jax.grad(loss, (0, 1))
     text = jax.jit(gradients).lower(*shapes).compile().as_text()
     assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize(
+    ("batch", "names"),
+    [
+        (16, ("reference",)),
+        (128, ("mosaic_gpu", "reference")),
+        (250, ("mosaic_gpu", "lanes", "reference")),
+        (2000, ("lanes", "reference")),
+    ],
+)
+def test_what_a_gpu_tries_in_which_order(batch, names):
+    poses, weights = (jax.ShapeDtypeStruct(x, "float32") for x in ((batch, 1152, 8), PAPER[1]))
+    assert _prefer("cuda", poses, weights) == names

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,11 @@ from jax.typing import ArrayLike
 from capsjax.ops import dense_votes, length
 from capsjax.ops._checks import (
     accumulator,
+    alike,
     as_floating,
     as_integer,
+    is_constant,
     taking_part,
-    zeros,
 )
 from capsjax.ops.votes import check_dense
 from capsjax.routing.fused.blocked import Blocks
@@ -34,6 +35,9 @@ Implementation = Literal["reference", "blocked", "lanes", "mosaic_gpu"]
 _MANY_VOTES = 2**20
 # On GPUs, storing up to this many was faster than "lanes"; larger sizes were not measured.
 _MOST_STORED_ON_GPU = 2**25
+# The kernel for GPUs stores as many numbers for gradients. It was three to five times as fast as
+# "lanes" at the paper's sizes; larger ones were not measured.
+_MOST_BY_KERNEL = 2**27
 
 
 def dense_capsules(
@@ -88,9 +92,9 @@ def dense_capsules(
         selects by sizes and by the platform that the program is compiled for: ``"blocked"`` on CPUs
         and ``"lanes"`` elsewhere, but stored votes where they are faster. That is the case with
         fewer than 2²⁰ numbers in the votes of the batch, on CPUs if votes have fewer dimensions
-        than the children's poses, and on NVIDIA GPUs up to 2²⁵ numbers, unless the kernel supports
-        the arguments and B is at least 32. Without the name, programs that are exported or
-        partitioned by XLA do not contain the kernel.
+        than the children's poses, and on NVIDIA GPUs up to 2²⁵ numbers. Before these, GPUs take
+        the kernel if it supports the arguments, up to 2²⁷ numbers and with B of at least 32; not
+        in programs that are exported or partitioned by XLA.
 
     Returns:
       :class:`Routed`: poses :math:`v` ``[..., J, D]`` and activations :math:`\|v\|` ``[..., J]`` in
@@ -184,7 +188,7 @@ def _store(options: _Options, poses: jax.Array, weights: jax.Array) -> Routed:
 def _sweep(
     make_sweeps: Callable[..., Sweeps], options: _Options, poses: jax.Array, weights: jax.Array
 ) -> Routed:
-    if not _is_known(weights.shape):
+    if not is_constant(weights.shape):
         raise NotImplementedError(
             f"weights must have constant sizes unless votes are stored, got shape {weights.shape}"
         )
@@ -193,7 +197,7 @@ def _sweep(
     parents, dtype = weights.shape[2:], jnp.promote_types(poses.dtype, weights.dtype)
     flat = poses.astype(dtype).reshape(-1, *poses.shape[-2:])
     bias = jnp.zeros(parents) if options.bias is None else options.bias
-    arguments = _alike(flat, weights.astype(dtype), bias.astype(accumulator(dtype)))
+    arguments = alike(flat, weights.astype(dtype), bias.astype(accumulator(dtype)))
     sweeps = make_sweeps(
         *arguments[:2],
         leaky=options.leaky,
@@ -227,12 +231,14 @@ def _prefer(platform: str, poses: jax.Array, weights: jax.Array) -> tuple[str, .
         return stored
     if platform == "cpu":
         _, in_features, _, features = weights.shape
-        if _is_known((in_features, features)) and in_features > features:
+        if is_constant((in_features, features)) and in_features > features:
             return stored  # blocks save memory, but no time
         return ("blocked", *stored)
-    if platform == "cuda" and number is not None and number <= _MOST_STORED_ON_GPU:
+    if platform == "cuda" and number is not None:
         # The kernel pads the batch to a multiple of its tile.
-        return ("mosaic_gpu", *stored) if math.prod(poses.shape[:-2]) >= TILE // 2 else stored
+        fits = math.prod(poses.shape[:-2]) >= TILE // 2 and number <= _MOST_BY_KERNEL
+        kernel = ("mosaic_gpu",) if fits else ()
+        return (*kernel, *(() if number <= _MOST_STORED_ON_GPU else ("lanes",)), *stored)
     return ("lanes", *stored)
 
 
@@ -253,18 +259,4 @@ def _number_of_votes(poses: jax.Array, weights: jax.Array) -> int | None:
     """Number of votes times their dimensions; None if a size is symbolic."""
     children, _, parents, features = weights.shape
     sizes = (*poses.shape[:-2], children, parents, features)
-    return math.prod(sizes) if _is_known(sizes) else None
-
-
-def _is_known(shape: tuple[Any, ...]) -> bool:
-    """Whether all sizes are constant; those of an exported function may be symbolic."""
-    return all(isinstance(size, int) for size in shape)
-
-
-def _alike(*arrays: jax.Array) -> list[jax.Array]:
-    """Returns the arrays, all varying over every mesh axis over which one of them varies.
-
-    Under ``shard_map`` a custom derivative must return gradients of the type of its arguments. The
-    transpose of this function sums them over the axes that it added.
-    """
-    return [array + zeros((), array.dtype, *arrays) for array in arrays]
+    return math.prod(sizes) if is_constant(sizes) else None
