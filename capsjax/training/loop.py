@@ -236,13 +236,13 @@ def begin(
     """Returns where the runs go on: the last step of which all have a checkpoint, or the first."""
     steps = processes.first(lambda: [each.steps() for each in checkpoints], list[list[int]])
     saved = [set(each) for each in steps]
-    step = max(set.intersection(*saved), default=0)
-    if not step and any(saved):
+    common = set.intersection(*saved)
+    if not common and any(saved):
         raise ConfigError(
             f"the runs in {', '.join(str(d.path) for d in directories)} have no checkpoint of the"
             " same step; resume each by itself"
         )
-    state = setup.initial
+    step, state = max(common, default=0), setup.initial
     if step:
         like = jax.eval_shape(lambda state: unstack(state, len(directories))[0], state)
         state = processes.share(

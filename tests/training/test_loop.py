@@ -214,6 +214,15 @@ def test_a_request_to_stop_saves_and_ends(tmp_path, digits, tiny, monkeypatch):
     assert step == stopped.step < 23
 
 
+def test_a_run_that_was_stopped_before_its_first_step_goes_on(tmp_path, digits, tiny, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(StopRequest, "requested", lambda self: True)
+        stopped = train(config(tmp_path, steps=3), model=tiny, dataset=digits)
+    assert stopped.step == 0
+    resumed = train(config(tmp_path, steps=3, resume=True), model=tiny, dataset=digits)
+    assert resumed.step == 3
+
+
 def test_a_validation_that_was_stopped_is_made_up_for(tmp_path, digits, tiny, monkeypatch):
     options = config(tmp_path, driver="jit", steps=14)
     evaluating = Report.evaluating
