@@ -153,6 +153,7 @@ def _joined(run: Callable[[Any], None]) -> Callable[[Any, Any], None]:
             process.find_devices()
             print(joining.describe(), file=sys.stderr)
             run(config)
+        process.ignore_signals()
         joining.finish()
 
     return join

@@ -17,6 +17,7 @@ from capsjax.errors import ConfigError
 
 # The narrowest terminal that help is printed for: tyro never ends where no word fits.
 _NARROWEST = 40
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -26,7 +27,7 @@ def interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt(number)
 
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is signal.SIG_DFL]
+    numbers = [n for n in _SIGNALS if signal.getsignal(n) is signal.SIG_DFL]
     if threading.current_thread() is not threading.main_thread():
         numbers = []
     for number in numbers:
@@ -35,7 +36,15 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) is interrupt:
+                signal.signal(number, signal.SIG_DFL)
+
+
+def ignore_signals() -> None:
+    """Lets a process whose work is done end with code 0, whatever signal comes meanwhile."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def find_devices() -> None:

@@ -598,3 +598,16 @@ def test_version(capsys):
 
     main(["--version"])
     assert capsys.readouterr().out == f"capsjax {__version__}\n"
+
+
+def test_a_signal_after_the_work_changes_nothing():
+    """As while a process waits for the others, and ends."""
+    program = (
+        "import signal\n"
+        "from capsjax import process\n"
+        "with process.interruptible():\n"
+        "    process.ignore_signals()\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "    signal.raise_signal(number)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
