@@ -162,7 +162,7 @@ def kill(bench: Bench, shape: str) -> None:
             if not all(ended):
                 job[number].send(signal.SIGKILL)
             start = time.monotonic()
-            codes = job.wait(START + PATIENCE)
+            codes = job.wait(seconds=START + PATIENCE)
             record |= {"codes": codes, "ended_after": round(time.monotonic() - start, 1)}
             if not any(ended):
                 if saved(run):
@@ -192,7 +192,7 @@ def stop(bench: Bench, shape: str) -> None:
         record |= {"process": number, "noticed_after": round(time.monotonic() - start, 1)}
         check_lines(job, record, others)
         job[number].send(signal.SIGCONT)
-        record["codes"] = job.wait(PATIENCE)
+        record["codes"] = job.wait(seconds=PATIENCE)
         check(0 not in record["codes"], f"a process ended well: {job.logs()}")
 
 
@@ -307,7 +307,7 @@ def network(bench: Bench, shape: str, seconds: float | None) -> None:
                 subprocess.run([*cable, "up"], check=True)
                 codes = job.wait()
             else:
-                codes = job.wait(PATIENCE)
+                codes = job.wait(seconds=PATIENCE)
             record |= {"codes": codes, "ended_after": round(time.monotonic() - start, 1)}
             if set(codes) != {0}:
                 check_lines(job, record, [0, 1])

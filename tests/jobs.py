@@ -81,8 +81,14 @@ class Process:
 
     @property
     def errors(self):
-        """The lines of its standard error that are errors."""
-        return [line for line in self.err.splitlines() if ": error: " in line]
+        """The lines of its standard error that are errors; at least one if it was aborted."""
+        # Another program writes that line, and may end a moment later.
+        end = time.monotonic() + 10
+        while True:
+            found = [line for line in self.err.splitlines() if ": error: " in line]
+            if found or self.code != -signal.SIGABRT or time.monotonic() > end:
+                return found
+            time.sleep(0.05)
 
     def send(self, number):
         os.kill(self.pid, number)
@@ -181,13 +187,14 @@ class Job:
             assert not dead or condition(), f"{what}: a process ended\n{self.logs()}"
             time.sleep(0.05)
 
-    def wait(self, seconds=SECONDS):
-        """Waits for the end of all processes, and returns their exit codes."""
+    def wait(self, *numbers, seconds=SECONDS):
+        """Waits for the end of these processes, or of all, and returns their exit codes."""
         end = time.monotonic() + seconds
-        while any(p.code is None for p in self.processes):
+        processes = [self.processes[n] for n in numbers] or self.processes
+        while any(p.code is None for p in processes):
             assert time.monotonic() < end, f"a process has not ended in {seconds} s\n{self.logs()}"
             time.sleep(0.05)
-        return [p.code for p in self.processes]
+        return [p.code for p in processes]
 
 
 class Launched(Job):
