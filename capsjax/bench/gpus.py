@@ -103,10 +103,21 @@ def _peaks(
     return {dtype: tera * 1e12 for dtype, tera in rates.items()}
 
 
-_HOPPER = _peaks(67, 67, 494.5, 989.5, 1979, f8=True)
 # NVIDIA's data sheets of A100, H100, H200 and HGX B200, without sparsity; what the compiler is told
 # of their cores is in XLA's own descriptions of them. Hosts: one adapter for each GPU, HDR
 # InfiniBand beside A100, NDR beside the others.
+_H100 = Gpu(
+    name="NVIDIA H100 80GB HBM3",
+    capability=(9, 0),
+    cores=132,
+    l2_bytes=52428800,
+    hertz=1.98e9,
+    memory_bytes=84942979072,
+    bytes_per_second=3.35232e12,
+    cudnn=(9, 10, 0),
+    peaks=_peaks(67, 67, 494.5, 989.5, 1979, f8=True),
+    link_bytes_per_second=4.5e11,
+)
 GPUS = {
     "a100": Gpu(
         name="NVIDIA A100-SXM4-80GB",
@@ -123,29 +134,12 @@ GPUS = {
         link_bytes_per_second=3e11,
         network_bytes_per_second=2.5e10,
     ),
-    "h100": Gpu(
-        name="NVIDIA H100 80GB HBM3",
-        capability=(9, 0),
-        cores=132,
-        l2_bytes=52428800,
-        hertz=1.98e9,
-        memory_bytes=84942979072,
-        bytes_per_second=3.35232e12,
-        cudnn=(9, 10, 0),
-        peaks=_HOPPER,
-        link_bytes_per_second=4.5e11,
-    ),
-    "h200": Gpu(
+    "h100": _H100,
+    "h200": dataclasses.replace(  # more and faster memory
+        _H100,
         name="NVIDIA H200 141GB HBM3e",
-        capability=(9, 0),
-        cores=132,
-        l2_bytes=52428800,
-        hertz=1.98e9,
         memory_bytes=151397597184,
         bytes_per_second=4.8e12,
-        cudnn=(9, 10, 0),
-        peaks=_HOPPER,
-        link_bytes_per_second=4.5e11,
     ),
     "b200": Gpu(
         name="NVIDIA B200",

@@ -18,7 +18,7 @@ from capsjax.ops.fields import Padding, ReceptiveFields, channels_last
 from capsjax.ops.fourier import conv_by_fourier, gains_by_fourier
 from capsjax.ops.gathered import conv_by_gathering, why_not_by_gathering
 from capsjax.ops.patches import conv_by_lookup, conv_by_patches, gains_by_lookup
-from capsjax.ops.phases import conv_by_phases, gains_by_phases
+from capsjax.ops.phases import conv_by_phases, conv_by_xla, gains_by_phases
 
 ConvImplementation = Literal["patches", "lookup", "fourier", "phases", "mosaic_gpu", "xla"]
 
@@ -153,7 +153,7 @@ def conv_general_dilated(
         "lookup": conv_by_lookup,
         "fourier": conv_by_fourier,
         "phases": conv_by_phases,
-        "xla": _conv_by_xla,
+        "xla": conv_by_xla,
     }
     by_fourier = gains_by_fourier(lhs, rhs, fields)
     on_gpu = "fourier" if by_fourier else "xla"
@@ -237,21 +237,3 @@ def _fields(
     images: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Padding
 ) -> ReceptiveFields:
     return ReceptiveFields.of(images.shape[1:-1], kernel.shape[:-2], strides, padding)
-
-
-def _conv_by_xla(
-    images: jax.Array,
-    kernel: jax.Array,
-    fields: ReceptiveFields,
-    precision: lax.PrecisionLike,
-    preferred_element_type: Any,
-) -> jax.Array:
-    return lax.conv_general_dilated(
-        images,
-        kernel,
-        fields.strides,
-        fields.pads,
-        dimension_numbers=channels_last(len(fields.grid)),
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-    )

@@ -79,8 +79,8 @@ def gains_by_lookup(images: jax.Array, fields: ReceptiveFields, by_fourier: bool
 
     Both cases were measured on an H200 with the convolutions of the paper. Fourier transforms are
     computed in float32: products of patches take 0.6 of their time in bfloat16, but more in
-    float32. cuDNN fills channels with zeros up to 16 bytes. Where it multiplies three times as many
-    numbers as a row of patches has, or more, it takes twice as long.
+    float32. cuDNN is taken to fill channels with zeros up to 16 bytes. Where it multiplies three
+    times as many numbers as a row of patches has, or more, it takes twice as long.
     """
     # An exported function may have a symbolic batch size: assume a common one.
     batch = images.shape[0] if isinstance(images.shape[0], int) else 128

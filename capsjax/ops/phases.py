@@ -13,6 +13,25 @@ from jax.custom_derivatives import SymbolicZero
 from capsjax.ops.fields import ReceptiveFields, channels_last
 
 
+def conv_by_xla(
+    images: jax.Array,
+    kernel: jax.Array,
+    fields: ReceptiveFields,
+    precision: lax.PrecisionLike,
+    preferred_element_type: Any,
+) -> jax.Array:
+    """XLA's convolution of the fields, with its own derivatives."""
+    return lax.conv_general_dilated(
+        images,
+        kernel,
+        fields.strides,
+        fields.pads,
+        dimension_numbers=channels_last(len(fields.grid)),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def conv_by_phases(
     images: jax.Array,
@@ -40,15 +59,7 @@ def conv_by_phases(
     Returns:
       ``[B, P, Q, O]``.
     """
-    return lax.conv_general_dilated(
-        images,
-        kernel,
-        fields.strides,
-        fields.pads,
-        dimension_numbers=channels_last(len(fields.grid)),
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-    )
+    return conv_by_xla(images, kernel, fields, precision, preferred_element_type)
 
 
 @functools.partial(conv_by_phases.defjvp, symbolic_zeros=True)

@@ -15,8 +15,8 @@ from jax.test_util import check_grads
 
 from capsjax import conv_general_dilated
 from capsjax.ops import _hopper, gathered
-from capsjax.ops.conv import _conv_by_xla
 from capsjax.ops.fields import ReceptiveFields
+from capsjax.ops.phases import conv_by_xla
 
 # Images, kernel and features of one convolution are each a sum of products of the other two.
 needs_kernel = pytest.mark.skipif(
@@ -44,7 +44,7 @@ def arrays(fields, batch, channels, features, dtype="float32"):
 
 
 def by_lax(fields):
-    return lambda images, kernel: _conv_by_xla(images, kernel, fields, "highest", None)
+    return lambda images, kernel: conv_by_xla(images, kernel, fields, "highest", None)
 
 
 def expected(fields, images, kernel, features):
@@ -131,7 +131,7 @@ def test_derivatives_of_all_orders_and_batches(fields, on_cpus):
     images, kernel, _ = arrays(fields, 3, 2, 4)
 
     def convolve(images, kernel):
-        return gathered.conv_by_gathering(images, kernel, fields, _conv_by_xla)
+        return gathered.conv_by_gathering(images, kernel, fields, conv_by_xla)
 
     np.testing.assert_allclose(
         convolve(images, kernel), by_lax(fields)(images, kernel), rtol=1e-5, atol=1e-5
