@@ -1,8 +1,5 @@
 """The errors that commands report in one line; all other exceptions are bugs or wrong arguments."""
 
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
 from typing import ClassVar
 
 
@@ -47,14 +44,3 @@ class DivergedError(CapsjaxError):
 def how_to_install(extra: str) -> str:
     """Returns the command that installs the packages of an extra."""
     return f'pip install -e ".[{extra}]" in a clone of capsjax'
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Adds the file name to operating-system errors, which lack it if a read or write fails."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise

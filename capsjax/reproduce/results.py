@@ -13,7 +13,8 @@ import msgspec
 from filelock import FileLock
 
 from capsjax.data import Dataset
-from capsjax.errors import ConfigError, naming
+from capsjax.errors import ConfigError
+from capsjax.files import naming
 from capsjax.reproduce.recipes import Recipe
 from capsjax.training.files import read_json_lines
 from capsjax.training.run_directory import Count, DataDescription, ErrorRate, Seconds

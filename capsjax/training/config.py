@@ -12,7 +12,7 @@ from typing_extensions import Doc
 from capsjax import data, models, routing
 from capsjax.data.transforms import Fill, Flip
 from capsjax.errors import ConfigError
-from capsjax.files import expand_paths
+from capsjax.files import absolute, expand_paths
 from capsjax.training.drivers import DriverName
 from capsjax.training.inputs import InputName
 from capsjax.training.objectives import LossName
@@ -83,7 +83,7 @@ class TrainConfig:
     which is laid on white otherwise); 1 for grayscale images and 3 for others if not given."""
 
     run_dir: Path | None = None
-    """Run directory; runs/DATASET-PRESET-TIME if not given."""
+    """Run directory, or gs://BUCKET/FOLDER; runs/DATASET-PRESET-TIME if not given."""
 
     init_from: Path | None = None
     """Start from the parameters of this run, or of a network that comes with the package
@@ -217,9 +217,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Checks every option that can be checked without data and devices."""
         check_types(self)
-        expand_paths(self, "data_dir", "run_dir", "init_from")
+        expand_paths(self, "data_dir", remote=("run_dir", "init_from"))
         if self.init_from is not None and self.init_from.exists():  # no name of a packaged network
-            object.__setattr__(self, "init_from", self.init_from.absolute())
+            object.__setattr__(self, "init_from", absolute(self.init_from))
         check_dataset_name(self.dataset)
         if self.routing is not None and self.routing not in routing.algorithms():
             names = ", ".join(routing.algorithms())

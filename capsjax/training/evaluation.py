@@ -81,7 +81,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         """Checks every option that can be checked without data and devices."""
         check_types(self)
-        expand_paths(self, "run_dir", "data_dir", "predictions")
+        expand_paths(self, "data_dir", "predictions", remote=("run_dir",))
         check_dataset_name(self.dataset)
         require_at_least(self, 1, "batch_size", "devices", "test_size", "image_size")
         require_folder(self, "predictions")

@@ -69,7 +69,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         """Checks every option that can be checked without the network."""
         check_types(self)
-        expand_paths(self, "run_dir", "out")
+        expand_paths(self, "out", remote=("run_dir",))
         for name, choices in (("platforms", Platform), ("pixels", PixelDtype)):
             given = getattr(self, name)
             for value in given if isinstance(given, tuple) else (given,):

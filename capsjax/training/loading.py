@@ -173,7 +173,7 @@ def load_images(
 
 def _is_packaged(run_dir: Path) -> bool:
     """Whether this is no directory but the name of a network that comes with the package."""
-    return not processes.first(run_dir.exists, bool) and str(run_dir) in models.pretrained()
+    return str(run_dir) in models.pretrained() and not RunDirectory(run_dir).exists()
 
 
 def read_run(run_dir: Path) -> RunConfig:
@@ -183,7 +183,7 @@ def read_run(run_dir: Path) -> RunConfig:
         model = models.configure(about.preset, **about.overrides)
         train = TrainConfig(preset=about.preset, dataset="mnist_5k")
         return RunConfig(train, model, DataDescription.of(digits))
-    if not processes.first(run_dir.exists, bool):
+    if not RunDirectory(run_dir).exists():
         raise ConfigError(
             f"{run_dir} is no run directory, and no network that comes with the package"
             f" ({', '.join(models.pretrained())})"

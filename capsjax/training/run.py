@@ -200,7 +200,11 @@ def _lock(directories: Sequence[RunDirectory], opened: contextlib.ExitStack) -> 
 
 
 def _enter(opened: contextlib.ExitStack, directory: RunDirectory) -> None:
-    opened.enter_context(directory.locked())
+    if (before := opened.enter_context(directory.locked())) is not None:
+        say(
+            f"{directory.path} is taken over from {before}; if that process still runs, it ends"
+            " before it writes again"
+        )
 
 
 def _check_alike(
