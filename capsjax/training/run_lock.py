@@ -35,7 +35,7 @@ class RunLock:
         """Holds the lock; yields the process that a run in object storage was taken from, if any.
 
         Raises:
-          ConfigError: another process on this machine holds the lock.
+          ConfigError: another process on this machine holds the lock, or the bucket is missing.
         """
         now = datetime.datetime.now().astimezone().isoformat(" ", timespec="seconds")
         holder = f"process {os.getpid()} on {socket.gethostname()}, since {now}"
@@ -45,8 +45,13 @@ class RunLock:
             return
         before = self._read()
         self._claim = f"{holder} ({secrets.token_hex(4)})"  # a process may start twice in a second
-        with naming(self._path):
-            self._path.write_text(self._claim)
+        try:
+            with naming(self._path):
+                self._path.write_text(self._claim)
+        except FileNotFoundError:
+            raise ConfigError(
+                f"--run-dir {self._directory} cannot be made: no such bucket"
+            ) from None
         try:
             yield before or None
         finally:
