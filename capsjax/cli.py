@@ -76,10 +76,10 @@ def _run(prog: str, arguments: Sequence[str]) -> None:
 
 
 def _train(config: Any) -> None:
-    """Train a capsule network on a set of images.
+    """Train a capsule network on a data set of images.
 
-    The run directory receives the configuration, metrics as JSON lines and for TensorBoard,
-    checkpoints, the test result, and a picture of test images over their reconstructions.
+    The run directory holds the configuration, metrics as JSON lines and for TensorBoard,
+    checkpoints, the test result, and a picture of test images above their reconstructions.
     """
     from capsjax.training import processes, train
 
@@ -124,10 +124,10 @@ def _evaluate(config: Any) -> None:
 def _reproduce(config: Any) -> None:
     """Train the rows of a published table with several seeds.
 
-    Writes mean and standard deviation of their errors. Finished runs are not trained again; the
-    same command goes on with what was cut short. Tables: mnist and multi_mnist (Sabour et al. 2017,
-    table 1), affine, cifar10, svhn and smallnorb (the same paper's text), ablation (the authors'
-    code against the formulas as printed), small (networks for two processor cores).
+    Writes the mean and standard deviation of their errors. Finished runs are not trained again, and
+    the same command continues interrupted ones. Tables: mnist and multi_mnist (Sabour et al. 2017,
+    table 1), affine, cifar10, svhn and smallnorb (the same paper's text), ablation (differences
+    between the authors' code and the printed formulas), small (networks for two CPU cores).
     """
     from capsjax.reproduce import reproduce
     from capsjax.training import processes
@@ -169,7 +169,7 @@ def _bench(config: Any) -> None:
 
 
 def _draw(config: Any) -> None:
-    """Draw what a trained network computes: NAME RUN, or curves RUN RUN ... to compare runs."""
+    """Draw figures of a trained network (NAME RUN), or compare runs (curves RUN RUN ...)."""
     from capsjax.viz.draw import draw
 
     process.find_devices()
@@ -185,11 +185,11 @@ def _explore(config: Any) -> None:
 
 
 def _predict(config: Any) -> None:
-    """Predict the classes of images, files or directories, with a trained network.
+    """Predict the classes of images, given as files or directories, with a trained network.
 
-    Images are read and scaled as image_folder reads them. They should look like those of the
-    training: MNIST's digits, for example, are white on black. Ends with 1 if an image could not be
-    read; the others are predicted all the same.
+    Images are read and scaled as by the data set image_folder. They should look like the training
+    images: MNIST's digits, for example, are white on black. Images that cannot be read are skipped
+    with a warning, and the exit code is then 1.
     """
     from capsjax.training import predict
 
@@ -203,7 +203,7 @@ def _predict(config: Any) -> None:
 
 
 def _export(config: Any) -> None:
-    """Export a trained network to StableHLO, to be run by jax without capsjax, for any batch."""
+    """Export a trained network to StableHLO, which JAX runs without capsjax at any batch size."""
     from capsjax.training import export
 
     process.find_devices()

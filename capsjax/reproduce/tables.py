@@ -51,10 +51,10 @@ _MOST_SEEDS = 10_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReproduceConfig:
-    """Train the rows of a table with several seeds, and write mean and deviation of their errors.
+    """Train the rows of a published table with several seeds, and write mean and deviation.
 
     Each seed is a run under OUTPUT, which evaluate, draw, explore and train --resume can open.
-    Finished runs are listed in OUTPUT/results.jsonl and not trained again; the same command
+    Finished runs are listed in OUTPUT/results.jsonl and not trained again. The same command
     continues interrupted ones. Tables: mnist and multi_mnist (Sabour et al. 2017, table 1), affine,
     cifar10, svhn and smallnorb (the same paper's text), ablation (differences between the authors'
     code and the printed formulas), small (networks for two CPU cores).
@@ -64,19 +64,20 @@ class ReproduceConfig:
     """Table to reproduce."""
 
     rows: tuple[str, ...] = ()
-    """Names of rows; all rows of the table if not given."""
+    """Names of the rows to train. By default, all rows of the table."""
 
     list: bool = False
-    """Only print the rows: command, the paper's error, and the results in OUTPUT."""
+    """Only print the rows: the command, the paper's error, and the results in OUTPUT."""
 
     seeds: int = 3
     """Number of trials per row, with seeds 0, 1, 2 and so on."""
 
     steps: int | None = None
-    """Steps of each trial, instead of the recipe's; recorded in the results."""
+    """Steps per trial, instead of the recipe's number. The results record it."""
 
     together: int = 1
-    """Number of trials trained together by vmap; always one for rows that end at an error."""
+    """Number of trials that vmap trains together. Rows that stop at an error train one at a
+    time."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the computation."""
@@ -85,10 +86,10 @@ class ReproduceConfig:
     """Directory of prepared data sets, or an .npz file written by save_npz."""
 
     output: Path = Path("reproduced")
-    """Directory for results and runs; one for each kind of data."""
+    """Directory for results and runs. Use another one for other data."""
 
     seconds: float | None = None
-    """Save and stop after this many seconds; the same command continues."""
+    """Save and stop after this many seconds. The same command continues."""
 
     def __post_init__(self) -> None:
         """Checks the options."""

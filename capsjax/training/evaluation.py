@@ -41,42 +41,43 @@ class EvaluateConfig:
     """Evaluate a run's checkpoint on the whole test set."""
 
     run_dir: Path
-    """Directory of the run, or mnist_small for the network that comes with the package."""
+    """Run directory, or mnist_small for the network in the package."""
 
     checkpoint: str = "last"
-    """Which checkpoint: last, best (by validation error), or a step."""
+    """Checkpoint: last, best (lowest validation error), or a step."""
 
     dataset: str | None = None
-    """Evaluate on the test images of this data set; the run's own if not given."""
+    """Evaluate on the test images of this data set. By default, that of the run."""
 
     data_dir: Path | None = None
-    """Directory of prepared data sets; the run's own if not given."""
+    """Directory of prepared data sets or of images, or an .npz file. By default, that of the
+    run."""
 
     image_size: int | None = None
-    """Rows and columns of images of image_folder; the run's own if not given."""
+    """Rows and columns of the images of image_folder and tfds:. By default, those of the run."""
 
     channels: ChannelsNumber | None = None
-    """Channels of images of image_folder; the run's own if not given."""
+    """Channels of the images of image_folder and tfds:. By default, those of the run."""
 
     test_size: int | None = None
-    """Number of test images to generate, for multi_mnist, expanded_mnist and affine_mnist; that of
-    the set if not given."""
+    """Number of test images to generate for multi_mnist, expanded_mnist and affine_mnist. By
+    default, as many as the data set has."""
 
     batch_size: int = 100
-    """Examples in a batch, over all devices together; rounded up to a multiple of their number."""
+    """Examples per batch, over all devices together; rounded up to a multiple of their number."""
 
     driver: DriverName = "pmap"
-    """How it runs: pmap, shard, or jit (one device)."""
+    """How the evaluation runs: pmap, shard, or jit (one device)."""
 
     devices: int | None = None
-    """Use the first so many devices; all of them if not given (one for jit)."""
+    """Number of devices to use, the first ones. By default, all, or one for jit."""
 
     input: InputName | None = None
-    """Where the test images are: resident (all on every device) or stream; by size if not given,
-    see `capsjax train --help`."""
+    """Where the test images are: resident (all on every device) or stream. By default, chosen by
+    size; see `capsjax train --help`."""
 
     predictions: Path | None = None
-    """File to write: CSV with the classes, the prediction and the scores of each test image."""
+    """CSV file to write, with the classes, the prediction and the scores of each test image."""
 
     def __post_init__(self) -> None:
         """Checks every option that can be checked without data and devices."""

@@ -47,24 +47,25 @@ class ExportConfig:
     """Export a trained network to StableHLO."""
 
     run_dir: Path
-    """Directory of the run, or mnist_small for the network that comes with the package."""
+    """Run directory, or mnist_small for the network in the package."""
 
     out: Path
-    """Folder to write: network.bin, about.json and load.py; an earlier export is replaced."""
+    """Directory to write, with network.bin, about.json and load.py. An earlier export in it is
+    replaced."""
 
     checkpoint: str = "last"
-    """Which checkpoint: last, best (by validation error), or a step."""
+    """Checkpoint: last, best (lowest validation error), or a step."""
 
     platforms: tuple[Platform, ...] = ("cpu", "cuda", "tpu")
-    """Platforms that the network is lowered for, none of which has to be present."""
+    """Platforms to lower the network for. None of them has to be present."""
 
     pixels: PixelDtype = "uint8"
-    """Pixels of the images that the exported network takes: uint8 from 0 to 255, uint16 from 0 to
-    65535, or float32 from 0 to 1."""
+    """Pixel type that the exported network takes: uint8 from 0 to 255, uint16 from 0 to 65535, or
+    float32 from 0 to 1."""
 
     image_size: int | None = None
-    """Rows and columns of the images of a network that sees only their middle; 32 for one of
-    cifar10 if not given."""
+    """Rows and columns of the images, for a network that sees only their center. By default, 32 for
+    networks trained on cifar10."""
 
     def __post_init__(self) -> None:
         """Checks every option that can be checked without the network."""

@@ -17,21 +17,22 @@ from capsjax.version import __version__
 class ProcessOptions:
     """How several processes train as one.
 
-    On TPU VMs, GKE, SLURM, Open MPI and Kubernetes, nothing is needed: JAX detects them.
+    JAX detects TPU VMs, GKE, SLURM, Open MPI and Kubernetes, where no option is needed.
     """
 
     coordinator: str | None = None
-    """HOST:PORT at which process 0 is reached by the others; also CAPSJAX_COORDINATOR. Only where
-    JAX detects no cluster."""
+    """HOST:PORT where the other processes reach process 0; also CAPSJAX_COORDINATOR. Needed only
+    where JAX detects no cluster."""
 
     num_processes: int | None = None
-    """Number of processes; also CAPSJAX_NUM_PROCESSES. 1 trains alone, whatever JAX detects."""
+    """Number of processes; also CAPSJAX_NUM_PROCESSES. 1 trains in this process alone, even if JAX
+    detects a cluster."""
 
     process_id: int | None = None
-    """Number of this process, from 0; also CAPSJAX_PROCESS_ID."""
+    """Index of this process, from 0; also CAPSJAX_PROCESS_ID."""
 
     heartbeat_timeout: int = 60
-    """Seconds of silence after which a process counts as lost, and the others end."""
+    """Seconds of silence after which a process counts as lost and the others end."""
 
     start_timeout: int = 40
     """Seconds that processes wait for each other at the start."""

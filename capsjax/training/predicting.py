@@ -29,28 +29,28 @@ class PredictConfig:
     """Predict the classes of images with a trained network."""
 
     run_dir: Path
-    """Directory of the run, or mnist_small for the network that comes with the package."""
+    """Run directory, or mnist_small for the network in the package."""
 
     images: tuple[Path, ...]
-    """Images; directories, whose images are read, those in directories inside of them too; or .npy
-    files of arrays [N, H, W, C] or [N, H, W] in the network's shape."""
+    """Images to read: files; directories, with their subdirectories; or .npy files of arrays [N, H,
+    W, C] or [N, H, W] in the network's shape."""
 
     checkpoint: str = "last"
-    """Which checkpoint: last, best (by validation error), or a step."""
+    """Checkpoint: last, best (lowest validation error), or a step."""
 
     output: Path | None = None
-    """File to write: CSV with the prediction and the scores of all classes for each image."""
+    """CSV file to write, with the prediction and the scores of all classes for each image."""
 
     threshold: float | None = None
-    """Predict all classes with at least this score, for networks of several classes in an image; if
-    not given, the class with the largest score, or the two with the largest for multi_mnist."""
+    """Predict all classes with at least this score, for networks of several classes per image. By
+    default, the class with the highest score is predicted, or the two highest for multi_mnist."""
 
     image_size: int | None = None
-    """Rows and columns to which images are scaled for a network that sees only their middle; 32 for
-    one of cifar10 if not given."""
+    """Rows and columns to which images are scaled for a network that sees only their center. By
+    default, 32 for networks trained on cifar10."""
 
     batch_size: int = 100
-    """Images in a batch."""
+    """Images per batch."""
 
     def __post_init__(self) -> None:
         """Checks every option that can be checked without the network."""
