@@ -89,8 +89,8 @@ def _train(config: Any) -> None:
     if result.stopped_by is not None:
         command = f"capsjax train --resume --run-dir {shlex.quote(str(result.run_dir))}"
         print(
-            f"stopped by {result.stopped_by.name} at step {result.step:,}, everything saved;"
-            f" go on with: {command}"
+            f"stopped by {result.stopped_by.name} at step {result.step:,}; everything is saved,"
+            f" resume with: {command}"
         )
         if processes.number() > 1:  # whose launcher would count them as failed
             return
@@ -108,13 +108,13 @@ def _evaluate(config: Any) -> None:
     test, step = evaluated.test, evaluated.step
     _print_error(f"{evaluated.dataset} test error", test)
     if test.wrong is not None:
-        print(f"balanced error, the mean over the classes: {test.balanced_error:.2%}")
+        print(f"balanced error (mean over the classes): {test.balanced_error:.2%}")
         for name, wrong, count in zip(
             evaluated.class_names, test.class_wrong, test.class_count, strict=True
         ):
             share = f"{wrong / count:.2%}" if count else "none"
             print(f"  {name}: {share} ({wrong:,} of {count:,} wrong)")
-    source = "network of the package" if step is None else f"checkpoint of step {step:,}"
+    source = "packaged network" if step is None else f"checkpoint of step {step:,}"
     # That of an objective that was given in Python is not known here.
     print(source if math.isnan(test.loss) else f"loss {test.loss:.4f}; {source}")
     if config.predictions is not None:
@@ -281,7 +281,7 @@ def _print_result(result: "Result") -> None:
     print(f"trained {steps} in {_duration(result.seconds)}; see {result.run_dir}")
     picture = RunDirectory(result.run_dir).picture
     if picture.exists():
-        print(f"test images over their reconstructions: {picture}")
+        print(f"test images above their reconstructions: {picture}")
 
 
 def _print_error(what: str, evaluation: "Evaluation") -> None:

@@ -144,7 +144,7 @@ _KINDS = {
     "INT": "an integer",
     "FLOAT": "a number",
     "PATH": "a path",
-    "STR": "a text",
+    "STR": "a string",
     "{[FLOAT [FLOAT ...]]}": "numbers",
 }
 
@@ -188,7 +188,7 @@ def _unknown(token: str, arguments: Sequence[str], commands: Mapping[str, Comman
     if arguments[0] not in commands:
         return f"command must be one of {', '.join(commands)}, got {arguments[0]!r}"
     near = difflib.get_close_matches(token.partition("=")[0], _flags(commands[arguments[0]]), n=1)
-    return f"unknown: {token}" + (f"; perhaps you meant {near[0]}" if near else "")
+    return f"unknown argument: {token}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _flags(command: Command) -> list[str]:

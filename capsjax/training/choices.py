@@ -38,7 +38,9 @@ def choose_model(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
     fields = _fields(config, preset)
     if not config.reconstruction:
         if not getattr(preset, "decoder_features", ()):
-            raise ConfigError(f"--no-reconstruction: {config.preset} has no decoder anyway")
+            raise ConfigError(
+                f"--no-reconstruction has no effect on {config.preset}, which has no decoder"
+            )
         overrides["decoder_features"] = ()
         if "decoder_features" in fields:
             raise ConfigError("--override decoder_features has no effect without reconstruction")
@@ -55,7 +57,9 @@ def choose_model(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
         raise _option_error(error) from None
     routing = getattr(preset, "routing", "")
     if config.num_iterations is not None and not algorithm(routing).iterates:
-        raise ConfigError(f"--num-iterations is not for routing {routing!r}, which makes one pass")
+        raise ConfigError(
+            f"--num-iterations has no effect on routing {routing!r}, which makes a single pass"
+        )
     try:
         return models.configure(
             config.preset,
@@ -85,13 +89,15 @@ def _fields(config: TrainConfig, preset: models.ModelConfig) -> dict[str, Any]:
     for text in config.override or ():
         name, _, value = text.partition("=")
         if name in _DECIDED:
-            raise ConfigError(f"--override: {_DECIDED[name]} decides {name}, got {text!r}")
+            raise ConfigError(
+                f"--override cannot set {name}, which {_DECIDED[name]} determines, got {text!r}"
+            )
         if name not in known:
             raise ConfigError(
                 f"--override must name a field of {config.preset}: {', '.join(known)}; got {text!r}"
             )
         if name in fields:
-            raise ConfigError(f"--override has {name} twice")
+            raise ConfigError(f"--override sets {name} twice")
         several = get_origin(kinds[name]) is tuple
         values: Any = [v for v in value.split(",") if v] if several else value
         try:
@@ -117,7 +123,9 @@ def choose_task(dataset: Dataset, max_shift: int | None, fill: Fill | None = Non
     if max_shift is None:
         return task
     if not isinstance(task, Shifted | Pairs):
-        raise ConfigError(f"--max-shift is not for data set {dataset.name}, which moves its images")
+        raise ConfigError(
+            f"--max-shift has no effect on data set {dataset.name}, whose images are not shifted"
+        )
     smallest = min(dataset.image_shape[:2])
     if max_shift >= smallest:
         raise ConfigError(
@@ -151,7 +159,7 @@ def choose_driver(name: str, devices: int | None, batch_size: int | None = None)
     counts = collections.Counter(device.process_index for device in available)
     if len(set(counts.values())) > 1:
         numbers = ", ".join(f"process {process} has {count}" for process, count in counts.items())
-        raise ConfigError(f"all processes must have as many devices: {numbers}")
+        raise ConfigError(f"all processes must have the same number of devices: {numbers}")
     if len(counts) > 1 and devices not in (None, len(available)):
         raise ConfigError(
             f"--devices must be all {len(available)} with several processes, got {devices}"
@@ -197,9 +205,9 @@ def check_numbers(model: models.ModelConfig, dataset: Dataset) -> None:
     low, high = labels.min(), labels.max()
     if not 0 <= low <= high <= 1:
         raise ConfigError(
-            f"data set {dataset.name} has numbers to predict from {low:g} to {high:g}; the scores"
-            " of capsule networks lie in [0, 1]: scale the numbers, or give train() an objective of"
-            " the poses"
+            f"data set {dataset.name} has numbers to predict from {low:g} to {high:g}, but the"
+            " scores of capsule networks lie in [0, 1]; scale the numbers, or pass train() an"
+            " objective on the poses"
         )
 
 
@@ -241,7 +249,7 @@ def choose_metrics(
         raise TypeError(f"metrics must be a dict of functions by name, got {metrics!r}")
     for name in ("loss", "error", "count", "metrics"):
         if name in metrics:
-            raise ValueError(f"metrics must not have the name {name!r}, which is recorded anyway")
+            raise ValueError(f"metrics must not be named {name!r}, a name that is already in use")
     check_callable(**{f"metrics[{name!r}]": metric for name, metric in metrics.items()})
     return metrics
 
@@ -264,7 +272,7 @@ def check_test_size(dataset: Dataset, number: int | None) -> None:
     """Raises a ConfigError if a number of test images is given for a set that has its own."""
     if number is not None and not dataset.task.is_made:
         raise ConfigError(
-            f"--test-size is for data sets whose images are made, {dataset.name} has"
+            f"--test-size is for data sets whose images are generated; {dataset.name} has"
             f" {len(dataset.test.labels):,} test images"
         )
     if number is not None and number >= 2**31:
@@ -275,8 +283,8 @@ def check_data_dir(name: str, data_dir: Path | None) -> None:
     """Raises a ConfigError if a directory is given for the data set that needs none."""
     if name == "mnist_5k" and data_dir is not None:
         raise ConfigError(
-            f"--data-dir has no effect on data set {name}, which comes with the package; name the"
-            f" data set in {data_dir} by --dataset"
+            f"--data-dir has no effect on data set {name}, which is part of the package; name the"
+            f" data set in {data_dir} with --dataset"
         )
 
 
@@ -290,16 +298,16 @@ def match_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
         return dataset
     if dataset.is_regression and set(dataset.class_names) != set(class_names):
         raise ConfigError(
-            f"data set {dataset.name} has the numbers {', '.join(dataset.class_names)}, the run"
-            f" predicts {', '.join(class_names)}"
+            f"data set {dataset.name} has the numbers {', '.join(dataset.class_names)}, but the"
+            f" run predicts {', '.join(class_names)}"
         )
     position = {name: n for n, name in enumerate(class_names)}
     for name in dataset.class_names:
         if name not in position:
             several = ", ".join(class_names[:12]) + (", …" if len(class_names) > 12 else "")
             raise ConfigError(
-                f"data set {dataset.name} has a class {name!r}, which is none of the run's classes:"
-                f" {several}"
+                f"data set {dataset.name} has a class {name!r}, which is not among the run's"
+                f" classes: {several}"
             )
     new_labels = np.array([position[name] for name in dataset.class_names], np.int32)
 
@@ -328,8 +336,8 @@ def check_model(config: TrainConfig, model: models.ModelConfig) -> None:
     config.check_default(where, "routing", "num_iterations", "reconstruction", "override")
     if config.dtype not in ("float32", model.dtype):
         raise ConfigError(
-            f"--dtype has no effect on a network whose configuration is given: {model.dtype}, got"
-            f" {config.dtype}"
+            f"--dtype has no effect on a network whose configuration is given: that has dtype"
+            f" {model.dtype}, got {config.dtype}"
         )
 
 
@@ -340,12 +348,12 @@ def check_dataset(dataset: Dataset, model: models.ModelConfig) -> None:
     if dataset.image_shape != model.image_shape:
         found, expected = ("x".join(map(str, x)) for x in (dataset.image_shape, model.image_shape))
         raise ConfigError(
-            f"data set {dataset.name} has images of {found}, the network takes {expected}"
+            f"data set {dataset.name} has images of {found}, but the network takes {expected}"
         )
     if dataset.num_classes != model.num_classes:
         raise ConfigError(
-            f"data set {dataset.name} has {dataset.num_classes} classes, the network has"
-            f" {model.num_classes}"
+            f"data set {dataset.name} has {dataset.num_classes} classes, but the network"
+            f" has {model.num_classes}"
         )
 
 

@@ -113,7 +113,7 @@ class Classifier:
         lost = Counter() if lost is None else lost
         if channels not in CHANNELS:
             raise ConfigError(
-                f"the network takes images of {channels} channels, which only arrays (.npy) have"
+                f"the network takes images with {channels} channels, which only arrays (.npy) have"
             )
         if self._has_canvas:
             pixels = read_image(file, lost=Counter(), channels=channels)
@@ -175,13 +175,13 @@ def load_classifier(
         rows = columns = image_size or _UNCROPPED.get(run.dataset, 0)
         if rows < task.size:
             raise ConfigError(
-                f"--image-size must be that of the images of {run.data.name}, at least {task.size}:"
-                f" the network sees their middle; got {image_size}"
+                f"--image-size must be the size of the images of {run.data.name}, at least"
+                f" {task.size}, as the network sees only their middle; got {image_size}"
             )
     elif name not in ("Shifted", "Task", *_CANVASES):
         raise ConfigError(
-            f"the images of {run.data.name} are made by a task of its own, {name}, without which"
-            " no others can be"
+            f"the images of {run.data.name} are prepared by a custom task, {name}, which is not"
+            " available for other images"
         )
     elif image_size is not None:
         raise ConfigError(

@@ -261,7 +261,7 @@ class TrainConfig:
             if self.validation == 0:
                 raise ConfigError(f"{option} needs validation images, got --validation 0")
         if self.resume and self.run_dir is None:
-            raise ConfigError("--resume needs --run-dir, the directory of the run to go on with")
+            raise ConfigError("--resume needs --run-dir, the directory of the run to resume")
         if self.auto_resume and self.run_dir is None:
             raise ConfigError("--auto-resume needs --run-dir, the directory of the run")
         if self.auto_resume and self.resume:
@@ -347,7 +347,7 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
     if len({dataclasses.replace(c, seed=0, run_dir=Path()) for c in configs}) > 1:
         raise ConfigError("runs that train together must differ in --seed and --run-dir only")
     for option in configs[0].stopping:
-        raise ConfigError(f"{option} is for one run: several would end at different steps")
+        raise ConfigError(f"{option} is for one run: several runs would end at different steps")
     if len({c.run_dir for c in configs} - {None}) < len(configs):
         raise ConfigError("runs that train together need a --run-dir each")
 

@@ -76,7 +76,7 @@ class ExportConfig:
             for value in given if isinstance(given, tuple) else (given,):
                 if value not in get_args(choices):
                     known = ", ".join(get_args(choices))
-                    raise ConfigError(f"--{name} must be of {known}, got {value!r}")
+                    raise ConfigError(f"--{name} must be one of {known}, got {value!r}")
         if not self.platforms:
             raise ConfigError(f"--platforms needs at least one of {', '.join(get_args(Platform))}")
 
@@ -145,7 +145,7 @@ def _check_folder(out: Path) -> None:
         about = None
     ours = isinstance(about, dict) and about.get("format") == _FORMAT
     if found and not ours:
-        raise ConfigError(f"{out} holds files that capsjax did not export; name another folder")
+        raise ConfigError(f"{out} holds files that capsjax export did not write; choose another")
 
 
 def _describe(

@@ -63,22 +63,22 @@ def choose_stream(
         return None
     if not sampler.takes_batches:
         raise ConfigError(
-            f"--input stream is not for data set {dataset.name}, whose samples are made of all"
-            " images together"
+            f"--input stream is not for data set {dataset.name}, whose samples need all images at"
+            " once"
         )
     if several_seeds:
         raise ConfigError(
-            "--input stream is for one run: several seeds have orders of their own, and need"
-            " --input resident"
+            "--input stream is for one run: several seeds need --input resident, since each has its"
+            " own order"
         )
     check_installed()
     if asked == "stream":
-        return "as asked for"
+        return "as requested"
     limit = _limit()
     assert limit is not None  # everything fits where it is unknown
     return (
-        f"all images decoded take {size / 1e9:,.2f} GB, more than {limit / 1e9:,.2f} GB, half of a"
-        " device's memory or a quarter of the machine's"
+        f"as all decoded images take {size / 1e9:,.2f} GB, more than {limit / 1e9:,.2f} GB, half of"
+        " a device's memory or a quarter of the machine's"
     )
 
 

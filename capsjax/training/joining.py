@@ -69,7 +69,7 @@ class ProcessOptions:
         return self.num_processes == 1
 
 
-_ALONE = "--num-processes 1 trains in this one alone"
+_ALONE = "--num-processes 1 trains in this process alone"
 
 
 def initialize(options: ProcessOptions | None = None, *, command: str | None = None) -> bool:
@@ -142,7 +142,7 @@ def _detects_cluster() -> bool:
     try:
         return any(kind.is_env_present() for kind in kinds)
     except Exception as error:  # of many kinds, of what JAX asks a cluster with
-        raise ConfigError(f"processes cannot be detected: {error}; {_ALONE}") from error
+        raise ConfigError(f"the cluster cannot be detected: {error}; {_ALONE}") from error
 
 
 def describe() -> str:
@@ -172,7 +172,7 @@ def _reach(options: ProcessOptions) -> None:
             except OSError as error:
                 raise ConfigError(
                     f"the port of --coordinator {options.coordinator} cannot be used:"
-                    f" {error.strerror}; each job needs one of its own"
+                    f" {error.strerror}; each job needs its own port"
                 ) from None
         return
     end, reason = time.monotonic() + options.start_timeout, ""
@@ -184,6 +184,6 @@ def _reach(options: ProcessOptions) -> None:
             reason = error.strerror or str(error)
             time.sleep(0.2)
     raise ConfigError(
-        f"process {options.process_id} reaches no process 0 at --coordinator"
+        f"process {options.process_id} cannot reach process 0 at --coordinator"
         f" {options.coordinator} within {options.start_timeout} s: {reason}"
     )

@@ -81,9 +81,7 @@ def _as_shown(dataset: Dataset) -> Split:
     """The network's test images on the host."""
     images, labels = test = _some(dataset.test)
     if labels.ndim > 1:
-        kind = (
-            "numbers to predict" if dataset.is_regression else "any number of classes in an image"
-        )
+        kind = "numbers to predict" if dataset.is_regression else "any number of classes per image"
         raise ConfigError(f"data set {dataset.name} has {kind}, which figures cannot show")
     if isinstance(dataset.task, Pairs):
         return Split(np.asarray(dataset.task.singly(jnp.asarray(images))), labels)
@@ -123,8 +121,8 @@ def load_own(
     """
     if not is_name(run.dataset):
         raise ConfigError(
-            f"the run in {run.train.run_dir} was trained on data of its own, {run.dataset}, which"
-            " have to be given: dataset=..."
+            f"the run in {run.train.run_dir} was trained on a data set given in Python,"
+            f" {run.dataset}; pass it as dataset=..."
         )
     choices.check_data_dir(run.dataset, data_dir)
     return load_dataset(
@@ -185,7 +183,7 @@ def read_run(run_dir: Path) -> RunConfig:
         return RunConfig(train, model, DataDescription.of(digits))
     if not processes.first(run_dir.exists, bool):
         raise ConfigError(
-            f"{run_dir} is no run directory, and no network that comes with the package"
+            f"{run_dir} is neither a run directory nor a network in the package"
             f" ({', '.join(models.pretrained())})"
         )
     return RunDirectory(run_dir).read_config()
@@ -202,7 +200,7 @@ def restore(
     """
     if _is_packaged(run_dir):
         if which != "last":
-            raise ConfigError(f"{run_dir} comes without checkpoints, got checkpoint {which}")
+            raise ConfigError(f"{run_dir} has no checkpoints, got checkpoint {which}")
         _, variables = split_network(models.load_pretrained(str(run_dir)))
         return None, driver.replicate(variables)
     _, like = split_abstract(run.model)

@@ -107,9 +107,9 @@ def train_and_test(run: Run, progress: Progress) -> list[Evaluation] | None:
     if config.patience is not None and _since_best(progress.history) >= config.patience:
         best = min(score for (score,) in progress.history)
         run.report.say(
-            f"no better validation in the last {_since_best(progress.history)}: the best had"
-            f" {f'loss {best:.4f}' if setup.is_regression else f'error {best:.2%}'}; its checkpoint"
-            " is kept, --checkpoint best"
+            f"no improvement in the last {_since_best(progress.history)} validations; the best had"
+            f" {f'loss {best:.4f}' if setup.is_regression else f'error {best:.2%}'}, and its"
+            " checkpoint is kept as --checkpoint best"
         )
     tests = None
     if is_over(setup, progress.step, progress.history):
@@ -240,7 +240,7 @@ def begin(
     if not common and any(saved):
         raise ConfigError(
             f"the runs in {', '.join(str(d.path) for d in directories)} have no checkpoint of the"
-            " same step; resume each by itself"
+            " same step; resume each one alone"
         )
     step, state = max(common, default=0), setup.initial
     if step:
@@ -251,8 +251,8 @@ def begin(
     progress = Progress(setup.driver.replicate(state), step, saved=step)
     if step > setup.total_steps:
         raise ConfigError(
-            f"the run in {directories[0].path} stands at step {step:,} already, beyond the"
-            f" {setup.total_steps:,} that were asked for"
+            f"the run in {directories[0].path} is already at step {step:,}, beyond the"
+            f" {setup.total_steps:,} steps requested"
         )
     for each in checkpoints:
         each.forget_after(step)  # steps that the others of the group have not reached
@@ -301,9 +301,9 @@ def _diverged(run: Run, step: int, what: str, number: int = 0) -> NoReturn:
     good = "there is no checkpoint yet"
     if last := run.directories[number].last_checkpoint():
         path = run.directories[number].checkpoints
-        good = f"the last good checkpoint is of step {last}, in {path}"
+        good = f"the last good checkpoint is that of step {last}, in {path}"
     raise DivergedError(
-        f"{what} at step {step}; {good}; a lower --learning-rate may help, also on --resume"
+        f"{what} at step {step}; {good}; a lower --learning-rate may help, also with --resume"
     )
 
 

@@ -58,8 +58,8 @@ class Memory(NamedTuple):
         )
         if not self.fits:
             line += (
-                "\nwarning: this does not fit; a smaller --batch-size takes less for activations,"
-                " and --preset large_images has few parameters at any size of images"
+                "\nwarning: this does not fit; a smaller --batch-size needs less for activations,"
+                " and --preset large_images has few parameters at any image size"
             )
         return line
 

@@ -25,7 +25,7 @@ _TYPES = {
     bool: "True or False",
     int: "an integer",
     float: "a number",
-    str: "a text",
+    str: "a string",
     Path: "a path",
     tuple: "a tuple",
 }

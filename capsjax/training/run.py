@@ -220,7 +220,7 @@ def _check_alike(
         "run directories": [str(c.run_dir) for c in configs],
     }
     values |= {"model": None if model is None else repr(model), "custom": custom.shaping}
-    values["a data set of its own"] = dataset is not None
+    values["a data set given in Python"] = dataset is not None
     processes.check_alike(values, what="options")
 
 
@@ -270,12 +270,12 @@ def _resume(
             both = (before.custom, custom.shaping)
             then, now = (" and ".join(names) or "neither" for names in both)
             raise ConfigError(
-                f"of objective and optimizer the run in {each.run_dir} was given {then} in Python,"
-                f" and must be to go on, got {now}"
+                f"to resume the run in {each.run_dir}, give the same objective and optimizer in"
+                f" Python as at its start: {then}, got {now}"
             )
     stratified = {before.stratified for before in resumed}
     if len(stratified) > 1:
-        raise ConfigError("these runs hold out different images; resume each by itself")
+        raise ConfigError("these runs hold out different images; resume each one alone")
     if dataset is None:
         config, before = configs[0], resumed[0]
         other = config.data_dir if config.data_dir != before.train.data_dir else None
@@ -287,7 +287,7 @@ def _resume(
     assert model is not None  # there is at least one run
     configs[0].check_learning_rate()
     if not any(directory.last_checkpoint() for directory in directories):
-        say(f"the run in {directories[0].path} has no checkpoint, and begins at step 0 again")
+        say(f"the run in {directories[0].path} has no checkpoint and starts again at step 0")
     setup = set_up(
         configs,
         model,
@@ -384,7 +384,7 @@ def check_same_run(
     """Raises a ConfigError unless options, and the network if any, are those of a run."""
     config.check_resumes(before.train, may_change_rate=may_change_rate)
     if model is not None and model != before.model:
-        raise ConfigError(f"the run in {config.run_dir} is of another network: {before.model}")
+        raise ConfigError(f"the run in {config.run_dir} trains another network: {before.model}")
 
 
 def _words(name: str) -> str:

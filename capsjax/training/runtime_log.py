@@ -53,10 +53,11 @@ def explain(log: str, job: Job) -> str:
       >>> from capsjax.training.runtime_log import Job, explain
       >>> job = Job("capsjax train", 0, 2, heartbeat_timeout=60, start_timeout=45)
       >>> explain("UNAVAILABLE: … tasks are unhealthy (stopped sending heartbeats):\n1", job)
-      'process 1 was lost: no heartbeat for 60 s; start all processes again, on --resume'
+      'process 1 was lost: no heartbeat for 60 s; start all processes again, with --resume'
     """
-    again = "start all processes again, on --resume"
-    all_of_them = "all processes" if job.num_processes is None else f"all {job.num_processes}"
+    again = "start all processes again, with --resume"
+    number = "" if job.num_processes is None else f" {job.num_processes}"
+    all_of_them = f"all{number} processes"
     if found := re.search(r"stopped sending heartbeats\):((?:\s+(?:/job:\S+:)?\d+\b)+)", log):
         lost = re.findall(r"(\d+)$", found[1], re.MULTILINE)
         which = f"process {lost[0]} was" if len(lost) == 1 else f"processes {', '.join(lost)} were"
@@ -67,19 +68,19 @@ def explain(log: str, job: Job) -> str:
     if found := re.search(twice, log):
         which = str(job.process_id) if found[1] is None else found[1]
         return (
-            f"two processes were started with --process-id {which}, or another job with the same"
-            " port of --coordinator"
+            f"two processes were started with --process-id {which}, or another job uses the same"
+            " --coordinator port"
         )
     if "/RegisterTask" in log:
-        late = f"not {all_of_them} came within {job.start_timeout} s"
+        late = f"not {all_of_them} joined within {job.start_timeout} s"
         if job.num_processes is None:  # as the cluster says
-            return f"{late}; --num-processes 1 trains in this one alone"
+            return f"{late}; --num-processes 1 trains in this process alone"
         return (
             f"{late}: start each --process-id from 0 once, with the same --coordinator and"
             " --num-processes"
         )
     if "/Heartbeat" in log or "Failed to send RPC to coordination service" in log:
-        return f"process 0 was lost, which coordinates the others; {again}"
+        return f"process 0, which coordinates the others, was lost; {again}"
     if "'gloo" in log:
         return f"the connection to another process was lost; {again}"
     reason = re.search(r"absl::Status: (.*)", log)

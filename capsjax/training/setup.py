@@ -65,11 +65,11 @@ class Custom(NamedTuple):
         """Raises a TypeError or ConfigError if it cannot be used, or an option has no effect."""
         if self.objective is not None:
             check_callable(objective=self.objective)
-            config.check_default("on an objective that is given", "loss", "class_weights")
+            config.check_default("when an objective is given", "loss", "class_weights")
         if self.optimizer is not None:
             check_optimizer(self.optimizer)
             names = (*OF_LEARNING_RATE, "weight_decay", "clip_norm")
-            config.check_default("on an optimizer that is given", *names)
+            config.check_default("when an optimizer is given", *names)
 
     @property
     def shaping(self) -> tuple[str, ...]:
@@ -161,8 +161,8 @@ def set_up(
     for option in config.stopping:
         if validation is None:
             raise ConfigError(
-                f"{option} needs validation images, a tenth of {len(dataset.train.labels)} training"
-                " images is none"
+                f"{option} needs validation images, but a tenth of {len(dataset.train.labels)}"
+                " training images is none"
             )
     task = choices.choose_task(dataset, config.max_shift, config.fill)
     objective = custom.objective
@@ -205,7 +205,7 @@ def set_up(
     if streamed is not None:
         pool = f"{workers} worker process{'es' * (workers > 1)}"
         reading = pool if workers else "threads of this process"
-        say(f"input: a stream, read by {reading}, {streamed}")
+        say(f"input: streamed by {reading}, {streamed}")
     keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
     networks = [
         split_network(models.build(model, rngs=nnx.Rngs(init)), frozen=config.freeze or ())
@@ -320,12 +320,15 @@ def _transferred(
     if len(new) == total:
         ours, theirs = (_describe(params) for params in (networks[0].params, source.params))
         raise ConfigError(
-            f"--init-from {config.init_from} has no parameter of this network's names and shapes:"
-            f" this one has {ours}, that one {theirs}"
+            f"--init-from {config.init_from} has no parameter that matches this network by name and"
+            f" shape: this one has {ours}, that one {theirs}"
         )
     checkpoint = "" if step is None else f", checkpoint of step {step:,}"
     rest = f"; new: {', '.join(new)}" if new else ""
-    say(f"{total - len(new)} of {total} parameter arrays from {config.init_from}{checkpoint}{rest}")
+    say(
+        f"copied {total - len(new)} of {total} parameter arrays from"
+        f" {config.init_from}{checkpoint}{rest}"
+    )
     return started
 
 

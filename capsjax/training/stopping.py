@@ -84,4 +84,4 @@ class StopRequest:
         self._first = self.signal, now
         # Past Python's buffers, which the signal may have come in the middle of.
         with contextlib.suppress(OSError):  # the terminal, or the next program, may be gone
-            os.write(2, b"\nstopping: what is done will be saved; once more to quit at once\n")
+            os.write(2, b"\nstopping: the run will be saved; signal again to quit at once\n")

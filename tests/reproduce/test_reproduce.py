@@ -216,7 +216,7 @@ def test_results_that_were_trained_differently_are_refused(filled, monkeypatch, 
     (first, second) = TABLES["small"]
     for changed, match in (
         ({"learning_rate": 0.5}, "--learning-rate must stay 0.001 .* got 0.5"),
-        ({"model": {**MODEL, "conv_features": 9}}, "is of another network: CapsNetConfig"),
+        ({"model": {**MODEL, "conv_features": 9}}, "trains another network: CapsNetConfig"),
     ):
         monkeypatch.setitem(TABLES, "small", (dataclasses.replace(first, **changed), second))
         with pytest.raises(ConfigError, match=match):
