@@ -104,7 +104,7 @@ def describe(row: Row) -> str:
     if row.profile is not None:
         said.append(f"{row.profile.launches / steps:.0f} launches" + " per step" * (steps > 1))
     if row.deviation is not None:
-        said.append(f"deviates by {row.deviation.found:.1e} of {row.deviation.allowed:.1e}")
+        said.append(f"deviation {row.deviation.found:.1e}, allowed {row.deviation.allowed:.1e}")
     lines = [f"{row.cell}: {', '.join(said)}"]
     for kernel in row.profile.kernels[:SHOWN] if row.profile else ():
         microseconds, count = 1e6 * kernel.seconds / steps, kernel.launches / steps
@@ -117,7 +117,7 @@ def ratio_to_best(rows: Sequence[Row]) -> str:
     runs = {row.parameters["implementation"]: row.run for row in rows if row.run is not None}
     torch = [name for name in runs if name.startswith("torch")]
     if not torch or "default" not in runs:
-        return "no ratio: PyTorch or the step has no time"
+        return "no ratio: PyTorch or the step was not timed"
     best = min(torch, key=lambda name: runs[name].median_seconds)
     ratio = Times(runs["default"].calls[0]).ratio(Times(runs[best].calls[0]))
     return f"the step takes {ratio:.2f} of the time of {best}"
@@ -153,7 +153,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="file of rows, JSON lines")
     parser.add_argument("--seconds", type=float, default=800, help="time for all (default: 800)")
     parser.add_argument("--items", nargs="+", help="names of items, in order (default: all)")
-    parser.add_argument("--again", action="store_true", help="measure what is recorded, too")
+    parser.add_argument("--again", action="store_true", help="measure recorded groups again")
     parser.add_argument("--platform", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--preset", choices=["paper", "small"], default="paper")
     parser.add_argument("--batch", type=int, default=128)
@@ -163,11 +163,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--peer-seconds",
         type=float,
         default=PEER_SECONDS,
-        help=f"for PyTorch to compile one step (default: {PEER_SECONDS:g})",
+        help=f"time for PyTorch to compile one step (default: {PEER_SECONDS:g})",
     )
-    parser.add_argument("--bound", type=float, help="seconds of one process, for all items")
+    parser.add_argument("--bound", type=float, help="time limit of each process, for all items")
     parser.add_argument(
-        "--run-seconds", type=float, default=2.0, help="for each program (default: 2)"
+        "--run-seconds", type=float, default=2.0, help="run time of each program (default: 2)"
     )
     options = parser.parse_args(arguments)
     known = [item.name for item in make_items(options)]
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_targets([todo[0][1][0]])
     except ConfigError as error:
-        print(f"{error}; --platform cpu tries the queue itself", file=sys.stderr)
+        print(f"{error}; --platform cpu tests the queue without a GPU", file=sys.stderr)
         return 2
     failed, skipped = False, 0
     for item, group in todo:
@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             deviates = row.deviation and not row.deviation.found <= row.deviation.allowed
             failed |= bool(deviates or (row.error and not row.error.is_unsupported))
     if skipped:
-        print(f"no time for {skipped} groups: run again to go on")
+        print(f"no time for {skipped} groups: run again to continue")
     return int(failed or skipped > 0)
 
 

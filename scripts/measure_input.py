@@ -41,7 +41,9 @@ def main() -> None:
     """Measures both and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="number of alternations (default: 5)")
-    parser.add_argument("--records", type=int, default=5, help=f"times {STEPS} steps (default: 5)")
+    parser.add_argument(
+        "--records", type=int, default=5, help=f"of {STEPS} steps each (default: 5)"
+    )
     known, options = parser.parse_known_args()
     pairs = [[speed(name, known.records, options) for name in INPUTS] for _ in range(known.rounds)]
     medians = [statistics.median(column) for column in zip(*pairs, strict=True)]

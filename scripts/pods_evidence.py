@@ -346,8 +346,8 @@ SCENARIOS = {
 def main() -> None:
     """Runs the scenarios, and says how many trials failed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("out", type=Path, help="file of records, to which lines are added")
-    parser.add_argument("scenarios", nargs="*", choices=[*SCENARIOS, []], help="all if not given")
+    parser.add_argument("out", type=Path, help="file to append records to")
+    parser.add_argument("scenarios", nargs="*", choices=[*SCENARIOS, []], help="default: all")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.ERROR)

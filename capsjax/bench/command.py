@@ -85,7 +85,7 @@ def run_comparison(config: CompareConfig) -> int:
     if shown:
         console().print(comparison_table(shown, config.threshold))
     for cell in comparison.broken:
-        print(f"fails now: {cell}")
+        print(f"now fails: {cell}")
     print(summary(comparison, config.threshold))
     return _WORSE if comparison.broken or comparison.worse(config.threshold) else 0
 
@@ -100,7 +100,7 @@ def select_cells(config: BenchConfig) -> list[Cell]:
     if not cells:  # what has no other target than the CPU was asked for on another one
         raise ConfigError(f"--workload {config.workload} has no cell for these targets and flags")
     if config.alternate and len(groups(cells, config.alternate)) == len(cells):
-        raise ConfigError(f"--alternate: no two cells differ in {config.alternate!r} alone")
+        raise ConfigError(f"--alternate: no two cells differ only in {config.alternate!r}")
     return cells
 
 
@@ -121,7 +121,7 @@ def make_plan(config: BenchConfig) -> Plan:
         raise ConfigError(f"--resume: no file {output}")
     page = _page(output)
     if config.report and page.exists() and not config.resume:
-        raise ConfigError(f"--output: the report {page} exists already; --no-report makes none")
+        raise ConfigError(f"--output: the report {page} exists already; --no-report writes none")
     few = config.alternate or (config.workload is None and suite in ("quick", "pod"))
     return Plan(
         output=output,

@@ -80,7 +80,7 @@ class BenchConfig:
         if self.suite is not None and self.workload is not None:
             raise ConfigError(f"--suite {self.suite} has no effect with --workload {self.workload}")
         if self.output is not None and self.output.suffix.lower() in (".html", ".htm"):
-            raise ConfigError(f"--output is for rows, the report is a page, got {self.output}")
+            raise ConfigError(f"--output is for rows, not for the HTML report, got {self.output}")
         if self.repetitions is not None and self.repetitions < 1:
             raise ConfigError(f"--repetitions must be at least 1, got {self.repetitions}")
         if not 0 <= self.run_seconds < math.inf:
@@ -88,9 +88,9 @@ class BenchConfig:
         if not 0 < self.timeout < math.inf:
             raise ConfigError(f"--timeout must be finite and positive, got {self.timeout}")
         if self.set and self.workload is None:
-            raise ConfigError("--set goes with --workload")
+            raise ConfigError("--set needs --workload")
         if self.shape and ":" not in (self.workload or ""):
-            raise ConfigError("--shape goes with --workload module:function")
+            raise ConfigError("--shape needs --workload module:function")
         if self.resume and self.output is None:
             raise ConfigError("--resume needs --output, the file to continue")
 

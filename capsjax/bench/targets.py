@@ -199,7 +199,7 @@ def parse_target(name: str) -> Target:
     family, number = _ALIASES.get(absent[1], absent[1]), int(absent[2])
     if family not in _GENERATIONS:
         raise ConfigError(
-            f"target must be of a TPU generation among {', '.join(_GENERATIONS)}, or a GPU such as"
+            f"target must be a TPU of generation {', '.join(_GENERATIONS)}, or a GPU such as"
             f" {', '.join(GPUS)} or h100:8, got {name!r}"
         )
     generation = _GENERATIONS[family]

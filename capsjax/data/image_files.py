@@ -66,9 +66,9 @@ def read_image(
             raise ValueError("it is not a regular file")
         with Image.open(file) as image:
             if getattr(image, "n_frames", 1) > 1:
-                lost["only the first image of each file of several"] += 1
+                lost["only the first of several images in a file"] += 1
             if image.mode in ("RGB", "RGBA", "LA") and ";16" in str(image.tile):
-                lost["16-bit colours as 8-bit ones, as Pillow does"] += 1
+                lost["16-bit colours as 8-bit, as Pillow does"] += 1
             return image_pixels(image, size=size, channels=channels)
     except PermissionError:
         raise

@@ -185,8 +185,8 @@ def _hold_out(files: list[_File], root: Path) -> dict[str, list[_File]]:
     test = {file for file, held in zip(files, chosen, strict=True) if held}
     if not test:
         raise DataError(
-            f"image_folder expects test images in {root / 'test'}, or several images of a class to"
-            " split them off, got one of each"
+            f"image_folder expects test images in {root / 'test'}, or several images per"
+            " class to split them off, got one of each"
         )
     _log.info(
         "image_folder tests on %s of %s images, a tenth of each class, as there is no %s",

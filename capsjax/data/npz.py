@@ -118,13 +118,13 @@ def _labels(name: str, labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
         whole = labels.astype(np.int32) if labels.dtype.kind in "biuf" else None
     if whole is None or (whole != labels).any():
         raise ValueError(
-            f"{name} must be whole numbers, those of the classes, got {labels.dtype}"
+            f"{name} must be class indices, whole numbers, got {labels.dtype}"
             f" {list(labels.shape)} such as {labels[:3].tolist()}"
         )
     if whole.ndim == 2:
         if not np.isin(whole, (0, 1)).all():
             raise ValueError(
-                f"{name} must be 0 and 1 to be {list(labels.shape)}, got other numbers"
+                f"{name} of shape {list(labels.shape)} must be 0 or 1, got other numbers"
             )
         return whole.astype(np.bool_)
     return whole

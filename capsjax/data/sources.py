@@ -112,7 +112,9 @@ def load(
       (28, 28, 1)
     """
     if name in _NAMES and name != "image_folder" and (image_size or channels):
-        raise DataError(f"--image-size and --channels are for image_folder, not for {name}")
+        raise DataError(
+            f"--image-size and --channels are for image_folder and tfds:, not for {name}"
+        )
     fits = in_memory if callable(in_memory) else lambda _: in_memory
     if name == "mnist_5k":
         return load_mnist_5k()
@@ -144,7 +146,7 @@ def load(
             return dataset
         return dataclasses.replace(dataset, train=dataset.train.read(), test=dataset.test.read())
     if name.endswith(".npz"):
-        raise DataError(f"unknown data set {name!r}; a file is data set npz with data_dir={name!r}")
+        raise DataError(f"unknown data set {name!r}; load a file as npz with data_dir={name!r}")
     closest = difflib.get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.5)
     hint = f"; did you mean {closest[0]!r}?" if closest else ""
     raise DataError(

@@ -45,7 +45,7 @@ class _Folder:
                 image = read_image(file, lost=Counter(), size=self.size, channels=self.channels)
             except UnreadableImageError as error:
                 raise DataError(
-                    f"{error}; a stream leaves no image out: repair the file or remove it"
+                    f"{error}; a stream cannot leave images out: repair or remove the file"
                 ) from None
             except OSError as error:
                 raise DataError(
@@ -55,8 +55,8 @@ class _Folder:
                 raise DataError(
                     f"image_folder expects every image as height x width x channels"
                     f" {text_of_shape(self.shape)} like the first, got"
-                    f" {text_of_shape(image.shape)} in {file}; --image-size and --channels make"
-                    " them alike"
+                    f" {text_of_shape(image.shape)} in {file}; --image-size and --channels"
+                    " convert them"
                 )
             if np.result_type(image, self.dtype) != self.dtype:
                 raise DataError(

@@ -167,9 +167,9 @@ def _joined(iterator: Iterator[Any], per_batch: int) -> Iterator[Split]:
             if "terminated unexpectedly" not in str(error):
                 raise
             raise DataError(
-                "a worker process that reads images has ended: out of memory (fewer --workers need"
-                " less), killed, or started by a script that trains without `if __name__ =="
-                ' "__main__":`; --workers 0 reads in this process'
+                "a worker process that reads images has ended: it ran out of memory (fewer"
+                " --workers need less), was killed, or was started by a script that trains without"
+                ' `if __name__ == "__main__":`; --workers 0 reads in this process'
             ) from None
         yield (
             Split(*taken[0])

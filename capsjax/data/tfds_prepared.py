@@ -69,7 +69,7 @@ def open_prepared(
         }
         if "train" not in splits:
             raise DataError(
-                f"data set {name} in {folder} needs a split train, got {', '.join(info.splits)}"
+                f"data set {name} in {folder} must have a split train, got {', '.join(info.splits)}"
             )
         index = _index(name, folder, splits, label)
         source = _source(name, image, info.features[image], image_size, channels)
@@ -93,7 +93,7 @@ def open_prepared(
     if test is None:
         chosen = a_tenth_of_each_class(train.labels)
         train, test = (train.take(np.flatnonzero(x)) for x in (~chosen, chosen))
-        _log.info("%s has no labelled test images: a tenth of each class is for test", name)
+        _log.info("%s has no labelled test images: tests on a tenth of each class", name)
     return Dataset(f"{PREFIX}{name}", train, test, class_names)
 
 
@@ -112,7 +112,7 @@ def _find(name: str, root: Path) -> Path:
     found = prepared or sorted(file.parent for file in root.glob("**/dataset_info.json"))
     names = ", ".join(f"{x.relative_to(root).parent.as_posix()}:{x.name}" for x in found)
     if prepared:
-        raise DataError(f"data set {name} has several configurations, name one of {names}")
+        raise DataError(f"data set {name} has several configurations; name one of {names}")
     raise DataError(f"data set {name} is not prepared in {root}; prepared there: {names or 'none'}")
 
 
@@ -124,7 +124,7 @@ def _features(tfds: Any, name: str, features: Any) -> tuple[str, str]:
     if len(images) != 1 or len(labels) != 1:
         found = ", ".join(f"{key} ({kind})" for key, kind in kinds.items())
         raise DataError(
-            f"data set {name} must have one feature Image and one ClassLabel, got {found}"
+            f"data set {name} must have one Image and one ClassLabel feature, got {found}"
         )
     return images[0], labels[0]
 
@@ -282,7 +282,7 @@ def _source(
     if image_size is None and None in (rows, columns):
         raise DataError(f"data set {name} has images of several sizes; --image-size scales them")
     if (channels or depth) not in CHANNELS:
-        raise DataError(f"data set {name} has images of {depth} channels; --channels decides")
+        raise DataError(f"data set {name} has images of {depth} channels; --channels converts them")
     dtype = np.dtype(feature.np_dtype)
     if dtype not in (np.uint8, np.uint16):
         raise DataError(f"data set {name} must have images of uint8 or uint16, got {dtype}")

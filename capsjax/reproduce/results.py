@@ -123,7 +123,7 @@ def check_alike(line: Line, now: Mapping[str, Any], path: Path) -> None:
             then = {**now[key], **then}  # earlier versions recorded fewer fields
         if then != now[key]:
             raise ConfigError(
-                f"{path} has results with {key.replace('_', ' ')} {line.of.get(key)}, and this"
+                f"{path} has results with {key.replace('_', ' ')} {line.of.get(key)}, but this"
                 f" command has {now[key]}; move the file, or choose another --output"
             )
 

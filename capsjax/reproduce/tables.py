@@ -168,7 +168,7 @@ def _reproduce(config: ReproduceConfig, say: Callable[[str], None]) -> list[RowR
                 return _rows(config)
             with row.claimed() as seeds:
                 if not seeds:
-                    say(f"{recipe.name}: another command trains seeds {row.missing()}")
+                    say(f"{recipe.name}: another command is training seeds {row.missing()}")
                     break
                 if not row.train(seeds, deadline):
                     reason = "time limit reached" if time.monotonic() >= deadline else "stopped"

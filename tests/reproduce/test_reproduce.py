@@ -256,7 +256,7 @@ def test_a_seed_that_another_command_trains_is_left_to_it(table, tmp_path):
     with FileLock(config.folder / "two-seed-0.lock"):
         (row,) = reproduce(config, say=said.append)
     assert len(row.errors) == 1
-    assert said[-1] == "two: another command trains seeds [0]"
+    assert said[-1] == "two: another command is training seeds [0]"
     (row,) = reproduce(config, say=quiet)
     assert len(row.errors) == 2
 

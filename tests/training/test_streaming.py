@@ -162,7 +162,7 @@ def test_an_image_that_cannot_be_read_ends_the_run_in_one_line(folder, tmp_path,
         tmp_path / "run", dataset="image_folder", data_dir=other, input="stream", validation=0
     )
     model = dataclasses.replace(tiny, num_classes=3)
-    with pytest.raises(DataError, match=r"0022\.png.*a stream leaves no image out"):
+    with pytest.raises(DataError, match=r"0022\.png.*a stream cannot leave images out"):
         train(options, model=model)
 
 

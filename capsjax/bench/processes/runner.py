@@ -84,7 +84,7 @@ def remaining(cells: Sequence[Cell], plan: Plan) -> list[Cell]:
         for name in _VERSIONS:
             if (there := row.base_environment.get(name)) != here[name]:
                 raise DataError(
-                    f"{plan.output} was measured with {name} {there}, here it is {here[name]}"
+                    f"{plan.output} was measured with {name} {there}, but here it is {here[name]}"
                 )
     done = {row.cell for row in rows}
     left = (g for g in groups(cells, plan.alternate) if not done.issuperset(c.key for c in g))

@@ -67,9 +67,9 @@ def assumptions(scalings: Sequence[Scaling]) -> str:
             f"{name} {CHIPS[name].link_bytes_per_second / 1e9:g} GB/s" for name in tpus
         )
         text.append(
-            "Compute time is the compiler's cycles for one chip at its clock"
-            f" ({clocks}); starts of copies and communication are not among them. An"
-            " all-reduce moves 2 (n - 1) / n times its bytes over all links of a chip at once"
+            "Compute time is the compiler's estimate of cycles for one chip, divided by its clock"
+            f" ({clocks}); it leaves out communication and the start of copies. An all-reduce moves"
+            " 2 (n - 1) / n times its bytes over all links of a chip at once"
             f" ({links} for each link and direction), takes 1 us more for each hop, and overlaps"
             " with nothing."
         )
@@ -80,13 +80,13 @@ def assumptions(scalings: Sequence[Scaling]) -> str:
             for name in gpus
         )
         text.append(
-            "Compute time of a GPU is est. ms, which is untuned, and too short where libraries"
-            " compute. An all-reduce sums over the GPUs of a host by NVLink, and over hosts by"
+            "Compute time of a GPU is est. ms, an untuned estimate that is too short for libraries."
+            " An all-reduce sums over the GPUs of a host by NVLink, and over hosts by"
             f" InfiniBand, one adapter for each GPU ({links} in each direction); it takes 1 us more"
             " for each hop, and overlaps with nothing."
         )
     text += [
-        "Many steps are one call on data in the chips' memory: hosts take no time.",
+        "Many steps run in one call on data in the chips' memory, so that hosts take no time.",
         "Efficiency is examples/s per chip, relative to the fewest chips.",
     ]
     return " ".join(text)

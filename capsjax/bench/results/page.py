@@ -100,7 +100,7 @@ def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any
     if compiled:
         yield (
             "Compile time against iterations and loop form",
-            "Median of cold compilations, each in a fresh process; bars show the range.",
+            "Median of cold compilations, each in a fresh process. Bars show the range.",
             compiled,
             ("iterations", "compile, seconds", linear, linear),
         )
@@ -121,7 +121,7 @@ def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any
     if memory:
         yield (
             "Memory against batch",
-            "Temporary memory of dynamic routing with 3 iterations, by the compiler.",
+            "Temporary memory of dynamic routing with 3 iterations, as the compiler reports it.",
             memory,
             ("batch", "temporaries, MB", log, log),
         )
@@ -132,9 +132,9 @@ def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any
         ends = [min(ideal + found), max(ideal + found)]
         yield (
             "Run time against the roofline",
-            "The least time follows from a measured matrix product and a measured sum over memory;"
-            " a program on the line would be as fast. Programs whose data stay in a cache may lie"
-            " below it.",
+            "The least time follows from the measured speeds of a matrix product and of a sum over"
+            " memory. A program on the line reaches it. Programs whose data stay in a cache may lie"
+            " below the line.",
             [
                 {
                     "x": ideal,
@@ -152,17 +152,17 @@ def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any
             "cycles",
             1.0,
             "Cycles on absent TPUs",
-            "The compiler's estimate for one device, loops counted in full; custom calls and"
-            " collectives have no estimate and are not in it.",
+            "The compiler's estimate for one device, with loops counted in full. It leaves out"
+            " custom calls and collectives.",
             "cycles",
         ),
         (
             "estimate",
             1e3,
             "Time on GPUs, estimated",
-            "For one device, untuned, loops counted in full: the compiler's estimate of fusions,"
-            " and the least time of matrix products and convolutions. Other custom calls and"
-            " collectives have no estimate and are not in it.",
+            "An untuned estimate for one device, with loops counted in full: the compiler's for"
+            " fusions, and the least time of matrix products and convolutions. It leaves out other"
+            " custom calls and collectives.",
             "ms",
         ),
     ):

@@ -275,7 +275,7 @@ def read_rows(path: Path, *, complete: bool = False) -> list[Row]:
                 raise DataError(f"{path}:{number} is not a row of {SCHEMA}")
             if header.version != VERSION:
                 raise DataError(
-                    f"{path}:{number} is of version {header.version}, this capsjax reads {VERSION}"
+                    f"{path}:{number} has version {header.version}, this capsjax reads {VERSION}"
                 )
             row = msgspec.json.decode(line, type=Row)
             rows[row.cell] = row

@@ -180,7 +180,7 @@ def summary(comparison: Comparison, threshold: float) -> str:
     unsure = sum(ratio.low is None for ratio in comparison.ratios)
     parts = [f"{len(pairs)} cells in both", f"{len(worse)} measures worse than {threshold:g}"]
     if comparison.broken:
-        parts.append(f"{len(comparison.broken)} cells fail now")
+        parts.append(f"{len(comparison.broken)} cells now fail")
     for name, cells in (("old", comparison.only_old), ("new", comparison.only_new)):
         if cells:
             parts.append(f"{len(cells)} only in the {name} file")

@@ -36,7 +36,7 @@ class Convolution:
         """Makes the function."""
         config = models.configure(self.preset)
         if not isinstance(config, models.CapsNetConfig):
-            raise ConfigError(f"preset must be one of CapsNet, got {self.preset!r}")
+            raise ConfigError(f"preset must be that of a CapsNet, got {self.preset!r}")
         size, channels = config.conv_kernel, config.image_shape[-1]
         images = jax.ShapeDtypeStruct((self.batch, *config.image_shape), jnp.float32)
         kernel = jax.ShapeDtypeStruct((size, size, channels, config.conv_features), jnp.float32)

@@ -81,7 +81,7 @@ class TrainingStep(_Network):
         if importlib.util.find_spec("torch") is None:
             raise NotImplementedError("needs PyTorch, which is not installed: pip install torch")
         if name is None or not isinstance(config, models.CapsNetConfig):
-            raise NotImplementedError("PyTorch takes part on cpu and gpu, with presets of CapsNet")
+            raise NotImplementedError("PyTorch runs on cpu and gpu only, with presets of CapsNet")
         if self.implementation == "torch.graph" and name != "cuda":
             raise NotImplementedError("CUDA graphs need a gpu")
         from capsjax.bench.workloads.torch_step import CapsNet, make_step
