@@ -1,4 +1,4 @@
-"""Options of a training run; the command line is made from this dataclass."""
+"""Options of a training run, from which the command line is built."""
 
 import dataclasses
 import math
@@ -216,10 +216,10 @@ class TrainConfig:
     """Also write metrics for TensorBoard."""
 
     def __post_init__(self) -> None:
-        """Checks every option that can be checked without data and devices."""
+        """Checks the options that can be checked without data and devices."""
         check_types(self)
         expand_paths(self, "data_dir", "run_dir", "init_from")
-        if self.init_from is not None and self.init_from.exists():  # no name of a packaged network
+        if self.init_from is not None and self.init_from.exists():  # not a packaged network
             object.__setattr__(self, "init_from", self.init_from.absolute())
         check_dataset_name(self.dataset)
         if self.routing is not None and self.routing not in routing.algorithms():
@@ -269,7 +269,7 @@ class TrainConfig:
 
     @property
     def stopping(self) -> tuple[str, ...]:
-        """The options given that may end the run before its last step."""
+        """Names of the given options that may end the run before its last step."""
         ending = {"--until-error": self.until_error, "--patience": self.patience}
         return tuple(option for option, value in ending.items() if value is not None)
 
@@ -285,7 +285,7 @@ class TrainConfig:
 
     @classmethod
     def shaping(cls) -> tuple[str, ...]:
-        """Names of the options that shape the parameters, which must stay the same in a run."""
+        """Names of the options that shape the parameters and must not change within a run."""
         names = (field.name for field in dataclasses.fields(cls))
         return tuple(name for name in names if name not in _MAY_CHANGE)
 
@@ -298,7 +298,7 @@ class TrainConfig:
         self.check_learning_rate()
 
     def check_learning_rate(self) -> None:
-        """Raises a ConfigError if an option of the learning rate has no effect."""
+        """Raises a ConfigError if a learning-rate option has no effect."""
         if self.schedule != "exponential":
             self.check_default(f"with --schedule {self.schedule}", "decay_rate", "decay_steps")
         elif self.decay_rate == 1:
@@ -307,7 +307,7 @@ class TrainConfig:
             self.check_default("with --schedule constant", "min_learning_rate")
 
     def check_default(self, where: str, *names: str) -> None:
-        """Raises a ConfigError if one of these options, which have no effect, is given."""
+        """Raises a ConfigError if one of these options, which have no effect here, is given."""
         for field in dataclasses.fields(self):
             if field.name in names and getattr(self, field.name) != field.default:
                 raise ConfigError(f"--{field.name.replace('_', '-')} has no effect {where}")
@@ -317,7 +317,7 @@ class TrainConfig:
 
         Args:
           started: the options of the run.
-          may_change_rate: whether those of the learning rate may differ.
+          may_change_rate: whether the learning-rate options may differ.
         """
         if self.steps is not None and self.epochs not in (None, started.epochs):
             raise ConfigError(
@@ -341,7 +341,7 @@ def check_dataset_name(name: str | None) -> None:
 
 
 def check_together(configs: Sequence[TrainConfig]) -> None:
-    """Raises a ConfigError unless these runs can be trained at once."""
+    """Raises a ConfigError unless these runs can be trained together."""
     if len(configs) == 1:
         return
     if len({dataclasses.replace(c, seed=0, run_dir=Path()) for c in configs}) > 1:
@@ -353,7 +353,7 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
 
 
 _OF_THE_CALL = ("run_dir", "resume", "auto_resume")
-# Changes of these on the way are recorded, see RunConfig.
+# A change of these during a run is recorded; see RunConfig.
 OF_LEARNING_RATE = (
     "learning_rate",
     "schedule",
