@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. An error is one line on standard error."""
+"""The command line: parses, calls, prints. Errors are one line on standard error."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs ``capsjax``; the arguments are those of the process when None."""
+    """Runs ``capsjax``, by default with the arguments of the process."""
     process.print_any_character()
     arguments = complete(list(sys.argv[1:] if argv is None else argv))
     prog = " ".join(["capsjax", *(a for a in arguments[:1] if a in _COMMANDS)])
@@ -35,12 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except CapsjaxError as error:
         _report(prog, str(error))
         if isinstance(error, CheckpointError):
-            # Reads and writes that Orbax gave up on would end in tracebacks while Python shuts
-            # down.
+            # Pending reads and writes of Orbax would print tracebacks while Python shuts down.
             _exit(error, error.exit_code, at_once=True)
         _exit(error, error.exit_code)
     except BrokenPipeError:
-        # The reader of the output has left, as `head` does; what is still buffered goes nowhere.
+        # The reader of the output has closed it, as `head` does; buffered output is dropped.
         process.drop_output()
         sys.exit(1)
     except OSError as error:
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _exit(error, 1)
     except KeyboardInterrupt as interrupt:
         _report(prog, "interrupted")
-        # XLA may still be compiling in another thread, which Python must not be taken from.
+        # XLA may still be compiling in another thread, which must not run while Python shuts down.
         code = 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
         _exit(interrupt, code, at_once=True)
 
@@ -59,7 +58,7 @@ def _exit(error: BaseException, code: int, *, at_once: bool = False) -> NoReturn
     processes = sys.modules.get("capsjax.training.processes")
     if processes is not None and processes.number() > 1:
         processes.report_failure(error)
-        at_once = True  # and not wait for the others
+        at_once = True  # without waiting for the others
     if at_once:
         process.exit_at_once(code)
     sys.exit(code)
@@ -92,7 +91,7 @@ def _train(config: Any) -> None:
             f"stopped by {result.stopped_by.name} at step {result.step:,}; everything is saved,"
             f" resume with: {command}"
         )
-        if processes.number() > 1:  # whose launcher would count them as failed
+        if processes.number() > 1:  # the launcher would count another code as a failure
             return
         sys.exit(128 + result.stopped_by)
     _print_result(result)
@@ -115,7 +114,7 @@ def _evaluate(config: Any) -> None:
             share = f"{wrong / count:.2%}" if count else "none"
             print(f"  {name}: {share} ({wrong:,} of {count:,} wrong)")
     source = "packaged network" if step is None else f"checkpoint of step {step:,}"
-    # That of an objective that was given in Python is not known here.
+    # The loss is unknown if the objective was given in Python.
     print(source if math.isnan(test.loss) else f"loss {test.loss:.4f}; {source}")
     if config.predictions is not None:
         print(f"predictions: {config.predictions}")
@@ -139,7 +138,7 @@ def _reproduce(config: Any) -> None:
 
 
 def _joined(run: Callable[[Any], None]) -> Callable[[Any, Any], None]:
-    """Lets several processes run a command as one, where there are several."""
+    """Lets several processes run a command together, if there are several."""
 
     @functools.wraps(run)
     def join(config: Any, options: Any) -> None:
@@ -211,7 +210,7 @@ def _export(config: Any) -> None:
 
 
 def _resumed_options(arguments: Sequence[str]) -> Any:
-    """The options of the run that is to be resumed, of which the arguments change some."""
+    """Returns the options of the run to resume, as defaults for the arguments."""
     if "--resume" not in arguments or "--help" in arguments:
         return None
     given = re.search(r"\0--run[-_]dir[=\0]([^\0]+)", "\0".join(arguments))
@@ -223,7 +222,7 @@ def _resumed_options(arguments: Sequence[str]) -> Any:
 
 
 def _process_options(arguments: Sequence[str]) -> Any:
-    """How processes are joined, by arguments that are parsed with all others later."""
+    """Reads how processes are joined; these arguments are parsed again later with all others."""
     kind = imported("capsjax.training:ProcessOptions")
     given: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
@@ -240,7 +239,7 @@ def _process_options(arguments: Sequence[str]) -> Any:
 
 
 def _bench_options() -> Any:
-    """The options of a benchmark, or after ``compare`` those of a comparison."""
+    """Returns the options of a benchmark or, after ``compare``, of a comparison."""
     run, compare = (imported(f"capsjax.bench:{name}Config") for name in ("Bench", "Compare"))
     return (
         Annotated[run, tyro.conf.subcommand("run", prefix_name=False)]
@@ -285,7 +284,7 @@ def _print_result(result: "Result") -> None:
 
 
 def _print_error(what: str, evaluation: "Evaluation") -> None:
-    """Prints the error, and the metrics; of numbers to predict the metrics alone."""
+    """Prints the error and the metrics; for regression only the metrics."""
     if evaluation.wrong is not None:
         counts = f"{evaluation.wrong:,} of {evaluation.count:,} wrong"
         print(f"{what}: {evaluation.error:.2%} ({counts})")

@@ -1,4 +1,4 @@
-"""The errors that commands report in one line; all other exceptions are bugs or wrong arguments."""
+"""Errors that commands report in one line; any other exception is a bug or a wrong argument."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ class CapsjaxError(Exception):
     exit_code: ClassVar[int] = 2
 
     def __init__(self, message: str):
-        # Messages quote other libraries' errors, which run over several lines.
+        # Messages quote errors of other libraries, which may span several lines.
         super().__init__(" ".join(message.split()))
 
 
@@ -33,7 +33,7 @@ class CheckpointError(CapsjaxError):
 
 
 class ProcessError(CapsjaxError):
-    """Raised when processes that work as one lose each other."""
+    """Raised when processes that train together lose each other."""
 
     exit_code: ClassVar[int] = 1
 
@@ -51,7 +51,7 @@ def how_to_install(extra: str) -> str:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds the file name to operating-system errors, which lack it if a read or write fails."""
+    """Adds the file name to operating-system errors, which lack it for failed reads and writes."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Joining processes, each with devices of its own, by ``jax.distributed``."""
+"""Joins processes, each with its own devices, by ``jax.distributed``."""
 
 import dataclasses
 import os
@@ -65,7 +65,7 @@ class ProcessOptions:
 
     @property
     def are_alone(self) -> bool:
-        """Whether this process is alone by these options."""
+        """Whether these options say that this process trains alone."""
         return self.num_processes == 1
 
 
@@ -73,22 +73,22 @@ _ALONE = "--num-processes 1 trains in this process alone"
 
 
 def initialize(options: ProcessOptions | None = None, *, command: str | None = None) -> bool:
-    """Joins this process with the others, before JAX's devices are used.
+    """Joins this process with the others. Call it before JAX's devices are used.
 
-    Does nothing where processes are joined already, and on a machine where JAX detects no cluster
-    and the options name no processes.
+    Does nothing if the processes are already joined, or if JAX detects no cluster and the options
+    name no processes.
 
     Args:
-      options: how; those of the environment when None.
-      command: the name of the command whose process this is: what JAX's runtime logs when it ends
-        the process is then said in one line. Not for programs that keep their standard streams.
+      options: the options; taken from the environment when None.
+      command: name of the command that this process runs. If given, one line replaces what JAX's
+        runtime logs when it ends the process. This redirects the standard streams.
 
     Returns:
       Whether several processes are joined.
 
     Raises:
-      ConfigError: an option is invalid, process 0 is not reached, or the processes were started
-        differently.
+      ConfigError: an option is invalid, process 0 cannot be reached, or the processes were started
+        with different options.
       ProcessError: a process does not answer.
 
     Example:
@@ -106,7 +106,7 @@ def initialize(options: ProcessOptions | None = None, *, command: str | None = N
         times = (options.heartbeat_timeout, options.start_timeout)
         runtime_log.start(runtime_log.Job(command, *fields, *times))
     _reach(options)
-    # Signals are noted by the training loop, which agrees on the step to end at.
+    # The training loop handles signals: its processes agree on the step to end at.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -117,7 +117,7 @@ def initialize(options: ProcessOptions | None = None, *, command: str | None = N
             initialization_timeout=options.start_timeout,
             heartbeat_timeout_seconds=options.heartbeat_timeout,
         )
-    except Exception as error:  # of many kinds, of JAX and of what it asks a cluster with
+    except Exception as error:  # JAX and its cluster detection raise many kinds
         reason = str(error)
         if "Failed to start RPC server" in reason:
             reason = "the coordinator's port is in use; JAX_COORDINATOR_PORT sets another"
@@ -133,27 +133,27 @@ def initialize(options: ProcessOptions | None = None, *, command: str | None = N
 
 
 def _detects_cluster() -> bool:
-    """Whether JAX is going to detect a cluster, which it has no public name for."""
+    """Whether JAX will detect a cluster. It has no public function for this."""
     from jax._src.clusters import ClusterEnv
 
     kinds = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method]
-    if "JOB_COMPLETION_INDEX" not in os.environ:  # a pod of its own, not one of an indexed job
+    if "JOB_COMPLETION_INDEX" not in os.environ:  # a single pod, not one of an indexed job
         kinds = [kind for kind in kinds if kind.__name__ != "K8sCluster"]
     try:
         return any(kind.is_env_present() for kind in kinds)
-    except Exception as error:  # of many kinds, of what JAX asks a cluster with
+    except Exception as error:  # cluster detection raises many kinds
         raise ConfigError(f"the cluster cannot be detected: {error}; {_ALONE}") from error
 
 
 def describe() -> str:
-    """Returns this process, its host and its devices in words."""
+    """Describes this process, its host and its devices."""
     local, every = jax.local_devices(), jax.devices()
     process = f"process {processes.index()} of {processes.number()} on {socket.gethostname()}"
     return f"{process}: {len(local)} of {len(every)} {local[0].platform} devices"
 
 
 def finish() -> None:
-    """Waits for the other processes, and leaves them."""
+    """Waits for the other processes and disconnects from them."""
     processes.wait_for_all("capsjax/end")
     jax.distributed.shutdown()
 
