@@ -15,7 +15,7 @@ from capsjax.errors import DataError
 from capsjax.files import replacing
 
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
-# In place of labels: numbers to predict.
+# For regression, targets instead of labels.
 _TARGETS = ("train_images", "train_targets", "test_images", "test_targets")
 _OPTIONAL = ("class_names", "name")
 
@@ -26,8 +26,8 @@ def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
     """Writes a data set to a compressed file, which ``load("npz", data_dir=path)`` reads.
 
     The file holds the arrays ``train_images``, ``train_labels``, ``test_images``, ``test_labels``
-    and ``class_names``, and the set's ``name``. Numbers to predict are ``train_targets`` and
-    ``test_targets`` instead of labels. The task is not stored: to restore it, ``load`` the file
+    and ``class_names``, and the set's ``name``. For regression, ``train_targets`` and
+    ``test_targets`` replace the labels. The task is not stored; to restore it, ``load`` the file
     under the set's name.
 
     Raises:
@@ -57,7 +57,7 @@ def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
 
 
 def load_npz(path: Path, name: str | None = None, task: Task | None = None) -> Dataset:
-    """Reads a file of arrays named as by :func:`save_npz`.
+    """Reads a file of arrays with the names that :func:`save_npz` uses.
 
     Args:
       path: the file.

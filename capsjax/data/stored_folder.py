@@ -1,4 +1,4 @@
-"""Image folders whose images are read when they are needed."""
+"""Image folders whose images are read on demand."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from capsjax.errors import DataError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Folder:
-    """Where the images of a split lie; see :class:`capsjax.data.stored.ImageSource`."""
+    """The stored images of a split; see :class:`capsjax.data.stored.ImageSource`."""
 
     root: Path
     names: Names  # relative to the root
@@ -38,7 +38,7 @@ class _Folder:
         return checksum
 
     def read(self, numbers: Sequence[int]) -> Iterator[npt.NDArray[Any]]:
-        """Reads images, scaled as those of the whole set."""
+        """Reads images, scaled like the whole set."""
         for number in numbers:
             file = self.root / self.names[number]
             try:
@@ -72,11 +72,11 @@ def stored_splits(
     size: tuple[int, int] | None,
     channels: int | None,
 ) -> list[StoredSplit]:
-    """Returns the images of splits without reading more than the first that can be read.
+    """Returns the stored images of splits, reading only the first readable one.
 
     Args:
-      root: the folder that all files are in.
-      splits: the files of each, with their labels.
+      root: the folder that contains all files.
+      splits: the files of each split, with their labels.
       size: as in :func:`capsjax.data.image_files.image_pixels`.
       channels: as in :func:`capsjax.data.image_files.image_pixels`.
 
