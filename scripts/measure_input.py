@@ -1,6 +1,6 @@
-"""Compares the speed of training on a stream with that on images that stay on the devices.
+"""Compares the speed of training on a stream and on images that stay on the devices.
 
-Trains in fresh processes, in alternation, and prints the medians and their ratio. Further arguments
+Trains in fresh processes in alternation, and prints the medians and their ratio. Further arguments
 are options of ``capsjax train``.
 """
 
@@ -18,7 +18,7 @@ STEPS = 50  # between two records
 
 
 def speed(name: str, records: int, options: list[str]) -> float:
-    """Returns the examples per second of a fresh training, without those of the first record."""
+    """Returns the median examples per second of a fresh training run, without the first record."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder, "run")
         subprocess.run(

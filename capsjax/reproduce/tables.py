@@ -1,4 +1,4 @@
-"""Tables of papers, row by row and seed by seed; each seed is an ordinary run."""
+"""Reproduces tables row by row and seed by seed; each seed is an ordinary run."""
 
 import contextlib
 import dataclasses
@@ -118,7 +118,7 @@ class ReproduceConfig:
 
     @property
     def folder(self) -> Path:
-        """Directory of the runs with this table, number of steps and dtype."""
+        """Directory of the runs of this table, number of steps and dtype."""
         steps = "all" if self.steps is None else str(self.steps)
         return self.output / f"{self.table}-{steps}-{self.dtype}"
 
@@ -139,8 +139,8 @@ def reproduce(config: ReproduceConfig, *, say: Callable[[str], None] = print) ->
       The results of the rows, in the table's order; empty if the rows are only listed.
 
     Raises:
-      ConfigError: an option is invalid, a file is damaged, or the output directory has results that
-        were trained differently.
+      ConfigError: an option is invalid, a file is damaged, or the output directory has results with
+        other settings or data.
       capsjax.data.DataError: a data set is missing or damaged.
     """
     with processes.together():
@@ -228,13 +228,13 @@ class _Row:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[list[int]]:
-        """Locks seeds to train together, which no other command is training."""
+        """Locks seeds to train together, skipping those that another command is training."""
         most = 1 if self.recipe.until_error is not None else self.config.together
         with contextlib.ExitStack() as locks:
             seeds: list[int] = []
             common: set[int] = set()
             for seed in self.missing():
-                # Started runs are resumed together from a checkpoint that all of them have.
+                # Runs resumed together need a checkpoint of the same step.
                 steps = self._checkpoints(seed)
                 same = not seeds or self._begun(seed) == self._begun(seeds[0])
                 apart = seeds and (common or steps) and not common & steps
@@ -295,29 +295,29 @@ class _Row:
             before = RunDirectory(self.run_dir(each.seed)).read_config()
             check_same_run(each, model, before, may_change_rate=False)
             before.data.check(DataDescription.of(dataset))
-        if finished:  # the command was stopped before it added the result
+        if finished:  # the command was stopped before it recorded the result
             return True
         results: list[Result] = train_seeds(
             options, model=model, dataset=dataset, deadline=deadline
         )
         if results[0].stopped_by is not None and processes.number() == 1:
-            signal.raise_signal(results[0].stopped_by)  # everything is saved: stop the command too
+            signal.raise_signal(results[0].stopped_by)  # everything is saved: end the command
         return results[0].test is not None
 
     def finish(self, seed: int, *, together: int) -> str:
-        """Adds the result of a finished run, and returns it as text."""
+        """Records the result of a finished run, and returns it as text."""
         directory = RunDirectory(self.run_dir(seed))
         result = directory.read_result()
         assert result is not None  # the run is finished
         dataset = self.get(self.recipe.dataset)
-        assert result.test_wrong is not None  # tables are of classes
+        assert result.test_wrong is not None  # all tables are of classification
         errors = {dataset.name: result.test_wrong / result.test_count}
         counts = {dataset.name: result.test_count}
         if self.recipe.also_tested_on is not None:
             other = self.get(self.recipe.also_tested_on)
             found = evaluate(self._evaluation(seed, self.recipe.also_tested_on), dataset=other)
             errors[other.name], counts[other.name] = found.test.error, found.test.count
-        # Time starts from 0 after each resumption: this sums the last records of all parts.
+        # Time restarts at 0 after each resumption; this sums the last records of all parts.
         times = [record.get("seconds", 0.0) for record in directory.read_metrics()] + [0.0]
         seconds = sum(a for a, b in itertools.pairwise(times) if a > b)
         line = self.line(
@@ -335,7 +335,7 @@ class _Row:
         return f"{self.recipe.name}, seed {seed}: error {text}"
 
     def evaluate_ensemble(self) -> str:
-        """Adds the error of the mean of all runs' scores, and returns it as text."""
+        """Records the error of the mean of all runs' scores, and returns it as text."""
         dataset, scores = self.get(self.recipe.dataset), []
         for seed in range(self.config.seeds):
             found, labels = predict_test(self._evaluation(seed, None), dataset=dataset)

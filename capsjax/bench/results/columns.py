@@ -1,4 +1,4 @@
-"""The measures of a row as text, which the table and the page show."""
+"""The measures of a row as text, for the table and the page."""
 
 import statistics
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def _arguments(row: Row) -> str:
 
 
 def _estimate(name: str, scale: float) -> Callable[[Row], str]:
-    """With a plus where instructions have no estimate."""
+    """With a plus if some instructions have no estimate."""
 
     def show(row: Row) -> str:
         found = row.hlo.estimate if row.hlo and row.counts[name] is not None else None

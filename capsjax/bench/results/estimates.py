@@ -1,4 +1,4 @@
-"""Estimated scaling as text, which the terminal and the page show."""
+"""Estimated scaling as text, for the terminal and the page."""
 
 from collections.abc import Sequence
 
@@ -18,17 +18,17 @@ _HEADINGS = (
 
 
 def title(scaling: Scaling) -> str:
-    """What is scaled."""
+    """Returns a title that names what is scaled."""
     return f"{scaling.kind.capitalize()} scaling on {scaling.generation}: {scaling.program}"
 
 
 def headings(scaling: Scaling) -> tuple[str, ...]:
-    """Of the columns; GPUs have no cycles."""
+    """Returns the headings of the columns; GPUs have no cycles."""
     return tuple(name for name in _HEADINGS if name != "Mcycles" or scaling.generation not in GPUS)
 
 
 def cells(scaling: Scaling, step: ScalingStep) -> tuple[str, ...]:
-    """The text under each heading."""
+    """Returns the text under each heading."""
     return (
         f"{step.chips}",
         f"{step.batch:,}",
@@ -42,7 +42,7 @@ def cells(scaling: Scaling, step: ScalingStep) -> tuple[str, ...]:
 
 
 def verdict(scaling: Scaling) -> str:
-    """Where adding chips stops paying, and what takes the time."""
+    """States where adding chips stops paying, and why."""
     step = scaling.limit
     if step is None:
         step = scaling.steps[-1]
@@ -56,7 +56,7 @@ def verdict(scaling: Scaling) -> str:
 
 
 def assumptions(scalings: Sequence[Scaling]) -> str:
-    """What the estimates rest on."""
+    """States the assumptions of the estimates."""
     generations = dict.fromkeys(each.generation for each in scalings)
     tpus = [name for name in generations if name in CHIPS]
     gpus = [name for name in generations if name in GPUS]

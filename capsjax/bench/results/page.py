@@ -18,12 +18,12 @@ from capsjax.files import write_text
 def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench") -> None:
     """Writes a page with plots and tables of rows.
 
-    The page holds the plots' library and their numbers, and opens without a network.
+    The page includes the plotting library and all data, and opens without a network.
 
     Args:
-      rows: as :func:`capsjax.bench.read_rows` gives them.
-      path: of the page.
-      title: its heading.
+      rows: rows as from :func:`capsjax.bench.read_rows`.
+      path: path of the page.
+      title: heading of the page.
 
     Raises:
       ConfigError: the extra ``bench`` is not installed.
@@ -88,7 +88,7 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
 
 
 def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any]], Any]]:
-    """Heading, note, traces and axes of each plot that the rows have data for."""
+    """Yields heading, note, traces and axes of each plot for which the rows have data."""
     log, linear = {"type": "log"}, {"rangemode": "tozero"}
     compiled = _series(
         rows,
@@ -182,7 +182,7 @@ def _series(
     by: Sequence[str],
     fixed: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Traces of a measure over a parameter, one for each combination of others."""
+    """Returns traces of a measure over a parameter, one per combination of the others."""
     kind = WORKLOADS[workload]
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     lines: dict[tuple[Any, ...], dict[Any, tuple[float, float, float]]] = {}
@@ -239,7 +239,7 @@ def _table_row(row: Row) -> dict[str, Any]:
 
 
 def _environments(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """The environments of the rows, each once."""
+    """Returns the distinct environments of the rows."""
     seen = []
     for row in rows:
         values = {name: _shown(value) for name, value in row.base_environment.items()}
@@ -253,7 +253,7 @@ def _shown(value: Any) -> str:
 
 
 def _contributors(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Where the cycles of absent TPUs, or the time of absent GPUs, go by source line."""
+    """Returns cycles on absent TPUs or time on absent GPUs by source line."""
     found = []
     for row in rows:
         if row.hlo and (estimate := row.hlo.estimate):
