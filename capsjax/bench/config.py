@@ -33,8 +33,7 @@ class BenchConfig:
 
     workload: str | None = None
     """One workload instead of a suite: squash, routing, stack, hotos, hotos_gcc, convolution,
-    forward, train_step, train_steps, pmap_train_step; or a function of your own,
-    module:function."""
+    forward, train_step, train_steps, pmap_train_step; or your own function, module:function."""
 
     set: tuple[str, ...] = ()
     """Parameters of the workload, such as iterations=1,3,10 loop=fori_loop,unrolled. Several values

@@ -42,9 +42,9 @@ class TrainConfig:
 
     preset: PresetName = "small"
     """Network to train; --model is the same option. small trains in minutes on two CPU cores. paper
-    is dynamic routing as printed and official as in the authors' code, with the variants cifar10,
-    smallnorb and svhn for these data sets. baseline is the paper's convolutional network;
-    baseline_small is as large as small, and baseline_pairs is for overlapping digits.
+    follows the printed formulas of dynamic routing, and official the authors' code, with the
+    variants cifar10, smallnorb and svhn for these data sets. baseline is the paper's convolutional
+    network; baseline_small is as large as small, and baseline_pairs is for overlapping digits.
     matrix_capsnet uses EM routing; matrix_capsnet_small is the smaller network of that paper.
     efficient_capsnet uses self-attention routing; large_images is its variant for images of 64 to
     224 pixels."""
@@ -95,7 +95,8 @@ class TrainConfig:
     """Checkpoint of INIT_FROM: last, best (lowest validation error), or a step."""
 
     freeze: tuple[str, ...] | None = None
-    """Do not train parameters whose names begin with one of these, such as conv primary."""
+    """Parts of the network to leave untrained, such as conv primary: the first words of their
+    parameters' names."""
 
     resume: bool = False
     """Resume the run in RUN_DIR from its last checkpoint, with its options unless they are given
@@ -162,7 +163,7 @@ class TrainConfig:
 
     max_shift: int | None = None
     """Shift training images by up to this many pixels along both axes. By default, 2, or 4 for
-    overlapping digits, which are shifted in tests too."""
+    overlapping digits, whose test images are shifted too."""
 
     fill: Fill | None = None
     """What fills the pixels uncovered by shifts: edge (repeats the border of the image), or a gray
@@ -188,7 +189,7 @@ class TrainConfig:
     (one device)."""
 
     devices: int | None = None
-    """Number of devices to use, the first ones. By default, all, or one for jit."""
+    """Use only this many devices, the first ones. By default, all, or one for jit."""
 
     input: InputName | None = None
     """Where the images are: resident (all on every device) or stream (sent there in chunks; those

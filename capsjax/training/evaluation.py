@@ -70,7 +70,7 @@ class EvaluateConfig:
     """How the evaluation runs: pmap, shard, or jit (one device)."""
 
     devices: int | None = None
-    """Number of devices to use, the first ones. By default, all, or one for jit."""
+    """Use only this many devices, the first ones. By default, all, or one for jit."""
 
     input: InputName | None = None
     """Where the test images are: resident (all on every device) or stream. By default, chosen by

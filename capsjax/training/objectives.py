@@ -31,7 +31,7 @@ def paper_loss(prediction: Prediction, target: jax.Array, images: jax.Array) -> 
       L = L_\mathrm{margin} + 0.0005 \sum_p (\hat x_p - x_p)^2
 
     Args:
-      prediction: of a capsule network, with or without a reconstruction.
+      prediction: output of a capsule network, with or without a reconstruction.
       target: one-hot or multi-hot classes, ``[..., J]``.
       images: reconstruction targets with pixels in [0, 1], ``[..., H, W, C]``. The losses of
         several targets, ``[..., S, H, W, C]``, are summed.
@@ -85,7 +85,7 @@ def spread_objective(
     say over how many steps. The other arguments and the result are those of :func:`paper_loss`.
 
     Args:
-      prediction: of a capsule network, with or without a reconstruction.
+      prediction: output of a capsule network, with or without a reconstruction.
       target: one-hot classes, ``[..., J]``.
       images: pixels in [0, 1], ``[..., H, W, C]``.
       step: t; the final margin is used when None.
