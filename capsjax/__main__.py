@@ -1,4 +1,4 @@
-"""The process of the command ``capsjax``, also started by ``python -m capsjax``."""
+"""Entry point of ``capsjax`` and of ``python -m capsjax``."""
 
 import os
 import signal
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; the arguments are those of the process when None."""
+    """Runs the command line, by default with the arguments of the process."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # While Python imports, and when the command is over, Ctrl-C ends the process quietly.
+        # Ctrl-C ends the process quietly during imports and after the command.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     _open_standard_streams()
     from capsjax.cli import main as run
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _open_standard_streams() -> None:
-    """Opens the null device for closed standard streams, whose numbers other files would get."""
+    """Opens the null device for closed standard streams; other files would get their numbers."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

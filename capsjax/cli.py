@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. An error is one line on standard error."""
+"""The command line: parses, calls, prints. Errors are one line on standard error."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs ``capsjax``; the arguments are those of the process when None."""
+    """Runs ``capsjax``, by default with the arguments of the process."""
     process.print_any_character()
     arguments = complete(list(sys.argv[1:] if argv is None else argv))
     prog = " ".join(["capsjax", *(a for a in arguments[:1] if a in _COMMANDS)])
@@ -35,12 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except CapsjaxError as error:
         _report(prog, str(error))
         if isinstance(error, CheckpointError):
-            # Reads and writes that Orbax gave up on would end in tracebacks while Python shuts
-            # down.
+            # Pending reads and writes of Orbax would print tracebacks while Python shuts down.
             _exit(error, error.exit_code, at_once=True)
         _exit(error, error.exit_code)
     except BrokenPipeError:
-        # The reader of the output has left, as `head` does; what is still buffered goes nowhere.
+        # The reader of the output has closed it, as `head` does; buffered output is dropped.
         process.drop_output()
         sys.exit(1)
     except OSError as error:
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _exit(error, 1)
     except KeyboardInterrupt as interrupt:
         _report(prog, "interrupted")
-        # XLA may still be compiling in another thread, which Python must not be taken from.
+        # XLA may still be compiling in another thread, which must not run while Python shuts down.
         code = 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
         _exit(interrupt, code, at_once=True)
 
@@ -59,7 +58,7 @@ def _exit(error: BaseException, code: int, *, at_once: bool = False) -> NoReturn
     processes = sys.modules.get("capsjax.training.processes")
     if processes is not None and processes.number() > 1:
         processes.report_failure(error)
-        at_once = True  # and not wait for the others
+        at_once = True  # without waiting for the others
     if at_once:
         process.exit_at_once(code)
     sys.exit(code)
@@ -76,10 +75,10 @@ def _run(prog: str, arguments: Sequence[str]) -> None:
 
 
 def _train(config: Any) -> None:
-    """Train a capsule network on a set of images.
+    """Train a capsule network on a data set of images.
 
-    The run directory receives the configuration, metrics as JSON lines and for TensorBoard,
-    checkpoints, the test result, and a picture of test images over their reconstructions.
+    The run directory holds the configuration, metrics as JSON lines and for TensorBoard,
+    checkpoints, the test result, and a picture of test images above their reconstructions.
     """
     from capsjax.training import processes, train
 
@@ -89,10 +88,10 @@ def _train(config: Any) -> None:
     if result.stopped_by is not None:
         command = f"capsjax train --resume --run-dir {shlex.quote(str(result.run_dir))}"
         print(
-            f"stopped by {result.stopped_by.name} at step {result.step:,}, everything saved;"
-            f" go on with: {command}"
+            f"stopped by {result.stopped_by.name} at step {result.step:,}; everything is saved,"
+            f" resume with: {command}"
         )
-        if processes.number() > 1:  # whose launcher would count them as failed
+        if processes.number() > 1:  # the launcher would count another code as a failure
             return
         sys.exit(128 + result.stopped_by)
     _print_result(result)
@@ -108,14 +107,14 @@ def _evaluate(config: Any) -> None:
     test, step = evaluated.test, evaluated.step
     _print_error(f"{evaluated.dataset} test error", test)
     if test.wrong is not None:
-        print(f"balanced error, the mean over the classes: {test.balanced_error:.2%}")
+        print(f"balanced error (mean over the classes): {test.balanced_error:.2%}")
         for name, wrong, count in zip(
             evaluated.class_names, test.class_wrong, test.class_count, strict=True
         ):
             share = f"{wrong / count:.2%}" if count else "none"
             print(f"  {name}: {share} ({wrong:,} of {count:,} wrong)")
-    source = "network of the package" if step is None else f"checkpoint of step {step:,}"
-    # That of an objective that was given in Python is not known here.
+    source = "packaged network" if step is None else f"checkpoint of step {step:,}"
+    # The loss is unknown if the objective was given in Python.
     print(source if math.isnan(test.loss) else f"loss {test.loss:.4f}; {source}")
     if config.predictions is not None:
         print(f"predictions: {config.predictions}")
@@ -124,10 +123,10 @@ def _evaluate(config: Any) -> None:
 def _reproduce(config: Any) -> None:
     """Train the rows of a published table with several seeds.
 
-    Writes mean and standard deviation of their errors. Finished runs are not trained again; the
-    same command goes on with what was cut short. Tables: mnist and multi_mnist (Sabour et al. 2017,
-    table 1), affine, cifar10, svhn and smallnorb (the same paper's text), ablation (the authors'
-    code against the formulas as printed), small (networks for two processor cores).
+    Writes the mean and standard deviation of their errors. Finished runs are not trained again, and
+    the same command continues interrupted ones. Tables: mnist and multi_mnist (Sabour et al. 2017,
+    table 1), affine, cifar10, svhn and smallnorb (the same paper's text), ablation (differences
+    between the authors' code and the printed formulas), small (networks for two CPU cores).
     """
     from capsjax.reproduce import reproduce
     from capsjax.training import processes
@@ -139,7 +138,7 @@ def _reproduce(config: Any) -> None:
 
 
 def _joined(run: Callable[[Any], None]) -> Callable[[Any, Any], None]:
-    """Lets several processes run a command as one, where there are several."""
+    """Lets several processes run a command together, if there are several."""
 
     @functools.wraps(run)
     def join(config: Any, options: Any) -> None:
@@ -169,7 +168,7 @@ def _bench(config: Any) -> None:
 
 
 def _draw(config: Any) -> None:
-    """Draw what a trained network computes: NAME RUN, or curves RUN RUN ... to compare runs."""
+    """Draw figures of a trained network (NAME RUN), or compare runs (curves RUN RUN ...)."""
     from capsjax.viz.draw import draw
 
     process.find_devices()
@@ -185,11 +184,11 @@ def _explore(config: Any) -> None:
 
 
 def _predict(config: Any) -> None:
-    """Predict the classes of images, files or directories, with a trained network.
+    """Predict the classes of images, given as files or directories, with a trained network.
 
-    Images are read and scaled as image_folder reads them. They should look like those of the
-    training: MNIST's digits, for example, are white on black. Ends with 1 if an image could not be
-    read; the others are predicted all the same.
+    Images are read and scaled as by the data set image_folder. They should look like the training
+    images: MNIST's digits, for example, are white on black. Images that cannot be read are skipped
+    with a warning, and the exit code is then 1.
     """
     from capsjax.training import predict
 
@@ -203,7 +202,7 @@ def _predict(config: Any) -> None:
 
 
 def _export(config: Any) -> None:
-    """Export a trained network to StableHLO, to be run by jax without capsjax, for any batch."""
+    """Export a trained network to StableHLO, which JAX runs without capsjax at any batch size."""
     from capsjax.training import export
 
     process.find_devices()
@@ -211,7 +210,7 @@ def _export(config: Any) -> None:
 
 
 def _resumed_options(arguments: Sequence[str]) -> Any:
-    """The options of the run that is to be resumed, of which the arguments change some."""
+    """Returns the options of the run to resume, as defaults for the arguments."""
     if "--resume" not in arguments or "--help" in arguments:
         return None
     given = re.search(r"\0--run[-_]dir[=\0]([^\0]+)", "\0".join(arguments))
@@ -223,7 +222,7 @@ def _resumed_options(arguments: Sequence[str]) -> Any:
 
 
 def _process_options(arguments: Sequence[str]) -> Any:
-    """How processes are joined, by arguments that are parsed with all others later."""
+    """Reads how processes are joined; these arguments are parsed again later with all others."""
     kind = imported("capsjax.training:ProcessOptions")
     given: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
@@ -240,7 +239,7 @@ def _process_options(arguments: Sequence[str]) -> Any:
 
 
 def _bench_options() -> Any:
-    """The options of a benchmark, or after ``compare`` those of a comparison."""
+    """Returns the options of a benchmark or, after ``compare``, of a comparison."""
     run, compare = (imported(f"capsjax.bench:{name}Config") for name in ("Bench", "Compare"))
     return (
         Annotated[run, tyro.conf.subcommand("run", prefix_name=False)]
@@ -281,11 +280,11 @@ def _print_result(result: "Result") -> None:
     print(f"trained {steps} in {_duration(result.seconds)}; see {result.run_dir}")
     picture = RunDirectory(result.run_dir).picture
     if picture.exists():
-        print(f"test images over their reconstructions: {picture}")
+        print(f"test images above their reconstructions: {picture}")
 
 
 def _print_error(what: str, evaluation: "Evaluation") -> None:
-    """Prints the error, and the metrics; of numbers to predict the metrics alone."""
+    """Prints the error and the metrics; for regression only the metrics."""
     if evaluation.wrong is not None:
         counts = f"{evaluation.wrong:,} of {evaluation.count:,} wrong"
         print(f"{what}: {evaluation.error:.2%} ({counts})")

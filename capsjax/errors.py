@@ -1,4 +1,4 @@
-"""The errors that commands report in one line; all other exceptions are bugs or wrong arguments."""
+"""Errors that commands report in one line; any other exception is a bug or a wrong argument."""
 
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ class CapsjaxError(Exception):
     exit_code: ClassVar[int] = 2
 
     def __init__(self, message: str):
-        # Messages quote other libraries' errors, which run over several lines.
+        # Messages quote errors of other libraries, which may span several lines.
         super().__init__(" ".join(message.split()))
 
 
@@ -30,7 +30,7 @@ class CheckpointError(CapsjaxError):
 
 
 class ProcessError(CapsjaxError):
-    """Raised when processes that work as one lose each other."""
+    """Raised when processes that train together lose each other."""
 
     exit_code: ClassVar[int] = 1
 

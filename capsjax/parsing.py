@@ -1,7 +1,7 @@
-"""Parsing the command line by tyro, with errors of one line.
+"""Parses the command line by tyro, with one-line errors.
 
-Options are dataclasses that are imported once it is known which command runs, so that
-``capsjax --help`` does not wait for JAX.
+Options are dataclasses, which are imported only for the chosen command, so that ``capsjax --help``
+does not wait for JAX.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ class Command(NamedTuple):
     """A subcommand.
 
     Attributes:
-      run: called with the options; with those of the processes too if it joins them.
+      run: called with the options, and with :class:`ProcessOptions` if `joins`.
       options: imports the type of the options.
-      default: makes the options that the arguments change; None for those of the type.
-      joins: whether several processes run it as one.
+      default: returns default options for these arguments; None for those of the type.
+      joins: whether several processes can run it together.
     """
 
     run: Callable[..., None]
@@ -41,7 +41,7 @@ class Command(NamedTuple):
 
 
 def imported(name: str, extra: str | None = None) -> Any:
-    """Imports ``module:Class``, which may need packages that only an extra brings."""
+    """Imports ``module:Class``, which may need the packages of an extra."""
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -52,9 +52,9 @@ def imported(name: str, extra: str | None = None) -> Any:
 
 
 def complete(arguments: list[str]) -> list[str]:
-    """Spells out what may be abbreviated."""
+    """Expands abbreviations."""
     arguments = [re.sub(r"^--model(?==|$)", "--preset", argument) for argument in arguments]
-    # A file of arrays may be named as the data set that it holds.
+    # A file of arrays may be given as the data set.
     text = "".join(f"\0{argument}" for argument in arguments)
     file = r"\0--dataset[=\0]([^\0]+\.npz)(?=\0|$)"
     arguments = re.sub(file, r"\0--dataset\0npz\0--data-dir\0\1", text).split("\0")[1:]
@@ -71,7 +71,7 @@ def complete(arguments: list[str]) -> list[str]:
     first = 2 if arguments[1:2] == ["run"] else 1
     if arguments[first : first + 1] != ["compare"] and _is_value(arguments[first : first + 1]):
         arguments.insert(first, "--suite")
-    # Flags of XLA begin with dashes, as options do: with a space before them they are values.
+    # XLA flags begin with dashes like options; a space before them makes them values.
     after = False
     for n, argument in enumerate(arguments):
         is_flag = argument.startswith("--xla_")
@@ -90,12 +90,12 @@ def _is_value(arguments: Sequence[str]) -> bool:
 def parse(
     prog: str, arguments: Sequence[str], commands: Mapping[str, Command]
 ) -> Callable[[], None]:
-    """Returns the chosen command with its options.
+    """Returns the chosen command, bound to its options.
 
     Args:
-      prog: the name of the command, for errors.
+      prog: name of the command, for errors.
       arguments: as :func:`complete` returns them.
-      commands: all of them, by name.
+      commands: all commands by name.
 
     Raises:
       ConfigError: an argument is invalid.
@@ -127,7 +127,7 @@ def parse(
         choose.__doc__ = command.run.__doc__
         return choose
 
-    # The hook is not a part of tyro's stable interface: without it tyro prints errors in its way.
+    # The hook is not in tyro's stable interface. Without it tyro prints errors in its own form.
     hook = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
     with hook(functools.partial(_refuse, prog, arguments, commands)), process.wide_enough():
         run: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
@@ -144,7 +144,7 @@ _KINDS = {
     "INT": "an integer",
     "FLOAT": "a number",
     "PATH": "a path",
-    "STR": "a text",
+    "STR": "a string",
     "{[FLOAT [FLOAT ...]]}": "numbers",
 }
 
@@ -152,10 +152,10 @@ _KINDS = {
 def _refuse(
     prog: str, arguments: Sequence[str], commands: Mapping[str, Command], event: Any
 ) -> None:
-    """Raises a ConfigError for an event of tyro: what it could not parse, in one line."""
+    """Raises a ConfigError that describes a parse error of tyro in one line."""
     match type(event).__name__:
         case "InvalidChoice":
-            # The order of an option's choices is that of a set if there may be none of them.
+            # The choices are in the random order of a set if the option may be None.
             choices = event.choices if "None" not in event.choices else sorted(event.choices)
             known = ", ".join(choice for choice in choices if choice != "None")
             message = f"{_name(event.argument)} must be one of {known}, got {event.value!r}"
@@ -164,10 +164,10 @@ def _refuse(
             flags = {"--help", *_flags(commands[arguments[0]])}
             options = [a.partition("=")[0] for a in arguments if a.startswith("--")]
             unknown = [option for option in options if option not in flags]
-            if unknown:  # which is what keeps a positional argument from its value
+            if unknown:  # it took the value of the positional argument
                 message = _unknown(unknown[0], arguments, commands)
         case "InstantiationFailure" if event.argument is None:
-            message = event.message  # of the options' own checks
+            message = event.message  # from the options' own checks
         case "InstantiationFailure":
             given = re.findall(r"'[^']*'", event.message.partition("\n")[0])
             got = f", got {given[-1]}" if given else f": {event.message}"
@@ -188,11 +188,11 @@ def _unknown(token: str, arguments: Sequence[str], commands: Mapping[str, Comman
     if arguments[0] not in commands:
         return f"command must be one of {', '.join(commands)}, got {arguments[0]!r}"
     near = difflib.get_close_matches(token.partition("=")[0], _flags(commands[arguments[0]]), n=1)
-    return f"unknown: {token}" + (f"; perhaps you meant {near[0]}" if near else "")
+    return f"unknown argument: {token}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _flags(command: Command) -> list[str]:
-    """The options of a command, as they are written."""
+    """Returns the options of a command as written on the command line."""
     types = typing.get_args(command.options()) or (command.options(),)
     if command.joins:
         types = (*types, imported("capsjax.training:ProcessOptions"))
@@ -201,7 +201,7 @@ def _flags(command: Command) -> list[str]:
     flags = ["--model"] if any(field.name == "preset" for field in fields) else []
     for field in fields:
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            continue  # by its position
+            continue  # positional
         name = field.name.replace("_", "-")
         flags += [f"--{name}", f"--no-{name}"] if field.type is bool else [f"--{name}"]
     return flags
@@ -214,6 +214,6 @@ def _kind(argument: Any) -> str:
 
 
 def _name(argument: Any) -> str:
-    """An argument as it is written on the command line."""
+    """Returns an argument as written on the command line."""
     flags = argument.lowered.name_or_flags
     return str(flags[0] if flags and flags[0].startswith("-") else argument.field.extern_name)

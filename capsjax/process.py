@@ -1,4 +1,4 @@
-"""The process of a command: signals, standard streams, terminal, log, devices."""
+"""The process of a command: its signals, standard streams, terminal, log and devices."""
 
 import contextlib
 import io
@@ -15,14 +15,14 @@ from typing import NoReturn
 
 from capsjax.errors import ConfigError
 
-# The narrowest terminal that help is printed for: tyro never ends where no word fits.
+# The narrowest terminal that help is printed for; tyro loops forever if no word fits.
 _NARROWEST = 40
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Raises KeyboardInterrupt for signals that would otherwise end the process on the spot."""
+    """Raises KeyboardInterrupt for signals that would otherwise end the process at once."""
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt(number)
@@ -41,18 +41,18 @@ def interruptible() -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """Lets a process whose work is done end with code 0, whatever signal comes meanwhile."""
+    """Ignores signals, so that a process whose work is done ends with code 0."""
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
 
 def find_devices() -> None:
-    """Initialises JAX's devices; raises a ConfigError if those that are asked for are missing."""
+    """Initialises JAX's devices; raises a ConfigError if the requested ones are missing."""
     import jax
 
-    # Where there is no TPU, JAX keeps libtpu, if it is installed, from asking for the TPU's
-    # metadata, whose absence libtpu reports at length.
+    # Without a TPU, JAX keeps an installed libtpu from querying the TPU's metadata, but libtpu
+    # still reports at length that it is missing; these variables prevent that.
     if os.environ.get("TPU_SKIP_MDS_QUERY") == "1" and not _has_tpu():
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -83,14 +83,14 @@ def wide_enough() -> Iterator[None]:
 
 
 def print_any_character() -> None:
-    """Escapes what the encoding of a stream lacks, where printing it would raise an error."""
+    """Escapes characters that a stream's encoding lacks, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def quieten_libraries() -> None:
-    """Silences other libraries, whose failures are reported as errors of capsjax."""
+    """Silences other libraries; capsjax reports their failures as its own errors."""
     ours = logging.getLogger("capsjax")
     if not ours.handlers:
         ours.addHandler(logging.StreamHandler())
@@ -101,8 +101,8 @@ def quieten_libraries() -> None:
     previous = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        # At its first error Orbax closes the event loop on which other reads and writes go on: each
-        # of them would report it, as would each coroutine that is dropped.
+        # At its first error Orbax closes the event loop of its other reads and writes. Each of them
+        # would report that, as would each dropped coroutine.
         code = getattr(unraisable.object, "cr_code", None)
         dropped = code is not None and "orbax" in code.co_filename
         if not dropped and str(unraisable.exc_value) != "Event loop is closed":
@@ -112,14 +112,14 @@ def quieten_libraries() -> None:
 
 
 def drop_output() -> None:
-    """Sends what is still buffered, and all later output, nowhere."""
+    """Discards buffered and all later output."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.dup2(nowhere, sys.stderr.fileno())
 
 
 def exit_at_once(code: int) -> NoReturn:
-    """Ends the process without Python's own end, which would wait for other threads."""
+    """Ends the process without Python's shutdown, which would wait for other threads."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()

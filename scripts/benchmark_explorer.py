@@ -1,6 +1,6 @@
-"""How long a redraw takes after a slider has moved: ``python scripts/benchmark_explorer.py RUN``.
+"""Times a redraw after a slider has moved: ``python scripts/benchmark_explorer.py RUN``.
 
-Asks the explorer's own application over a socket on the loopback address, as the page does.
+Sends requests to the explorer's own application over a loopback socket, as the page does.
 """
 
 import http.client

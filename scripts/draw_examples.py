@@ -1,6 +1,6 @@
 """Runs the examples for docs/examples: ``python scripts/draw_examples.py [NAME ...]``.
 
-Stores what each prints, and a picture of what its program holds at the end.
+Stores each example's output, and a picture of its final variables.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ DRAW: dict[str, Callable[[dict[str, Any], Theme], Figure]] = {
 
 
 def main() -> None:
-    """Runs and draws the examples that are named, or all of them."""
+    """Runs and draws the named examples, or all of them."""
     names = sys.argv[1:] or list(DRAW)
     for name in names:
         sys.argv = [f"{name}.py"]

@@ -1,8 +1,8 @@
-"""Measures what this project claims of GPUs, in order of worth, for as long as there is time.
+"""Measures this project's claims about GPUs, the most important first, within a time limit.
 
-Rows go to a file as those of ``capsjax bench``, and ``capsjax bench compare`` reads them. Run again
-with the same file, it goes on where it was: what is recorded for this commit is left out. Nothing
-else may use the GPU meanwhile: XLA, cuDNN and PyTorch choose algorithms by timing them.
+Rows are written as by ``capsjax bench``, so that ``capsjax bench compare`` reads them. Run again
+with the same file, the script continues: it skips what is recorded for this commit. Nothing else
+may use the GPU meanwhile, because XLA, cuDNN and PyTorch choose algorithms by timing them.
 """
 
 import argparse
@@ -29,11 +29,11 @@ class Item(NamedTuple):
     """Cells of one workload.
 
     Attributes:
-      name: of the item.
-      workload: its name.
-      settings: values of its parameters, which are swept.
-      alternate: parameter whose values are measured side by side, in one process.
-      seconds: bound of one process.
+      name: name of the item.
+      workload: name of the workload.
+      settings: values of the workload's parameters, to sweep.
+      alternate: parameter whose values are measured in alternation, in one process.
+      seconds: time limit of one process.
       check: whether to compare results with float64.
       profile: whether to trace kernels.
     """
@@ -48,7 +48,7 @@ class Item(NamedTuple):
 
 
 def make_items(options: argparse.Namespace) -> list[Item]:
-    """Returns all items, those of the most worth first.
+    """Returns all items, the most important first.
 
     Parts that are checked against float64 come before the steps that consist of them.
     """
@@ -72,13 +72,13 @@ def make_items(options: argparse.Namespace) -> list[Item]:
 
 
 def implementations(workload: str, options: argparse.Namespace) -> list[str]:
-    """Names without the default and without the layout that is for other platforms."""
+    """Returns implementations without the default and without the layout for other platforms."""
     other = "blocked" if options.platform == "gpu" else "lanes"
     return [name for name in choices(workload, "implementation") if name not in ("default", other)]
 
 
 def is_done(row: Row, commit: str) -> bool:
-    """Whether a row is a result of this commit, or a failure that would come again."""
+    """Whether a row is a result of this commit, or a failure that would recur."""
     if row.base_environment.get("capsjax") != commit:
         return False
     if row.error is not None:
@@ -87,7 +87,7 @@ def is_done(row: Row, commit: str) -> bool:
 
 
 def describe(row: Row) -> str:
-    """What a row says: a line, and one for each of its dearest kernels."""
+    """Describes a row in one line, followed by its most expensive kernels."""
     if row.error is not None:
         return f"{row.cell}: {row.error.stage}: {row.error.message}"
     said, steps = [], row.parameters.get("steps", 1)
@@ -104,7 +104,7 @@ def describe(row: Row) -> str:
     if row.profile is not None:
         said.append(f"{row.profile.launches / steps:.0f} launches" + " per step" * (steps > 1))
     if row.deviation is not None:
-        said.append(f"deviates by {row.deviation.found:.1e} of {row.deviation.allowed:.1e}")
+        said.append(f"deviation {row.deviation.found:.1e}, allowed {row.deviation.allowed:.1e}")
     lines = [f"{row.cell}: {', '.join(said)}"]
     for kernel in row.profile.kernels[:SHOWN] if row.profile else ():
         microseconds, count = 1e6 * kernel.seconds / steps, kernel.launches / steps
@@ -113,11 +113,11 @@ def describe(row: Row) -> str:
 
 
 def ratio_to_best(rows: Sequence[Row]) -> str:
-    """The step beside the fastest of PyTorch."""
+    """Compares the step with the fastest one of PyTorch."""
     runs = {row.parameters["implementation"]: row.run for row in rows if row.run is not None}
     torch = [name for name in runs if name.startswith("torch")]
     if not torch or "default" not in runs:
-        return "no ratio: PyTorch or the step has no time"
+        return "no ratio: PyTorch or the step was not timed"
     best = min(torch, key=lambda name: runs[name].median_seconds)
     ratio = Times(runs["default"].calls[0]).ratio(Times(runs[best].calls[0]))
     return f"the step takes {ratio:.2f} of the time of {best}"
@@ -148,12 +148,12 @@ def measure(
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the options."""
+    """Parses the options."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="file of rows, JSON lines")
     parser.add_argument("--seconds", type=float, default=800, help="time for all (default: 800)")
     parser.add_argument("--items", nargs="+", help="names of items, in order (default: all)")
-    parser.add_argument("--again", action="store_true", help="measure what is recorded, too")
+    parser.add_argument("--again", action="store_true", help="measure recorded groups again")
     parser.add_argument("--platform", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--preset", choices=["paper", "small"], default="paper")
     parser.add_argument("--batch", type=int, default=128)
@@ -163,11 +163,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--peer-seconds",
         type=float,
         default=PEER_SECONDS,
-        help=f"for PyTorch to compile one step (default: {PEER_SECONDS:g})",
+        help=f"time for PyTorch to compile one step (default: {PEER_SECONDS:g})",
     )
-    parser.add_argument("--bound", type=float, help="seconds of one process, for all items")
+    parser.add_argument("--bound", type=float, help="time limit of each process, for all items")
     parser.add_argument(
-        "--run-seconds", type=float, default=2.0, help="for each program (default: 2)"
+        "--run-seconds", type=float, default=2.0, help="run time of each program (default: 2)"
     )
     options = parser.parse_args(arguments)
     known = [item.name for item in make_items(options)]
@@ -177,7 +177,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures what is left; exit code 2 without a GPU, 1 if something failed or time ran out."""
+    """Measures missing groups; exit code 2 without a GPU, 1 if something failed or time ran out."""
     begun, options = time.monotonic(), parse(arguments)
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms and "cpu" not in platforms.split(","):
@@ -200,12 +200,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_targets([todo[0][1][0]])
     except ConfigError as error:
-        print(f"{error}; --platform cpu tries the queue itself", file=sys.stderr)
+        print(f"{error}; --platform cpu tests the queue without a GPU", file=sys.stderr)
         return 2
     failed, skipped = False, 0
     for item, group in todo:
         left = options.seconds - (time.monotonic() - begun)
-        # A process that is stopped has no result.
+        # A process that is stopped yields no result.
         if left < (options.bound or item.seconds) / 2:
             skipped += 1
             continue
@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             deviates = row.deviation and not row.deviation.found <= row.deviation.allowed
             failed |= bool(deviates or (row.error and not row.error.is_unsupported))
     if skipped:
-        print(f"no time for {skipped} groups: run again to go on")
+        print(f"no time for {skipped} groups: run again to continue")
     return int(failed or skipped > 0)
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 
 WITHOUT = "import jax, flax.nnx"
-WITH = "import jax, flax.nnx, capsjax.nn"  # with which come ops and routing
+WITH = "import jax, flax.nnx, capsjax.nn"  # which imports ops and routing
 
 
 def seconds(statement: str) -> float:

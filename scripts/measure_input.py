@@ -1,6 +1,6 @@
-"""Compares the speed of training on a stream with that on images that stay on the devices.
+"""Compares the speed of training on a stream and on images that stay on the devices.
 
-Trains in fresh processes, in alternation, and prints the medians and their ratio. Further arguments
+Trains in fresh processes in alternation, and prints the medians and their ratio. Further arguments
 are options of ``capsjax train``.
 """
 
@@ -18,7 +18,7 @@ STEPS = 50  # between two records
 
 
 def speed(name: str, records: int, options: list[str]) -> float:
-    """Returns the examples per second of a fresh training, without those of the first record."""
+    """Returns the median examples per second of a fresh training run, without the first record."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder, "run")
         subprocess.run(
@@ -41,7 +41,9 @@ def main() -> None:
     """Measures both and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="number of alternations (default: 5)")
-    parser.add_argument("--records", type=int, default=5, help=f"times {STEPS} steps (default: 5)")
+    parser.add_argument(
+        "--records", type=int, default=5, help=f"of {STEPS} steps each (default: 5)"
+    )
     known, options = parser.parse_known_args()
     pairs = [[speed(name, known.records, options) for name in INPUTS] for _ in range(known.rounds)]
     medians = [statistics.median(column) for column in zip(*pairs, strict=True)]

@@ -1,9 +1,9 @@
-"""Kills, stops, asks and cuts off processes that train as one, and checks what becomes of the run.
+"""Kills, stops, signals and disconnects processes that train together, and checks the run.
 
     python scripts/pods_evidence.py OUT.jsonl [SCENARIO ...]
 
-The processes are real, on this machine. Random numbers come from a fixed seed. Each line of OUT is
-one trial; the exit code is not 0 if one of them failed. The scenarios disk and network need root.
+The processes are real ones on this machine. Random numbers come from a fixed seed. Each line of OUT
+is one trial; the exit code is not 0 if a trial failed. The scenarios disk and network need root.
 """
 
 import argparse
@@ -37,14 +37,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from jobs import EVERY, NETWORK, Job, saved
 
 HEARTBEAT, START = 20, 40
-PATIENCE = HEARTBEAT + 20  # seconds in which the others must have ended
+PATIENCE = HEARTBEAT + 20  # seconds within which the others must end
 STEPS = 140
 SHAPES = {"2x2": (2, 2), "4x1": (4, 1)}
 
 
 @dataclasses.dataclass
 class Bench:
-    """What trials share: a folder, the data, random numbers, and whole runs of each shape."""
+    """State shared by trials: a folder, the data, random numbers, and whole runs of each shape."""
 
     folder: Path
     out: Path
@@ -60,14 +60,14 @@ class Bench:
         return [*command, "--steps", str(steps), "--run-dir", str(run), "--auto-resume"]
 
     def job(self, name: str, run: Path, shape: str, steps: int = STEPS, **settings: Any) -> Job:
-        """Starts processes that train as one."""
+        """Starts processes that train together."""
         processes, devices = SHAPES[shape]
         counts = {"processes": processes, "devices": devices, "heartbeat": HEARTBEAT}
         arguments = self.arguments(run, steps)
         return Job(self.folder / name, arguments, start=START, **{**counts, **settings})
 
     def uninterrupted(self, shape: str) -> tuple[Path, float, float]:
-        """Returns a run that nothing happens to, its seconds, and those until all had joined."""
+        """Returns an undisturbed run, its seconds, and those until all processes had joined."""
         if shape not in self.whole:
             run, start = self.folder / f"whole-{shape}", time.monotonic()
             with self.job(f"whole-{shape}-log", run, shape) as job:
@@ -79,7 +79,7 @@ class Bench:
 
     @contextlib.contextmanager
     def recorded(self, scenario: str, shape: str) -> Iterator[dict[str, Any]]:
-        """Records a trial, also one that fails."""
+        """Records a trial, even if it fails."""
         self.trial += 1
         record: dict[str, Any] = {"scenario": scenario, "shape": shape, "passed": True}
         try:
@@ -93,7 +93,7 @@ class Bench:
         print(json.dumps(record)[:300], flush=True)
 
     def check_resumed(self, record: dict[str, Any], run: Path, shape: str) -> None:
-        """Starts the same command again, and compares the bits of its end."""
+        """Starts the same command again, and compares its final state bit for bit."""
         record["saved"] = max(saved(run), default=0)
         with self.job(f"{self.trial}-again", run, shape) as job:
             check(set(job.wait()) == {0}, f"the job did not go on: {job.logs()}")
@@ -103,7 +103,7 @@ class Bench:
 
 
 def check(condition: bool, what: str) -> None:
-    """Raises an AssertionError, also where Python leaves out assertions."""
+    """Raises an AssertionError, even if Python omits assertions."""
     if not condition:
         raise AssertionError(what)
 
@@ -129,14 +129,14 @@ def state(run: Path) -> Any:
 
 
 def wait_for(job: Job, seconds: float) -> None:
-    """Waits until a time has come, or all processes have ended."""
+    """Waits for some seconds, or until all processes have ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and any(p.code is None for p in job.processes):
         time.sleep(0.05)
 
 
 def wait_until_joined(job: Job) -> None:
-    """Waits until each process has said which one it is."""
+    """Waits until each process has reported its index."""
     job.until(lambda: all("process " in p.err for p in job.processes), "joining")
 
 
@@ -148,7 +148,7 @@ def check_lines(job: Job, record: dict[str, Any], numbers: list[int]) -> None:
 
 
 def kill(bench: Bench, shape: str) -> None:
-    """SIGKILL to a random process at a random time; the others end, and the job goes on."""
+    """SIGKILL to a random process at a random time; the others end, and the job can be resumed."""
     _, seconds, _ = bench.uninterrupted(shape)
     run = bench.folder / f"run-{bench.trial}"
     with bench.recorded("SIGKILL", shape) as record:
@@ -174,7 +174,7 @@ def kill(bench: Bench, shape: str) -> None:
 
 
 def stop(bench: Bench, shape: str) -> None:
-    """SIGSTOP to a random process: the others notice, and so does it when it goes on."""
+    """SIGSTOP to a random process; the others notice, and so does it when it continues."""
     run = bench.folder / f"run-{bench.trial}"
     with (
         bench.recorded("SIGSTOP", shape) as record,
@@ -197,7 +197,7 @@ def stop(bench: Bench, shape: str) -> None:
 
 
 def ask(bench: Bench, shape: str) -> None:
-    """SIGTERM to a random process at a random time after they have joined: all save one step."""
+    """SIGTERM to a random process at a random time after joining; all save the same step."""
     _, seconds, joined = bench.uninterrupted(shape)
     run = bench.folder / f"run-{bench.trial}"
     uncached = {"environment": {"JAX_ENABLE_COMPILATION_CACHE": "false"}}
@@ -226,7 +226,7 @@ def ask(bench: Bench, shape: str) -> None:
 
 
 def disk(bench: Bench, shape: str) -> None:
-    """The disk of process 0 is full: one line from all; the last good checkpoint is whole."""
+    """The disk of process 0 is full: each prints one line, and the last checkpoint is whole."""
     folder = bench.folder / f"disk-{bench.trial}"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
@@ -260,7 +260,7 @@ def two_hosts() -> Iterator[tuple[str, str]]:
         for number, (name, folder) in enumerate(zip(names, etc, strict=True)):
             ip("netns", "add", name)
             folder.mkdir(parents=True)
-            # Where the name of this machine leads, which the collectives of a CPU listen at.
+            # CPU collectives listen at the address of this machine's host name.
             hosts = f"127.0.0.1 localhost\n10.77.0.{number + 1} {platform.node()}\n"
             (folder / "hosts").write_text(hosts)
         ip(
@@ -315,7 +315,7 @@ def network(bench: Bench, shape: str, seconds: float | None) -> None:
 
 
 def equality(bench: Bench, shape: str) -> None:
-    """How much the parameters of several processes differ from those of one."""
+    """Measures how much the parameters of several processes differ from those of one."""
     with bench.recorded("equality", shape) as record:
         run = bench.folder / f"run-{bench.trial}"
         again, alone = run.with_name(f"{run.name}-again"), run.with_name(f"{run.name}-alone")
@@ -344,10 +344,10 @@ SCENARIOS = {
 
 
 def main() -> None:
-    """Runs the scenarios, and says how many trials failed."""
+    """Runs the scenarios, and prints how many trials failed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("out", type=Path, help="file of records, to which lines are added")
-    parser.add_argument("scenarios", nargs="*", choices=[*SCENARIOS, []], help="all if not given")
+    parser.add_argument("out", type=Path, help="file to append records to")
+    parser.add_argument("scenarios", nargs="*", choices=[*SCENARIOS, []], help="default: all")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -355,7 +355,7 @@ def main() -> None:
     sizes = ((full.train, 180), (full.test, 101))
     train, test = (Split(split.images[:n], split.labels[:n]) for split, n in sizes)
     with tempfile.TemporaryDirectory(prefix="pods-evidence-") as folder:
-        # As the tests compile: what is examined here does not depend on the code's speed.
+        # As in the tests, compilation is cheap: speed does not matter here.
         os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/cache"
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"

@@ -1,8 +1,7 @@
-r"""Fills RESULTS.md from docs/results, and draws its learning curves: ``write_results.py``.
+r"""Fills RESULTS.md from docs/results and draws its learning curves: ``write_results.py``.
 
-Results of ``capsjax reproduce`` are recorded by copying, from its output directory to a folder of
-docs/results for each machine, results.jsonl, and the metrics.jsonl of runs as
-ROW-seed-N.metrics.jsonl.
+To record results of ``capsjax reproduce``, copy results.jsonl from its output directory to a folder
+of docs/results for the machine, and each run's metrics.jsonl as ROW-seed-N.metrics.jsonl.
 """
 
 import re
@@ -18,7 +17,7 @@ from capsjax.training.run_directory import Record
 ROOT = Path(__file__).parents[1]
 PAGE, RECORDS, IMAGES = ROOT / "RESULTS.md", ROOT / "docs" / "results", ROOT / "docs" / "images"
 
-# CapsNet-Keras after 30 epochs: means of three trials in per cent.
+# CapsNet-Keras after 30 epochs: means of three trials in percent.
 ELSEWHERE = {
     ("mnist", "paper-1"): "0.39",
     ("mnist", "paper-1-reconstruction"): "0.37",
@@ -35,7 +34,7 @@ NAMES = {
     "svhn_cropped": "SVHN",
     "smallnorb": "smallNORB",
 }
-# Pictures of learning curves: table and rows of each, and the labels of the rows.
+# Pictures of learning curves, each with a table, its rows, and their labels.
 CURVES = {
     "mnist": (
         "mnist",
@@ -56,12 +55,12 @@ CURVES = {
 
 
 def records() -> list[Line]:
-    """All results that are recorded."""
+    """Returns all recorded results."""
     return [line for path in sorted(RECORDS.glob("*/results.jsonl")) for line in read_results(path)]
 
 
 def table(name: str, found: Sequence[Line]) -> str:
-    """The rows of a table in Markdown."""
+    """Returns the rows of a table in Markdown."""
     lines = ["| row | paper | elsewhere | capsjax | command |", "|---|---|---|---|---|"]
     for recipe in TABLES[name]:
         lines.append(
@@ -72,7 +71,7 @@ def table(name: str, found: Sequence[Line]) -> str:
 
 
 def filled(page: str, found: Sequence[Line]) -> str:
-    """The page with new tables between its marks."""
+    """Returns the page with new tables between its marks."""
 
     def fill(match: re.Match[str]) -> str:
         return f"{match[1]}\n{table(match[2], found)}\n{match[3]}"
@@ -81,9 +80,9 @@ def filled(page: str, found: Sequence[Line]) -> str:
 
 
 def curve(of_table: str, row: str) -> list[Record]:
-    """The metrics of a row's first trial, with a test error for each data set."""
+    """Returns the metrics of a row's first trial, with a test error for each data set."""
     trials = {x.seed: x for x in records() if (x.table, x.recipe) == (of_table, row)}
-    # Rows of several tables may have this name: the right one ends with its trial.
+    # Rows of several tables may have this name; the right one ends at the trial's last step.
     for path in sorted(RECORDS.glob(f"*/{row}-seed-*.metrics.jsonl")):
         metrics = [r for r in read_json_lines(path, Record) if r["split"] != "test"]
         trial = trials.get(int(path.name.split("-seed-")[1].split(".")[0]))

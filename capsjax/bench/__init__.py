@@ -1,4 +1,4 @@
-"""Benchmarks: one way to time programs, to read what was compiled, and to keep the results."""
+"""Benchmarks: timing programs, reading compiled programs, and recording the results."""
 
 from capsjax.bench.cells import Cell, suite_cells
 from capsjax.bench.command import run_benchmark, run_comparison

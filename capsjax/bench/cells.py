@@ -1,4 +1,4 @@
-"""Cells of a benchmark and the suites that name them."""
+"""The cells of a benchmark, and suites of them."""
 
 import dataclasses
 import itertools
@@ -20,13 +20,13 @@ _PODS = ("v5e-256", "v6e-256", "v5p-128")
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One workload for one target under some XLA flags.
+    """One workload for one target under a set of XLA flags.
 
     Attributes:
-      workload: its name.
-      parameters: those that are given; the others are the workload's defaults.
+      workload: name of the workload.
+      parameters: given parameters; the others have the workload's defaults.
       target: name of the target.
-      xla_flags: in addition to those of the process.
+      xla_flags: flags in addition to those of the process.
     """
 
     workload: str
@@ -43,7 +43,7 @@ class Cell:
 
     @property
     def file_name(self) -> str:
-        """The key as a name of files."""
+        """The key as a file name."""
         return "".join(c if c.isalnum() or c in "=.-:" else "_" for c in self.key).strip("_")
 
 
@@ -52,8 +52,8 @@ def suite_cells(suite: Suite, targets: Sequence[str], flags: Sequence[str] = ())
 
     Args:
       suite: ``quick``, ``routing``, ``hotos``, ``train`` or ``pod``.
-      targets: names; if empty, the CPU, or for ``pod`` v5e-256, v6e-256 and v5p-128.
-      flags: sets of XLA flags to sweep, each a string; empty for none.
+      targets: names of targets; if empty, the CPU, or for ``pod`` v5e-256, v6e-256 and v5p-128.
+      flags: sets of XLA flags to sweep, one string each; the empty string is no flags.
 
     Raises:
       ConfigError: a target is unknown.
@@ -72,9 +72,9 @@ def suite_cells(suite: Suite, targets: Sequence[str], flags: Sequence[str] = ())
 def make_cells(
     entries: Iterable[Entry], targets: Sequence[str], flags: Sequence[str] = ()
 ) -> list[Cell]:
-    """Every workload for every target under every set of flags.
+    """Returns cells for every workload, target and set of flags.
 
-    Workloads that are mapped over devices get eight virtual ones where the target is one CPU.
+    Workloads that are mapped over devices get eight virtual ones if the target is one CPU.
 
     Raises:
       ConfigError: a target, a workload or a parameter is unknown.
@@ -86,13 +86,13 @@ def make_cells(
         make_workload(workload, parameters)
         target = "cpu:8" if workload == "pmap_train_step" and name == "cpu" else name
         if workload == "hotos_gcc" and (target != "cpu" or flag):
-            continue  # gcc knows neither other targets nor flags of XLA
+            continue  # gcc has neither other targets nor XLA flags
         cells.append(Cell(workload, tuple(parameters.items()), target, tuple(shlex.split(flag))))
     return cells
 
 
 def groups(cells: Iterable[Cell], alternate: str | None) -> list[list[Cell]]:
-    """Cells that differ in nothing but one parameter; one cell each where there is none.
+    """Groups cells that differ only in one parameter; without a parameter, each is a group.
 
     Example:
       >>> from capsjax.bench.cells import groups, make_cells, sweep
@@ -110,7 +110,7 @@ def groups(cells: Iterable[Cell], alternate: str | None) -> list[list[Cell]]:
 
 
 def sweep(workload: str, settings: Mapping[str, Sequence[Any]]) -> list[Entry]:
-    """A workload with every combination of values.
+    """Returns a workload with every combination of values.
 
     Example:
       >>> from capsjax.bench.cells import sweep
@@ -122,7 +122,7 @@ def sweep(workload: str, settings: Mapping[str, Sequence[Any]]) -> list[Entry]:
 
 
 def _blocks(target: Target) -> str:
-    """Which of the two layouts of blocks is meant for the platform."""
+    """Returns the layout of blocks that suits the platform."""
     return "blocked" if target.platform == "cpu" else "lanes"
 
 
@@ -186,7 +186,7 @@ def _train(target: Target) -> list[Entry]:
 
 
 def _pod(target: Target) -> list[Entry]:
-    """One program for each batch per chip; smaller slices than the pod run the same ones."""
+    """One program for each batch per chip; slices smaller than the pod run the same programs."""
     parameters = {"preset": "paper", "dtype": "bfloat16"}
     return [("pmap_train_step", {**parameters, "batch": batch}) for batch in batches(target)]
 

@@ -1,4 +1,4 @@
-"""What ``capsjax bench`` and ``capsjax bench compare`` do."""
+"""Runs ``capsjax bench`` and ``capsjax bench compare``."""
 
 import os
 import shlex
@@ -16,23 +16,23 @@ from capsjax.bench.scaling import Scaling, estimate_scaling
 from capsjax.bench.workloads import choices, import_function
 from capsjax.errors import ConfigError
 
-_WORSE = 3  # exit code of a comparison; 1 and 2 are those of errors
+_WORSE = 3  # exit code of a comparison; errors have 1 and 2
 
 
 def run_benchmark(config: BenchConfig) -> int:
     """Measures cells, shows a table, and writes rows and a report.
 
     Returns:
-      The exit code: 1 if a cell failed, except where its target has no such implementation, or if
-      none succeeded; else 0.
+      The exit code: 1 if no cell succeeded, or if one failed for another reason than that its
+      target has no such implementation; else 0.
 
     Raises:
       ConfigError: an option is invalid, or this machine cannot serve a target.
-      DataError: the file to continue holds something else.
+      DataError: the file to continue does not hold rows.
     """
     from capsjax.bench.results.table import Display
 
-    sys.path.insert(0, os.getcwd())  # where the user's own functions are
+    sys.path.insert(0, os.getcwd())  # for the user's own functions
     cells, plan = select_cells(config), make_plan(config)
     missing, rows = cells, []
     if plan.output.exists():
@@ -65,11 +65,11 @@ def run_comparison(config: CompareConfig) -> int:
     """Compares two files of rows and prints what changed.
 
     Returns:
-      The exit code: 3 if a measure is worse than the threshold allows, or a cell fails now; else 0.
+      The exit code: 3 if a measure is worse than the threshold, or a cell now fails; else 0.
 
     Raises:
       ConfigError: a measure is unknown, or the files have no cell in common.
-      DataError: a file holds something else, or its last line is cut off.
+      DataError: a file does not hold rows, or its last line is cut off.
     """
     from capsjax.bench.results.table import comparison_table, console, is_telling, summary
 
@@ -85,7 +85,7 @@ def run_comparison(config: CompareConfig) -> int:
     if shown:
         console().print(comparison_table(shown, config.threshold))
     for cell in comparison.broken:
-        print(f"fails now: {cell}")
+        print(f"now fails: {cell}")
     print(summary(comparison, config.threshold))
     return _WORSE if comparison.broken or comparison.worse(config.threshold) else 0
 
@@ -97,18 +97,18 @@ def select_cells(config: BenchConfig) -> list[Cell]:
       ConfigError: a name is unknown.
     """
     cells = _named_cells(config)
-    if not cells:  # what has no other target than the CPU was asked for on another one
+    if not cells:  # a workload for CPUs only was requested for another target
         raise ConfigError(f"--workload {config.workload} has no cell for these targets and flags")
     if config.alternate and len(groups(cells, config.alternate)) == len(cells):
-        raise ConfigError(f"--alternate: no two cells differ in {config.alternate!r} alone")
+        raise ConfigError(f"--alternate: no two cells differ only in {config.alternate!r}")
     return cells
 
 
 def make_plan(config: BenchConfig) -> Plan:
-    """Returns how the cells are measured, and where the rows go.
+    """Returns how to measure the cells, and where to write the rows.
 
     Raises:
-      ConfigError: the file exists already, or its directory does not.
+      ConfigError: the file already exists, or its directory does not.
     """
     suite = config.suite or "quick"
     name = (config.workload or suite).replace(":", ".")
@@ -121,7 +121,7 @@ def make_plan(config: BenchConfig) -> Plan:
         raise ConfigError(f"--resume: no file {output}")
     page = _page(output)
     if config.report and page.exists() and not config.resume:
-        raise ConfigError(f"--output: the report {page} exists already; --no-report makes none")
+        raise ConfigError(f"--output: the report {page} exists already; --no-report writes none")
     few = config.alternate or (config.workload is None and suite in ("quick", "pod"))
     return Plan(
         output=output,

@@ -13,25 +13,25 @@ from capsjax.version import __version__
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Versions, flags and machine of a process; versions are None where not installed.
+    """Versions, flags and machine of a process; a version is None if not installed.
 
     Attributes:
-      capsjax: version, with the commit where it runs from a clone.
+      capsjax: version, with the commit if it runs from a clone.
       jax: version.
       jaxlib: version.
       libtpu: version.
-      cuda_plugin: version of jax's plugin for CUDA, whichever CUDA it is for.
+      cuda_plugin: version of JAX's CUDA plugin, for any version of CUDA.
       flax: version.
       optax: version.
       torch: version.
       python: version.
-      xla_flags: the variable ``XLA_FLAGS``.
-      libtpu_init_args: the variable ``LIBTPU_INIT_ARGS``.
+      xla_flags: the environment variable ``XLA_FLAGS``.
+      libtpu_init_args: the environment variable ``LIBTPU_INIT_ARGS``.
       cpu: model of the processor.
-      cpu_features: its instruction sets that matter to XLA.
-      cores: that this process may use.
-      memory_bytes: of the machine, or of the container; None if unknown.
-      system: such as ``Linux-6.1-x86_64``.
+      cpu_features: instruction sets that matter to XLA.
+      cores: number of cores that this process may use.
+      memory_bytes: memory of the machine or the container; None if unknown.
+      system: operating system, such as ``Linux-6.1-x86_64``.
     """
 
     capsjax: str
@@ -93,7 +93,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_information() -> dict[str, str]:
-    """The first processor in Linux' list; empty on other systems."""
+    """Returns Linux's description of the first processor; empty on other systems."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -109,7 +109,7 @@ def _cores() -> int:
 
 
 def _commit() -> str:
-    """``+`` and the commit of the clone that capsjax lies in, with ``.dirty`` if it was changed."""
+    """Returns ``+`` and the commit of capsjax's clone, with ``.dirty`` if it was changed."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""

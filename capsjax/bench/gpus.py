@@ -1,13 +1,13 @@
-"""GPUs that programs can be compiled for without having one: their published figures.
+"""Published figures of GPUs, for which programs can be compiled without having one.
 
-The CUDA plugin's compiler takes a description of the chip in place of the chip. The same figures
-give the least time of a library's matrix product, and of a sum over several GPUs.
+The compiler of the CUDA plugin accepts a description of the chip instead of the chip. The same
+figures give the least time of a library's matrix product and of an all-reduce over several GPUs.
 """
 
 import dataclasses
 from collections.abc import Mapping
 
-HOST = 8  # GPUs of one host, which NVLink connects
+HOST = 8  # GPUs per host, connected by NVLink
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,19 +16,19 @@ class Gpu:
 
     Attributes:
       name: as CUDA reports it.
-      capability: of CUDA, such as ``(9, 0)``.
+      capability: compute capability, such as ``(9, 0)``.
       cores: number of streaming multiprocessors.
-      units: of float32, in each core.
-      shared_bytes: shared memory of a core.
-      l2_bytes: of the second cache.
-      hertz: clock.
-      memory_bytes: of the chip.
-      bytes_per_second: of this memory.
-      cudnn: version of cuDNN that the compiler is to expect.
+      units: float32 units per core.
+      shared_bytes: shared memory per core.
+      l2_bytes: size of the L2 cache.
+      hertz: clock rate.
+      memory_bytes: memory of the chip.
+      bytes_per_second: bandwidth of this memory.
+      cudnn: version of cuDNN that the compiler assumes.
       peaks: operations per second of dense matrix products, by the operands' dtype in HLO;
         ``"tf32"`` is float32 at default precision.
-      link_bytes_per_second: over NVLink, in one direction.
-      network_bytes_per_second: over InfiniBand to other hosts, in one direction.
+      link_bytes_per_second: bandwidth of NVLink, in one direction.
+      network_bytes_per_second: bandwidth of InfiniBand to other hosts, in one direction.
     """
 
     name: str
@@ -46,22 +46,22 @@ class Gpu:
     network_bytes_per_second: float = 5e10
 
     def peak(self, dtype: str, *, is_precise: bool = False) -> float | None:
-        """Returns the dense peak of matrix products, operations per second.
+        """Returns the peak of dense matrix products, in operations per second.
 
         Args:
-          dtype: of the operands, as in HLO, such as ``"bf16"``.
-          is_precise: whether float32 is asked for at the highest precision, without TF32.
+          dtype: dtype of the operands, as in HLO, such as ``"bf16"``.
+          is_precise: whether float32 has the highest precision, without TF32.
 
         Returns:
-          None where no figure is published.
+          The peak, or None if no figure is published.
         """
         return self.peaks.get("tf32" if dtype == "f32" and not is_precise else dtype)
 
     @property
     def target_config(self) -> str:
-        """The chip in the compiler's words, a ``GpuTargetConfigProto`` in text form."""
+        """The chip's description for the compiler, a ``GpuTargetConfigProto`` in text form."""
         major, minor = self.capability
-        # Newer ones have instructions that no other capability has.
+        # Newer chips have instructions that are specific to their capability.
         feature = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
         numbers = {
             "threads_per_block_limit": 1024,
@@ -103,9 +103,9 @@ def _peaks(
     return {dtype: tera * 1e12 for dtype, tera in rates.items()}
 
 
-# NVIDIA's data sheets of A100, H100, H200 and HGX B200, without sparsity; what the compiler is told
-# of their cores is in XLA's own descriptions of them. Hosts: one adapter for each GPU, HDR
-# InfiniBand beside A100, NDR beside the others.
+# From NVIDIA's data sheets of A100, H100, H200 and HGX B200, without sparsity. The figures of the
+# cores for the compiler are from XLA's own descriptions of these chips. Hosts have one InfiniBand
+# adapter per GPU: HDR for A100, NDR for the others.
 _H100 = Gpu(
     name="NVIDIA H100 80GB HBM3",
     capability=(9, 0),
@@ -157,7 +157,7 @@ GPUS = {
 
 
 def known_gpu(device_kind: str) -> Gpu | None:
-    """Returns the GPU that a device is, absent or not; None if there are no figures of it.
+    """Returns the GPU of a present or absent device; None if its figures are not known.
 
     Example:
       >>> from capsjax.bench.gpus import known_gpu

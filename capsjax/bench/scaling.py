@@ -1,7 +1,7 @@
-"""How training scales over a pod or a cluster, estimated from programs compiled for it.
+"""Estimates how training scales over a pod or a cluster, from programs compiled for it.
 
-The compiler estimates the cycles of a step on one TPU, or its time on one GPU, and its text holds
-the bytes that are summed over the chips. A model of the interconnect gives the time of that sum.
+The compiler estimates the cycles of a step on one TPU or its time on one GPU, and the compiled text
+states the bytes of the all-reduce. A model of the interconnect gives the time of the all-reduce.
 Nothing is measured.
 """
 
@@ -29,18 +29,18 @@ class Chip(NamedTuple):
     """Published figures of a generation of TPUs.
 
     Attributes:
-      hertz: clock that cycles are counted in: the published peak in bfloat16, divided by the
-        operations that the compiler counts with for a cycle, twice 128 x 128 for 4 (v5e), 8 (v4,
+      hertz: clock of the compiler's cycles: the published peak in bfloat16, divided by the
+        operations per cycle that the compiler assumes, 2 x 128 x 128 for each of 4 (v5e), 8 (v4,
         v5p) or 16 (v6e) matrix units.
-      link_bytes_per_second: of one link of the interconnect in one direction.
+      link_bytes_per_second: bandwidth of one link of the interconnect in one direction.
     """
 
     hertz: float
     link_bytes_per_second: float
 
 
-# Links, and a latency of about 1 us per hop: "How to Scale Your Model", Austin et al., 2025, table
-# of TPU specifications. Peaks: Cloud TPU's pages of the generations.
+# Links, and a latency of about 1 us per hop, are from the table of TPU specifications in "How to
+# Scale Your Model", Austin et al., 2025; peaks are from Cloud TPU's pages on the generations.
 CHIPS = {
     "v4": Chip(1.05e9, 4.5e10),
     "v5e": Chip(1.5e9, 4.5e10),
@@ -54,11 +54,11 @@ class ScalingStep:
     """An estimated train step on a slice of a pod.
 
     Attributes:
-      chips: of the slice.
-      batch: examples on each chip.
-      cycles: of each TPU, without communication; None for GPUs.
-      compute_seconds: of each chip, without communication.
-      all_reduce_seconds: of the sum over the chips, which nothing hides.
+      chips: number of chips in the slice.
+      batch: examples per chip.
+      cycles: cycles of each TPU, without communication; None for GPUs.
+      compute_seconds: time of each chip, without communication.
+      all_reduce_seconds: time of the all-reduce, which does not overlap with computation.
     """
 
     chips: int
@@ -69,12 +69,12 @@ class ScalingStep:
 
     @property
     def seconds(self) -> float:
-        """Of the whole step."""
+        """Time of the whole step."""
         return self.compute_seconds + self.all_reduce_seconds
 
     @property
     def examples_per_second(self) -> float:
-        """Of all chips."""
+        """Throughput of all chips."""
         return self.chips * self.batch / self.seconds
 
 
@@ -83,10 +83,10 @@ class Scaling:
     """Steps on growing slices of a pod.
 
     Attributes:
-      kind: ``"weak"`` for the same batch on each chip, ``"strong"`` for the same batch in all.
+      kind: ``"weak"`` for a fixed batch per chip, ``"strong"`` for a fixed total batch.
       program: workload and parameters, without the batch.
-      generation: of the chips.
-      steps: by number of chips.
+      generation: generation of the chips.
+      steps: steps by number of chips.
     """
 
     kind: Kind
@@ -106,7 +106,7 @@ class Scaling:
         return next((each for each in self.steps if self.efficiency(each) < PAYS), None)
 
     def causes(self, step: ScalingStep) -> dict[str, float]:
-        """Seconds beyond a perfectly divided step, by cause."""
+        """Seconds lost compared to a perfectly divided step, by cause."""
         first = self.steps[0]
         ideal = first.seconds * step.batch / first.batch
         return {
@@ -119,14 +119,14 @@ def all_reduce_seconds(chip: Chip, shape: Sequence[int], size: float) -> float:
     """Estimates the least time of an all-reduce of `size` bytes over a torus or mesh of chips.
 
     A chip sends and receives ``2 (n - 1) / n`` times the bytes, over all its links at once: two
-    along an axis that is a ring, one along an axis that is a line, as the chips at its ends have
-    one. Each hop adds 1 us.
+    along a ring, and one along a line, because the chips at its ends have only one. Each hop adds 1
+    us.
 
     Args:
-      chip: its links.
-      shape: chips along each axis. With two axes, those of 16 are rings; with three, all are if
-        none is below 4.
-      size: bytes that each chip hands in.
+      chip: figures of its links.
+      shape: chips along each axis. With two axes, those of 16 chips are rings; with three, all are
+        rings if none has fewer than 4 chips.
+      size: bytes that each chip contributes.
 
     Example:
       >>> from capsjax.bench.scaling import CHIPS, all_reduce_seconds
@@ -148,14 +148,15 @@ def all_reduce_seconds(chip: Chip, shape: Sequence[int], size: float) -> float:
 def gpu_all_reduce_seconds(gpu: Gpu, shape: Sequence[int], size: float) -> float:
     """Estimates the least time of an all-reduce of `size` bytes over hosts with several GPUs each.
 
-    NVLink sums over the GPUs of a host, so that each has a part of the sum; InfiniBand sums each
-    part over the hosts, one adapter for each GPU; NVLink hands the parts round. Over `n` members a
-    GPU sends ``2 (n - 1) / n`` times the bytes, in ``2 (n - 1)`` hops of 1 us.
+    A reduce-scatter over NVLink leaves each GPU of a host with a part of the sum; an all-reduce
+    over InfiniBand, with one adapter per GPU, sums each part over the hosts; an all-gather over
+    NVLink distributes the parts. Over `n` members a GPU sends ``2 (n - 1) / n`` times the bytes, in
+    ``2 (n - 1)`` hops of 1 us.
 
     Args:
-      gpu: its links.
-      shape: hosts, and GPUs of each.
-      size: bytes that each GPU hands in.
+      gpu: figures of its links.
+      shape: number of hosts, and of GPUs per host.
+      size: bytes that each GPU contributes.
 
     Example:
       >>> from capsjax.bench import GPUS
@@ -175,7 +176,7 @@ def gpu_all_reduce_seconds(gpu: Gpu, shape: Sequence[int], size: float) -> float
 
 
 def slice_sizes(target: Target) -> list[int]:
-    """Numbers of chips to look at, up to all that are absent: 1, 8, 64, 256.
+    """Returns the numbers of chips to estimate: 1, 8, 64 and 256, up to those of the target.
 
     Example:
       >>> from capsjax.bench import parse_target
@@ -187,7 +188,7 @@ def slice_sizes(target: Target) -> list[int]:
 
 
 def batches(target: Target) -> list[int]:
-    """Batches per chip that the slices of a target take; 128 alone for devices of this machine.
+    """Returns the batches per chip on the slices of a target; only 128 for present devices.
 
     Example:
       >>> from capsjax.bench import parse_target
@@ -204,16 +205,16 @@ def batches(target: Target) -> list[int]:
 def estimate_scaling(rows: Iterable[Row]) -> list[Scaling]:
     """Estimates weak and strong scaling from the rows of train steps on several absent chips.
 
-    A slice's step is the row of its batch per chip that was compiled for as many chips, or for the
-    next larger number: the programs differ in their all-reduce alone.
+    The step of a slice is taken from the row with its batch per chip and the same number of chips,
+    or the next larger one: these programs differ only in their all-reduce.
 
     Args:
-      rows: of any workloads; other TPUs than v4, v5e, v5p and v6e, and devices of this machine,
-        have no estimate.
+      rows: rows of any workloads. Devices of this machine, and TPUs other than v4, v5e, v5p and
+        v6e, have no estimate.
 
     Returns:
-      For each pod and program, weak scaling with a batch of 128 on each chip, or the largest there
-      is, and strong scaling with the largest batch in all.
+      For each pod and program, weak scaling with a batch of 128 per chip (or the largest batch, if
+      there is none of 128), and strong scaling with the largest batch as the total.
     """
     pods: dict[tuple[str, str], dict[tuple[int, int], Row]] = {}
     for row in rows:
@@ -252,7 +253,7 @@ def _step(
     try:
         shape = pod.resized(chips).shape
     except ConfigError:
-        return None  # slices of the generation do not come in this size
+        return None  # the generation has no slice of this size
     size, compute = all_reduce_bytes(row), _compute_seconds(row, pod)
     if compute is None:
         return None
@@ -264,13 +265,13 @@ def _step(
 
 
 def all_reduce_bytes(row: Row) -> float:
-    """Bytes that each device hands in to all-reduces in one step."""
+    """Bytes that each device contributes to all-reduces in one step."""
     found = row.hlo.collectives.get("all-reduce") if row.hlo else None
     return found.bytes if found else 0.0
 
 
 def _compute_seconds(row: Row, target: Target) -> float | None:
-    """What one absent chip takes without communication; None if it is not known."""
+    """Time of one absent chip without communication; None if unknown."""
     if target.generation in GPUS:
         return row.counts["estimate"]
     cycles, chip = row.counts["cycles"], CHIPS.get(target.generation)

@@ -1,4 +1,4 @@
-"""The table of sizes that benchmarks, tests and ahead-of-time compilation share."""
+"""The table of sizes shared by benchmarks, tests and ahead-of-time compilation."""
 
 from types import MappingProxyType
 from typing import NamedTuple

@@ -1,7 +1,8 @@
-"""What programs are compiled for: devices of this machine, or absent TPUs and GPUs.
+"""Targets of compilation: devices of this machine, or absent TPUs and GPUs.
 
-The TPU compiler is in ``libtpu`` and needs no TPU. Only one process at a time can use it;
-processes of capsjax wait for each other. The GPU compiler is in the CUDA plugin and needs no GPU.
+The TPU compiler is part of ``libtpu`` and needs no TPU. Only one process at a time can use it, so
+processes of capsjax wait for each other. The GPU compiler is part of the CUDA plugin and needs no
+GPU.
 """
 
 import contextlib
@@ -26,12 +27,12 @@ Platform = Literal["cpu", "gpu", "tpu"]
 
 
 class _Generation(NamedTuple):
-    """How a generation of TPUs is named and wired.
+    """The naming and topology of a generation of TPUs.
 
     Attributes:
-      cores_per_chip: what the number in a name counts: cores, or 1 where it counts chips.
-      dimensions: of the torus.
-      config: of the chip, for the compiler.
+      cores_per_chip: cores per chip if names count cores; 1 if they count chips.
+      dimensions: number of axes of the torus.
+      config: name of the chip configuration, for the compiler.
     """
 
     cores_per_chip: int
@@ -47,9 +48,9 @@ _GENERATIONS = {
     "tpu7x": _Generation(2, 3, "default"),
 }
 _ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
-# Without a GPU there is nothing to time tile sizes on.
+# Without a GPU, tile sizes cannot be timed.
 _ABSENT_GPU_FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_collect_cost_model_stats=true")
-# One of the estimates, which is not used, fails for A100: XLA has no table of it.
+# Collecting one of the estimates, which is not used, fails for A100: XLA has no table for it.
 _WITHOUT_SOL = "--xla_disable_hlo_passes=sol-gpu-cost-model-stats-collection"
 _MOST_CHIPS = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
 EXAMPLES = (
@@ -78,8 +79,8 @@ class Target:
     Attributes:
       name: as given.
       platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
-      count: number of local devices; None for all of them. As many virtual CPUs are created.
-      topology: of absent devices, such as ``"v5e:16x16"`` in the words of the TPU's compiler, or
+      count: number of local devices, virtual ones for CPUs; None for all.
+      topology: topology of absent devices, such as ``"v5e:16x16"``, the TPU compiler's name, or
         ``"h100:2x8"`` for two hosts with eight GPUs each; None for devices of this machine.
     """
 
@@ -90,17 +91,17 @@ class Target:
 
     @property
     def is_absent(self) -> bool:
-        """Whether programs are only compiled, and cannot run here."""
+        """Whether programs can only be compiled, not run here."""
         return self.topology is not None
 
     @property
     def generation(self) -> str:
-        """Of absent devices, such as ``"v5e"`` or ``"h100"``; else empty."""
+        """Generation of absent devices, such as ``"v5e"`` or ``"h100"``; else empty."""
         return (self.topology or "").partition(":")[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Chips along each axis of an absent TPU; absent hosts, and GPUs of each; else empty."""
+        """Absent chips along each axis, or numbers of hosts and of GPUs per host; else empty."""
         sizes = (self.topology or "").partition(":")[2]
         return tuple(int(size) for size in sizes.split("x") if size)
 
@@ -110,10 +111,10 @@ class Target:
         return math.prod(self.shape)
 
     def resized(self, chips: int) -> "Target":
-        """Returns so many absent chips of the same generation.
+        """Returns a target of this many absent chips of the same generation.
 
         Raises:
-          ConfigError: they do not come in this number.
+          ConfigError: the generation has no slice of this size.
         """
         if self.platform == "gpu":
             return parse_target(f"{self.generation}:{chips}")
@@ -122,7 +123,7 @@ class Target:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that have to be set before jax is imported, without XLA flags."""
+        """Environment variables to set before JAX is imported, without XLA flags."""
         if self.is_absent and self.platform == "tpu":
             return {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3"}
         return {"JAX_PLATFORMS": "cpu"} if self.is_absent or self.platform == "cpu" else {}
@@ -162,16 +163,16 @@ class Target:
 
 
 def parse_target(name: str) -> Target:
-    """Returns the target of a name.
+    """Returns the target with this name.
 
     Args:
-      name: ``cpu``, ``gpu`` or ``tpu``, with ``:N`` for N devices of this machine; or what a TPU
-        is rented as: ``v5e-256`` and ``v6e-8`` count chips; ``v4-32``, ``v5p-128`` and ``tpu7x-8``
-        count cores, two for each chip; or ``a100``, ``h100``, ``h200`` or ``b200``, with ``:N`` for
-        N GPUs of one host, or of hosts with eight each.
+      name: ``cpu``, ``gpu`` or ``tpu``, with ``:N`` for N devices of this machine; or the name of a
+        TPU slice, in which ``v5e-256`` and ``v6e-8`` count chips, and ``v4-32``, ``v5p-128`` and
+        ``tpu7x-8`` count cores, two per chip; or ``a100``, ``h100``, ``h200`` or ``b200``, with
+        ``:N`` for N GPUs of one host or of hosts with eight each.
 
     Returns:
-      A :class:`Target`. No device is looked for yet.
+      A :class:`Target`. Devices are not looked up yet.
 
     Raises:
       ConfigError: there is no such target.
@@ -199,7 +200,7 @@ def parse_target(name: str) -> Target:
     family, number = _ALIASES.get(absent[1], absent[1]), int(absent[2])
     if family not in _GENERATIONS:
         raise ConfigError(
-            f"target must be of a TPU generation among {', '.join(_GENERATIONS)}, or a GPU such as"
+            f"target must be a TPU of generation {', '.join(_GENERATIONS)}, or a GPU such as"
             f" {', '.join(GPUS)} or h100:8, got {name!r}"
         )
     generation = _GENERATIONS[family]
@@ -212,24 +213,24 @@ def parse_target(name: str) -> Target:
 
 @contextlib.contextmanager
 def libtpu_lock(*, timeout: float = 3600) -> Iterator[float]:
-    """Waits until no other process of capsjax uses libtpu, and keeps the others waiting.
+    """While entered, keeps other processes of capsjax from using libtpu.
 
     Args:
       timeout: seconds to wait.
 
     Yields:
-      The seconds that were waited.
+      The seconds waited.
 
     Raises:
-      ConfigError: another process has used libtpu for all of this time.
+      ConfigError: another process has held the lock for all this time.
     """
-    import fcntl  # not on Windows, where there is no libtpu either
+    import fcntl  # not on Windows, which has no libtpu either
 
     path = Path(tempfile.gettempdir()) / "capsjax-libtpu.lock"
     start = time.monotonic()
     with contextlib.suppress(OSError):
         path.touch(mode=0o666)
-    # Open for reading, so that any user can lock it.
+    # Opened for reading, so that any user can lock it.
     with path.open("rb") as file:
         while True:
             try:
@@ -249,10 +250,10 @@ _waited: list[float] = []
 
 
 def take_libtpu() -> float:
-    """Takes :func:`libtpu_lock` until this process has ended: libtpu leaves it no earlier.
+    """Holds :func:`libtpu_lock` until this process ends, since libtpu is not released before.
 
     Returns:
-      The seconds that were waited.
+      The seconds waited.
     """
     if not _waited:
         _waited.append(_held.enter_context(libtpu_lock()))
@@ -260,7 +261,7 @@ def take_libtpu() -> float:
 
 
 def _torus(chips: int, dimensions: int, most: int) -> tuple[int, ...] | None:
-    """The shape of a slice of so many chips; None if there is none."""
+    """The shape of a slice of this many chips; None if there is none."""
     if chips == 1:
         return (1,) * dimensions
     if dimensions == 2:
@@ -270,7 +271,7 @@ def _torus(chips: int, dimensions: int, most: int) -> tuple[int, ...] | None:
         return (2, 2, chips // 4)
     if chips in (16, 32):
         return (2, chips // 8, 4) if chips == 16 else (2, 4, 4)
-    # Whole cubes of 4 x 4 x 4 chips, arranged as close to a cube as their number allows.
+    # Whole cubes of 4 x 4 x 4 chips, arranged as close to a cube as possible.
     cubes, rest = divmod(chips, 64)
     if rest or chips > most:
         return None

@@ -27,15 +27,15 @@ class Split(NamedTuple):
         return self._replace(images=self.images[indices], labels=self.labels[indices])
 
     def read(self) -> "Split":
-        """Returns the split itself, as :meth:`StoredSplit.read` returns what it reads."""
+        """Returns the split itself, to match :meth:`StoredSplit.read`."""
         return self
 
 
 class StoredSplit(NamedTuple):
-    """One split of a data set whose images are read when they are needed.
+    """One split of a data set whose images are read on demand.
 
     Attributes:
-      images: where they are.
+      images: the stored images.
       labels: as in :class:`Split`, in memory.
     """
 
@@ -66,7 +66,7 @@ class Dataset:
       name: name of the set, as in :func:`load`.
       train: training split.
       test: test split.
-      class_names: one name per class, in the order of the labels; or per number to predict.
+      class_names: one name per class, in the order of the labels; for regression, one per number.
       task: how the network's inputs and targets are made from the images.
 
     Raises:
@@ -102,7 +102,7 @@ class Dataset:
                 raise TypeError(f"{split_name}.labels must be an int32 array, got {what}")
             if isinstance(images, np.ndarray) and images.dtype == np.float32 and images.size:
                 low, high = images.min(), images.max()
-                if not (low >= 0 and high <= 1):  # or one of them is not a number
+                if not (low >= 0 and high <= 1):  # also if one of them is NaN
                     raise ValueError(
                         f"{split_name}.images must lie in [0, 1] as float32, got {low}..{high}"
                     )

@@ -1,4 +1,4 @@
-"""A cache of decoded data sets on disk, so that only the first process has to decode them.
+"""An on-disk cache of decoded data sets, so that only the first process decodes them.
 
 If an entry is missing or damaged, the set is decoded again.
 """
@@ -28,7 +28,7 @@ def cached(
       prepared: the directory to decode. Its fingerprint (file names, sizes, modification times) is
         part of the entry's name, so that a set is decoded again if it has changed.
       key: name and version of the set.
-      decode: decodes the train and the test split; its errors are passed on.
+      decode: decodes the train and the test split; its errors propagate.
     """
 
     def arrays() -> dict[str, npt.NDArray[Any]]:

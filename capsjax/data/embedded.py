@@ -1,4 +1,4 @@
-"""The data set that comes with the package; it needs no download and no TFDS."""
+"""The data set in the package, which needs no download and no TFDS."""
 
 import importlib.resources
 

@@ -16,11 +16,11 @@ CHANNELS = (1, 3, 4)  # of image files
 
 
 class UnreadableImageError(DataError):
-    """Raised for a file that is no image, or damaged."""
+    """Raised for a file that is not an image, or is damaged."""
 
 
 def list_images(path: Path) -> list[Path]:
-    """Returns the images in a folder and its subfolders in order, or the file itself.
+    """Returns the images in a folder and its subfolders in sorted order, or the file itself.
 
     Raises:
       DataError: the path does not exist, or the folder has no images.
@@ -42,16 +42,16 @@ def read_image(
     size: tuple[int, int] | None = None,
     channels: int | None = None,
 ) -> npt.NDArray[Any]:
-    """Reads the pixels of an image, see :func:`image_pixels`.
+    """Reads the pixels of an image; see :func:`image_pixels`.
 
     Args:
       file: the image.
-      lost: counts the images of which a part is lost.
+      lost: counts images that lose data, by kind.
       size: as in :func:`image_pixels`.
       channels: as in :func:`capsjax.data.load`.
 
     Raises:
-      UnreadableImageError: it is no image, or damaged.
+      UnreadableImageError: the file is not an image, or is damaged.
       DataError: Pillow is missing.
       OSError: the operating system refuses to read it.
     """
@@ -66,9 +66,9 @@ def read_image(
             raise ValueError("it is not a regular file")
         with Image.open(file) as image:
             if getattr(image, "n_frames", 1) > 1:
-                lost["only the first image of each file of several"] += 1
+                lost["only the first of several images in a file"] += 1
             if image.mode in ("RGB", "RGBA", "LA") and ";16" in str(image.tile):
-                lost["16-bit colours as 8-bit ones, as Pillow does"] += 1
+                lost["16-bit colours as 8-bit, as Pillow does"] += 1
             return image_pixels(image, size=size, channels=channels)
     except PermissionError:
         raise
@@ -123,14 +123,14 @@ def image_pixels(
 
 
 def _fitted(image: Any, size: tuple[int, int]) -> Any:
-    """Scales and crops an image to so many rows and columns."""
+    """Scales and crops an image to these rows and columns."""
     from PIL import Image, ImageOps
 
     return ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """Yields the files in a folder and its subfolders in order, without hidden ones."""
+    """Yields the files in a folder and its subfolders in sorted order, without hidden ones."""
     here = folder.resolve()
     for entry in sorted(entry for entry in folder.iterdir() if entry.name[0] != "."):
         if not entry.is_dir():
@@ -140,17 +140,17 @@ def files_in(folder: Path) -> Iterator[Path]:
 
 
 def kinds() -> str:
-    """The kinds of image files, as a text."""
+    """Lists the image formats."""
     return ", ".join(suffix[1:] for suffix in SUFFIXES)
 
 
 def text_of_shape(shape: tuple[int, ...]) -> str:
-    """A shape as a text."""
+    """Formats a shape."""
     return " x ".join(map(str, shape))
 
 
 def widened(pixels: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Scales pixels to the white of a wider dtype."""
+    """Converts pixels to a wider dtype, scaled to its white."""
     if pixels.dtype == dtype:
         return pixels
     if dtype == np.uint16:

@@ -1,4 +1,4 @@
-"""A data set from folders of images, one folder per class."""
+"""Reads a data set from folders of images, one folder per class."""
 
 import logging
 import os
@@ -45,8 +45,8 @@ def load_image_folder(
 
     Classes and files are sorted by name; subfolders of a class are read too. Without ``test``, a
     tenth of the images of each class is held out, chosen by a fixed seed. Without ``train`` either,
-    the class folders are those in ``data_dir``. Warnings count and name the files that are not used
-    and the images that cannot be read.
+    the class folders are those in ``data_dir``. Warnings count and name unused files and unreadable
+    images.
 
     Images are rotated by their EXIF orientation. 16-bit and floating-point grayscale images keep
     their precision, and the other images of the split are scaled to it. Transparent pixels are
@@ -58,9 +58,9 @@ def load_image_folder(
         When None, all images must have the same size, which is kept.
       channels: 1 (gray), 3 (RGB) or 4 (with transparency). When None, 1 for grayscale images and 3
         for others; all images must then have the same number.
-      in_memory: decides by the bytes of all decoded images whether they are read now, as when None;
-        otherwise each is read when it is needed, and must be readable and of the first one's dtype,
-        or of a narrower one.
+      in_memory: decides from the bytes of all decoded images whether they are read now. Otherwise
+        each is read on demand, must be readable, and must not have a wider dtype than the first.
+        When None, all are read now.
 
     Raises:
       DataError: a folder is missing or empty, the classes of the splits differ, no image of a class
@@ -165,7 +165,7 @@ def _image_files(folder: Path, classes: tuple[str, ...]) -> list[_File]:
 
 
 def _report_skipped(root: Path, used: set[Path]) -> None:
-    """Warns of files that are not images or not in a class folder."""
+    """Warns about files that are not images or not in a class folder."""
     skipped = [file for file in files_in(root) if file not in used]
     if skipped:
         kinds = Counter(file.suffix.lower() or "without suffix" for file in skipped)
@@ -185,8 +185,8 @@ def _hold_out(files: list[_File], root: Path) -> dict[str, list[_File]]:
     test = {file for file, held in zip(files, chosen, strict=True) if held}
     if not test:
         raise DataError(
-            f"image_folder expects test images in {root / 'test'}, or several images of a class to"
-            " split them off, got one of each"
+            f"image_folder expects test images in {root / 'test'}, or several images per"
+            " class to split them off, got one of each"
         )
     _log.info(
         "image_folder tests on %s of %s images, a tenth of each class, as there is no %s",
@@ -243,7 +243,7 @@ class _Reader:
         return DataError(f"image_folder finds no image of class {name!r}: {self._unreadable[0]}")
 
     def report(self, root: Path) -> None:
-        """Warns of images that cannot be read or that lose data."""
+        """Warns about images that cannot be read or that lose data."""
         if self._unreadable:
             _log.warning(
                 "image_folder leaves out %s of %s images, which cannot be read: %s%s",

@@ -15,7 +15,7 @@ from capsjax.errors import DataError
 from capsjax.files import replacing
 
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
-# In place of labels: numbers to predict.
+# For regression, targets instead of labels.
 _TARGETS = ("train_images", "train_targets", "test_images", "test_targets")
 _OPTIONAL = ("class_names", "name")
 
@@ -26,8 +26,8 @@ def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
     """Writes a data set to a compressed file, which ``load("npz", data_dir=path)`` reads.
 
     The file holds the arrays ``train_images``, ``train_labels``, ``test_images``, ``test_labels``
-    and ``class_names``, and the set's ``name``. Numbers to predict are ``train_targets`` and
-    ``test_targets`` instead of labels. The task is not stored: to restore it, ``load`` the file
+    and ``class_names``, and the set's ``name``. For regression, ``train_targets`` and
+    ``test_targets`` replace the labels. The task is not stored; to restore it, ``load`` the file
     under the set's name.
 
     Raises:
@@ -57,7 +57,7 @@ def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
 
 
 def load_npz(path: Path, name: str | None = None, task: Task | None = None) -> Dataset:
-    """Reads a file of arrays named as by :func:`save_npz`.
+    """Reads a file of arrays with the names that :func:`save_npz` uses.
 
     Args:
       path: the file.
@@ -118,13 +118,13 @@ def _labels(name: str, labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
         whole = labels.astype(np.int32) if labels.dtype.kind in "biuf" else None
     if whole is None or (whole != labels).any():
         raise ValueError(
-            f"{name} must be whole numbers, those of the classes, got {labels.dtype}"
+            f"{name} must be class indices, whole numbers, got {labels.dtype}"
             f" {list(labels.shape)} such as {labels[:3].tolist()}"
         )
     if whole.ndim == 2:
         if not np.isin(whole, (0, 1)).all():
             raise ValueError(
-                f"{name} must be 0 and 1 to be {list(labels.shape)}, got other numbers"
+                f"{name} of shape {list(labels.shape)} must be 0 or 1, got other numbers"
             )
         return whole.astype(np.bool_)
     return whole

@@ -1,4 +1,4 @@
-"""Reads the original files of TFDS sets without TensorFlow.
+"""Reads the original files of TFDS data sets without TensorFlow.
 
 The records and their order are those of the stock builders. Images are encoded as PNG, which TFDS
 stores without decoding.
@@ -24,19 +24,19 @@ class Originals(Protocol):
     """Locates and reads the original files of a set, and converts records to examples."""
 
     def urls(self, builder: Any) -> Urls:
-        """URLs by split and by a name for each file."""
+        """Returns URLs by split and by a name for each file."""
         ...
 
     def class_names(self, paths: Paths) -> list[str] | None:
-        """Names of the classes if the files hold them; None if the builder does."""
+        """Returns the class names if the files hold them; None if the builder does."""
         ...
 
     def records(self, paths: Paths, split: str) -> Iterator[dict[str, Any]]:
-        """The records of a split, in order."""
+        """Yields the records of a split, in order."""
         ...
 
     def example(self, record: Any) -> tuple[np.ndarray, Any]:
-        """Image, uint8 ``[H, W, C]``, and label of a decoded record."""
+        """Returns image, uint8 ``[H, W, C]``, and label of a decoded record."""
         ...
 
 
@@ -56,10 +56,10 @@ class IdxFiles:
         }
 
     def class_names(self, paths: Paths) -> None:
-        """None: the builder holds them."""
+        """None: the builder has them."""
 
     def records(self, paths: Paths, split: str) -> Iterator[dict[str, Any]]:
-        """Image and label."""
+        """Yields image and label."""
         pixels, numbers = read_idx(paths["images"]), read_idx(paths["labels"])
         if len(pixels) != len(numbers):
             raise ValueError(f"{len(pixels)} images but {len(numbers)} labels")
@@ -67,7 +67,7 @@ class IdxFiles:
             yield {"image": _png(image), "label": int(label)}
 
     def example(self, record: Any) -> tuple[np.ndarray, Any]:
-        """The unchanged image and the label."""
+        """Returns the unchanged image and the label."""
         return record["image"], record["label"]
 
 
@@ -90,7 +90,7 @@ class CifarArchive:
         return self._read(paths, "batches.meta.txt").decode().split()
 
     def records(self, paths: Paths, split: str) -> Iterator[dict[str, Any]]:
-        """Id, image and label."""
+        """Yields id, image and label."""
         number = 0
         for file in self._FILES[split]:
             rows = np.frombuffer(self._read(paths, file), np.uint8)
@@ -100,7 +100,7 @@ class CifarArchive:
                 number += 1
 
     def example(self, record: Any) -> tuple[np.ndarray, Any]:
-        """The unchanged image and the label."""
+        """Returns the unchanged image and the label."""
         return record["image"], record["label"]
 
     def _read(self, paths: Paths, name: str) -> bytes:
@@ -123,10 +123,10 @@ class SvhnFiles:
         }
 
     def class_names(self, paths: Paths) -> None:
-        """None: the builder holds them."""
+        """None: the builder has them."""
 
     def records(self, paths: Paths, split: str) -> Iterator[dict[str, Any]]:
-        """Id, image and label."""
+        """Yields id, image and label."""
         from scipy.io import loadmat
 
         data = loadmat(paths["file"])
@@ -137,7 +137,7 @@ class SvhnFiles:
             yield {"id": f"{split}_{number:06d}", "image": _png(image), "label": int(label) % 10}
 
     def example(self, record: Any) -> tuple[np.ndarray, Any]:
-        """The unchanged image and the label."""
+        """Returns the unchanged image and the label."""
         return record["image"], record["label"]
 
 
@@ -161,10 +161,10 @@ class NorbFiles:
         }
 
     def class_names(self, paths: Paths) -> None:
-        """None: the builder holds them."""
+        """None: the builder has them."""
 
     def records(self, paths: Paths, split: str) -> Iterator[dict[str, Any]]:
-        """Both images of a pair, category, instance, elevation, azimuth and lighting."""
+        """Yields both images of a pair, category, instance, elevation, azimuth and lighting."""
         pairs, categories, infos = (self.read(paths[kind]) for kind in ("dat", "cat", "info"))
         for (left, right), category, info in zip(pairs, categories, infos, strict=True):
             instance, elevation, azimuth, lighting = map(int, info)
@@ -180,7 +180,7 @@ class NorbFiles:
             }
 
     def example(self, record: Any) -> tuple[np.ndarray, Any]:
-        """Both images as channels, reduced to 48 x 48 by the mean of 2 x 2 pixels; the category."""
+        """Returns both images as channels, averaged to 48 x 48 over 2 x 2 pixels; and category."""
         pair = np.concatenate([record["image"], record["image2"]], axis=-1)
         rows, columns, channels = pair.shape
         blocks = pair.reshape(rows // 2, 2, columns // 2, 2, channels)

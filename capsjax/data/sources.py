@@ -1,4 +1,4 @@
-"""Loading of data sets by name."""
+"""Loads data sets by name."""
 
 import dataclasses
 import difflib
@@ -21,7 +21,7 @@ from capsjax.data.tfds_source import load_tfds
 from capsjax.data.tfds_source import task_of as tfds_task_of
 from capsjax.errors import DataError
 
-# Sets that are made from MNIST on the device and never stored.
+# Sets that are generated from MNIST on the device and never stored.
 _MADE: dict[str, Task] = {
     "multi_mnist": Pairs(),
     "expanded_mnist": Placed(),
@@ -53,19 +53,19 @@ def load(
 ) -> Dataset:
     """Loads a data set.
 
-    All are decoded into memory unless `in_memory` says otherwise.
+    Images are decoded into memory unless `in_memory` says otherwise.
 
-    * ``mnist_5k`` comes with the package.
+    * ``mnist_5k`` is part of the package.
     * ``mnist``, ``fashion_mnist``, ``kmnist``, ``cifar10``, ``svhn_cropped`` and ``smallnorb``
       (both images of a pair as channels, 48x48) are read from TFDS's directory. Missing sets are
       prepared first, without TensorFlow. The decoded images are cached under
       ``$XDG_CACHE_HOME/capsjax`` (``~/.cache/capsjax``).
     * ``tfds:NAME[/CONFIG][:VERSION]`` is any set that TFDS has prepared as array_record or TFRecord
       and whose examples have one image and one class. Test images are those of the split ``test``,
-      or else of ``validation``; a tenth of each class of ``train`` if neither has labels. The first
-      time, one scan reads the labels, which are cached as the decoded images are.
-    * ``multi_mnist``, ``expanded_mnist`` and ``affine_mnist`` are made from ``mnist`` on the device
-      by :attr:`Dataset.task`: two digits of different classes in an image of 36x36
+      or else of ``validation``; if neither has labels, a tenth of each class of ``train``. The
+      first time, a scan reads the labels and caches them like decoded images.
+    * ``multi_mnist``, ``expanded_mnist`` and ``affine_mnist`` are generated from ``mnist`` on the
+      device by :attr:`Dataset.task`: two digits of different classes in an image of 36x36
       (:class:`Pairs`); one digit at a random position of 40x40 (:class:`Placed`); the same under
       random affine transformations with the ranges of affNIST (:class:`Distorted`).
     * ``affnist`` reads the published images of affNIST.
@@ -74,7 +74,7 @@ def load(
       Without ``test``, a tenth of each class is held out; without ``train`` either, the class
       folders are those in ``data_dir``. Images are rotated by their EXIF orientation; 16-bit and
       floating-point grayscale images keep their precision; transparent pixels are blended with
-      white unless `channels` is 4. A warning counts the files that are not used.
+      white unless `channels` is 4. A warning counts unused files.
     * ``npz`` reads arrays from the NumPy file ``data_dir``, written by ``numpy.savez`` or
       :func:`save_npz`: ``train_images``, ``train_labels``, ``test_images``, ``test_labels`` and,
       optionally, ``class_names``. Images are uint8, uint16 or floating-point in [0, 1],
@@ -86,18 +86,18 @@ def load(
       data_dir: for TFDS sets, the directory of prepared sets, by default ``$TFDS_DATA_DIR`` or
         ``~/tensorflow_datasets``; for ``image_folder``, the directory with ``train`` and ``test``;
         for ``affnist``, the directory with ``test_batches``; for ``npz``, the file. Instead of a
-        directory it may also be an ``.npz`` file of the set, or of ``mnist`` for the sets made from
-        it, written by :func:`save_npz`. ``mnist_5k`` ignores it.
+        directory it may also be an ``.npz`` file written by :func:`save_npz`: of the set, or of
+        ``mnist`` for the sets generated from it. ``mnist_5k`` ignores it.
       download: whether to download a TFDS set that is not prepared yet.
       image_size: for ``image_folder`` and ``tfds:``, rows and columns. Each image is scaled, and
         its longer side cropped at both ends. When None, all images must have the same size, which
         is kept.
       channels: for ``image_folder`` and ``tfds:``, 1 (gray), 3 (RGB) or 4 (with transparency). When
-        None, the set's own, which must be the same for all; of files 1 for grayscale images and 3
-        for others.
-      in_memory: whether the images of ``image_folder`` and ``tfds:`` are decoded now; otherwise
-        each is read when it is needed, and the splits are :class:`StoredSplit`. Or a function that
-        decides by the bytes that all decoded images take.
+        None, the set's own number; for files, 1 for grayscale images and 3 for others. All images
+        must have the same number.
+      in_memory: whether to decode the images of ``image_folder`` and ``tfds:`` now. Otherwise each
+        is read on demand, and the splits are :class:`StoredSplit`. May be a function of the bytes
+        of all decoded images.
 
     Returns:
       The data set.
@@ -112,7 +112,9 @@ def load(
       (28, 28, 1)
     """
     if name in _NAMES and name != "image_folder" and (image_size or channels):
-        raise DataError(f"--image-size and --channels are for image_folder, not for {name}")
+        raise DataError(
+            f"--image-size and --channels are for image_folder and tfds:, not for {name}"
+        )
     fits = in_memory if callable(in_memory) else lambda _: in_memory
     if name == "mnist_5k":
         return load_mnist_5k()
@@ -144,7 +146,7 @@ def load(
             return dataset
         return dataclasses.replace(dataset, train=dataset.train.read(), test=dataset.test.read())
     if name.endswith(".npz"):
-        raise DataError(f"unknown data set {name!r}; a file is data set npz with data_dir={name!r}")
+        raise DataError(f"unknown data set {name!r}; load a file as npz with data_dir={name!r}")
     closest = difflib.get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.5)
     hint = f"; did you mean {closest[0]!r}?" if closest else ""
     raise DataError(
@@ -154,7 +156,7 @@ def load(
 
 
 def is_name(name: str) -> bool:
-    """Whether :func:`load` knows this name, or takes it for one of a prepared set.
+    """Whether :func:`load` accepts this name; a prepared set need not exist.
 
     Example:
       >>> from capsjax.data import is_name
@@ -165,7 +167,7 @@ def is_name(name: str) -> bool:
 
 
 def source_of(name: str) -> str:
-    """Returns the data set from whose images a set is made: itself unless made on the device.
+    """Returns the data set whose images a set is generated from, or the set itself.
 
     Example:
       >>> from capsjax.data import source_of
@@ -176,7 +178,7 @@ def source_of(name: str) -> str:
 
 
 def task_of(name: str) -> Task:
-    """Returns the task of a data set: how the network's inputs are made from its images."""
+    """Returns the task of a data set, which makes the network's inputs from its images."""
     return _MADE.get(name) or tfds_task_of(name)
 
 

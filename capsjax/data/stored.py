@@ -1,4 +1,4 @@
-"""Images that stay on disk, and are read and decoded when they are needed."""
+"""Images that stay on disk and are read and decoded on demand."""
 
 import concurrent.futures
 import dataclasses
@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-_CHUNK = 64  # images that a thread reads at once
+_CHUNK = 64  # images per read of a thread
 
 
 class ImageSource(Protocol):
-    """Where images of one shape are stored; is sent to other processes by pickle."""
+    """A store of images of one shape; must be picklable, to be sent to other processes."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -29,7 +29,7 @@ class ImageSource(Protocol):
         """CRC-32 that identifies the images without reading them."""
 
     def read(self, numbers: Sequence[int]) -> Iterable[npt.NDArray[Any]]:
-        """Reads the images with these numbers, each of that shape and dtype.
+        """Reads the images with these numbers, in :attr:`shape` and :attr:`dtype`.
 
         Raises:
           DataError: an image cannot be read; the message names it.
@@ -38,11 +38,11 @@ class ImageSource(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredImages:
-    """Images on disk in place of an array ``[N, H, W, C]``.
+    """Images on disk, in place of an array ``[N, H, W, C]``.
 
     Attributes:
-      source: where they are stored.
-      numbers: of the images in the source, int64 ``[N]``.
+      source: where the images are stored.
+      numbers: numbers of the images in the source, int64 ``[N]``.
 
     Example:
       >>> import numpy as np
@@ -81,7 +81,7 @@ class StoredImages:
 
     @property
     def size(self) -> int:
-        """Number of values of all images."""
+        """Total number of values."""
         return int(np.prod(self.shape, dtype=np.int64))
 
     @property
@@ -100,7 +100,7 @@ class StoredImages:
         """Reads the images.
 
         Args:
-          threads: how many read at once; as many as there are processors when None.
+          threads: number of threads; when None, the number of processors.
 
         Raises:
           DataError: an image cannot be read; the message names it.
@@ -124,7 +124,7 @@ class StoredImages:
 
 
 class Names(Sequence[str]):
-    """Many texts in two arrays, which take little memory and are quickly sent to other processes.
+    """Many strings in two arrays, which take little memory and are quick to send to processes.
 
     Example:
       >>> from capsjax.data.stored import Names
@@ -146,7 +146,7 @@ class Names(Sequence[str]):
 
 
 def a_tenth_of_each_class(labels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Chooses test images by a fixed seed where there are none: at least one of each class of two.
+    """Chooses test images by a fixed seed; at least one of each class that has several images.
 
     Example:
       >>> import numpy as np

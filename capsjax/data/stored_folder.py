@@ -1,4 +1,4 @@
-"""Image folders whose images are read when they are needed."""
+"""Image folders whose images are read on demand."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from capsjax.errors import DataError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Folder:
-    """Where the images of a split lie; see :class:`capsjax.data.stored.ImageSource`."""
+    """The stored images of a split; see :class:`capsjax.data.stored.ImageSource`."""
 
     root: Path
     names: Names  # relative to the root
@@ -38,14 +38,14 @@ class _Folder:
         return checksum
 
     def read(self, numbers: Sequence[int]) -> Iterator[npt.NDArray[Any]]:
-        """Reads images, scaled as those of the whole set."""
+        """Reads images, scaled like the whole set."""
         for number in numbers:
             file = self.root / self.names[number]
             try:
                 image = read_image(file, lost=Counter(), size=self.size, channels=self.channels)
             except UnreadableImageError as error:
                 raise DataError(
-                    f"{error}; a stream leaves no image out: repair the file or remove it"
+                    f"{error}; a stream cannot leave images out: repair or remove the file"
                 ) from None
             except OSError as error:
                 raise DataError(
@@ -55,8 +55,8 @@ class _Folder:
                 raise DataError(
                     f"image_folder expects every image as height x width x channels"
                     f" {text_of_shape(self.shape)} like the first, got"
-                    f" {text_of_shape(image.shape)} in {file}; --image-size and --channels make"
-                    " them alike"
+                    f" {text_of_shape(image.shape)} in {file}; --image-size and --channels"
+                    " convert them"
                 )
             if np.result_type(image, self.dtype) != self.dtype:
                 raise DataError(
@@ -72,11 +72,11 @@ def stored_splits(
     size: tuple[int, int] | None,
     channels: int | None,
 ) -> list[StoredSplit]:
-    """Returns the images of splits without reading more than the first that can be read.
+    """Returns the stored images of splits, reading only the first readable one.
 
     Args:
-      root: the folder that all files are in.
-      splits: the files of each, with their labels.
+      root: the folder that contains all files.
+      splits: the files of each split, with their labels.
       size: as in :func:`capsjax.data.image_files.image_pixels`.
       channels: as in :func:`capsjax.data.image_files.image_pixels`.
 

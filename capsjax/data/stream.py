@@ -1,7 +1,7 @@
-"""Batches that grain reads, decodes and scales ahead of their use, in worker processes.
+"""Streams batches, which grain reads, decodes and scales ahead of time in worker processes.
 
-The position in a stream is the number of the batch, so that it can begin anywhere: nothing else
-has to be saved.
+The number of a batch is its position in the stream, so that a stream can start anywhere and nothing
+else has to be saved.
 """
 
 import contextlib
@@ -26,28 +26,28 @@ from capsjax.data.dataset import AnySplit, Split
 from capsjax.data.transforms import epoch_order
 from capsjax.errors import ConfigError, DataError, how_to_install
 
-_PIECE = 2**23  # bytes of a batch that are read at once
-_AHEAD = 2  # pieces that each worker has ready
+_PIECE = 2**23  # bytes per read
+_AHEAD = 2  # pieces that each worker keeps ready
 
 
 class Order(Protocol):
-    """Which images are in a batch; is sent to the worker processes by pickle."""
+    """Maps batches to images; must be picklable, to be sent to the worker processes."""
 
     def __call__(self, batch: int) -> npt.NDArray[Any]:
-        """Returns the indices of the images in the batch of this number."""
+        """Returns the indices of the images in the batch with this number."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EpochOrder:
-    """The order of training, each epoch in that of :func:`epoch_order`.
+    """The order of training: that of :func:`epoch_order` in each epoch.
 
     Attributes:
-      key: of the order, as of :func:`jax.random.key_data`.
+      key: key of the order, as from :func:`jax.random.key_data`.
       impl: name of the key's implementation.
       partitionable: the value of ``jax_threefry_partitionable``, on which the order depends.
       count: number of images.
-      batch_size: of whole batches.
-      positions: in the whole batch that are read, int ``[B]``.
+      batch_size: size of whole batches.
+      positions: positions in the whole batch to read, int ``[B]``.
     """
 
     key: npt.NDArray[Any]
@@ -58,7 +58,7 @@ class EpochOrder:
     positions: npt.NDArray[Any]
 
     def __call__(self, batch: int) -> npt.NDArray[Any]:
-        """Returns the indices for the step of this number."""
+        """Returns the indices for the step with this number."""
         epoch, number = divmod(batch, self.count // self.batch_size)
         about = (self.key.tobytes(), self.key.dtype.str, self.impl, self.partitionable, self.count)
         return _order(*about, epoch)[number * self.batch_size + self.positions]
@@ -69,7 +69,7 @@ def _order(
     key: bytes, dtype: str, impl: str, partitionable: bool, count: int, epoch: int
 ) -> npt.NDArray[Any]:
     with contextlib.ExitStack() as where, jax.threefry_partitionable(partitionable):
-        with contextlib.suppress(RuntimeError):  # JAX may have been kept from the CPU
+        with contextlib.suppress(RuntimeError):  # JAX may have no CPU backend
             where.enter_context(jax.default_device(jax.local_devices(backend="cpu")[0]))
         typed = jax.random.wrap_key_data(jnp.asarray(np.frombuffer(key, dtype)), impl=impl)
         return np.asarray(epoch_order(jax.random.fold_in(typed, epoch), count))
@@ -77,12 +77,12 @@ def _order(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InOrder:
-    """The images as they are, the last one repeated to fill the last batch.
+    """The images in their order; the last one is repeated to fill the last batch.
 
     Attributes:
       count: number of images.
-      batch_size: of whole batches.
-      positions: in the whole batch that are read, int ``[B]``.
+      batch_size: size of whole batches.
+      positions: positions in the whole batch to read, int ``[B]``.
     """
 
     count: int
@@ -90,13 +90,13 @@ class InOrder:
     positions: npt.NDArray[Any]
 
     def __call__(self, batch: int) -> npt.NDArray[Any]:
-        """Returns the indices for the batch of this number."""
+        """Returns the indices for the batch with this number."""
         return np.minimum(batch * self.batch_size + self.positions, self.count - 1)
 
 
 def default_workers() -> int:
-    """Number of worker processes unless another is asked for: one processor is left free."""
-    affinity = getattr(os, "sched_getaffinity", None)  # which macOS lacks
+    """Default number of worker processes, which leaves one processor free."""
+    affinity = getattr(os, "sched_getaffinity", None)  # missing on macOS
     processors = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(32, processors - 1))
 
@@ -118,31 +118,31 @@ def check_installed() -> None:
 def open_stream(
     split: AnySplit, order: Order, batches: range, *, workers: int
 ) -> Iterator[Iterator[Split]]:
-    """Reads batches in order while a ``with`` statement is entered, which ends the workers.
+    """Reads batches in order within a ``with`` statement, whose end stops the workers.
 
     Args:
-      split: the images. Those in memory are taken by threads of this process.
+      split: the images. Threads of this process read those in memory.
       order: which images are in each batch.
       batches: numbers of the batches.
-      workers: number of worker processes; threads of this process read if 0.
+      workers: number of worker processes; if 0, threads of this process read.
 
     Returns:
-      An iterator over the batches. Their arrays may lie in memory that is shared with a worker:
-      they are to be copied and let go.
+      An iterator over the batches. Their arrays may be in memory shared with a worker: copy them
+      and drop the references.
 
     Raises:
       ConfigError: grain is not installed.
-      DataError: when a batch is taken, an image cannot be read, or a worker has ended.
+      DataError: raised by the iterator if an image cannot be read, or a worker has ended.
     """
     check_installed()
     import grain
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain reads its own, which no command line of ours has
+        flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which capsjax does not parse
     pieces = _Pieces.of(split, order, batches)
     if isinstance(split, Split):
-        workers = 0  # sending them to other processes would cost more than reading them
+        workers = 0  # sending images to other processes would cost more than reading them
     threads = 0 if workers else (os.cpu_count() or 1)
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     data = grain.MapDataset.source(pieces).to_iter_dataset(read)
@@ -157,7 +157,7 @@ def open_stream(
 
 
 def _joined(iterator: Iterator[Any], per_batch: int) -> Iterator[Split]:
-    """The batches that pieces make."""
+    """Joins pieces to batches."""
     while True:
         try:
             taken = [next(iterator) for _ in range(per_batch)]
@@ -167,9 +167,9 @@ def _joined(iterator: Iterator[Any], per_batch: int) -> Iterator[Split]:
             if "terminated unexpectedly" not in str(error):
                 raise
             raise DataError(
-                "a worker process that reads images has ended: out of memory (fewer --workers need"
-                " less), killed, or started by a script that trains without `if __name__ =="
-                ' "__main__":`; --workers 0 reads in this process'
+                "a worker process that reads images has ended: it ran out of memory (fewer"
+                " --workers need less), was killed, or was started by a script that trains without"
+                ' `if __name__ == "__main__":`; --workers 0 reads in this process'
             ) from None
         yield (
             Split(*taken[0])
@@ -181,7 +181,7 @@ def _joined(iterator: Iterator[Any], per_batch: int) -> Iterator[Split]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Pieces:
-    """The pieces of batches: a sequence, for grain."""
+    """The pieces of batches, as a sequence for grain."""
 
     split: AnySplit
     order: Order
@@ -208,9 +208,9 @@ class _Pieces:
 
 
 def _begin_worker(number: int, count: int) -> None:
-    """Makes a process a worker: it ends with its parent alone, and leaves the devices to it."""
+    """Prepares a worker process: it ends only with its parent, and does not use the devices."""
     del number, count
-    for each in (signal.SIGINT, signal.SIGTERM):  # which a terminal sends to all processes
+    for each in (signal.SIGINT, signal.SIGTERM):  # a terminal sends these to all processes
         signal.signal(each, signal.SIG_IGN)
     jax.config.update("jax_platforms", "cpu")
     parent = multiprocessing.parent_process()
@@ -218,7 +218,7 @@ def _begin_worker(number: int, count: int) -> None:
 
     def end_with_parent() -> None:
         multiprocessing.connection.wait([parent.sentinel])
-        # By then the queue is full, and no shared memory is being made, which would stay.
+        # By then the queue is full and no shared memory is being created, which would leak.
         time.sleep(1)
         os._exit(1)
 

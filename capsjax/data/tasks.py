@@ -2,7 +2,7 @@
 
 A data set holds images; a task makes samples from them on the device: shifted, placed on a larger
 canvas, distorted, cropped, or two in one. Samples are never stored. A test sample depends only on
-its number, so that the test set is the same for any number of devices and any batch size, and can
+its number, so that the test set does not depend on the number of devices or the batch size, and can
 have any length.
 """
 
@@ -28,7 +28,7 @@ from capsjax.data.transforms import (
 from capsjax.ops._checks import as_array, as_integer
 
 _TEST = 2017  # seed of the test samples
-# Streams of an example's key; `jax.random.split` uses 0 and 1.
+# Numbers folded into an example's key; `jax.random.split` uses 0 and 1.
 _SELECT = 2
 _FLIP = 3
 
@@ -53,7 +53,8 @@ class Sample(NamedTuple):
       images: network input, pixels in [0, 1] or standardised, float32 ``[B, H, W, C]``.
       labels: int32 ``[B]``, or ``[B, 2]`` for pairs; bool ``[B, J]`` for any number of classes;
         float32 ``[B, J]``, numbers to predict.
-      target: classes that are present, one- or multi-hot, float32 ``[B, J]``; or the numbers.
+      target: classes that are present, one- or multi-hot, float32 ``[B, J]``; or the numbers to
+        predict.
       masks: capsules that the decoder receives, float32 ``[B, J]``, or ``[B, 2, J]`` for pairs,
         whose digits are reconstructed one by one; all capsules for numbers to predict.
       drawings: reconstruction targets, float32 ``[B, H, W, C]``, or ``[B, 2, H, W, C]`` for pairs.
@@ -79,7 +80,7 @@ class Task:
 
     Attributes:
       classes_per_image: number of classes that an image shows.
-      is_made: whether test samples are random as well, and endless; see :meth:`Sampler.test`.
+      is_made: whether test samples are random too, and unlimited; see :meth:`Sampler.test`.
     """
 
     classes_per_image: ClassVar[int] = 1
@@ -121,7 +122,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class _Resized(Task):
-    """Base class of tasks with an input size of their own."""
+    """Base class of tasks that change the image size."""
 
     size: int
 
@@ -136,8 +137,8 @@ class Shifted(Task):
 
     Attributes:
       max_shift: largest shift in pixels along each axis.
-      fill: value of the pixels that move in, from 0 (black) to 1 (white), or ``"edge"`` to repeat
-        the border of the image.
+      fill: value of uncovered pixels, from 0 (black) to 1 (white), or ``"edge"`` to repeat the
+        border of the image.
 
     Raises:
       ValueError: `fill` is invalid.
@@ -244,7 +245,7 @@ class Cropped(_Resized):
     def render(
         self, keys: jax.Array, images: jax.Array, *, train: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """Crops, varies and standardises the images; the decoder's target is the plain crop."""
+        """Crops, augments and standardises images; the reconstruction target is the plain crop."""
         crop, bright, contrast = jnp.moveaxis(
             jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0
         )
@@ -259,7 +260,7 @@ class Cropped(_Resized):
 
 @dataclasses.dataclass(frozen=True)
 class Pairs(_Canvas):
-    """Pairs of images of different classes, which are shifted, added and clipped at white.
+    """Pairs of images of different classes, shifted, added and clipped at white.
 
     The second image is drawn uniformly from all images of the split with another class.
 
@@ -286,7 +287,7 @@ class Pairs(_Canvas):
     def render(
         self, keys: jax.Array, images: jax.Array, *, train: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """Shifts both images, and adds them."""
+        """Shifts both images and adds them."""
         del train
         both = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         parts = jnp.stack(
@@ -316,9 +317,9 @@ class Sampler:
     """Makes the samples of a task from images and keys.
 
     Attributes:
-      task: how samples are made from images.
+      task: makes samples from images.
       num_classes: J.
-      flip: direction in which training images are mirrored, see :func:`random_flip`; or None.
+      flip: direction in which training images are mirrored, or None; see :func:`random_flip`.
 
     Raises:
       TypeError: ``task`` is not a :class:`Task`, or ``num_classes`` is not an integer.
@@ -378,22 +379,22 @@ class Sampler:
         return self._augmented(keys, self.task.select(select_keys, split, indices))
 
     def train_batch(self, batch: Batch, key: jax.Array, positions: jax.Array) -> Sample:
-        """Makes the training samples of :meth:`train` from their images, for a stream of batches.
+        """Makes the training samples of :meth:`train` from a batch of their images, for streams.
 
         Args:
-          batch: the images of the samples; for tasks that :attr:`takes_batches`.
-          key: the step's, a typed key of shape ``[]``.
-          positions: of the examples in the whole batch, int32 ``[B]``.
+          batch: the images of the samples; requires :attr:`takes_batches`.
+          key: key of the step, a typed key of shape ``[]``.
+          positions: positions of the examples in the global batch, int32 ``[B]``.
         """
         return self._augmented(_fold_in(key, positions), batch)
 
     @property
     def takes_batches(self) -> bool:
-        """Whether a sample is made of the image with its index alone, not of the whole split."""
+        """Whether a sample needs only the image at its index, not the whole split."""
         return type(self.task).select is Task.select and not self.task.is_made
 
     def _augmented(self, keys: jax.Array, batch: Batch) -> Sample:
-        """Training samples of images that are selected."""
+        """Makes training samples from selected images."""
         task_keys, network_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         if self.flip is not None:
             flip_keys = jax.vmap(lambda key: jax.random.fold_in(key, _FLIP))(keys)
@@ -404,8 +405,8 @@ class Sampler:
     def test(self, split: Batch, numbers: jax.Array) -> Sample:
         """Makes the test samples with these numbers.
 
-        The test set is endless, and sample n depends on n only. Each image is the first image of
-        one in every N samples. Tasks for splits sorted by label mix the classes; others keep the
+        The test set is endless, and sample n depends only on n. Among N consecutive samples, each
+        image is the first image of one. Generated samples mix the classes; other tasks keep the
         order of the images.
 
         Args:
@@ -423,10 +424,10 @@ class Sampler:
         return self._sample(keys[:, 1], batch, None, train=False)
 
     def test_batch(self, batch: Batch, numbers: jax.Array) -> Sample:
-        """Makes the test samples of :meth:`test` from their images, for a stream of batches.
+        """Makes the test samples of :meth:`test` from a batch of their images, for streams.
 
         Args:
-          batch: the images of the samples; for tasks that :attr:`takes_batches`.
+          batch: the images of the samples; requires :attr:`takes_batches`.
           numbers: int32 ``[B]``.
         """
         keys = jax.vmap(jax.random.split)(_fold_in(jax.random.key(_TEST), numbers))
@@ -488,7 +489,7 @@ def _as_labels(labels: ArrayLike) -> jax.Array:
 
 
 def _has_vectors(labels: jax.Array) -> bool:
-    """Whether labels are vectors of one entry per class, instead of class numbers."""
+    """Whether labels are vectors with one entry per class, instead of class indices."""
     is_number = labels.ndim == 2 and jnp.issubdtype(labels.dtype, jnp.floating)
     return labels.dtype == bool or is_number
 

@@ -1,8 +1,8 @@
-"""Any image classification set that TFDS has prepared, read without TensorFlow.
+"""Reads any image classification set that TFDS has prepared, without TensorFlow.
 
-TFDS describes a prepared set in two JSON files, and stores its examples in files of records, each a
-serialised ``tf.train.Example``. One scan finds the labels, and where the records of a TFRecord file
-begin; array_record has an index. Its result is cached.
+TFDS describes a prepared set in two JSON files and stores its examples in files of records, each a
+serialised ``tf.train.Example``. A scan reads the labels and finds where the records of a TFRecord
+file begin; array_record has an index for that. The result of the scan is cached.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ from capsjax.errors import DataError
 PREFIX = "tfds:"
 _SPLITS = ("train", "test", "validation")
 _FORMATS = ("array_record", "tfrecord")
-_CHUNK = 1000  # records that are read at once
-# Of a TFRecord: uint64 length, its checksum, the record, its checksum.
+_CHUNK = 1000  # records per read
+# A TFRecord is a uint64 length, its checksum, the record, and its checksum.
 _HEADER, _FOOTER = struct.Struct("<QI"), 4
 
 _log = logging.getLogger(__name__)
@@ -42,17 +42,17 @@ def open_prepared(
     image_size: int | None = None,
     channels: int | None = None,
 ) -> Dataset:
-    """Opens a prepared set; its images are read when they are needed.
+    """Opens a prepared set, whose images are read on demand.
 
-    Test images are those of the split ``test``; of ``validation`` if that one is missing or has no
-    labels; otherwise a tenth of each class of ``train``, chosen by a fixed seed.
+    Test images are those of the split ``test``, or else of ``validation``. If neither exists with
+    labels, they are a tenth of each class of ``train``, chosen by a fixed seed.
 
     Args:
       name: ``NAME[/CONFIG][:VERSION]``, as TFDS writes it.
       data_dir: TFDS's data directory; its default when None.
-      image_size: rows and columns to which each image is scaled, its longer side cropped at both
-        ends; their own, the same for all, when None.
-      channels: 1, 3 or 4; those that the set declares when None.
+      image_size: rows and columns. Each image is scaled, and its longer side cropped at both ends.
+        When None, all images must have the same size, which is kept.
+      channels: 1, 3 or 4; when None, the number that the set declares.
 
     Raises:
       DataError: the set is not prepared, or damaged; its examples do not have one image and one
@@ -69,7 +69,7 @@ def open_prepared(
         }
         if "train" not in splits:
             raise DataError(
-                f"data set {name} in {folder} needs a split train, got {', '.join(info.splits)}"
+                f"data set {name} in {folder} must have a split train, got {', '.join(info.splits)}"
             )
         index = _index(name, folder, splits, label)
         source = _source(name, image, info.features[image], image_size, channels)
@@ -93,15 +93,15 @@ def open_prepared(
     if test is None:
         chosen = a_tenth_of_each_class(train.labels)
         train, test = (train.take(np.flatnonzero(x)) for x in (~chosen, chosen))
-        _log.info("%s has no labelled test images: a tenth of each class is for test", name)
+        _log.info("%s has no labelled test images: tests on a tenth of each class", name)
     return Dataset(f"{PREFIX}{name}", train, test, class_names)
 
 
 def _find(name: str, root: Path) -> Path:
-    """The folder of a set; the latest version, and the only configuration, unless they are named.
+    """Returns the folder of a set, by default its latest version and only configuration.
 
     Raises:
-      DataError: it is not there; the message names those that are.
+      DataError: the set is not prepared, or ambiguous; the message names the prepared ones.
     """
     path, _, version = name.partition(":")
     prepared = sorted(file.parent for file in root.glob(f"{path}/**/dataset_info.json"))
@@ -112,19 +112,19 @@ def _find(name: str, root: Path) -> Path:
     found = prepared or sorted(file.parent for file in root.glob("**/dataset_info.json"))
     names = ", ".join(f"{x.relative_to(root).parent.as_posix()}:{x.name}" for x in found)
     if prepared:
-        raise DataError(f"data set {name} has several configurations, name one of {names}")
+        raise DataError(f"data set {name} has several configurations; name one of {names}")
     raise DataError(f"data set {name} is not prepared in {root}; prepared there: {names or 'none'}")
 
 
 def _features(tfds: Any, name: str, features: Any) -> tuple[str, str]:
-    """The names of the features that hold the image and its class."""
+    """Returns the names of the features for the image and its class."""
     kinds = {key: type(feature).__name__ for key, feature in dict(features).items()}
     images = [key for key, kind in kinds.items() if kind == "Image"]
     labels = [key for key, kind in kinds.items() if kind == "ClassLabel"]
     if len(images) != 1 or len(labels) != 1:
         found = ", ".join(f"{key} ({kind})" for key, kind in kinds.items())
         raise DataError(
-            f"data set {name} must have one feature Image and one ClassLabel, got {found}"
+            f"data set {name} must have one Image and one ClassLabel feature, got {found}"
         )
     return images[0], labels[0]
 
@@ -134,10 +134,10 @@ class _Records:
     """The records of a split.
 
     Attributes:
-      of: names the set and the split.
-      files: their paths, and how many records each holds.
+      of: names of the set and the split.
+      files: paths of the files, with the number of records in each.
       format: array_record or tfrecord.
-      offsets: where each record begins in its file, for tfrecord; None until it is known.
+      offsets: offset of each record in its file, for tfrecord; None if not known yet.
     """
 
     of: str
@@ -147,7 +147,7 @@ class _Records:
 
     @classmethod
     def make(cls, name: str, split: str, info: Any) -> "_Records":
-        """Describes a split's records; raises a DataError if they have another format."""
+        """Describes a split's records; raises a DataError if their format is unsupported."""
         found = info.splits[split]
         file_format = info.file_format.value
         if file_format not in _FORMATS:
@@ -169,7 +169,7 @@ class _Records:
         return zlib.crc32(repr(about).encode())
 
     def begins(self) -> npt.NDArray[np.int64]:
-        """Finds where the records of TFRecord files begin."""
+        """Finds the offsets of the records of TFRecord files."""
         offsets = []
         for path, number in self.files:
             with open(path, "rb") as file:
@@ -209,7 +209,7 @@ class _Records:
 def _index(
     name: str, folder: Path, splits: dict[str, _Records], label: str
 ) -> dict[str, npt.NDArray[Any]]:
-    """The labels of each split, and the offsets of TFRecord files, from the cache or by a scan."""
+    """Returns the labels of each split, and offsets of TFRecord files, cached or by a scan."""
     names = [f"{split}_labels" for split in splits]
     names += [f"{split}_offsets" for split, r in splits.items() if r.format == "tfrecord"]
 
@@ -233,7 +233,7 @@ def _index(
 
 
 def _example(record: bytes) -> Any:
-    """The features of a record."""
+    """Returns the features of a record."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example.FromString(record).features.feature
@@ -277,12 +277,12 @@ class _Source:
 def _source(
     name: str, key: str, feature: Any, image_size: int | None, channels: int | None
 ) -> Callable[[_Records], _Source]:
-    """Returns how the images of a split are decoded: their shape is known before they are read."""
+    """Returns a function that makes the image source of a split, with the images' shape."""
     rows, columns, depth = feature.shape
     if image_size is None and None in (rows, columns):
         raise DataError(f"data set {name} has images of several sizes; --image-size scales them")
     if (channels or depth) not in CHANNELS:
-        raise DataError(f"data set {name} has images of {depth} channels; --channels decides")
+        raise DataError(f"data set {name} has images of {depth} channels; --channels converts them")
     dtype = np.dtype(feature.np_dtype)
     if dtype not in (np.uint8, np.uint16):
         raise DataError(f"data set {name} must have images of uint8 or uint16, got {dtype}")

@@ -1,4 +1,4 @@
-"""Data sets from TFDS, without TensorFlow.
+"""Loads data sets from TFDS without TensorFlow.
 
 TFDS reads prepared sets without TensorFlow, but its stock builders need TensorFlow to read the
 original files and to encode PNG. The builders in this file do both in Python and write the same
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_tfds(name: str, data_dir: Path | None, *, download: bool) -> Dataset:
-    """Loads a prepared data set, or prepares it first.
+    """Loads a data set, preparing it first if needed.
 
     Args:
       name: one of :data:`NAMES`.
@@ -75,7 +75,7 @@ def load_tfds(name: str, data_dir: Path | None, *, download: bool) -> Dataset:
 
 
 def task_of(name: str) -> Task:
-    """Returns the task of a set: how the network's inputs are made from its images."""
+    """Returns the task of a set, which makes the network's inputs from its images."""
     return _TASKS.get(name, Shifted())
 
 
@@ -85,7 +85,7 @@ def _class_names(builder: Any) -> tuple[str, ...]:
 
 
 def _expect_format(name: str, prepared: Path) -> None:
-    """Raises a DataError for a set in another format, which TFDS would report as damaged."""
+    """Raises a DataError for a set in another format; TFDS would report it as damaged."""
     try:
         info = json.loads((prepared / "dataset_info.json").read_text())
         found = info.get("fileFormat", "tfrecord")

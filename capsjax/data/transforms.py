@@ -103,14 +103,13 @@ def random_shift(
     """Shifts each image by up to `max_shift` pixels along both axes.
 
     All whole-pixel shifts are equally likely: 25 if `max_shift` is 2. The shift of an image depends
-    on its key only, not on the rest of the batch.
+    only on its key, not on the rest of the batch.
 
     Args:
       keys: one random key per image, ``[B]``.
       images: ``[B, H, W, C]``, any dtype.
       max_shift: largest shift in pixels, at least 0.
-      fill: value of the pixels that move in, in the images' dtype, or ``"edge"`` to repeat the
-        border.
+      fill: value of uncovered pixels in the images' dtype, or ``"edge"`` to repeat the border.
 
     Returns:
       The shifted images, with the same shape and dtype.
@@ -218,7 +217,7 @@ def crop_images(images: jax.Array, size: int, keys: jax.Array | None = None) -> 
 
 
 def check_keys(keys: jax.Array, images: jax.Array) -> None:
-    """Raises a ValueError if the number of keys is not that of the images."""
+    """Raises a ValueError unless there is one key per image."""
     if keys.shape != images.shape[:1]:
         raise ValueError(
             f"keys must have one key per image, shape {images.shape[:1]}, got shape {keys.shape}"

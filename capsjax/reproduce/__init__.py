@@ -1,4 +1,4 @@
-"""Published tables, reproduced: recipes, seeds trained together, results."""
+"""Reproduces published tables: recipes, seeds trained together, results."""
 
 from capsjax.reproduce.recipes import TABLES, Recipe
 from capsjax.reproduce.results import RowResult

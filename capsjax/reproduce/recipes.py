@@ -1,4 +1,4 @@
-"""Rows of published tables as recipes: what to train, for how long, and the reported error."""
+"""Recipes for rows of published tables: what to train, for how long, and the reported error."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ class Recipe:
       table: name of the table.
       name: name of the row, unique in its table.
       title: description of the row.
-      published: error in per cent that the paper reports, or None.
-      spread: standard deviation in per cent that the paper reports, or None.
+      published: error in percent that the paper reports, or None.
+      spread: standard deviation in percent that the paper reports, or None.
       dataset: name of the data set.
       preset: preset of the network.
-      model: fields of the configuration that differ from the preset.
+      model: fields of the configuration that differ from the preset's.
       loss: name of the objective; the preset's default when None.
       steps: number of training steps.
       batch_size: examples per step.
@@ -32,9 +32,9 @@ class Recipe:
       decay_steps: number of steps over which the learning rate falls by 4 %.
       max_shift: maximum shift of training images in pixels; the data set's default when None.
       also_tested_on: another data set to test on, or None.
-      until_error: error rate on held-out training images at which training ends early; None to
-        train for all steps, without held-out images.
-      ensemble: whether to evaluate the mean of the scores of all seeds as well.
+      until_error: error rate on held-out training images at which training stops early; when None,
+        all steps are trained, without held-out images.
+      ensemble: whether to evaluate also the mean of the scores of all seeds.
     """
 
     table: str = ""
@@ -73,7 +73,7 @@ class Recipe:
         return models.configure(self.preset, **{**self.model, **fields})
 
     def options(self, run_dir: Path, *, train_images: int, **others: Any) -> TrainConfig:
-        """Returns the options of the run of one seed.
+        """Returns the options of the run for one seed.
 
         Args:
           run_dir: directory of the run.
@@ -94,7 +94,7 @@ class Recipe:
                 "max_shift": self.max_shift,
                 "until_error": self.until_error,
                 "validation": min(_HELD_OUT, train_images // 10) if ends_early else 0,
-                # None is once per epoch, for rows that end at an error.
+                # None means once per epoch, for rows that stop at an error.
                 "checkpoint_every": None if ends_early else 2000,
                 "log_every": 500,
                 "driver": "jit",
@@ -105,7 +105,7 @@ class Recipe:
 
 
 def _mnist(preset: str) -> tuple[Recipe, ...]:
-    """Rows of table 1 for one variant of the network."""
+    """Returns the rows of table 1 for one variant of the network."""
     published = {
         (1, False): (0.34, 0.032),
         (1, True): (0.29, 0.011),
@@ -135,15 +135,15 @@ def _mnist(preset: str) -> tuple[Recipe, ...]:
 _BASELINE = Recipe(name="baseline", title="baseline CNN", published=0.39, preset="baseline")
 _PAIRS: dict[str, Any] = {"dataset": "multi_mnist", "decay_steps": 20_000}
 _AFFINE: dict[str, Any] = {
-    # Stopped early, at the accuracy on expanded MNIST at which the paper compares.
+    # Training stops early at the accuracy on expanded MNIST at which the paper compares.
     "dataset": "expanded_mnist",
     "also_tested_on": "affine_mnist",
     "until_error": 0.0077,
 }
-# A short training: the learning rate falls to a twelfth by the end.
+# Short training: the learning rate falls to a twelfth by the end.
 _SMALL: dict[str, Any] = {"preset": "small", "steps": 6000, "decay_steps": 100}
-# In short trials, small batches helped both networks; a doubled learning rate and a larger weight
-# of the reconstruction helped the capsule network.
+# In short trials, small batches helped both networks, and a doubled learning rate and a larger
+# weight of the reconstruction helped the capsule network.
 _SMALL_PAIRS: dict[str, Any] = {
     "dataset": "multi_mnist",
     "steps": 12_000,
@@ -237,7 +237,7 @@ _TABLES: dict[str, tuple[Recipe, ...]] = {
             learning_rate=2e-3,
             **_SMALL_PAIRS,
         ),
-        # With the paper's first layer and kernels and a smaller decoder: about the CNN's size.
+        # With the paper's first layer and kernels and a smaller decoder, about the CNN's size.
         Recipe(
             name="multi_mnist-wide",
             title="CapsNet of the CNN's size, MultiMNIST",
@@ -254,7 +254,7 @@ _TABLES: dict[str, tuple[Recipe, ...]] = {
             learning_rate=2e-3,
             **_SMALL_PAIRS,
         ),
-        # Efficient-CapsNet with a grid of 256 capsules: also about the CNN's size.
+        # Efficient-CapsNet with a grid of 256 capsules, also about the CNN's size.
         Recipe(
             name="multi_mnist-efficient",
             title="Efficient-CapsNet of that size, MultiMNIST",

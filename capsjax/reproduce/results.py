@@ -27,15 +27,15 @@ class Line(msgspec.Struct, kw_only=True):
     Attributes:
       table: name of the table.
       recipe: name of the row.
-      asked_steps: number of steps if it differs from the recipe's, or None.
+      asked_steps: number of steps if different from the recipe's, else None.
       dtype: dtype of the computation.
       seed: seed of a trial.
-      steps: steps that a trial took.
+      steps: number of steps of a trial.
       errors: error rates of a trial by data set.
-      counts: numbers of test images of a trial by data set.
-      seconds: wall time of a trial and those trained together with it, over all calls.
+      counts: number of test images of a trial by data set.
+      seconds: wall time of a trial and those trained together with it, over all commands.
       together: number of trials trained together; None if unknown.
-      of: what a trial depends on besides its seed; see :func:`describe`.
+      of: everything that a trial depends on besides its seed; see :func:`describe`.
       run: run directory of a trial, relative to the file's.
       ensemble: number of networks in an ensemble.
       error: error rate of an ensemble.
@@ -71,7 +71,7 @@ class Line(msgspec.Struct, kw_only=True):
 
 
 def read_results(path: Path) -> list[Line]:
-    """Reads a file of results; ignores a last line that a crash cut short.
+    """Reads a file of results, without a last line that a crash cut short.
 
     Raises:
       ConfigError: a line is damaged.
@@ -107,7 +107,7 @@ def add_result(path: Path, line: Line) -> bool:
 
 
 def describe(recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
-    """Returns what a trial depends on besides its seed, as JSON: the recipe and the data."""
+    """Returns everything that a trial depends on besides its seed, as JSON: recipe and data."""
     words = ("table", "title", "published", "spread", "ensemble", "also_tested_on")
     trained = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in words}
     described: dict[str, Any] = json.loads(
@@ -124,7 +124,7 @@ def check_alike(line: Line, now: Mapping[str, Any], path: Path) -> None:
             then = {**now[key], **then}  # earlier versions recorded fewer fields
         if then != now[key]:
             raise ConfigError(
-                f"{path} has results with {key.replace('_', ' ')} {line.of.get(key)}, and this"
+                f"{path} has results with {key.replace('_', ' ')} {line.of.get(key)}, but this"
                 f" command has {now[key]}; move the file, or choose another --output"
             )
 
@@ -137,7 +137,7 @@ class RowResult:
       recipe: the row.
       dataset: name of the data set whose test images were evaluated.
       steps: steps of the shortest trial.
-      errors: error in per cent of each trial.
+      errors: error of each trial in percent.
       ensemble: number of networks in an ensemble; 0 for single networks.
     """
 
@@ -156,7 +156,7 @@ class RowResult:
 
     @property
     def published(self) -> str:
-        """The paper's error on this data set as text; empty if there is none."""
+        """The paper's error on this data set as text; empty if it reports none."""
         recipe = self.recipe
         same = self.dataset == (recipe.also_tested_on or recipe.dataset)
         return recipe.paper if same and bool(self.ensemble) == recipe.ensemble else ""
@@ -174,7 +174,7 @@ class RowResult:
 
 
 def rows_of(recipe: Recipe, lines: Sequence[Line]) -> list[RowResult]:
-    """Returns the results of a row, first by data set, then of ensembles.
+    """Returns the results of a row: one per data set, then those of ensembles.
 
     Args:
       recipe: the row.
@@ -197,7 +197,7 @@ def rows_of(recipe: Recipe, lines: Sequence[Line]) -> list[RowResult]:
 
 
 def markdown(rows: Sequence[RowResult]) -> str:
-    """Returns rows as a Markdown table, with errors in per cent."""
+    """Returns rows as a Markdown table, with errors in percent."""
     lines = ["| row | test images | steps | paper | capsjax |", "|---|---|---|---|---|"]
     lines += [
         f"| {row.title} | {row.dataset} | {row.steps:,} | {row.published} | {row.text} |"
@@ -207,13 +207,13 @@ def markdown(rows: Sequence[RowResult]) -> str:
 
 
 def measured(recipe: Recipe, lines: Sequence[Line], names: Mapping[str, str] = {}) -> str:
-    """Returns the errors of a row's trials in per cent as text, or "not run".
+    """Returns the errors of a row's trials in percent as text, or "not run".
 
     Args:
       recipe: the row.
-      lines: results. Those of the row in float32 count: with the recipe's number of steps if there
-        are any, otherwise with the largest number.
-      names: names of data sets to print.
+      lines: results. Only those of the row in float32 count: with the recipe's number of steps if
+        there are any, otherwise with the largest number.
+      names: names to print for data sets.
     """
     own = [
         x for x in lines if (x.table, x.recipe, x.dtype) == (recipe.table, recipe.name, "float32")

@@ -1,4 +1,4 @@
-"""Tables of papers, row by row and seed by seed; each seed is an ordinary run."""
+"""Reproduces tables row by row and seed by seed; each seed is an ordinary run."""
 
 import contextlib
 import dataclasses
@@ -51,10 +51,10 @@ _MOST_SEEDS = 10_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReproduceConfig:
-    """Train the rows of a table with several seeds, and write mean and deviation of their errors.
+    """Train the rows of a published table with several seeds, and write mean and deviation.
 
     Each seed is a run under OUTPUT, which evaluate, draw, explore and train --resume can open.
-    Finished runs are listed in OUTPUT/results.jsonl and not trained again; the same command
+    Finished runs are listed in OUTPUT/results.jsonl and not trained again. The same command
     continues interrupted ones. Tables: mnist and multi_mnist (Sabour et al. 2017, table 1), affine,
     cifar10, svhn and smallnorb (the same paper's text), ablation (differences between the authors'
     code and the printed formulas), small (networks for two CPU cores).
@@ -64,19 +64,20 @@ class ReproduceConfig:
     """Table to reproduce."""
 
     rows: tuple[str, ...] = ()
-    """Names of rows; all rows of the table if not given."""
+    """Names of the rows to train. By default, all rows of the table."""
 
     list: bool = False
-    """Only print the rows: command, the paper's error, and the results in OUTPUT."""
+    """Only print the rows: the command, the paper's error, and the results in OUTPUT."""
 
     seeds: int = 3
     """Number of trials per row, with seeds 0, 1, 2 and so on."""
 
     steps: int | None = None
-    """Steps of each trial, instead of the recipe's; recorded in the results."""
+    """Steps per trial, instead of the recipe's number. The results record it."""
 
     together: int = 1
-    """Number of trials trained together by vmap; always one for rows that end at an error."""
+    """Number of trials that vmap trains together. Rows that stop at an error train one at a
+    time."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the computation."""
@@ -85,10 +86,10 @@ class ReproduceConfig:
     """Directory of prepared data sets, or an .npz file written by save_npz."""
 
     output: Path = Path("reproduced")
-    """Directory for results and runs; one for each kind of data."""
+    """Directory for results and runs. Use another one for other data."""
 
     seconds: float | None = None
-    """Save and stop after this many seconds; the same command continues."""
+    """Save and stop after this many seconds. The same command continues."""
 
     def __post_init__(self) -> None:
         """Checks the options."""
@@ -117,7 +118,7 @@ class ReproduceConfig:
 
     @property
     def folder(self) -> Path:
-        """Directory of the runs with this table, number of steps and dtype."""
+        """Directory of the runs of this table, number of steps and dtype."""
         steps = "all" if self.steps is None else str(self.steps)
         return self.output / f"{self.table}-{steps}-{self.dtype}"
 
@@ -138,8 +139,8 @@ def reproduce(config: ReproduceConfig, *, say: Callable[[str], None] = print) ->
       The results of the rows, in the table's order; empty if the rows are only listed.
 
     Raises:
-      ConfigError: an option is invalid, a file is damaged, or the output directory has results that
-        were trained differently.
+      ConfigError: an option is invalid, a file is damaged, or the output directory has results with
+        other settings or data.
       capsjax.data.DataError: a data set is missing or damaged.
     """
     with processes.together():
@@ -167,7 +168,7 @@ def _reproduce(config: ReproduceConfig, say: Callable[[str], None]) -> list[RowR
                 return _rows(config)
             with row.claimed() as seeds:
                 if not seeds:
-                    say(f"{recipe.name}: another command trains seeds {row.missing()}")
+                    say(f"{recipe.name}: another command is training seeds {row.missing()}")
                     break
                 if not row.train(seeds, deadline):
                     reason = "time limit reached" if time.monotonic() >= deadline else "stopped"
@@ -227,13 +228,13 @@ class _Row:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[list[int]]:
-        """Locks seeds to train together, which no other command is training."""
+        """Locks seeds to train together, skipping those that another command is training."""
         most = 1 if self.recipe.until_error is not None else self.config.together
         with contextlib.ExitStack() as locks:
             seeds: list[int] = []
             common: set[int] = set()
             for seed in self.missing():
-                # Started runs are resumed together from a checkpoint that all of them have.
+                # Runs resumed together need a checkpoint of the same step.
                 steps = self._checkpoints(seed)
                 same = not seeds or self._begun(seed) == self._begun(seeds[0])
                 apart = seeds and (common or steps) and not common & steps
@@ -294,29 +295,29 @@ class _Row:
             before = RunDirectory(self.run_dir(each.seed)).read_config()
             check_same_run(each, model, before, may_change_rate=False)
             before.data.check(DataDescription.of(dataset))
-        if finished:  # the command was stopped before it added the result
+        if finished:  # the command was stopped before it recorded the result
             return True
         results: list[Result] = train_seeds(
             options, model=model, dataset=dataset, deadline=deadline
         )
         if results[0].stopped_by is not None and processes.number() == 1:
-            signal.raise_signal(results[0].stopped_by)  # everything is saved: stop the command too
+            signal.raise_signal(results[0].stopped_by)  # everything is saved: end the command
         return results[0].test is not None
 
     def finish(self, seed: int, *, together: int) -> str:
-        """Adds the result of a finished run, and returns it as text."""
+        """Records the result of a finished run, and returns it as text."""
         directory = RunDirectory(self.run_dir(seed))
         result = directory.read_result()
         assert result is not None  # the run is finished
         dataset = self.get(self.recipe.dataset)
-        assert result.test_wrong is not None  # tables are of classes
+        assert result.test_wrong is not None  # all tables are of classification
         errors = {dataset.name: result.test_wrong / result.test_count}
         counts = {dataset.name: result.test_count}
         if self.recipe.also_tested_on is not None:
             other = self.get(self.recipe.also_tested_on)
             found = evaluate(self._evaluation(seed, self.recipe.also_tested_on), dataset=other)
             errors[other.name], counts[other.name] = found.test.error, found.test.count
-        # Time starts from 0 after each resumption: this sums the last records of all parts.
+        # Time restarts at 0 after each resumption; this sums the last records of all parts.
         times = [record.get("seconds", 0.0) for record in directory.read_metrics()] + [0.0]
         seconds = sum(a for a, b in itertools.pairwise(times) if a > b)
         line = self.line(
@@ -334,7 +335,7 @@ class _Row:
         return f"{self.recipe.name}, seed {seed}: error {text}"
 
     def evaluate_ensemble(self) -> str:
-        """Adds the error of the mean of all runs' scores, and returns it as text."""
+        """Records the error of the mean of all runs' scores, and returns it as text."""
         dataset, scores = self.get(self.recipe.dataset), []
         for seed in range(self.config.seeds):
             found, labels = predict_test(self._evaluation(seed, None), dataset=dataset)

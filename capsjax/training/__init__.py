@@ -1,4 +1,4 @@
-"""Training: one pure step, drivers that run it anywhere, a loop that loses nothing."""
+"""Training: a pure step, drivers that run it on any devices, and a loop that loses nothing."""
 
 from capsjax.errors import CheckpointError, ConfigError, DivergedError, ProcessError
 from capsjax.training.checkpoints import Checkpoints

@@ -1,4 +1,4 @@
-"""What the options choose, and every check of them that needs the data or the devices."""
+"""Turns options into objects, with all checks that need the data or the devices."""
 
 import collections
 import dataclasses
@@ -27,10 +27,10 @@ from capsjax.training.optimizers import freeze
 
 
 def choose_model(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
-    """Returns the preset's configuration with the options' fields, for the images of a data set.
+    """Returns the preset's configuration, adapted to the options and to the data set's images.
 
     Raises:
-      ConfigError: an option does not go with the network, or the images do not.
+      ConfigError: an option or the images do not fit the network.
     """
     chosen = {"routing": config.routing, "num_iterations": config.num_iterations}
     overrides: dict[str, Any] = {name: v for name, v in chosen.items() if v is not None}
@@ -38,7 +38,9 @@ def choose_model(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
     fields = _fields(config, preset)
     if not config.reconstruction:
         if not getattr(preset, "decoder_features", ()):
-            raise ConfigError(f"--no-reconstruction: {config.preset} has no decoder anyway")
+            raise ConfigError(
+                f"--no-reconstruction has no effect on {config.preset}, which has no decoder"
+            )
         overrides["decoder_features"] = ()
         if "decoder_features" in fields:
             raise ConfigError("--override decoder_features has no effect without reconstruction")
@@ -55,7 +57,9 @@ def choose_model(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
         raise _option_error(error) from None
     routing = getattr(preset, "routing", "")
     if config.num_iterations is not None and not algorithm(routing).iterates:
-        raise ConfigError(f"--num-iterations is not for routing {routing!r}, which makes one pass")
+        raise ConfigError(
+            f"--num-iterations has no effect on routing {routing!r}, which makes a single pass"
+        )
     try:
         return models.configure(
             config.preset,
@@ -68,7 +72,7 @@ def choose_model(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
         raise ConfigError(f"data set {dataset.name} does not suit the network: {error}") from None
 
 
-# Fields of a network's configuration that are not overridden, and what decides them.
+# Fields of a network's configuration that --override cannot set, and what determines them.
 _DECIDED = {
     "image_shape": "the data set",
     "num_classes": "the data set",
@@ -79,19 +83,21 @@ _DECIDED = {
 
 
 def _fields(config: TrainConfig, preset: models.ModelConfig) -> dict[str, Any]:
-    """The fields of the network's configuration that --override gives, by name."""
+    """Values by field of the network's configuration, from --override."""
     kinds, fields = get_type_hints(type(preset)), {}
     known = [field.name for field in dataclasses.fields(preset) if field.name not in _DECIDED]
     for text in config.override or ():
         name, _, value = text.partition("=")
         if name in _DECIDED:
-            raise ConfigError(f"--override: {_DECIDED[name]} decides {name}, got {text!r}")
+            raise ConfigError(
+                f"--override cannot set {name}, which {_DECIDED[name]} determines, got {text!r}"
+            )
         if name not in known:
             raise ConfigError(
                 f"--override must name a field of {config.preset}: {', '.join(known)}; got {text!r}"
             )
         if name in fields:
-            raise ConfigError(f"--override has {name} twice")
+            raise ConfigError(f"--override sets {name} twice")
         several = get_origin(kinds[name]) is tuple
         values: Any = [v for v in value.split(",") if v] if several else value
         try:
@@ -102,10 +108,10 @@ def _fields(config: TrainConfig, preset: models.ModelConfig) -> dict[str, Any]:
 
 
 def choose_task(dataset: Dataset, max_shift: int | None, fill: Fill | None = None) -> Task:
-    """Returns the data set's task, with another largest shift and fill if there are.
+    """Returns the data set's task, with this largest shift and fill where they are not None.
 
     Raises:
-      ConfigError: images of this data set are not shifted, or not so far, or are not filled.
+      ConfigError: images of this data set are not shifted, or are too small for the shift.
     """
     task = dataset.task
     if fill is not None:
@@ -117,7 +123,9 @@ def choose_task(dataset: Dataset, max_shift: int | None, fill: Fill | None = Non
     if max_shift is None:
         return task
     if not isinstance(task, Shifted | Pairs):
-        raise ConfigError(f"--max-shift is not for data set {dataset.name}, which moves its images")
+        raise ConfigError(
+            f"--max-shift has no effect on data set {dataset.name}, whose images are not shifted"
+        )
     smallest = min(dataset.image_shape[:2])
     if max_shift >= smallest:
         raise ConfigError(
@@ -141,17 +149,17 @@ def count_batches(train: AnySplit, batch_size: int) -> int:
 
 
 def choose_driver(name: str, devices: int | None, batch_size: int | None = None) -> Driver:
-    """Returns the driver over the first so many devices, all of them when None.
+    """Returns a driver over the first devices; over all of them when None.
 
     Raises:
-      ConfigError: there are not so many, the batch cannot be divided among them, or several
-        processes have different numbers of them or would not all take part.
+      ConfigError: there are too few devices, the batch cannot be divided among them, or several
+        processes have different numbers of devices or would not all take part.
     """
     available = jax.devices()
     counts = collections.Counter(device.process_index for device in available)
     if len(set(counts.values())) > 1:
         numbers = ", ".join(f"process {process} has {count}" for process, count in counts.items())
-        raise ConfigError(f"all processes must have as many devices: {numbers}")
+        raise ConfigError(f"all processes must have the same number of devices: {numbers}")
     if len(counts) > 1 and devices not in (None, len(available)):
         raise ConfigError(
             f"--devices must be all {len(available)} with several processes, got {devices}"
@@ -171,10 +179,10 @@ def choose_driver(name: str, devices: int | None, batch_size: int | None = None)
 def choose_objective(
     loss: str | None, preset: str, model: models.ModelConfig, dataset: Dataset
 ) -> Objective:
-    """Returns the loss of this name; the one that the preset's source trains with when None.
+    """Returns the loss of this name; when None, that of the preset's paper or code.
 
     Raises:
-      ConfigError: the loss does not go with the network or the data set.
+      ConfigError: the loss does not fit the network or the data set.
     """
     try:
         name = choose_loss(
@@ -190,16 +198,16 @@ def choose_objective(
 
 
 def check_numbers(model: models.ModelConfig, dataset: Dataset) -> None:
-    """Raises a ConfigError if there are numbers to predict which the scores cannot be."""
+    """Raises a ConfigError if there are numbers to predict that lie outside the scores' range."""
     if not dataset.is_regression or isinstance(model, models.BaselineConfig):
         return
     labels = np.concatenate([dataset.train.labels, dataset.test.labels])
     low, high = labels.min(), labels.max()
     if not 0 <= low <= high <= 1:
         raise ConfigError(
-            f"data set {dataset.name} has numbers to predict from {low:g} to {high:g}; the scores"
-            " of capsule networks lie in [0, 1]: scale the numbers, or give train() an objective of"
-            " the poses"
+            f"data set {dataset.name} has numbers to predict from {low:g} to {high:g}, but the"
+            " scores of capsule networks lie in [0, 1]; scale the numbers, or pass train() an"
+            " objective on the poses"
         )
 
 
@@ -209,7 +217,8 @@ def choose_class_weights(
     """Returns the weight of each class; None for equal ones.
 
     Raises:
-      ConfigError: there is not one for each class, or a class has no training images.
+      ConfigError: the number of weights is not that of the classes, or a class has no training
+        images.
     """
     if weights is None:
         return None
@@ -234,14 +243,14 @@ def choose_class_weights(
 def choose_metrics(
     metrics: Mapping[str, Metric] | None, is_regression: bool
 ) -> Mapping[str, Metric]:
-    """Returns the metrics that are given; the absolute error of regression when None."""
+    """Returns the given metrics; when None, the absolute error for regression, else none."""
     if metrics is None:
         return {"absolute_error": absolute_error} if is_regression else {}
     if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
         raise TypeError(f"metrics must be a dict of functions by name, got {metrics!r}")
     for name in ("loss", "error", "count", "metrics"):
         if name in metrics:
-            raise ValueError(f"metrics must not have the name {name!r}, which is recorded anyway")
+            raise ValueError(f"metrics must not be named {name!r}, a name that is already in use")
     check_callable(**{f"metrics[{name!r}]": metric for name, metric in metrics.items()})
     return metrics
 
@@ -249,10 +258,10 @@ def choose_metrics(
 def freeze_parts(
     optimizer: optax.GradientTransformation, params: chex.ArrayTree, parts: Sequence[str]
 ) -> optax.GradientTransformation:
-    """Returns an optimizer that does not train these parts; see :func:`freeze`.
+    """Returns an optimizer that leaves these parts unchanged; see :func:`freeze`.
 
     Raises:
-      ConfigError: a part is none of the network's, or nothing is left to train.
+      ConfigError: the network has no such part, or nothing is left to train.
     """
     try:
         return freeze(optimizer, params, parts)
@@ -261,10 +270,10 @@ def freeze_parts(
 
 
 def check_test_size(dataset: Dataset, number: int | None) -> None:
-    """Raises a ConfigError if a number of test images is given for a set that has its own."""
+    """Raises a ConfigError if a number of test images is given for a set that has a fixed one."""
     if number is not None and not dataset.task.is_made:
         raise ConfigError(
-            f"--test-size is for data sets whose images are made, {dataset.name} has"
+            f"--test-size is for data sets whose images are generated; {dataset.name} has"
             f" {len(dataset.test.labels):,} test images"
         )
     if number is not None and number >= 2**31:
@@ -272,34 +281,34 @@ def check_test_size(dataset: Dataset, number: int | None) -> None:
 
 
 def check_data_dir(name: str, data_dir: Path | None) -> None:
-    """Raises a ConfigError if a directory is given for the data set that needs none."""
+    """Raises a ConfigError if a directory is given for the packaged data set."""
     if name == "mnist_5k" and data_dir is not None:
         raise ConfigError(
-            f"--data-dir has no effect on data set {name}, which comes with the package; name the"
-            f" data set in {data_dir} by --dataset"
+            f"--data-dir has no effect on data set {name}, which is part of the package; name the"
+            f" data set in {data_dir} with --dataset"
         )
 
 
 def match_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
-    """Returns the data set with labels that count these classes, matched by name.
+    """Returns the data set with its labels renumbered to these classes, matched by name.
 
     Raises:
-      ConfigError: the data set has a class of another name.
+      ConfigError: the data set has a class that is not among these.
     """
     if dataset.class_names == tuple(class_names):
         return dataset
     if dataset.is_regression and set(dataset.class_names) != set(class_names):
         raise ConfigError(
-            f"data set {dataset.name} has the numbers {', '.join(dataset.class_names)}, the run"
-            f" predicts {', '.join(class_names)}"
+            f"data set {dataset.name} has the numbers {', '.join(dataset.class_names)}, but the"
+            f" run predicts {', '.join(class_names)}"
         )
     position = {name: n for n, name in enumerate(class_names)}
     for name in dataset.class_names:
         if name not in position:
             several = ", ".join(class_names[:12]) + (", …" if len(class_names) > 12 else "")
             raise ConfigError(
-                f"data set {dataset.name} has a class {name!r}, which is none of the run's classes:"
-                f" {several}"
+                f"data set {dataset.name} has a class {name!r}, which is not among the run's"
+                f" classes: {several}"
             )
     new_labels = np.array([position[name] for name in dataset.class_names], np.int32)
 
@@ -311,7 +320,7 @@ def match_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
         labels = new_labels[split.labels]
         if dataset.task.classes_per_image == 1:
             return split._replace(labels=labels)
-        order = np.argsort(labels, kind="stable")  # which drawing pairs requires
+        order = np.argsort(labels, kind="stable")  # drawing pairs needs sorted labels
         return split._replace(labels=labels).take(order)
 
     return dataclasses.replace(
@@ -323,32 +332,32 @@ def match_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
 
 
 def check_model(config: TrainConfig, model: models.ModelConfig) -> None:
-    """Raises a ConfigError if an option has no effect on a network that is given."""
+    """Raises a ConfigError if an option has no effect because the network is given."""
     where = "on a network whose configuration is given"
     config.check_default(where, "routing", "num_iterations", "reconstruction", "override")
     if config.dtype not in ("float32", model.dtype):
         raise ConfigError(
-            f"--dtype has no effect on a network whose configuration is given: {model.dtype}, got"
-            f" {config.dtype}"
+            f"--dtype has no effect on a network whose configuration is given: that has dtype"
+            f" {model.dtype}, got {config.dtype}"
         )
 
 
 def check_dataset(dataset: Dataset, model: models.ModelConfig) -> None:
-    """Raises a ConfigError unless the network has these images' shape and number of classes."""
+    """Raises a ConfigError unless the network fits the shape and the classes of the images."""
     if not len(dataset.test.labels):
         raise ConfigError(f"data set {dataset.name} has no test images")
     if dataset.image_shape != model.image_shape:
         found, expected = ("x".join(map(str, x)) for x in (dataset.image_shape, model.image_shape))
         raise ConfigError(
-            f"data set {dataset.name} has images of {found}, the network takes {expected}"
+            f"data set {dataset.name} has images of {found}, but the network takes {expected}"
         )
     if dataset.num_classes != model.num_classes:
         raise ConfigError(
-            f"data set {dataset.name} has {dataset.num_classes} classes, the network has"
-            f" {model.num_classes}"
+            f"data set {dataset.name} has {dataset.num_classes} classes, but the network"
+            f" has {model.num_classes}"
         )
 
 
 def _option_error(error: ValueError) -> ConfigError:
-    """The same error, with the argument that it begins with named as an option."""
+    """The same error, with its first word, an argument, written as an option."""
     return ConfigError(re.sub(r"^\w+", lambda m: "--" + m[0].replace("_", "-"), str(error)))

@@ -1,4 +1,4 @@
-"""A trained network as a function of images as they are stored, without its data set."""
+"""A trained network as a function of stored images, without its data set."""
 
 import dataclasses
 import functools
@@ -23,23 +23,23 @@ from capsjax.training import choices
 from capsjax.training.loading import read_run, restore
 from capsjax.training.step import Apply, Variables, split_abstract
 
-# Tasks that put whole images on a larger canvas.
+# Tasks that place whole images on a larger canvas.
 _CANVASES = ("Distorted", "Pairs", "Placed")
-# Rows and columns of the images of which cifar10's networks see the middle.
+# Rows and columns of the whole images; networks trained on these sets see their middle.
 _UNCROPPED = {"cifar10": 32}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Classifier:
-    """A trained network with what is done to images before it sees them.
+    """A trained network together with its preprocessing of images.
 
     Attributes:
       model: the network's configuration.
       class_names: names of the classes, in the order of the scores.
-      image_shape: rows, columns and channels of the images that it takes.
+      image_shape: rows, columns and channels of the input images.
       classes_per_image: number of classes that an image shows; None for any number.
-      step: of the checkpoint; None for a network that comes with the package.
-      is_regression: whether the scores are predicted numbers, instead of scores of classes.
+      step: step of the checkpoint; None for a network in the package.
+      is_regression: whether the scores are predicted numbers instead of class scores.
     """
 
     model: models.ModelConfig
@@ -54,68 +54,68 @@ class Classifier:
     is_regression: bool = False
 
     def predict(self, images: jax.Array) -> models.Prediction:
-        """Predicts images ``[B, H, W, C]``: a pure function, which JAX can transform and export.
+        """Predicts images ``[B, H, W, C]``; a pure function, which JAX can transform and export.
 
         Args:
           images: uint8, uint16, or floating-point from 0 to 1.
 
         Raises:
           TypeError: the images have another dtype.
-          ValueError: the images have another shape than :attr:`image_shape`.
+          ValueError: the images do not have the shape :attr:`image_shape`.
         """
-        # The compiler looks for minutes into what it may take for constants.
+        # The compiler would spend minutes on parameters that it takes for constants.
         return self._predict(jax.lax.optimization_barrier(self._variables), images)
 
     def __call__(self, images: npt.ArrayLike, *, batch_size: int = 100) -> npt.NDArray[np.float32]:
-        """Returns the scores of images, float32 ``[N, J]``, one batch after the other.
+        """Returns the scores of images, float32 ``[N, J]``, computed batch by batch.
 
         Args:
           images: as in :meth:`predict`, ``[N, H, W, C]``.
-          batch_size: number of images that the device works on at once.
+          batch_size: number of images that the device processes at once.
 
         Raises:
           TypeError: as in :meth:`predict`.
-          ValueError: as in :meth:`predict`, or floating-point pixels are not from 0 to 1, or
+          ValueError: as in :meth:`predict`, floating-point pixels are not from 0 to 1, or
             `batch_size` is not positive.
         """
         as_integer("batch_size", batch_size)
         images = np.asarray(images)
         if images.dtype.kind == "f" and images.size:
             low, high = images.min(), images.max()
-            if not (low >= 0 and high <= 1):  # or one of them is not a number
+            if not (low >= 0 and high <= 1):  # also if one of them is NaN
                 raise ValueError(f"floating-point images must lie in [0, 1], got {low}..{high}")
         number = len(images)
         scores = [np.empty((0, len(self.class_names)), np.float32)]
         for first in range(0, number, batch_size):
-            # All batches have one size, for which the program is compiled once.
+            # All batches have the same size, so that the program is compiled once.
             positions = np.minimum(first + np.arange(min(batch_size, number)), number - 1)
             scores.append(np.asarray(self._scores(self._variables, images[positions])))
         return np.concatenate(scores)[:number]
 
     def read_image(self, file: Path, *, lost: "Counter[str] | None" = None) -> npt.NDArray[Any]:
-        """Reads an image as training reads those of an ``image_folder``, in the network's shape.
+        """Reads an image in the network's shape, as training on an ``image_folder`` does.
 
-        An image of another shape is scaled, and its longer side cropped at both ends. Networks of
-        ``multi_mnist``, ``expanded_mnist`` and ``affine_mnist``, which put digits on a larger
-        canvas, see a smaller image unscaled, in the middle of a black one.
+        An image of another shape is scaled, and its longer side is cropped at both ends. For
+        networks of ``multi_mnist``, ``expanded_mnist`` and ``affine_mnist``, whose digits are on a
+        larger canvas, a smaller image is not scaled but centred on black.
 
         Args:
           file: the image.
-          lost: counts the images of which a part is lost, such as all but the first of several.
+          lost: counts images that lose data, such as all but the first image of a file.
 
         Returns:
-          uint8, uint16 or float32, of shape :attr:`image_shape`.
+          The pixels, uint8, uint16 or float32 of shape :attr:`image_shape`.
 
         Raises:
-          ConfigError: the network takes images of so many channels that no file has them.
-          capsjax.data.DataError: it is no image, or damaged.
+          ConfigError: image files cannot have the network's number of channels.
+          capsjax.data.DataError: the file is not an image, or is damaged.
           OSError: the operating system refuses to read it.
         """
         *size, channels = self.image_shape
         lost = Counter() if lost is None else lost
         if channels not in CHANNELS:
             raise ConfigError(
-                f"the network takes images of {channels} channels, which only arrays (.npy) have"
+                f"the network takes images with {channels} channels, which only arrays (.npy) have"
             )
         if self._has_canvas:
             pixels = read_image(file, lost=Counter(), channels=channels)
@@ -130,7 +130,7 @@ class Classifier:
                 f"images must have shape [B, {', '.join(map(str, self.image_shape))}], got"
                 f" {list(images.shape)}"
             )
-        # Nothing is drawn from these keys: only training images vary.
+        # These keys are not used: only training images are augmented.
         keys = jax.random.split(jax.random.key(0), images.shape[0])
         pixels, _ = self._task.render(keys, images, train=False)
         return self._apply(variables, pixels)[0]
@@ -146,20 +146,20 @@ def load_classifier(
     *,
     image_size: int | None = None,
 ) -> Classifier:
-    """Reads a run's network, for images that are not of its data set.
+    """Loads a run's network, to classify images from anywhere.
 
     Args:
-      run_dir: the run's directory, or the name of a network that comes with the package.
+      run_dir: the run's directory, or the name of a network in the package.
       checkpoint: ``"last"``, ``"best"`` (by validation error), or a step.
-      image_size: rows and columns to which images are scaled before a network sees their middle;
-        by default 32 for one of cifar10.
+      image_size: rows and columns to which images are scaled, for a network that sees only their
+        middle; by default 32 for networks trained on ``cifar10``.
 
     Returns:
       :class:`Classifier`.
 
     Raises:
-      ConfigError: the directory holds no run, the network's images are made in an unknown way, or
-        `image_size` is needed, or has no effect.
+      ConfigError: the directory holds no run, the network was trained with a custom task, or
+        `image_size` is missing or has no effect.
       CheckpointError: the checkpoint cannot be read.
 
     Example:
@@ -172,7 +172,7 @@ def load_classifier(
     """
     path = expanded("run_dir", run_dir, remote=True)
     run = read_run(path)
-    name = run.data.task or type(task_of(run.dataset)).__name__  # older versions left it out
+    name = run.data.task or type(task_of(run.dataset)).__name__  # older versions did not record it
     rows, columns, channels = run.model.image_shape
     task = Task()
     if name == "Cropped":
@@ -180,13 +180,13 @@ def load_classifier(
         rows = columns = image_size or _UNCROPPED.get(run.dataset, 0)
         if rows < task.size:
             raise ConfigError(
-                f"--image-size must be that of the images of {run.data.name}, at least {task.size}:"
-                f" the network sees their middle; got {image_size}"
+                f"--image-size must be the size of the images of {run.data.name}, at least"
+                f" {task.size}, as the network sees only their middle; got {image_size}"
             )
     elif name not in ("Shifted", "Task", *_CANVASES):
         raise ConfigError(
-            f"the images of {run.data.name} are made by a task of its own, {name}, without which"
-            " no others can be"
+            f"the images of {run.data.name} are prepared by a custom task, {name}, which is not"
+            " available for other images"
         )
     elif image_size is not None:
         raise ConfigError(

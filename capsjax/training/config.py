@@ -1,4 +1,4 @@
-"""Options of a training run; the command line is made from this dataclass."""
+"""Options of a training run, from which the command line is built."""
 
 import dataclasses
 import math
@@ -26,27 +26,28 @@ ChannelsNumber = Literal[1, 3, 4]
 ScheduleName = Literal["exponential", "cosine", "constant"]
 ClassWeights = Literal["balanced"] | tuple[float, ...] | None
 _ROUTING = (
-    f"Routing algorithm of the capsule layers: {', '.join(routing.algorithms())}, or one that a"
-    " module of yours registers; the network's own if not given."
+    f"Routing algorithm of the capsule layers: {', '.join(routing.algorithms())}, or one that you"
+    " have registered. By default, that of the network."
 )
 RoutingName = Annotated[str | None, Doc(_ROUTING)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train a capsule network on a set of images.
+    """Train a capsule network on a data set of images.
 
-    The run directory receives the configuration, metrics as JSON lines and for TensorBoard,
-    checkpoints, the test result, and a picture of test images over their reconstructions.
+    The run directory holds the configuration, metrics as JSON lines and for TensorBoard,
+    checkpoints, the test result, and a picture of test images above their reconstructions.
     """
 
     preset: PresetName = "small"
-    """Network, also given as --model: small (minutes on two cores), paper (dynamic routing,
-    formulas as printed), official (the authors' code; cifar10, smallnorb and svhn for these sets),
-    baseline (the paper's convolutional network; baseline_small of the size of small,
-    baseline_pairs the one for overlapping digits), matrix_capsnet (EM routing),
-    matrix_capsnet_small (the small one of that paper), efficient_capsnet (self-attention
-    routing), large_images (the same for images of 64 to 224 pixels)."""
+    """Network to train; --model is the same option. small trains in minutes on two CPU cores. paper
+    follows the printed formulas of dynamic routing, and official the authors' code, with the
+    variants cifar10, smallnorb and svhn for these data sets. baseline is the paper's convolutional
+    network; baseline_small is as large as small, and baseline_pairs is for overlapping digits.
+    matrix_capsnet uses EM routing; matrix_capsnet_small is the smaller network of that paper.
+    efficient_capsnet uses self-attention routing; large_images is its variant for images of 64 to
+    224 pixels."""
 
     routing: RoutingName = None
 
@@ -54,172 +55,171 @@ class TrainConfig:
     """Train with a decoder that reconstructs the images, if the network has one."""
 
     override: tuple[str, ...] | None = None
-    """Fields of the network's configuration, as FIELD=VALUE: conv_features=32
+    """Changes to the network's configuration, as FIELD=VALUE, such as conv_features=32
     decoder_features=128,256."""
 
     num_iterations: int | None = None
-    """Routing iterations, for algorithms that iterate; the network's own if not given."""
+    """Number of routing iterations, for iterative algorithms. By default, that of the network."""
 
     dataset: str = "mnist_5k"
-    """Data set: mnist_5k is part of the package; mnist, fashion_mnist, kmnist, cifar10,
-    svhn_cropped and smallnorb come from TFDS; tfds:NAME[/CONFIG][:VERSION] is any other set that
-    TFDS has prepared; affnist is the published one; multi_mnist (two overlapping digits),
-    expanded_mnist (a digit somewhere on 40x40) and affine_mnist (also rotated, sheared and scaled)
-    are made of mnist on the device; image_folder reads images (png, jpg, tif, webp and others) in
-    DATA_DIR/train/CLASS and DATA_DIR/test/CLASS, or in DATA_DIR/CLASS, and splits off test images
-    if there are none; npz reads the arrays train_images, train_labels, test_images, test_labels
-    and class_names of the file DATA_DIR, and may be given as --dataset FILE.npz."""
+    """Data set. mnist_5k is part of the package. mnist, fashion_mnist, kmnist, cifar10,
+    svhn_cropped and smallnorb come from TFDS, and tfds:NAME[/CONFIG][:VERSION] is any other set
+    that TFDS has prepared. affnist is the published set. multi_mnist (two overlapping digits),
+    expanded_mnist (a digit at a random position on 40x40) and affine_mnist (also rotated, sheared
+    and scaled) are generated from mnist on the device. image_folder reads images (png, jpg, tif,
+    webp and others) from DATA_DIR/train/CLASS and DATA_DIR/test/CLASS, or from DATA_DIR/CLASS,
+    where it splits off test images. npz reads the arrays train_images, train_labels, test_images,
+    test_labels and class_names from the file DATA_DIR; --dataset FILE.npz is short for that."""
 
     data_dir: Path | None = None
-    """Directory of prepared data sets, of images, or an .npz file; TFDS's own default if not
-    given."""
+    """Directory of prepared data sets or of images, or an .npz file. By default, TFDS's own
+    directory."""
 
     image_size: int | None = None
-    """Rows and columns to which the images of image_folder and tfds: are scaled, their longer side
-    cropped; their own, the same for all, if not given."""
+    """Scale the images of image_folder and tfds: to this many rows and columns, cropping the longer
+    side. By default, images keep their size, which must then be the same for all."""
 
     channels: ChannelsNumber | None = None
-    """Channels of the images of image_folder and tfds: 1 (gray), 3 (RGB), 4 (with transparency,
-    which is laid on white otherwise); 1 for grayscale images and 3 for others if not given."""
+    """Channels of the images of image_folder and tfds: 1 (grayscale), 3 (RGB) or 4 (with
+    transparency; otherwise transparent images are laid on white). By default, 1 if the images are
+    grayscale, else 3."""
 
     run_dir: Path | None = None
-    """Run directory, or gs://BUCKET/FOLDER; runs/DATASET-PRESET-TIME if not given."""
+    """Run directory, or gs://BUCKET/FOLDER. By default, runs/DATASET-PRESET-TIME."""
 
     init_from: Path | None = None
-    """Start from the parameters of this run, or of a network that comes with the package
-    (mnist_small): those of the same name and shape; the others are initialised."""
+    """Start from the parameters of this run, or of a network in the package (mnist_small).
+    Parameters without a counterpart of the same name and shape are initialised."""
 
     init_checkpoint: str = "last"
-    """Which checkpoint of INIT_FROM: last, best (by validation error), or a step."""
+    """Checkpoint of INIT_FROM: last, best (lowest validation error), or a step."""
 
     freeze: tuple[str, ...] | None = None
-    """Parts of the network that are not trained, by the beginning of their parameters' names: conv
-    primary."""
+    """Parts of the network to leave untrained, such as conv primary: the first words of their
+    parameters' names."""
 
     resume: bool = False
-    """Go on with the run in RUN_DIR from its last checkpoint and with its options, except those
-    that are given; options that shape the parameters must stay the same."""
+    """Resume the run in RUN_DIR from its last checkpoint, with its options unless they are given
+    again. Options that shape the parameters must stay the same."""
 
     auto_resume: bool = False
-    """Go on with the run in RUN_DIR if it has begun, and begin it if not: one command for the first
-    start and for every restart. Give all options each time."""
+    """Resume the run in RUN_DIR if it exists, and start it otherwise, so that one command serves
+    for the first start and every restart. Give all options each time."""
 
     epochs: int | None = None
-    """Passes over the training images, each in a new order; a last incomplete batch is left out.
-    20 if neither epochs nor steps are given."""
+    """Number of passes over the training images, each in a new order; an incomplete last batch is
+    left out. By default, 20 unless steps are given."""
 
     steps: int | None = None
-    """Number of steps, in place of epochs."""
+    """Number of training steps, instead of epochs."""
 
     until_error: float | None = None
-    """End earlier, at the first checkpoint whose validation error is at most this share."""
+    """Stop early at the first checkpoint with at most this validation error, a fraction such as
+    0.01."""
 
     patience: int | None = None
-    """End earlier, when the validation error has not become smaller in so many validations."""
+    """Stop early after this many validations without a lower validation error."""
 
     batch_size: int = 128
-    """Examples in a step, over all devices together."""
+    """Examples per step, over all devices together."""
 
     loss: LossName | None = None
-    """Objective: paper (margin + 0.0005 x squared error), official (the authors' scale: the
-    reconstruction counts 20 times more), spread (matrix capsules' own), cross_entropy and
-    binary_cross_entropy (baseline only), squared_error (numbers to predict); the preset's own if
-    not given."""
+    """Loss: paper (margin + 0.0005 x squared error), official (the authors' scale: the
+    reconstruction counts 20 times more), spread (of matrix capsules), cross_entropy and
+    binary_cross_entropy (baseline only), or squared_error (for predicting numbers). By default,
+    that of the preset."""
 
     class_weights: ClassWeights = None
-    """Factors of the loss of examples of each class in training: balanced (inverse to the number of
-    the class's examples, 1 on average), or a number for each class; equal if not given."""
+    """Weight of each class in the training loss: balanced (inverse to the number of examples of the
+    class, 1 on average), or a number for each class. By default, all are equal."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the computation; parameters, norms and routing sums are float32 in both."""
+    """Dtype of the computation. Parameters, norms and routing sums are float32 in either case."""
 
     learning_rate: float = 1e-3
     """Adam's learning rate at the first step, or after the warm-up."""
 
     schedule: ScheduleName = "exponential"
     """How the learning rate falls: exponential (by DECAY_RATE every DECAY_STEPS steps), cosine (to
-    MIN_LEARNING_RATE at the last step), constant."""
+    MIN_LEARNING_RATE at the last step), or constant."""
 
     warmup_steps: int = 0
-    """Steps over which the learning rate first rises linearly; the schedule begins after them."""
+    """Steps over which the learning rate first rises linearly. The schedule begins after them."""
 
     decay_rate: float = 0.96
-    """The learning rate is multiplied by this factor every DECAY_STEPS steps, continuously."""
+    """Factor by which the learning rate falls every DECAY_STEPS steps, continuously."""
 
     decay_steps: int = 2000
-    """Steps over which the learning rate decays by DECAY_RATE."""
+    """Steps over which the learning rate falls by DECAY_RATE."""
 
     min_learning_rate: float = 1e-6
-    """The learning rate never falls below this."""
+    """Lower bound of the learning rate."""
 
     weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW, of kernels alone; none if 0."""
+    """Decoupled weight decay of AdamW, for kernels only; 0 for none."""
 
     clip_norm: float | None = None
-    """Largest global norm of the gradients, which are scaled down to it; not clipped if not
-    given."""
+    """Scale gradients down to at most this global norm. By default, they are not clipped."""
 
     max_shift: int | None = None
-    """Training images are shifted by up to this many pixels along both axes; 2 if not given, of
-    overlapping digits 4, which then are shifted in test too."""
+    """Shift training images by up to this many pixels along both axes. By default, 2, or 4 for
+    overlapping digits, whose test images are shifted too."""
 
     fill: Fill | None = None
-    """Pixels that shifts move in: edge repeats the border of the image, a number is a grey from 0
-    (black) to 1 (white); 0 if not given."""
+    """What fills the pixels uncovered by shifts: edge (repeats the border of the image), or a gray
+    value from 0 (black) to 1 (white). By default, 0."""
 
     flip: Flip | None = None
-    """Mirror training images at random: horizontal (left and right), vertical, or both; not if not
-    given."""
+    """Mirror training images at random: horizontal (left and right), vertical, or both. By default,
+    they are not mirrored."""
 
     test_size: int | None = None
-    """Number of test images to generate, for multi_mnist, expanded_mnist and affine_mnist; that of
-    the set if not given."""
+    """Number of test images to generate for multi_mnist, expanded_mnist and affine_mnist. By
+    default, as many as the data set has."""
 
     validation: int | None = None
-    """Training images held out to choose the best checkpoint, the same share of each class; a tenth
-    of them if not given, 0 for none. The test set is never used for a choice."""
+    """Number of training images held out to choose the best checkpoint, the same fraction of each
+    class; 0 for none. By default, a tenth. The test set is never used for a choice."""
 
     seed: int = 0
-    """Seed of initialisation, order and shifts; a run is determined by its options."""
+    """Seed of initialisation, order and shifts. A run is determined by its options."""
 
     driver: DriverName = "pmap"
-    """How the step runs: pmap (mapped over the devices), shard (jit over a sharded mesh), jit (one
-    device)."""
+    """How the step runs: pmap (mapped over the devices), shard (jit over a sharded mesh), or jit
+    (one device)."""
 
     devices: int | None = None
-    """Use the first so many devices; all of them if not given (one for jit)."""
+    """Use only this many devices, the first ones. By default, all, or one for jit."""
 
     input: InputName | None = None
-    """Where the images are: resident (all on every device) or stream (read, decoded and sent there
-    in chunks, for image_folder and tfds: from disk). If not given, stream where all decoded images
-    take more than half of a device's memory or a quarter of the machine's."""
+    """Where the images are: resident (all on every device) or stream (sent there in chunks; those
+    of image_folder and tfds: are read and decoded from disk). By default, stream if all decoded
+    images take more than half of a device's memory or a quarter of the machine's."""
 
     workers: int | None = None
-    """Processes that read and decode the training images of a stream from disk; 0 for threads of
-    this process; one less than there are processors if not given, at most 32."""
+    """Number of processes that read and decode streamed training images from disk; 0 uses threads
+    of this process. By default, one less than the number of processors, at most 32."""
 
     steps_per_dispatch: int = 256
-    """Largest number of steps in one call of the devices; fewer if they are slow, so that progress
+    """Largest number of steps per dispatch to the devices. Slow devices get fewer, so that progress
     stays visible."""
 
     log_every: int = 50
     """Steps between two records of the training metrics."""
 
     checkpoint_every: int | None = None
-    """Steps between two checkpoints with validation; once an epoch if not given."""
+    """Steps between two checkpoints, each with a validation. By default, one epoch."""
 
     keep: int = 3
-    """Latest checkpoints to keep, besides the one with the best validation error."""
+    """Number of latest checkpoints to keep, besides the one with the lowest validation error."""
 
     tensorboard: bool = True
     """Also write metrics for TensorBoard."""
 
     def __post_init__(self) -> None:
-        """Checks every option that can be checked without data and devices."""
+        """Checks the options that can be checked without data and devices."""
         check_types(self)
-        expand_paths(self, "data_dir", remote=("run_dir", "init_from"))
-        if self.init_from is not None and self.init_from.exists():  # no name of a packaged network
-            object.__setattr__(self, "init_from", absolute(self.init_from))
+    """Run directory, or gs://BUCKET/FOLDER. By default, runs/DATASET-PRESET-TIME."""
         check_dataset_name(self.dataset)
         if self.routing is not None and self.routing not in routing.algorithms():
             names = ", ".join(routing.algorithms())
@@ -260,7 +260,7 @@ class TrainConfig:
             if self.validation == 0:
                 raise ConfigError(f"{option} needs validation images, got --validation 0")
         if self.resume and self.run_dir is None:
-            raise ConfigError("--resume needs --run-dir, the directory of the run to go on with")
+            raise ConfigError("--resume needs --run-dir, the directory of the run to resume")
         if self.auto_resume and self.run_dir is None:
             raise ConfigError("--auto-resume needs --run-dir, the directory of the run")
         if self.auto_resume and self.resume:
@@ -268,7 +268,7 @@ class TrainConfig:
 
     @property
     def stopping(self) -> tuple[str, ...]:
-        """The options given that may end the run before its last step."""
+        """Names of the given options that may end the run before its last step."""
         ending = {"--until-error": self.until_error, "--patience": self.patience}
         return tuple(option for option, value in ending.items() if value is not None)
 
@@ -284,7 +284,7 @@ class TrainConfig:
 
     @classmethod
     def shaping(cls) -> tuple[str, ...]:
-        """Names of the options that shape the parameters, which must stay the same in a run."""
+        """Names of the options that shape the parameters and must not change within a run."""
         names = (field.name for field in dataclasses.fields(cls))
         return tuple(name for name in names if name not in _MAY_CHANGE)
 
@@ -297,7 +297,7 @@ class TrainConfig:
         self.check_learning_rate()
 
     def check_learning_rate(self) -> None:
-        """Raises a ConfigError if an option of the learning rate has no effect."""
+        """Raises a ConfigError if a learning-rate option has no effect."""
         if self.schedule != "exponential":
             self.check_default(f"with --schedule {self.schedule}", "decay_rate", "decay_steps")
         elif self.decay_rate == 1:
@@ -306,7 +306,7 @@ class TrainConfig:
             self.check_default("with --schedule constant", "min_learning_rate")
 
     def check_default(self, where: str, *names: str) -> None:
-        """Raises a ConfigError if one of these options, which have no effect, is given."""
+        """Raises a ConfigError if one of these options, which have no effect here, is given."""
         for field in dataclasses.fields(self):
             if field.name in names and getattr(self, field.name) != field.default:
                 raise ConfigError(f"--{field.name.replace('_', '-')} has no effect {where}")
@@ -316,7 +316,7 @@ class TrainConfig:
 
         Args:
           started: the options of the run.
-          may_change_rate: whether those of the learning rate may differ.
+          may_change_rate: whether the learning-rate options may differ.
         """
         if self.steps is not None and self.epochs not in (None, started.epochs):
             raise ConfigError(
@@ -340,19 +340,19 @@ def check_dataset_name(name: str | None) -> None:
 
 
 def check_together(configs: Sequence[TrainConfig]) -> None:
-    """Raises a ConfigError unless these runs can be trained at once."""
+    """Raises a ConfigError unless these runs can be trained together."""
     if len(configs) == 1:
         return
     if len({dataclasses.replace(c, seed=0, run_dir=Path()) for c in configs}) > 1:
         raise ConfigError("runs that train together must differ in --seed and --run-dir only")
     for option in configs[0].stopping:
-        raise ConfigError(f"{option} is for one run: several would end at different steps")
+        raise ConfigError(f"{option} is for one run: several runs would end at different steps")
     if len({c.run_dir for c in configs} - {None}) < len(configs):
         raise ConfigError("runs that train together need a --run-dir each")
 
 
 _OF_THE_CALL = ("run_dir", "resume", "auto_resume")
-# Changes of these on the way are recorded, see RunConfig.
+# A change of these during a run is recorded; see RunConfig.
 OF_LEARNING_RATE = (
     "learning_rate",
     "schedule",

@@ -1,4 +1,4 @@
-"""Counting errors: what an evaluation finds, and the loop that adds it up."""
+"""Counts errors: the result of an evaluation, and the loop that computes it."""
 
 import dataclasses
 import math
@@ -20,11 +20,12 @@ class Evaluation:
     """Result of an evaluation.
 
     Attributes:
-      loss: mean of the objective, with the true classes as the decoder's target.
+      loss: mean loss; the decoder receives the true classes.
       wrong: number of wrong predictions; None where the labels are numbers to predict.
-      count: number of examples, every one counted once.
+      count: number of examples; each is counted once.
       class_wrong: number of wrong predictions for examples of each class.
-      class_count: number of examples of each class; one of several classes counts for each.
+      class_count: number of examples of each class; an example with several classes counts for each
+        of them.
       metrics: mean of each metric, by name.
     """
 
@@ -37,18 +38,18 @@ class Evaluation:
 
     @property
     def error(self) -> float:
-        """Share of wrong predictions; NaN where the labels are numbers to predict."""
+        """Error rate; NaN where the labels are numbers to predict."""
         return math.nan if self.wrong is None else self.wrong / self.count
 
     @property
     def class_errors(self) -> tuple[float, ...]:
-        """Share of wrong predictions for examples of each class; NaN where there are none."""
+        """Error rate for the examples of each class; NaN for classes without examples."""
         pairs = zip(self.class_wrong, self.class_count, strict=True)
         return tuple(wrong / count if count else math.nan for wrong, count in pairs)
 
     @property
     def balanced_error(self) -> float:
-        """Mean of the classes' errors, over the classes that have examples; NaN without any."""
+        """Mean error rate over the classes that have examples; NaN if there are none."""
         errors = [error for error in self.class_errors if not math.isnan(error)]
         return sum(errors) / len(errors) if errors else math.nan
 
@@ -62,18 +63,18 @@ def count_errors(
     batch_size: int,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Evaluation] | None:
-    """Evaluates the first test samples; None if asked to stop on the way.
+    """Evaluates the first test samples.
 
     Args:
-      evaluate: from :func:`make_evaluate`, or a feed's.
-      variables: the arrays of the network, or of one for each seed.
-      examples: what the samples are made of, as `evaluate` takes it.
-      number: of samples.
-      batch_size: that of the program.
-      should_stop: asked between calls of the devices.
+      evaluate: from :func:`make_evaluate`, or that of a feed.
+      variables: the arrays of the network; stacked over seeds if there are several.
+      examples: what the samples are made from, as `evaluate` takes it.
+      number: number of samples.
+      batch_size: batch size of the program.
+      should_stop: called between dispatches; True stops the evaluation.
 
     Returns:
-      An evaluation for each seed.
+      An evaluation for each seed, or None if it was stopped.
     """
     batches = -(-number // batch_size)
     pace, first, total = Pace(batches), 0, None

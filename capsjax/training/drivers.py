@@ -1,8 +1,7 @@
 """Where programs run: pmap over devices, jit over a sharded mesh, or jit on one device.
 
-A driver hides two differences between the three: how a function of replicated arguments is
-compiled, and which part of a batch one run of that function works on. Everything else is the same
-code.
+A driver hides two differences between them: how a function of replicated arguments is compiled, and
+which part of a batch one execution of it works on. All other code is shared.
 """
 
 import abc
@@ -29,8 +28,8 @@ class Driver(abc.ABC):
 
     Attributes:
       devices: the devices used.
-      axis_name: the mapped axis inside of a compiled function, or None.
-      most_devices: the largest number of devices; None for any.
+      axis_name: name of the mapped axis inside a compiled function, or None.
+      most_devices: largest number of devices; None for no limit.
     """
 
     axis_name: ClassVar[str | None] = None
@@ -39,18 +38,18 @@ class Driver(abc.ABC):
 
     @property
     def local_devices(self) -> tuple[jax.Device, ...]:
-        """Those of this process; all where it is alone, also the absent ones of a pod."""
+        """The devices of this process; all devices, also absent ones, if it is the only process."""
         if jax.process_count() == 1:
             return self.devices
         process = jax.process_index()
         return tuple(d for d in self.devices if d.process_index == process)
 
     def replicate(self, tree: Tree) -> Tree:
-        """Copies arrays, which all processes have alike, to each device, once."""
+        """Copies arrays, which must be equal in all processes, to each device."""
         return _replicate(tree, self.sharding())
 
     def sharding(self, *axes: str | None) -> NamedSharding:
-        """Returns the sharding of the leading dimensions over these axes; replicated for none."""
+        """Returns the sharding of the leading dimensions over these axes, replicated for none."""
         return _sharding(self.devices, *axes)
 
     def local_positions(self, batch_size: int) -> np.ndarray:
@@ -83,20 +82,20 @@ class Driver(abc.ABC):
 
     @abc.abstractmethod
     def batch_positions(self, batch_size: int) -> jax.Array:
-        """Inside of a compiled function: the positions in the batch to work on, int32."""
+        """Inside a compiled function, returns the positions in the batch to work on, int32."""
 
     @abc.abstractmethod
     def sum(self, tree: Tree) -> Tree:
-        """Inside of a compiled function: sums over the parts of the batch."""
+        """Inside a compiled function, sums over the parts of the batch."""
 
 
 class Jit(Driver):
-    """One device, which works on the whole batch."""
+    """One device, which processes the whole batch."""
 
     most_devices: ClassVar[int | None] = 1
 
     def place_chunk(self, chunk: Tree) -> Tree:
-        """Divides the batches, not the chunk, among the devices."""
+        """Shards each batch over the devices."""
         place = functools.partial(jax.make_array_from_process_local_data, self.sharding(None, AXIS))
         placed: Tree = jax.tree.map(place, chunk)
         return placed
@@ -110,11 +109,11 @@ class Jit(Driver):
         )
 
     def batch_positions(self, batch_size: int) -> jax.Array:
-        """All of them."""
+        """All positions."""
         return jnp.arange(batch_size)
 
     def sum(self, tree: Tree) -> Tree:
-        """The sums of the one program."""
+        """Returns the tree unchanged: the one program has summed over the whole batch."""
         return tree
 
 
@@ -124,18 +123,18 @@ class Shard(Jit):
     most_devices: ClassVar[int | None] = None
 
     def batch_positions(self, batch_size: int) -> jax.Array:
-        """All of them, sharded over the devices."""
+        """All positions, sharded over the devices."""
         positions = super().batch_positions(batch_size)
         return jax.lax.with_sharding_constraint(positions, self.sharding(AXIS))
 
 
 class Pmap(Driver):
-    """The function is mapped over the devices, and averages explicitly over a named axis."""
+    """The function is mapped over the devices and averages explicitly over a named axis."""
 
     axis_name = AXIS
 
     def place_chunk(self, chunk: Tree) -> Tree:
-        """Gives each device its part of every batch, ``[D, S, B / D, ...]`` over D devices."""
+        """Places each device's part of every batch on it: ``[D, S, B / D, ...]`` over D devices."""
         local = self.local_devices
         sharding = _sharding(local, AXIS)
 
@@ -149,9 +148,9 @@ class Pmap(Driver):
     def compile(
         self, function: Callable[..., Any], *, donate: bool = False, chunk: str | None = None
     ) -> Callable[..., Any]:
-        """Compiles the program of each device; results are those of the process's own devices."""
+        """Compiles one program for each device; the results are on this process's devices."""
 
-        # pmap needs one argument that is mapped; the state stays replicated and unstacked.
+        # pmap needs a mapped argument; the state stays replicated and unstacked.
         @functools.wraps(function)
         def mapped(_: jax.Array, *arguments: Any) -> Any:
             return function(*arguments)
@@ -168,16 +167,16 @@ class Pmap(Driver):
         return functools.partial(compiled, np.arange(len(self.local_devices)))
 
     def replicate(self, tree: Tree) -> Tree:
-        """Copies arrays to each device of the process, as :meth:`compile` returns them."""
+        """Copies arrays to each device of the process, laid out like :meth:`compile`'s results."""
         return _replicate(tree, _sharding(self.local_devices))
 
     def batch_positions(self, batch_size: int) -> jax.Array:
-        """The device's part."""
+        """The positions of this device's part."""
         part = batch_size // len(self.devices)
         return jax.lax.axis_index(AXIS) * part + jnp.arange(part)
 
     def sum(self, tree: Tree) -> Tree:
-        """Adds up the devices' sums."""
+        """Sums over the devices."""
         total: Tree = jax.lax.psum(tree, AXIS)
         return total
 
@@ -197,16 +196,16 @@ def make_driver(
 
     Args:
       name: ``"pmap"``, ``"jit"`` or ``"shard"``.
-      batch_size: examples in the whole batch, which must be divisible among the devices; not
+      batch_size: examples in the whole batch, which must be divisible by the number of devices; not
         checked when None.
-      devices: the devices to use; when None all of them, of all processes, or for ``"jit"`` the
-        first of this process.
+      devices: the devices to use; when None, all devices of all processes, or the first device of
+        this process for ``"jit"``.
 
     Returns:
       A :class:`Driver`.
 
     Raises:
-      TypeError: the devices are not devices, or the size of the batch is not an integer.
+      TypeError: `devices` is not a sequence of devices, or `batch_size` is not an integer.
       ValueError: the name is unknown, ``"jit"`` was given several devices, there is no device, or
         the batch cannot be divided among the devices.
 
@@ -234,7 +233,7 @@ def make_driver(
 
 
 def local(tree: Tree) -> Tree:
-    """Returns one of this process's copies of replicated arrays; no other process takes part."""
+    """Returns one of this process's copies of replicated arrays, without communication."""
     first: Tree = jax.tree.map(lambda x: x.addressable_data(0), tree)
     return first
 
@@ -253,7 +252,7 @@ def _replicate(tree: Tree, sharding: NamedSharding) -> Tree:
     def place(array: Any) -> jax.Array:
         if isinstance(array, jax.Array) and array.sharding == sharding:
             return array
-        # `device_put` would send the array to all processes, to compare it.
+        # `device_put` would send the array to all processes to compare it.
         copies = [jax.device_put(array, device) for device in devices]
         return jax.make_array_from_single_device_arrays(copies[0].shape, sharding, copies)
 

@@ -1,4 +1,4 @@
-"""Evaluating a network on a whole test set; a run's from its directory."""
+"""Evaluates a run's network on a whole test set."""
 
 import contextlib
 import csv
@@ -41,45 +41,46 @@ class EvaluateConfig:
     """Evaluate a run's checkpoint on the whole test set."""
 
     run_dir: Path
-    """Directory of the run, or mnist_small for the network that comes with the package."""
+    """Run directory, or mnist_small for the network in the package."""
 
     checkpoint: str = "last"
-    """Which checkpoint: last, best (by validation error), or a step."""
+    """Checkpoint: last, best (lowest validation error), or a step."""
 
     dataset: str | None = None
-    """Evaluate on the test images of this data set; the run's own if not given."""
+    """Evaluate on the test images of this data set. By default, that of the run."""
 
     data_dir: Path | None = None
-    """Directory of prepared data sets; the run's own if not given."""
+    """Directory of prepared data sets or of images, or an .npz file. By default, that of the
+    run."""
 
     image_size: int | None = None
-    """Rows and columns of images of image_folder; the run's own if not given."""
+    """Rows and columns of the images of image_folder and tfds:. By default, those of the run."""
 
     channels: ChannelsNumber | None = None
-    """Channels of images of image_folder; the run's own if not given."""
+    """Channels of the images of image_folder and tfds:. By default, those of the run."""
 
     test_size: int | None = None
-    """Number of test images to generate, for multi_mnist, expanded_mnist and affine_mnist; that of
-    the set if not given."""
+    """Number of test images to generate for multi_mnist, expanded_mnist and affine_mnist. By
+    default, as many as the data set has."""
 
     batch_size: int = 100
-    """Examples in a batch, over all devices together; rounded up to a multiple of their number."""
+    """Examples per batch, over all devices together; rounded up to a multiple of their number."""
 
     driver: DriverName = "pmap"
-    """How it runs: pmap, shard, or jit (one device)."""
+    """How the evaluation runs: pmap, shard, or jit (one device)."""
 
     devices: int | None = None
-    """Use the first so many devices; all of them if not given (one for jit)."""
+    """Use only this many devices, the first ones. By default, all, or one for jit."""
 
     input: InputName | None = None
-    """Where the test images are: resident (all on every device) or stream; by size if not given,
-    see `capsjax train --help`."""
+    """Where the test images are: resident (all on every device) or stream. By default, chosen by
+    size; see `capsjax train --help`."""
 
     predictions: Path | None = None
-    """File to write: CSV with the classes, the prediction and the scores of each test image."""
+    """CSV file to write, with the classes, the prediction and the scores of each test image."""
 
     def __post_init__(self) -> None:
-        """Checks every option that can be checked without data and devices."""
+        """Checks the options that can be checked without data and devices."""
         check_types(self)
         expand_paths(self, "data_dir", "predictions", remote=("run_dir",))
         check_dataset_name(self.dataset)
@@ -89,11 +90,11 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointEvaluation:
-    """An evaluation and its subject.
+    """An evaluation, and what was evaluated.
 
     Attributes:
-      run_dir: the run's directory, or the name of a network that comes with the package.
-      step: of the checkpoint; None for a network that comes with the package.
+      run_dir: the run's directory, or the name of a network in the package.
+      step: step of the checkpoint; None for a network in the package.
       dataset: name of the data set whose test images were used.
       test: the evaluation.
       class_names: names of the network's classes.
@@ -115,21 +116,21 @@ def evaluate(
 ) -> CheckpointEvaluation:
     """Evaluates a run's checkpoint on a whole test set.
 
-    The classes of other data than the run's are those of the same names.
+    Classes of another data set are matched with the run's by name.
 
     Args:
       config: the options.
-      dataset: the images; loaded by the options when None.
+      dataset: the images; loaded as the options say when None.
       objective: loss per example; the run's when None. The loss is NaN if the run was trained with
-        an objective that was given, and none is given here.
+        an objective given in Python, and none is given here.
       metrics: other values per example, ``(prediction, target) -> [B]``, by name.
 
     Returns:
-      The evaluation; every test image is counted once.
+      The evaluation, which counts every test image once.
 
     Raises:
-      ConfigError: an option is invalid, the network does not take these images, they have other
-        classes, or the run's own data set has changed.
+      ConfigError: an option is invalid, the network does not take these images, their classes are
+        not the run's, or the run's data set has changed.
       capsjax.data.DataError: the data set is missing or damaged.
       CheckpointError: the checkpoint cannot be read.
     """
@@ -149,7 +150,7 @@ def evaluate(
 def predict_test(
     config: EvaluateConfig, *, dataset: Dataset | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Predicts a whole test set with a run's checkpoint, one batch after the other.
+    """Predicts a whole test set with a run's checkpoint, batch by batch.
 
     Args:
       config: the options.
@@ -160,7 +161,7 @@ def predict_test(
       bool ``[N, J]`` for any number of classes; float32 ``[N, J]`` for numbers to predict.
 
     Raises:
-      ConfigError: as in :func:`evaluate`; so are the other errors.
+      ConfigError: as in :func:`evaluate`, which lists the other errors too.
     """
     with processes.together():
         opened = _open(config, dataset)
@@ -171,7 +172,7 @@ def predict_test(
 
 
 def _count(opened: "_Opened") -> Evaluation:
-    """Evaluates on the devices, which return nothing but sums."""
+    """Evaluates on the devices, which return only sums."""
     program = make_evaluate(
         opened.apply,
         opened.objective,
@@ -191,7 +192,7 @@ def _count(opened: "_Opened") -> Evaluation:
         found = count_errors(
             program, opened.variables, examples, opened.number, batch_size=opened.batch_size
         )
-    assert found is not None  # only a request to stop ends it early, and there is none
+    assert found is not None  # nothing asks it to stop
     return found[0]
 
 
@@ -199,7 +200,7 @@ def _predict(
     opened: "_Opened",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """The scores, labels, losses and metrics of the test images."""
-    # Each process predicts by itself, on one device.
+    # Each process predicts everything on one device.
     device, variables = jax.local_devices()[0], local(opened.variables)
     draw = opened.sampler.test_batch if opened.streamed else opened.sampler.test
 
@@ -235,7 +236,7 @@ def _predict(
 def _summarise(
     scores: np.ndarray, labels: np.ndarray, losses: np.ndarray, values: dict[str, np.ndarray]
 ) -> Evaluation:
-    """The evaluation that the predictions of all test images make."""
+    """Computes the evaluation from the predictions of all test images."""
     loss = float(losses.mean(dtype=np.float64))
     means = {name: float(value.mean(dtype=np.float64)) for name, value in values.items()}
     if labels.dtype == np.float32:  # numbers to predict
@@ -259,9 +260,9 @@ def _summarise(
 def _write_predictions(
     path: Path, opened: "_Opened", scores: np.ndarray, labels: np.ndarray
 ) -> None:
-    """Writes a line of CSV for each test image; several classes in an image are joined by +.
+    """Writes a CSV line for each test image, with several classes of an image joined by +.
 
-    Of regression it is the numbers and their predictions.
+    For regression, a line has the numbers and their predictions.
     """
     if not processes.is_first():
         return
@@ -286,7 +287,7 @@ def _write_predictions(
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """A run's network and the test images to try it on."""
+    """A run's network, and the test images to evaluate it on."""
 
     apply: Apply
     variables: Variables
@@ -332,7 +333,7 @@ def _open(
         about = dataclasses.asdict(DataDescription.of(dataset))
         processes.check_alike(about, what="data")
     own = dataset.name == run.data.name
-    # Pairs are shifted in test too, by as much as the run's.
+    # Pairs are shifted in tests too, as far as in the run.
     task = choices.choose_task(dataset, started.max_shift if own else None)
     apply, _ = split_abstract(model)
     step, variables = restore(config.run_dir, config.checkpoint, run, driver)
@@ -363,6 +364,6 @@ def _open(
 
 
 def _unknown_loss(prediction: Prediction, target: jax.Array, images: jax.Array) -> jax.Array:
-    """In place of an objective that was given in Python, and is not now."""
+    """Stands in for an objective that was given in Python in training and is missing now."""
     del target, images
     return jnp.full(prediction.scores.shape[:-1], jnp.nan)

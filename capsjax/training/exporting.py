@@ -1,4 +1,4 @@
-"""``capsjax export``: a trained network as a folder that runs without capsjax."""
+"""``capsjax export``: writes a trained network to a folder that runs without capsjax."""
 
 import dataclasses
 import importlib.util
@@ -24,7 +24,7 @@ PixelDtype = Literal["uint8", "uint16", "float32"]
 _FORMAT = "capsjax export 1"
 _NETWORK, _ABOUT, _LOADER = "network.bin", "about.json", "load.py"
 
-# Written beside the network: the whole of what is needed to run it.
+# Written beside the network: all the code that running it takes.
 _LOAD = '''\
 """Runs the network in this folder, with the packages jax and flatbuffers alone."""
 
@@ -47,27 +47,28 @@ class ExportConfig:
     """Export a trained network to StableHLO."""
 
     run_dir: Path
-    """Directory of the run, or mnist_small for the network that comes with the package."""
+    """Run directory, or mnist_small for the network in the package."""
 
     out: Path
-    """Folder to write: network.bin, about.json and load.py; an earlier export is replaced."""
+    """Directory to write, with network.bin, about.json and load.py. An earlier export in it is
+    replaced."""
 
     checkpoint: str = "last"
-    """Which checkpoint: last, best (by validation error), or a step."""
+    """Checkpoint: last, best (lowest validation error), or a step."""
 
     platforms: tuple[Platform, ...] = ("cpu", "cuda", "tpu")
-    """Platforms that the network is lowered for, none of which has to be present."""
+    """Platforms to lower the network for. None of them has to be present."""
 
     pixels: PixelDtype = "uint8"
-    """Pixels of the images that the exported network takes: uint8 from 0 to 255, uint16 from 0 to
-    65535, or float32 from 0 to 1."""
+    """Pixel type that the exported network takes: uint8 from 0 to 255, uint16 from 0 to 65535, or
+    float32 from 0 to 1."""
 
     image_size: int | None = None
-    """Rows and columns of the images of a network that sees only their middle; 32 for one of
-    cifar10 if not given."""
+    """Rows and columns of the images, for a network that sees only their center. By default, 32 for
+    networks trained on cifar10."""
 
     def __post_init__(self) -> None:
-        """Checks every option that can be checked without the network."""
+        """Checks the options that can be checked without the network."""
         check_types(self)
         expand_paths(self, "out", remote=("run_dir",))
         for name, choices in (("platforms", Platform), ("pixels", PixelDtype)):
@@ -75,40 +76,39 @@ class ExportConfig:
             for value in given if isinstance(given, tuple) else (given,):
                 if value not in get_args(choices):
                     known = ", ".join(get_args(choices))
-                    raise ConfigError(f"--{name} must be of {known}, got {value!r}")
+                    raise ConfigError(f"--{name} must be one of {known}, got {value!r}")
         if not self.platforms:
             raise ConfigError(f"--platforms needs at least one of {', '.join(get_args(Platform))}")
 
 
 def export(config: ExportConfig) -> Path:
-    """Exports a run's network by ``jax.export``, with its parameters, for batches of any size.
+    """Exports a run's network and its parameters by ``jax.export``, for batches of any size.
 
-    The exported function takes images as they are stored and returns a dict: ``scores``
-    ``[B, J]`` and, of a capsule network, ``poses`` ``[B, J, D]``, both as the network computes
-    them. It does what the run's task does to test images, too: scaling, or cutting out the middle
-    and standardising it.
+    The exported function takes stored images and returns a dict with the network's ``scores``
+    ``[B, J]`` and, for a capsule network, ``poses`` ``[B, J, D]``. It includes the preprocessing of
+    test images by the run's task: scaling, or cropping the middle and standardising it.
 
     Args:
       config: the options.
 
     Returns:
-      The folder: ``network.bin``, the serialised function; ``about.json``, its images and classes;
-      ``load.py``, which runs it without capsjax.
+      The folder, with ``network.bin``, the serialised function; ``about.json``, which describes its
+      images and classes; and ``load.py``, which runs it without capsjax.
 
     Raises:
-      ConfigError: an option is invalid, the folder holds files of others, flatbuffers is not
-        installed, or see :func:`load_classifier`.
+      ConfigError: an option is invalid, the folder holds other files, flatbuffers is not installed,
+        or as in :func:`load_classifier`.
       CheckpointError: the checkpoint cannot be read.
       OSError: a file cannot be written.
     """
     _check_folder(config.out)
-    if importlib.util.find_spec("flatbuffers") is None:  # which jax.export does not declare
+    if importlib.util.find_spec("flatbuffers") is None:  # jax.export needs but does not declare it
         raise ConfigError(f"needs the package flatbuffers: {how_to_install('export')}")
     classifier = load_classifier(config.run_dir, config.checkpoint, image_size=config.image_size)
     exported = export_classifier(classifier, config.platforms, jnp.dtype(config.pixels))
     network = exported.serialize()
     config.out.mkdir(parents=True, exist_ok=True)
-    # Comes first, as it marks the folder: what a crash leaves behind can be replaced.
+    # Written first, as it marks the folder, so that the remains of a crash can be replaced.
     write_json(config.out / _ABOUT, _describe(config, classifier, exported))
     with replacing(config.out / _NETWORK) as file:
         file.write(network)
@@ -119,7 +119,7 @@ def export(config: ExportConfig) -> Path:
 def export_classifier(
     classifier: Classifier, platforms: tuple[str, ...], dtype: jnp.dtype
 ) -> jax_export.Exported:
-    """Lowers a network for some platforms, with a batch of unknown size."""
+    """Lowers a network for these platforms, with a symbolic batch size."""
 
     def predict(images: jax.Array) -> dict[str, jax.Array]:
         prediction = classifier.predict(images)
@@ -144,7 +144,7 @@ def _check_folder(out: Path) -> None:
         about = None
     ours = isinstance(about, dict) and about.get("format") == _FORMAT
     if found and not ours:
-        raise ConfigError(f"{out} holds files that capsjax did not export; name another folder")
+        raise ConfigError(f"{out} holds files that capsjax export did not write; choose another")
 
 
 def _describe(

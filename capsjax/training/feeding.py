@@ -1,4 +1,4 @@
-"""How images reach the devices: a set that stays there whole, or a stream of chunks."""
+"""Feeds images to the devices: a whole set that stays there, or a stream of chunks."""
 
 import concurrent.futures
 import contextlib
@@ -18,25 +18,25 @@ from capsjax.training.drivers import Driver
 from capsjax.training.programs import Evaluate, EvaluationSums, RunSteps, StepSums, as_batch, stack
 from capsjax.training.step import TrainState, Variables
 
-# Bytes of a chunk on one device. At times three are there: the one that is computed with, the next,
-# and the one after it on its way.
+# Bytes of a chunk on one device. Up to three are there at a time: the current one, the next, and
+# the one after it in transfer.
 _CHUNK = 2**24
 CHUNKS = 3
 
 
 class Feed(Protocol):
-    """Runs the programs of a training on its images."""
+    """Runs the programs of a training run on its images."""
 
     def run_steps(
         self, state: TrainState, step: int, num_steps: int
     ) -> tuple[TrainState, StepSums]:
-        """Starts steps, at most up to :meth:`call_end`; the state is donated."""
+        """Dispatches steps, at most up to :meth:`call_end`; the state is donated."""
 
     def call_end(self, step: int) -> int:
-        """Returns the last step up to which one call can go from a step."""
+        """Returns the last step that one dispatch can reach from a step."""
 
     def place(self, split: AnySplit) -> Batch | AnySplit:
-        """Returns what :meth:`evaluate` takes for the images of a split."""
+        """Converts a split to the examples that :meth:`evaluate` takes."""
 
     def evaluate(
         self, variables: Variables, examples: Any, first: int, num_batches: int, number: int
@@ -44,7 +44,7 @@ class Feed(Protocol):
         """Evaluates batches; see :func:`make_evaluate`."""
 
     def close(self) -> None:
-        """Ends what reads ahead."""
+        """Ends reading ahead."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -54,9 +54,9 @@ class Resident:
     Attributes:
       driver: where the programs run.
       examples: the training images, on the devices.
-      order_keys: the keys of the orders, one for each seed.
+      order_keys: keys of the orders, one for each seed.
       step_key: the key of the steps, on the devices.
-      steps_per_epoch: number of whole batches.
+      steps_per_epoch: number of whole batches in an epoch.
       steps: from :func:`make_run_steps`.
       evaluate: from :func:`make_evaluate`.
     """
@@ -70,7 +70,7 @@ class Resident:
     evaluate: Evaluate
 
     def __post_init__(self) -> None:
-        # Of the latest epoch.
+        # Keeps the order of the latest epoch.
         self._order = functools.lru_cache(maxsize=1)(self._make_order)
 
     def _make_order(self, epoch: int) -> jax.Array:
@@ -98,7 +98,7 @@ class Resident:
 
 
 def steps_per_chunk(split: AnySplit, driver: Driver, batch_size: int, most: int) -> int:
-    """Returns how many batches make a chunk, at most so many."""
+    """Returns the number of batches in a chunk, at most `most`."""
     image = split.images.nbytes // len(split.labels)
     on_one_device = image * batch_size // len(driver.devices)
     return max(1, min(most, _CHUNK // on_one_device))
@@ -106,7 +106,7 @@ def steps_per_chunk(split: AnySplit, driver: Driver, batch_size: int, most: int)
 
 @dataclasses.dataclass(eq=False)
 class Streamed:
-    """Chunks of batches follow each other to the devices.
+    """Chunks of batches are sent to the devices one after another.
 
     Attributes:
       driver: where the programs run.
@@ -114,7 +114,7 @@ class Streamed:
       order_key: the key of the order.
       step_key: the key of the steps, on the devices.
       batch_size: examples in the whole batch.
-      total_steps: at which the run ends.
+      total_steps: step at which the run ends.
       size: number of batches in a chunk.
       workers: number of worker processes that read training images; see :func:`open_stream`.
       steps: from :func:`make_run_steps`.
@@ -148,7 +148,7 @@ class Streamed:
         return self.steps(state, chunk.examples, first, self.step_key, number)
 
     def _open(self, step: int) -> None:
-        """Begins to read at a step."""
+        """Starts reading at a step."""
         self.close()
         order = EpochOrder(
             np.asarray(jax.random.key_data(self.order_key)),
@@ -181,7 +181,7 @@ class Streamed:
 
 @dataclasses.dataclass(eq=False)
 class StreamedEvaluate:
-    """Evaluates images that are read meanwhile, by threads.
+    """Evaluates images while threads read them.
 
     Attributes:
       driver: where the program runs.
@@ -237,16 +237,16 @@ class StreamedEvaluate:
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """Batches on the devices, and their numbers."""
+    """Batches on the devices, with their numbers."""
 
     batches: range
     examples: Batch
 
 
 class _Chunks:
-    """Chunks in order, the next of which is read and placed while one is computed with.
+    """Chunks in order; the next is read and placed while the current one is used.
 
-    The first ones hold few batches, so that the devices do not wait for a whole one.
+    The first chunks hold fewer batches, so that the devices start soon.
     """
 
     def __init__(
@@ -262,24 +262,24 @@ class _Chunks:
         self._closing, self._coming = False, batches[:1]
         with contextlib.ExitStack() as opened:
             self._read = opened.enter_context(open_stream(split, order, batches, workers=workers))
-            # The only one that reads.
+            # The only thread that reads.
             self._thread = opened.enter_context(concurrent.futures.ThreadPoolExecutor(1))
             self._opened = opened.pop_all()
         self._chunk: _Chunk | None = None
         self._next = self._thread.submit(self._load, self._coming)
 
     def reaches(self, number: int) -> bool:
-        """Whether the batch of this number is still to come."""
+        """Whether the batch with this number is in the current chunk or a later one."""
         first = self._batches.start if self._chunk is None else self._chunk.batches.start
         return first <= number < self._batches.stop
 
     def end(self, number: int) -> int:
-        """The number after the last batch of the chunk of this batch, the present or the next."""
+        """Returns the end of the chunk, the current or the next, that holds this batch."""
         present = self._chunk is not None and number in self._chunk.batches
         return self._chunk.batches.stop if self._chunk and present else self._coming.stop
 
     def take(self, number: int) -> _Chunk:
-        """Returns the chunk that holds the batch of this number, which :meth:`reaches`."""
+        """Returns the chunk that holds the batch with this number; see :meth:`reaches`."""
         while self._chunk is None or number not in self._chunk.batches:
             self._chunk = self._next.result()
             size = min(self._size, 4 * len(self._coming))
@@ -297,7 +297,7 @@ class _Chunks:
                 break
             images.append(np.array(batch.images))
             labels.append(np.array(batch.labels))
-        # The first and the last chunks are filled up, as the program's shapes are fixed.
+        # The first and the last chunks are padded, because the program's shapes are fixed.
         images += images[-1:] * (self._size - len(images))
         labels += labels[-1:] * (self._size - len(labels))
         stacked: Any = (np.stack(images), np.stack(labels))
@@ -305,7 +305,7 @@ class _Chunks:
         return _Chunk(batches, self._driver.place_chunk(chunk))
 
     def close(self) -> None:
-        """Waits for the batch that is being read, and ends what reads."""
+        """Waits for the batch that is being read, and stops reading."""
         self._closing = True
         self._next.cancel()
         self._opened.close()

@@ -1,4 +1,4 @@
-"""Small JSON files: read by type, written whole or not at all."""
+"""Small JSON files, decoded to types and written atomically."""
 
 import json
 import math
@@ -19,7 +19,7 @@ def decode(data: bytes | msgspec.Raw, kind: type[T], where: str) -> T:
     """Decodes JSON as a dataclass, `msgspec.Struct` or `TypedDict`.
 
     Raises:
-      ConfigError: it is no JSON, a key is missing, or a value is of another type.
+      ConfigError: the data are not JSON, a key is missing, or a value has another type.
     """
     try:
         return msgspec.json.decode(data, type=kind, dec_hook=as_path)
@@ -37,7 +37,7 @@ def read_json(path: Path, kind: type[T]) -> T:
 
 
 def read_json_lines(path: Path, kind: type[T]) -> list[T]:
-    """Reads a file of JSON lines; a last line cut short by a crash is left out.
+    """Reads a file of JSON lines, without a last line that a crash cut short.
 
     Raises:
       ConfigError: see :func:`decode`.
@@ -49,12 +49,12 @@ def read_json_lines(path: Path, kind: type[T]) -> list[T]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Writes a JSON file; a crash leaves the old one or the new one."""
+    """Writes a JSON file; a crash leaves either the old file or the new one."""
     write_text(path, json.dumps(finite(values), indent=2) + "\n")
 
 
 def finite(values: Any) -> Any:
-    """Returns JSON values with None for numbers that are not finite, which JSON does not have."""
+    """Returns JSON values with None for non-finite numbers, which JSON lacks."""
     if isinstance(values, Mapping):
         return {name: finite(value) for name, value in values.items()}
     if isinstance(values, list | tuple):

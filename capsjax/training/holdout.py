@@ -1,4 +1,4 @@
-"""Holding training images out for validation."""
+"""Holds out training images for validation."""
 
 from typing import TypeVar, cast
 
@@ -13,19 +13,19 @@ Examples = TypeVar("Examples", bound=AnySplit)
 def hold_out(
     train: Examples, number: int | None, *, stratified: bool = True
 ) -> tuple[Examples, Examples | None]:
-    """Splits images for validation off the training images.
+    """Holds out training images for validation.
 
-    Which ones does not depend on a run's seed, so that runs with different seeds share them.
+    The choice does not depend on the run's seed, so that runs with different seeds share it.
 
     Args:
       train: images and labels.
-      number: how many to hold out; a tenth when None.
-      stratified: whether to hold out the same share of each class, and at least one image of each
-        class of several if so many are held out; otherwise, and where images may be of several
-        classes, they are drawn whatever their class.
+      number: number of images to hold out; a tenth when None.
+      stratified: whether to hold out the same fraction of each class, and at least one image of
+        each class with several images if `number` allows it. Otherwise, and if images may show
+        several classes, images are drawn regardless of class.
 
     Returns:
-      What is left for training, and the images for validation or None.
+      The remaining training images, and the validation images or None.
 
     Raises:
       ConfigError: nothing would be left to train on.
@@ -50,7 +50,7 @@ def hold_out(
     order = np.random.default_rng(0).permutation(total)
     chosen = np.arange(total) < number
     if stratified and train.labels.ndim == 1:
-        # The first ones of each class in the random order, each class sorted together.
+        # Takes the first images of each class in the random order.
         labels = train.labels[order]
         by_class = np.argsort(labels, kind="stable")
         counts = np.bincount(labels)
@@ -61,9 +61,9 @@ def hold_out(
 
 
 def _shares(counts: np.ndarray, number: int) -> np.ndarray:
-    """How many of each class to hold out: in proportion, by the method of largest remainders."""
+    """Returns how many of each class to hold out, by the method of largest remainders."""
     quotas = number * counts / counts.sum()
-    most = np.maximum(counts - 1, 0)  # one of each class remains to train on
+    most = np.maximum(counts - 1, 0)  # one of each class remains for training
     if most.sum() < number:
         most = counts
     least = np.minimum(most, 1)

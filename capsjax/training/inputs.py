@@ -1,4 +1,4 @@
-"""Whether images stay on the devices or are streamed to them: chosen by size, or asked for."""
+"""Chooses whether images stay on the devices or are streamed, by size or by option."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def load_dataset(
     image_size: int | None = None,
     channels: int | None = None,
 ) -> Dataset:
-    """Loads a data set by name; one that is to be streamed stays on disk if it can.
+    """Loads a data set by name; if it is to be streamed, its images stay on disk if possible.
 
     Raises:
       capsjax.data.DataError: as :func:`capsjax.data.load`.
@@ -36,13 +36,13 @@ def load_dataset(
 
 
 def fits(size: int) -> bool:
-    """Whether so many bytes of decoded images stay on the devices, unless asked otherwise."""
+    """Whether this many bytes of decoded images stay on the devices by default."""
     limit = _limit()
     return processes.decide(limit is None or size <= limit)
 
 
 def _limit() -> int | None:
-    """Half of the memory of a device, or a quarter of the machine's, which holds copies."""
+    """Half of a device's memory or a quarter of the machine's, which holds copies."""
     device, machine = device_memory(jax.devices()[0]), machine_memory()
     limits = ([] if device is None else [device // 2]) + ([] if machine is None else [machine // 4])
     return min(limits, default=None)
@@ -54,7 +54,7 @@ def choose_stream(
     """Returns why images are streamed, or None if they stay on the devices.
 
     Raises:
-      ConfigError: they have to be streamed and cannot be.
+      ConfigError: they must be streamed but cannot be.
     """
     size = dataset.train.images.nbytes + dataset.test.images.nbytes
     is_stored = isinstance(dataset.train, StoredSplit)
@@ -63,27 +63,27 @@ def choose_stream(
         return None
     if not sampler.takes_batches:
         raise ConfigError(
-            f"--input stream is not for data set {dataset.name}, whose samples are made of all"
-            " images together"
+            f"--input stream is not for data set {dataset.name}, whose samples need all images at"
+            " once"
         )
     if several_seeds:
         raise ConfigError(
-            "--input stream is for one run: several seeds have orders of their own, and need"
-            " --input resident"
+            "--input stream is for one run: several seeds need --input resident, since each has its"
+            " own order"
         )
     check_installed()
     if asked == "stream":
-        return "as asked for"
+        return "as requested"
     limit = _limit()
-    assert limit is not None  # everything fits where it is unknown
+    assert limit is not None  # without a limit, everything fits
     return (
-        f"all images decoded take {size / 1e9:,.2f} GB, more than {limit / 1e9:,.2f} GB, half of a"
-        " device's memory or a quarter of the machine's"
+        f"as all decoded images take {size / 1e9:,.2f} GB, more than {limit / 1e9:,.2f} GB, half of"
+        " a device's memory or a quarter of the machine's"
     )
 
 
 def choose_workers(workers: int | None, split: AnySplit) -> int:
-    """Returns the number of worker processes that read a split; images in memory need none."""
+    """Returns the number of worker processes to read a split with; 0 for images in memory."""
     if not isinstance(split, StoredSplit):
         return 0
     return default_workers() if workers is None else workers

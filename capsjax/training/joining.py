@@ -1,4 +1,4 @@
-"""Joining processes, each with devices of its own, by ``jax.distributed``."""
+"""Joins processes, each with its own devices, by ``jax.distributed``."""
 
 import dataclasses
 import os
@@ -17,21 +17,22 @@ from capsjax.version import __version__
 class ProcessOptions:
     """How several processes train as one.
 
-    On TPU VMs, GKE, SLURM, Open MPI and Kubernetes, nothing is needed: JAX detects them.
+    JAX detects TPU VMs, GKE, SLURM, Open MPI and Kubernetes, where no option is needed.
     """
 
     coordinator: str | None = None
-    """HOST:PORT at which process 0 is reached by the others; also CAPSJAX_COORDINATOR. Only where
-    JAX detects no cluster."""
+    """HOST:PORT where the other processes reach process 0; also CAPSJAX_COORDINATOR. Needed only
+    where JAX detects no cluster."""
 
     num_processes: int | None = None
-    """Number of processes; also CAPSJAX_NUM_PROCESSES. 1 trains alone, whatever JAX detects."""
+    """Number of processes; also CAPSJAX_NUM_PROCESSES. 1 trains in this process alone, even if JAX
+    detects a cluster."""
 
     process_id: int | None = None
-    """Number of this process, from 0; also CAPSJAX_PROCESS_ID."""
+    """Index of this process, from 0; also CAPSJAX_PROCESS_ID."""
 
     heartbeat_timeout: int = 60
-    """Seconds of silence after which a process counts as lost, and the others end."""
+    """Seconds of silence after which a process counts as lost and the others end."""
 
     start_timeout: int = 40
     """Seconds that processes wait for each other at the start."""
@@ -64,30 +65,30 @@ class ProcessOptions:
 
     @property
     def are_alone(self) -> bool:
-        """Whether this process is alone by these options."""
+        """Whether these options say that this process trains alone."""
         return self.num_processes == 1
 
 
-_ALONE = "--num-processes 1 trains in this one alone"
+_ALONE = "--num-processes 1 trains in this process alone"
 
 
 def initialize(options: ProcessOptions | None = None, *, command: str | None = None) -> bool:
-    """Joins this process with the others, before JAX's devices are used.
+    """Joins this process with the others. Call it before JAX's devices are used.
 
-    Does nothing where processes are joined already, and on a machine where JAX detects no cluster
-    and the options name no processes.
+    Does nothing if the processes are already joined, or if JAX detects no cluster and the options
+    name no processes.
 
     Args:
-      options: how; those of the environment when None.
-      command: the name of the command whose process this is: what JAX's runtime logs when it ends
-        the process is then said in one line. Not for programs that keep their standard streams.
+      options: the options; taken from the environment when None.
+      command: name of the command that this process runs. If given, one line replaces what JAX's
+        runtime logs when it ends the process. This redirects the standard streams.
 
     Returns:
       Whether several processes are joined.
 
     Raises:
-      ConfigError: an option is invalid, process 0 is not reached, or the processes were started
-        differently.
+      ConfigError: an option is invalid, process 0 cannot be reached, or the processes were started
+        with different options.
       ProcessError: a process does not answer.
 
     Example:
@@ -105,7 +106,7 @@ def initialize(options: ProcessOptions | None = None, *, command: str | None = N
         times = (options.heartbeat_timeout, options.start_timeout)
         runtime_log.start(runtime_log.Job(command, *fields, *times))
     _reach(options)
-    # Signals are noted by the training loop, which agrees on the step to end at.
+    # The training loop handles signals: its processes agree on the step to end at.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -116,7 +117,7 @@ def initialize(options: ProcessOptions | None = None, *, command: str | None = N
             initialization_timeout=options.start_timeout,
             heartbeat_timeout_seconds=options.heartbeat_timeout,
         )
-    except Exception as error:  # of many kinds, of JAX and of what it asks a cluster with
+    except Exception as error:  # JAX and its cluster detection raise many kinds
         reason = str(error)
         if "Failed to start RPC server" in reason:
             reason = "the coordinator's port is in use; JAX_COORDINATOR_PORT sets another"
@@ -132,27 +133,27 @@ def initialize(options: ProcessOptions | None = None, *, command: str | None = N
 
 
 def _detects_cluster() -> bool:
-    """Whether JAX is going to detect a cluster, which it has no public name for."""
+    """Whether JAX will detect a cluster. It has no public function for this."""
     from jax._src.clusters import ClusterEnv
 
     kinds = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method]
-    if "JOB_COMPLETION_INDEX" not in os.environ:  # a pod of its own, not one of an indexed job
+    if "JOB_COMPLETION_INDEX" not in os.environ:  # a single pod, not one of an indexed job
         kinds = [kind for kind in kinds if kind.__name__ != "K8sCluster"]
     try:
         return any(kind.is_env_present() for kind in kinds)
-    except Exception as error:  # of many kinds, of what JAX asks a cluster with
-        raise ConfigError(f"processes cannot be detected: {error}; {_ALONE}") from error
+    except Exception as error:  # cluster detection raises many kinds
+        raise ConfigError(f"the cluster cannot be detected: {error}; {_ALONE}") from error
 
 
 def describe() -> str:
-    """Returns this process, its host and its devices in words."""
+    """Describes this process, its host and its devices."""
     local, every = jax.local_devices(), jax.devices()
     process = f"process {processes.index()} of {processes.number()} on {socket.gethostname()}"
     return f"{process}: {len(local)} of {len(every)} {local[0].platform} devices"
 
 
 def finish() -> None:
-    """Waits for the other processes, and leaves them."""
+    """Waits for the other processes and disconnects from them."""
     processes.wait_for_all("capsjax/end")
     jax.distributed.shutdown()
 
@@ -171,7 +172,7 @@ def _reach(options: ProcessOptions) -> None:
             except OSError as error:
                 raise ConfigError(
                     f"the port of --coordinator {options.coordinator} cannot be used:"
-                    f" {error.strerror}; each job needs one of its own"
+                    f" {error.strerror}; each job needs its own port"
                 ) from None
         return
     end, reason = time.monotonic() + options.start_timeout, ""
@@ -183,6 +184,6 @@ def _reach(options: ProcessOptions) -> None:
             reason = error.strerror or str(error)
             time.sleep(0.2)
     raise ConfigError(
-        f"process {options.process_id} reaches no process 0 at --coordinator"
+        f"process {options.process_id} cannot reach process 0 at --coordinator"
         f" {options.coordinator} within {options.start_timeout} s: {reason}"
     )

@@ -1,4 +1,4 @@
-"""Reading what was trained: a run's configuration, network and images from its directory."""
+"""Loads a run's configuration, network and images from its directory."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ from capsjax.training.programs import as_batch
 from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
 from capsjax.training.step import Variables, split_abstract, split_network
 
-_SHOWN = 1000  # test images that are read from disk to be shown
+_SHOWN = 1000  # test images read from disk for figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +28,11 @@ class TrainedNetwork:
     """A trained network and the data set that it was trained on.
 
     Attributes:
-      network: with the parameters of the checkpoint.
-      dataset: the run's.
-      test: the network's test images, the first thousand of a set that is streamed; single ones
-        for a network for pairs.
-      step: of the checkpoint; None for a network that comes with the package.
+      network: the network, with the parameters of the checkpoint.
+      dataset: the run's data set.
+      test: the network's test images, the first thousand of a streamed set; single images for a
+        network of pairs.
+      step: step of the checkpoint; None for a network in the package.
     """
 
     network: models.Network
@@ -48,21 +48,21 @@ def load_network(
     dataset: Dataset | None = None,
     data_dir: Path | None = None,
 ) -> TrainedNetwork:
-    """Reads a run's network, and the data set that goes with it.
+    """Loads a run's network and its data set.
 
     Args:
-      run_dir: the run's directory; or, where there is none, the name of a network that comes with
-        the package, which goes with the digits in it.
+      run_dir: the run's directory; if there is no such directory, the name of a network in the
+        package, whose data set is ``mnist_5k``.
       checkpoint: ``"last"``, ``"best"`` (by validation error), or a step.
-      dataset: images to use in place of the run's own, with classes of the same names.
-      data_dir: directory to load the run's data set from; the run's own when None.
+      dataset: images to use instead of the run's; their class names must be among the run's.
+      data_dir: directory of the run's data set; the one used in training when None.
 
     Returns:
-      :class:`TrainedNetwork`; the network normalises with the running statistics.
+      A :class:`TrainedNetwork`, which normalises with the running statistics.
 
     Raises:
       ConfigError: the directory holds no run, the data set is not the run's, or the network's
-        input cannot be drawn.
+        inputs cannot be shown in figures.
       capsjax.data.DataError: the data set is missing or damaged.
       CheckpointError: the checkpoint cannot be read.
     """
@@ -81,9 +81,7 @@ def _as_shown(dataset: Dataset) -> Split:
     """The network's test images on the host."""
     images, labels = test = _some(dataset.test)
     if labels.ndim > 1:
-        kind = (
-            "numbers to predict" if dataset.is_regression else "any number of classes in an image"
-        )
+        kind = "numbers to predict" if dataset.is_regression else "any number of classes per image"
         raise ConfigError(f"data set {dataset.name} has {kind}, which figures cannot show")
     if isinstance(dataset.task, Pairs):
         return Split(np.asarray(dataset.task.singly(jnp.asarray(images))), labels)
@@ -99,7 +97,7 @@ def _as_shown(dataset: Dataset) -> Split:
 
 
 def _some(split: AnySplit) -> Split:
-    """The images in memory; of those on disk the first thousand."""
+    """The whole split if it is in memory; the first thousand images of one on disk."""
     return (
         split
         if isinstance(split, Split)
@@ -115,16 +113,16 @@ def load_own(
     channels: int | None = None,
     input: InputName | None = None,
 ) -> Dataset:
-    """Loads the data set that a run was trained on, from another directory if one is given.
+    """Loads the data set that a run was trained on, from `data_dir` if given.
 
     Raises:
-      ConfigError: it was not loaded by name.
+      ConfigError: the run's data set was given in Python.
       capsjax.data.DataError: it is missing or damaged.
     """
     if not is_name(run.dataset):
         raise ConfigError(
-            f"the run in {run.train.run_dir} was trained on data of its own, {run.dataset}, which"
-            " have to be given: dataset=..."
+            f"the run in {run.train.run_dir} was trained on a data set given in Python,"
+            f" {run.dataset}; pass it as dataset=..."
         )
     choices.check_data_dir(run.dataset, data_dir)
     return load_dataset(
@@ -146,14 +144,14 @@ def load_images(
     channels: int | None = None,
     input: InputName | None = None,
 ) -> Dataset:
-    """The images that are given or named, with the run's classes; otherwise the run's own."""
+    """Returns the given or named data set with the run's classes, else the run's own."""
     own = dataset is None and name is None and data_dir is None
     if dataset is None and name in (None, run.dataset):
         dataset = load_own(run, data_dir, image_size=image_size, channels=channels, input=input)
     elif dataset is None:
         assert name is not None
         choices.check_data_dir(name, data_dir)
-        # A run's own directory goes with its own data set only, or with what is made of the same.
+        # The run's directory serves only its own data set, and sets generated from the same one.
         known = is_name(run.dataset) and source_of(name) == source_of(run.dataset)
         if data_dir is None and known:
             data_dir = run.train.data_dir
@@ -172,12 +170,12 @@ def load_images(
 
 
 def _is_packaged(run_dir: Path) -> bool:
-    """Whether this is no directory but the name of a network that comes with the package."""
+    """Whether this is the name of a network in the package, and not a directory."""
     return str(run_dir) in models.pretrained() and not RunDirectory(run_dir).exists()
 
 
 def read_run(run_dir: Path) -> RunConfig:
-    """The configuration of a run, or of a network that comes with the package."""
+    """Returns the configuration of a run, or of a network in the package."""
     if _is_packaged(run_dir):
         about, digits = models.about_pretrained(str(run_dir)), load("mnist_5k")
         model = models.configure(about.preset, **about.overrides)
@@ -185,7 +183,7 @@ def read_run(run_dir: Path) -> RunConfig:
         return RunConfig(train, model, DataDescription.of(digits))
     if not RunDirectory(run_dir).exists():
         raise ConfigError(
-            f"{run_dir} is no run directory, and no network that comes with the package"
+            f"{run_dir} is neither a run directory nor a network in the package"
             f" ({', '.join(models.pretrained())})"
         )
     return RunDirectory(run_dir).read_config()
@@ -197,12 +195,12 @@ def restore(
     """Returns the step and the arrays of a checkpoint; no step for a packaged network.
 
     Raises:
-      ConfigError: a checkpoint of a packaged network is named.
+      ConfigError: a checkpoint is named for a packaged network.
       CheckpointError: there is no such checkpoint, or it cannot be read.
     """
     if _is_packaged(run_dir):
         if which != "last":
-            raise ConfigError(f"{run_dir} comes without checkpoints, got checkpoint {which}")
+            raise ConfigError(f"{run_dir} has no checkpoints, got checkpoint {which}")
         _, variables = split_network(models.load_pretrained(str(run_dir)))
         return None, driver.replicate(variables)
     _, like = split_abstract(run.model)

@@ -29,15 +29,15 @@ from capsjax.training.stopping import StopRequest
 
 @dataclasses.dataclass
 class Progress:
-    """Where runs stand: all that the loop changes.
+    """Progress of the runs: everything that the loop changes.
 
     Attributes:
-      state: on the devices.
-      step: number of steps started.
-      saved: the last step that was saved.
-      validated: the last step that was validated.
-      history: what each validation so far found for each run: the error, or the loss where the
-        labels are numbers to predict.
+      state: train state on the devices.
+      step: number of steps dispatched.
+      saved: last saved step.
+      validated: last validated step.
+      history: result of each validation so far, for each run: the error, or the loss for
+        regression.
     """
 
     state: TrainState
@@ -49,14 +49,14 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the loop works with.
+    """Everything that the loop uses but does not change.
 
     Attributes:
-      setup: what runs compute.
-      directories: of each run.
-      checkpoints: of each run; none in processes other than the first.
-      report: of all.
-      stop: asked between two calls of the devices.
+      setup: what the runs compute.
+      directories: run directory of each run.
+      checkpoints: checkpoints of each run; empty in processes other than the first.
+      report: report of all runs.
+      stop: request to stop, which is checked between dispatches.
     """
 
     setup: Setup
@@ -72,9 +72,9 @@ class _Window:
 
     Attributes:
       steps: number of steps.
-      loss: sum of their losses, of each run.
-      error: sum of their shares of wrong predictions, of each run.
-      start: when the first of them started.
+      loss: sum of their losses, for each run.
+      error: sum of their error rates, for each run.
+      start: time at which the first of them started.
     """
 
     steps: int = 0
@@ -84,7 +84,7 @@ class _Window:
 
 
 def train_and_test(run: Run, progress: Progress) -> list[Evaluation] | None:
-    """Trains to the end and tests; None if asked to stop before."""
+    """Trains to the end and tests; returns None if asked to stop before."""
     setup, config, total = run.setup, run.setup.config, run.setup.total_steps
     every = config.checkpoint_every or setup.steps_per_epoch
 
@@ -107,9 +107,9 @@ def train_and_test(run: Run, progress: Progress) -> list[Evaluation] | None:
     if config.patience is not None and _since_best(progress.history) >= config.patience:
         best = min(score for (score,) in progress.history)
         run.report.say(
-            f"no better validation in the last {_since_best(progress.history)}: the best had"
-            f" {f'loss {best:.4f}' if setup.is_regression else f'error {best:.2%}'}; its checkpoint"
-            " is kept, --checkpoint best"
+            f"no improvement in the last {_since_best(progress.history)} validations; the best had"
+            f" {f'loss {best:.4f}' if setup.is_regression else f'error {best:.2%}'}, and its"
+            " checkpoint is kept as --checkpoint best"
         )
     tests = None
     if is_over(setup, progress.step, progress.history):
@@ -129,12 +129,12 @@ def train_and_test(run: Run, progress: Progress) -> list[Evaluation] | None:
 
 
 def _advance(run: Run, progress: Progress, target: int, pace: Pace, window: _Window) -> None:
-    """Trains up to a step, or until asked to stop, and waits for the devices."""
+    """Trains up to a step or until asked to stop, and waits for the devices."""
     setup, completed = run.setup, time.monotonic()
     calls: collections.deque[tuple[int, int, StepSums]] = collections.deque()
 
     def complete() -> None:
-        """Waits for the oldest call."""
+        """Waits for the oldest dispatch."""
         nonlocal completed
         step, number, pending = calls.popleft()
         sums: StepSums = jax.device_get(pending)
@@ -143,7 +143,7 @@ def _advance(run: Run, progress: Progress, target: int, pace: Pace, window: _Win
         pace.observe(number, seconds)
         if (bad_step := int(np.min(sums.bad_step))) != NEVER:
             number = int(np.argmin(np.atleast_1d(sums.bad_step)))
-            jax.block_until_ready(progress.state)  # before a process leaves the others
+            jax.block_until_ready(progress.state)  # before this process leaves the others
             _diverged(run, bad_step, "the loss is not finite", number)
         window.steps += number
         window.loss = window.loss + np.atleast_1d(sums.loss)
@@ -159,14 +159,14 @@ def _advance(run: Run, progress: Progress, target: int, pace: Pace, window: _Win
         progress.state, sums = setup.run_steps(progress.state, progress.step, number)
         progress.step += number
         calls.append((progress.step, number, sums))
-        if len(calls) > 1:  # one call behind: the devices never wait for the host
+        if len(calls) > 1:  # one dispatch behind, so that the devices never wait for the host
             complete()
     while calls:
         complete()
 
 
 def _log(run: Run, progress: Progress, window: _Window) -> None:
-    """Records the window's means."""
+    """Records the means over the window."""
     if not window.steps:
         return
     examples = window.steps * run.setup.config.batch_size
@@ -180,7 +180,7 @@ def _log(run: Run, progress: Progress, window: _Window) -> None:
 
 
 def _checkpoint(run: Run, progress: Progress) -> None:
-    """Validates and saves, unless asked to stop meanwhile: then the run saves where it stands."""
+    """Validates and saves; if asked to stop meanwhile, leaves the saving to the end of the run."""
     _check_finite(run, progress)
     setup = run.setup
     scores: Sequence[float | None] = [None] * len(run.directories)
@@ -235,14 +235,14 @@ def _metrics(evaluation: Evaluation) -> dict[str, Any]:
 def begin(
     setup: Setup, directories: Sequence[RunDirectory], checkpoints: Sequence[Checkpoints]
 ) -> Progress:
-    """Returns where the runs go on: the last step of which all have a checkpoint, or the first."""
+    """Restores the last step of which all runs have a checkpoint, or starts at step 0."""
     steps = processes.first(lambda: [each.steps() for each in checkpoints], list[list[int]])
     saved = [set(each) for each in steps]
     common = set.intersection(*saved)
     if not common and any(saved):
         raise ConfigError(
             f"the runs in {', '.join(str(d.path) for d in directories)} have no checkpoint of the"
-            " same step; resume each by itself"
+            " same step; resume each one alone"
         )
     step, state = max(common, default=0), setup.initial
     if step:
@@ -253,11 +253,11 @@ def begin(
     progress = Progress(setup.driver.replicate(state), step, saved=step)
     if step > setup.total_steps:
         raise ConfigError(
-            f"the run in {directories[0].path} stands at step {step:,} already, beyond the"
-            f" {setup.total_steps:,} that were asked for"
+            f"the run in {directories[0].path} is already at step {step:,}, beyond the"
+            f" {setup.total_steps:,} steps requested"
         )
     for each in checkpoints:
-        each.forget_after(step)  # steps that the others of the group have not reached
+        each.forget_after(step)  # steps that other runs of the group have not reached
     kept = [directory.forget_metrics_after(step) for directory in directories]
     progress.validated, progress.history = read_history(setup, kept)
     return progress
@@ -266,9 +266,9 @@ def begin(
 def read_history(
     setup: Setup, metrics: Sequence[Sequence[Record]]
 ) -> tuple[int, list[tuple[float, ...]]]:
-    """Returns the last step that all runs validated, or 0, and :class:`Progress`'s history."""
+    """Returns the last step that all runs validated, or 0, and the history of :class:`Progress`."""
     validations = [[r for r in records if r["split"] == "validation"] for records in metrics]
-    # A crash may have come between the records of two runs.
+    # A crash may have occurred between the records of two runs.
     validations = [each[: min(map(len, validations))] for each in validations]
     name: Literal["loss", "error"] = "loss" if setup.is_regression else "error"
     scores = [[math.inf if (v := r[name]) is None else v for r in each] for each in validations]
@@ -277,7 +277,7 @@ def read_history(
 
 
 def is_over(setup: Setup, step: int, history: Sequence[tuple[float, ...]]) -> bool:
-    """Whether runs end at this step, after these validations."""
+    """Whether the runs end at this step, given these validations."""
     goal, patience = setup.config.until_error, setup.config.patience
     if step >= setup.total_steps:
         return True
@@ -287,7 +287,7 @@ def is_over(setup: Setup, step: int, history: Sequence[tuple[float, ...]]) -> bo
 
 
 def _since_best(history: Sequence[tuple[float, ...]]) -> int:
-    """Number of validations of one run since its best, the first of several that are as good."""
+    """Number of validations of one run since its best one, the first in case of ties."""
     scores = [score for (score,) in history]
     return len(scores) - 1 - int(np.argmin(scores)) if scores else 0
 
@@ -303,9 +303,9 @@ def _diverged(run: Run, step: int, what: str, number: int = 0) -> NoReturn:
     good = "there is no checkpoint yet"
     if last := run.directories[number].last_checkpoint():
         path = run.directories[number].checkpoints
-        good = f"the last good checkpoint is of step {last}, in {path}"
+        good = f"the last good checkpoint is that of step {last}, in {path}"
     raise DivergedError(
-        f"{what} at step {step}; {good}; a lower --learning-rate may help, also on --resume"
+        f"{what} at step {step}; {good}; a lower --learning-rate may help, also with --resume"
     )
 
 

@@ -1,4 +1,4 @@
-"""The memory that training takes, estimated from shapes before anything is built."""
+"""Estimates the memory of training from shapes, before anything is built."""
 
 import functools
 import os
@@ -14,21 +14,21 @@ from capsjax.training.drivers import Driver
 from capsjax.training.step import Variables, split_abstract
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
-# Of a float32 parameter: itself, its gradient, and Adam's two moments.
+# A float32 parameter, its gradient, and Adam's two moments.
 _BYTES_PER_PARAMETER = 16
 
 
 class Memory(NamedTuple):
-    """Bytes that training takes on one device; on CPU devices, which share it, on the machine.
+    """Bytes that training takes: on one device, or in total for CPU devices, which share memory.
 
-    An estimate from shapes: the compiler's temporaries come on top, and what it fuses comes off.
+    The estimate is made from shapes. The compiler's temporaries add to it, and fusion saves some.
 
     Attributes:
-      num_parameters: of one network.
-      state: for parameters, gradients and the optimiser's moments.
-      activations: for what the forward pass keeps for the backward pass.
-      examples: for the training images.
-      limit: what there is, or None if unknown.
+      num_parameters: number of parameters of one network.
+      state: bytes of parameters, gradients and the optimiser's moments.
+      activations: bytes that the forward pass keeps for the backward pass.
+      examples: bytes of the training images.
+      limit: bytes available, or None if unknown.
     """
 
     num_parameters: int
@@ -39,16 +39,16 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Sum of all that is estimated."""
+        """Sum of the parts."""
         return self.state + self.activations + self.examples
 
     @property
     def fits(self) -> bool:
-        """Whether it may fit; True where the limit is unknown."""
+        """Whether it fits; True if the limit is unknown."""
         return self.limit is None or self.total <= self.limit
 
     def __str__(self) -> str:
-        """Describes the estimate in one line, and in a second one that it does not fit."""
+        """Describes the estimate in one line, and warns in a second one if it does not fit."""
         limit = "" if self.limit is None else f" of {_gigabytes(self.limit)}"
         line = (
             f"{self.num_parameters:,} parameters; training takes about {_gigabytes(self.total)}"
@@ -58,8 +58,8 @@ class Memory(NamedTuple):
         )
         if not self.fits:
             line += (
-                "\nwarning: this does not fit; a smaller --batch-size takes less for activations,"
-                " and --preset large_images has few parameters at any size of images"
+                "\nwarning: this does not fit; a smaller --batch-size needs less for activations,"
+                " and --preset large_images has few parameters at any image size"
             )
         return line
 
@@ -72,14 +72,14 @@ def estimate_memory(
     examples: int = 0,
     num_seeds: int = 1,
 ) -> Memory:
-    """Estimates what a training takes, by tracing the network without computing anything.
+    """Estimates the memory of training by tracing the network, without computing anything.
 
     Args:
       model: the network's configuration.
-      driver: where it runs.
-      batch_size: examples in a step, over all devices.
+      driver: where training runs.
+      batch_size: examples per step, over all devices.
       examples: bytes of the training images.
-      num_seeds: of runs that train together.
+      num_seeds: number of runs that train together.
 
     Example:
       >>> from capsjax import models
@@ -91,7 +91,7 @@ def estimate_memory(
     """
     devices = len(driver.devices)
     num_parameters, activations = _network(model, -(-batch_size // devices))
-    # Virtual devices of a CPU have the machine's memory together.
+    # Virtual CPU devices share the machine's memory.
     here = driver.local_devices
     share = len(here) if here[0].platform == "cpu" else 1
     return Memory(
@@ -105,7 +105,7 @@ def estimate_memory(
 
 @functools.lru_cache(maxsize=64)
 def _network(model: models.ModelConfig, batch_size: int) -> tuple[int, int]:
-    """Number of parameters, and bytes that the forward pass of a batch keeps for the backward."""
+    """Number of parameters, and bytes that the forward pass keeps for the backward pass."""
     apply, (params, batch_stats) = split_abstract(model)
 
     def kept(params: chex.ArrayTree, batch_stats: chex.ArrayTree, images: jax.Array) -> object:
@@ -120,13 +120,13 @@ def _network(model: models.ModelConfig, batch_size: int) -> tuple[int, int]:
 
     images = jax.ShapeDtypeStruct((batch_size, *model.image_shape), jnp.float32)
     leaves = jax.tree.leaves(jax.eval_shape(kept, params, batch_stats, images))
-    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}  # kept too, but not copied
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}  # also kept, but not copied
     activations = sum(x.size * x.dtype.itemsize for x in leaves if x.shape not in shapes)
     return sum(leaf.size for leaf in jax.tree.leaves(params)), activations
 
 
 def device_memory(device: jax.Device) -> int | None:
-    """Bytes of memory of a device; of the machine for a CPU; or None."""
+    """Bytes of memory of a device, or of the machine for a CPU; None if unknown."""
     if device.platform == "cpu":
         return machine_memory()
     limit: int | None = (device.memory_stats() or {}).get("bytes_limit")
@@ -134,7 +134,7 @@ def device_memory(device: jax.Device) -> int | None:
 
 
 def machine_memory() -> int | None:
-    """Bytes of memory that this process may use: the machine's, or its container's; or None."""
+    """Bytes of memory of the machine or this process's container; None if unknown."""
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

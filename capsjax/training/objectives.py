@@ -1,4 +1,4 @@
-"""What training minimises, and what else is measured: one value per example from a prediction."""
+"""Losses and metrics: one value per example from a prediction."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,23 +18,23 @@ RECONSTRUCTION_WEIGHT = 0.0005
 LossName = Literal[
     "paper", "official", "spread", "cross_entropy", "binary_cross_entropy", "squared_error"
 ]
-# Of prediction, target and images; and of the step, if it has a parameter of this name.
+# Called with prediction, target and images, and with the step if it has a parameter ``step``.
 Objective = Callable[..., jax.Array]
-# Of prediction and target.
+# Called with prediction and target.
 Metric = Callable[[Prediction, jax.Array], jax.Array]
 
 
 def paper_loss(prediction: Prediction, target: jax.Array, images: jax.Array) -> jax.Array:
-    r"""Margin loss and reconstruction loss on the scale that the paper prints.
+    r"""Margin loss and reconstruction loss, weighted as printed in the paper.
 
     .. math::
       L = L_\mathrm{margin} + 0.0005 \sum_p (\hat x_p - x_p)^2
 
     Args:
-      prediction: of a capsule network, with or without a reconstruction.
+      prediction: output of a capsule network, with or without a reconstruction.
       target: one-hot or multi-hot classes, ``[..., J]``.
-      images: what the reconstruction shall be, pixels in [0, 1], ``[..., H, W, C]``; several of
-        them, ``[..., S, H, W, C]``, add up.
+      images: reconstruction targets with pixels in [0, 1], ``[..., H, W, C]``. The losses of
+        several targets, ``[..., S, H, W, C]``, are summed.
 
     Returns:
       Loss per example, float32, ``[...]``.
@@ -51,14 +51,14 @@ def paper_loss(prediction: Prediction, target: jax.Array, images: jax.Array) -> 
 
 
 def official_loss(prediction: Prediction, target: jax.Array, images: jax.Array) -> jax.Array:
-    r"""Margin loss and reconstruction loss on the scale of the authors' code.
+    r"""Margin loss and reconstruction loss, weighted as in the authors' code.
 
     .. math::
       L = \frac{L_\mathrm{margin}}{2 J} + 0.0005 \sum_p (\hat x_p - x_p)^2
 
-    That code averages the margin loss over the classes and halves it, so that for ten classes the
-    reconstruction counts twenty times more than in :func:`paper_loss`. Arguments and result are
-    those of :func:`paper_loss`.
+    That code averages the margin loss over the classes and halves it. For ten classes the
+    reconstruction thus counts twenty times more than in :func:`paper_loss`. Arguments and result
+    are those of :func:`paper_loss`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -75,20 +75,20 @@ def official_loss(prediction: Prediction, target: jax.Array, images: jax.Array) 
 def spread_objective(
     prediction: Prediction, target: jax.Array, images: jax.Array, step: ArrayLike | None = None
 ) -> jax.Array:
-    r"""Spread loss, whose margin grows, and reconstruction loss if there is a decoder.
+    r"""Spread loss with a growing margin, and reconstruction loss if there is a decoder.
 
     .. math::
       L = L_\mathrm{spread}(m_t) + 0.0005 \sum_p (\hat x_p - x_p)^2, \qquad
       m_t = \min\bigl(0.9,\; 0.2 + 0.7 \tfrac{t}{2000}\bigr)
 
-    The paper raises the margin from 0.2 to 0.9, so that no class capsule dies early; over how many
-    steps it does not say. The other arguments and the result are those of :func:`paper_loss`.
+    The paper raises the margin from 0.2 to 0.9 so that no class capsule dies early, but does not
+    say over how many steps. The other arguments and the result are those of :func:`paper_loss`.
 
     Args:
-      prediction: of a capsule network, with or without a reconstruction.
+      prediction: output of a capsule network, with or without a reconstruction.
       target: one-hot classes, ``[..., J]``.
       images: pixels in [0, 1], ``[..., H, W, C]``.
-      step: t; the last margin when None.
+      step: t; the final margin is used when None.
 
     Returns:
       Loss per example, float32, ``[...]``.
@@ -132,9 +132,9 @@ def cross_entropy_loss(prediction: Prediction, target: jax.Array, images: jax.Ar
 def binary_cross_entropy_loss(
     prediction: Prediction, target: jax.Array, images: jax.Array
 ) -> jax.Array:
-    """Sum over the classes of the cross entropy of each one's presence, from scores as logits.
+    """Binary cross entropy of the scores as logits, summed over the classes.
 
-    For plain networks and images of several classes. Arguments and result are those of
+    For convolutional networks and images with several classes. Arguments and result are those of
     :func:`paper_loss`; the images are not used.
 
     Example:
@@ -151,13 +151,13 @@ def binary_cross_entropy_loss(
 
 
 def squared_error_loss(prediction: Prediction, target: jax.Array, images: jax.Array) -> jax.Array:
-    r"""Squared error of the scores and reconstruction loss, for targets that are numbers.
+    r"""Squared error of the scores and reconstruction loss, for regression.
 
     .. math::
       L = \sum_j (s_j - y_j)^2 + 0.0005 \sum_p (\hat x_p - x_p)^2
 
-    The scores of capsule networks lie in [0, 1], those of plain networks anywhere. Arguments and
-    result are those of :func:`paper_loss`, with any numbers as the target.
+    The scores of capsule networks lie in [0, 1]; those of convolutional networks are unbounded.
+    Arguments and result are those of :func:`paper_loss`, with any numbers as the target.
 
     Example:
       >>> import jax.numpy as jnp
@@ -172,7 +172,7 @@ def squared_error_loss(prediction: Prediction, target: jax.Array, images: jax.Ar
 
 
 def absolute_error(prediction: Prediction, target: jax.Array) -> jax.Array:
-    """Mean of the absolute errors of an example's scores, a metric of regression.
+    """Mean absolute error of an example's scores, a metric for regression.
 
     Example:
       >>> import jax.numpy as jnp
@@ -187,7 +187,8 @@ def absolute_error(prediction: Prediction, target: jax.Array) -> jax.Array:
 def weigh_classes(objective: Objective, weights: Sequence[float]) -> Objective:
     """Returns an objective that multiplies each example's loss by the weight of its class.
 
-    An example of several classes has the mean of their weights, one of none the weight 1.
+    An example with several classes gets the mean of their weights, one without classes the weight
+    1.
 
     Args:
       objective: loss per example, such as :func:`paper_loss`.
@@ -224,7 +225,7 @@ LOSSES: dict[str, Objective] = {
     "binary_cross_entropy": binary_cross_entropy_loss,
     "squared_error": squared_error_loss,
 }
-# Networks of the authors' code, which has a scale of its own.
+# Presets of the authors' code, which scales the loss differently.
 _OFFICIAL = ("official", "cifar10", "smallnorb", "svhn")
 _ONE_CLASS = ("spread", "cross_entropy")
 _OF_LOGITS = ("cross_entropy", "binary_cross_entropy")
@@ -238,11 +239,11 @@ def choose_loss(
     several_classes: bool = False,
     regression: bool = False,
 ) -> str:
-    """Returns the loss's name; None chooses the one that the preset's source trains with.
+    """Returns the name of the loss; None chooses that of the preset's paper or code.
 
     Raises:
-      ValueError: the loss does not go with the network, not with images of several classes, or not
-        with numbers to predict.
+      ValueError: the loss does not fit the network, images with several classes, or numbers to
+        predict.
     """
     plain = isinstance(model, BaselineConfig)
     if name is None:
@@ -268,7 +269,7 @@ def choose_loss(
 
 
 def _difference(prediction: Prediction, target: jax.Array) -> jax.Array:
-    """Scores minus the target, which must have their shape."""
+    """Scores minus target; the shapes must be equal."""
     scores = prediction.scores
     if jnp.shape(target) != scores.shape:
         raise ValueError(
@@ -278,7 +279,7 @@ def _difference(prediction: Prediction, target: jax.Array) -> jax.Array:
 
 
 def _labels(prediction: Prediction, target: jax.Array) -> jax.Array:
-    """The target in the dtype of the scores, whose shape it must have."""
+    """The target in the dtype of the scores; the shapes must be equal."""
     scores = prediction.scores
     return as_one_hot("target", target, "scores", scores.shape).astype(scores.dtype)
 

@@ -29,7 +29,7 @@ def paper_optimizer(
       learning_rate: :math:`\eta_0`.
       decay_rate: :math:`\gamma`.
       decay_steps: :math:`T`; the decay is continuous.
-      floor: the learning rate never falls below it.
+      floor: lower bound of the learning rate.
 
     Returns:
       An optax transformation.
@@ -56,7 +56,7 @@ def exponential_schedule(
     """The schedule of :func:`paper_optimizer`."""
 
     def schedule(count: chex.Numeric) -> jax.Array:
-        # Not optax.exponential_decay, which takes the floor for a ceiling at a decay rate of 1.
+        # Not optax.exponential_decay, which treats the floor as a ceiling at a decay rate of 1.
         steps = jnp.asarray(count, jnp.float32)
         return jnp.maximum(learning_rate * decay_rate ** (steps / decay_steps), floor)
 
@@ -64,25 +64,25 @@ def exponential_schedule(
 
 
 def make_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
-    """Returns the learning rate by step that the options choose for a run of so many steps."""
+    """Returns the schedule that the options choose for a run of this many steps."""
     first, least, warmup = config.learning_rate, config.min_learning_rate, config.warmup_steps
     if config.schedule == "exponential":
         schedule = exponential_schedule(first, config.decay_rate, config.decay_steps, least)
     elif config.schedule == "cosine":
-        # At the last step, which is numbered one less than there are steps, the rate is the least.
+        # The rate reaches its minimum at the last step, whose number is one less than their count.
         length = max(total_steps - 1 - warmup, 1)
         schedule = optax.cosine_decay_schedule(first, length, alpha=least / first)
     else:
         schedule = optax.constant_schedule(first)
     if not warmup:
         return schedule
-    # The first step takes a part of the learning rate, not none of it.
+    # The first step uses a fraction of the learning rate, not zero.
     rising = optax.linear_schedule(first / (warmup + 1), first, warmup)
     return optax.join_schedules([rising, schedule], [warmup])
 
 
 def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
-    """Returns the optimizer that the options choose for a run of so many steps."""
+    """Returns the optimizer that the options choose for a run of this many steps."""
     schedule = make_schedule(config, total_steps)
     optimizer = optax.adam(schedule)
     if config.weight_decay:
@@ -93,7 +93,7 @@ def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTrans
 
 
 def _are_kernels(params: chex.ArrayTree) -> chex.ArrayTree:
-    """Which parameters multiply: neither biases nor scales, gates or priors."""
+    """Marks kernels: not biases, scales, gates or priors."""
 
     def is_kernel(path: tuple[Any, ...], _: jax.Array) -> bool:
         return jax.tree_util.keystr(path[-1:], simple=True).endswith("kernel")
@@ -104,15 +104,15 @@ def _are_kernels(params: chex.ArrayTree) -> chex.ArrayTree:
 def freeze(
     optimizer: optax.GradientTransformation, params: chex.ArrayTree, parts: Sequence[str]
 ) -> optax.GradientTransformation:
-    """Returns an optimizer that leaves these parts of a network's parameters as they are.
+    """Returns an optimizer that leaves these parts of a network unchanged.
 
     Args:
-      optimizer: of the other parameters.
-      params: nested dicts of arrays, as of :func:`split_network`.
-      parts: beginnings of names such as ``decoder.layers.0.kernel``, whole words of them.
+      optimizer: optimizer of the other parameters.
+      params: nested dicts of arrays, as from :func:`split_network`.
+      parts: beginnings of dotted names such as ``decoder.layers.0.kernel``, in whole words.
 
     Raises:
-      ValueError: a part is none of the network's, or nothing is left to train.
+      ValueError: the network has no such part, or nothing is left to train.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -1,4 +1,4 @@
-"""Checks of options, which every command shares."""
+"""Checks of options, shared by all commands."""
 
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -10,7 +10,7 @@ from capsjax.training.files import as_path
 
 
 def check_types(config: Any) -> None:
-    """Raises a ConfigError for values of other types; lists become tuples, and texts paths."""
+    """Raises a ConfigError for values of a wrong type; converts lists to tuples and str to Path."""
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
         try:
@@ -25,14 +25,14 @@ _TYPES = {
     bool: "True or False",
     int: "an integer",
     float: "a number",
-    str: "a text",
+    str: "a string",
     Path: "a path",
     tuple: "a tuple",
 }
 
 
 def _expected(kind: Any) -> str:
-    """The type of an option in words."""
+    """Describes the type of an option."""
     kinds = (kind,) if get_origin(kind) in (None, Literal, tuple) else get_args(kind)
     texts = [x for k in kinds if get_origin(k) is Literal for x in get_args(k)]
     others = [_TYPES[get_origin(k) or k] for k in kinds if (get_origin(k) or k) in _TYPES]
@@ -42,14 +42,14 @@ def _expected(kind: Any) -> str:
 
 
 def require(config: Any, name: str, holds: bool, expected: str) -> None:
-    """Raises a ConfigError that names an option unless something holds."""
+    """Raises a ConfigError that names an option unless `holds`."""
     if not holds:
         option = "--" + name.replace("_", "-")
         raise ConfigError(f"{option} must be {expected}, got {getattr(config, name)}")
 
 
 def require_at_least(config: Any, least: int, *names: str) -> None:
-    """Raises a ConfigError if one of these options is given and smaller."""
+    """Raises a ConfigError if one of these options is given and less than `least`."""
     for name in names:
         value = getattr(config, name)
         require(config, name, value is None or value >= least, f"at least {least}")

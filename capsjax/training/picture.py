@@ -1,4 +1,4 @@
-"""A picture of images over their reconstructions."""
+"""Draws images above their reconstructions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +20,14 @@ _PICTURED = 16
 
 
 def reconstruction_grid(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Arranges images in a row and their reconstructions in rows below them, on white.
+    """Arranges images in a row, with rows of reconstructions below them, on white.
 
     Args:
-      rows: pixels of each row in [0, 1], floating ``[N, H, W, C]``; RGB is the first three of
-        several channels, of two the first is drawn grey.
+      rows: pixels of each row in [0, 1], floating ``[N, H, W, C]``. The first three of three or
+        more channels are drawn as RGB; otherwise the first channel is drawn in grey.
 
     Returns:
-      uint8 ``[rows, columns, 3]``, enlarged by a whole factor to about 960 columns.
+      An image, uint8 ``[rows, columns, 3]``, enlarged by an integer factor to about 960 columns.
 
     Example:
       >>> import numpy as np
@@ -57,12 +57,12 @@ def draw_reconstructions(
     test: AnySplit,
     path: Path,
 ) -> None:
-    """Writes test images over their reconstructions as PNG, unless the network has no decoder."""
+    """Writes test images above their reconstructions as PNG, if the network has a decoder."""
     if not getattr(model, "decoder_features", ()):
         return
     try:
         from PIL import Image
-    except ImportError:  # on a machine that has only what computing needs
+    except ImportError:  # Pillow is optional in training
         return
     chosen = np.linspace(0, len(test.labels) - 1, min(_PICTURED, len(test.labels))).astype(int)
     numbers = jnp.asarray(chosen)
@@ -71,14 +71,14 @@ def draw_reconstructions(
     else:
         sample = sampler.test(as_batch(test), numbers)
     prediction, _ = jax.jit(apply)(variables, sample.images)
-    if test.labels.ndim > 1:  # any number of classes: those that are present, together
+    if test.labels.ndim > 1:  # any number of classes: the present ones together
         masks = sample.masks[:, None]
     else:
-        # The predicted classes of each image, as many as it shows.
+        # As many predicted classes as the image shows.
         _, predicted = jax.lax.top_k(prediction.scores, sampler.task.classes_per_image)
         masks = jax.nn.one_hot(predicted, sampler.num_classes)
     drawn, _ = jax.jit(apply)(variables, sample.images, target=masks)
-    # Pairs are shown as they are; otherwise the target, which is not standardised.
+    # Pairs are shown as they are; for other tasks the target, which is not standardised.
     is_pair = sample.drawings.ndim > sample.images.ndim
     rows = [
         sample.images if is_pair else sample.drawings,

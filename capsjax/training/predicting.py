@@ -1,4 +1,4 @@
-"""``capsjax predict``: the classes of images that are not of a data set."""
+"""``capsjax predict``: predicts the classes of image files."""
 
 import csv
 import dataclasses
@@ -29,31 +29,31 @@ class PredictConfig:
     """Predict the classes of images with a trained network."""
 
     run_dir: Path
-    """Directory of the run, or mnist_small for the network that comes with the package."""
+    """Run directory, or mnist_small for the network in the package."""
 
     images: tuple[Path, ...]
-    """Images; directories, whose images are read, those in directories inside of them too; or .npy
-    files of arrays [N, H, W, C] or [N, H, W] in the network's shape."""
+    """Images to read: files; directories, with their subdirectories; or .npy files of arrays [N, H,
+    W, C] or [N, H, W] in the network's shape."""
 
     checkpoint: str = "last"
-    """Which checkpoint: last, best (by validation error), or a step."""
+    """Checkpoint: last, best (lowest validation error), or a step."""
 
     output: Path | None = None
-    """File to write: CSV with the prediction and the scores of all classes for each image."""
+    """CSV file to write, with the prediction and the scores of all classes for each image."""
 
     threshold: float | None = None
-    """Predict all classes with at least this score, for networks of several classes in an image; if
-    not given, the class with the largest score, or the two with the largest for multi_mnist."""
+    """Predict all classes with at least this score, for networks of several classes per image. By
+    default, the class with the highest score is predicted, or the two highest for multi_mnist."""
 
     image_size: int | None = None
-    """Rows and columns to which images are scaled for a network that sees only their middle; 32 for
-    one of cifar10 if not given."""
+    """Rows and columns to which images are scaled for a network that sees only their center. By
+    default, 32 for networks trained on cifar10."""
 
     batch_size: int = 100
-    """Images in a batch."""
+    """Images per batch."""
 
     def __post_init__(self) -> None:
-        """Checks every option that can be checked without the network."""
+        """Checks the options that can be checked without the network."""
         check_types(self)
         expand_paths(self, "images", "output", remote=("run_dir",))
         require_at_least(self, 1, "batch_size", "image_size")
@@ -67,12 +67,12 @@ class Predictions(NamedTuple):
     """Predictions of images.
 
     Attributes:
-      names: the images' paths; those of an array end in its number, as in ``digits.npy[3]``.
-      scores: one per class, float32 ``[N, J]``; the larger, the likelier. Predicted numbers for a
-        network that was trained on such.
-      classes: numbers of the predicted classes of each image; None for predicted numbers.
+      names: paths of the images; for one in an array its index follows, as in ``digits.npy[3]``.
+      scores: scores of the classes, float32 ``[N, J]``; a higher score means a likelier class. For
+        regression, the predicted numbers.
+      classes: indices of the predicted classes of each image; None for regression.
       class_names: names of the classes, in the order of the scores.
-      unreadable: number of images that could not be read; each was named in a warning.
+      unreadable: number of images that could not be read; a warning named each.
     """
 
     names: list[str]
@@ -82,12 +82,12 @@ class Predictions(NamedTuple):
     unreadable: int
 
     def label(self, n: int) -> str:
-        """Names of the predicted classes of image n, joined by +."""
+        """Returns the names of the predicted classes of image n, joined by +."""
         assert self.classes is not None
         return "+".join(self.class_names[c] for c in self.classes[n])
 
     def lines(self) -> Iterator[str]:
-        """A table of the predicted classes with their scores, a line for each image."""
+        """Yields a table of the predicted classes and their scores, one line per image."""
         rows: list[tuple[str, ...]]
         if self.classes is None:
             rows = [(*self.class_names, "image")]
@@ -106,10 +106,10 @@ class Predictions(NamedTuple):
 
 
 def predict(config: PredictConfig) -> Predictions:
-    """Predicts the classes of images with a run's network, which needs no data set.
+    """Predicts the classes of images with a run's network; the run's data set is not needed.
 
-    Images are read as ``image_folder`` reads them, see :meth:`Classifier.read_image`. One that
-    cannot be read is named in a warning, and left out.
+    Images are read as in an ``image_folder``; see :meth:`Classifier.read_image`. An image that
+    cannot be read is named in a warning and left out.
 
     Args:
       config: the options.
@@ -118,9 +118,9 @@ def predict(config: PredictConfig) -> Predictions:
       :class:`Predictions`, in the order of the images.
 
     Raises:
-      ConfigError: an option is invalid, the directory holds no run, or see
+      ConfigError: an option is invalid, the directory holds no run, or as in
         :func:`load_classifier`.
-      capsjax.data.DataError: an image or a directory is missing, or a directory without images.
+      capsjax.data.DataError: an image or a directory is missing, or a directory holds no images.
       CheckpointError: the checkpoint cannot be read.
     """
     files = [file for path in config.images for file in list_images(path)]
@@ -132,7 +132,7 @@ def predict(config: PredictConfig) -> Predictions:
     scores = [np.empty((0, len(classifier.class_names)), np.float32)]
     images = reader.images(files)
     while batch := list(itertools.islice(images, config.batch_size)):
-        # The last of several batches is as large as the others, so that it needs no compilation.
+        # The last of several batches is padded to the size of the others, to avoid a compilation.
         size = config.batch_size if names else len(batch)
         names += [name for name, _ in batch]
         scores.append(_score(classifier, [pixels for _, pixels in batch], size))
@@ -155,7 +155,7 @@ def predict(config: PredictConfig) -> Predictions:
 def _score(
     classifier: Classifier, images: Sequence[npt.NDArray[Any]], batch_size: int
 ) -> npt.NDArray[np.float32]:
-    """Scores of a batch, in the widest of its dtypes, filled up to `batch_size`."""
+    """Scores a batch in the widest of its dtypes, padded to `batch_size`."""
     dtype = np.result_type(*images)
     stacked = np.stack([widened(pixels, dtype) for pixels in images])
     positions = np.minimum(np.arange(batch_size), len(images) - 1)
@@ -165,7 +165,7 @@ def _score(
 def _classes(
     scores: npt.NDArray[np.float32], number: int, threshold: float | None
 ) -> list[tuple[int, ...]]:
-    """The predicted classes in ascending order: those of the largest scores."""
+    """Returns the classes with the highest scores, in ascending order."""
     if threshold is not None:
         return [tuple(np.flatnonzero(row >= threshold).tolist()) for row in scores]
     order = np.argsort(-scores, axis=1, kind="stable")
@@ -173,7 +173,7 @@ def _classes(
 
 
 class _Reader:
-    """Reads images for a network, and counts those that it cannot read."""
+    """Reads images for a network, and counts the unreadable ones."""
 
     def __init__(self, classifier: Classifier):
         self._classifier = classifier
@@ -181,7 +181,7 @@ class _Reader:
         self.unreadable = 0
 
     def images(self, files: Sequence[Path]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-        """Names and pixels of the images that can be read."""
+        """Yields names and pixels of the readable images."""
         for file in files:
             try:
                 if file.suffix == ".npy":
@@ -194,7 +194,7 @@ class _Reader:
                 _log.warning("%s", error)
 
     def report(self) -> None:
-        """Warns of images of which a part is lost."""
+        """Warns about images that lose data."""
         for what, number in self._lost.items():
             _log.warning("reads %s: %s files", what, f"{number:,}")
 
@@ -220,7 +220,7 @@ class _Reader:
 
 
 def _write(path: Path, predictions: Predictions) -> None:
-    """Writes a line of CSV for each image."""
+    """Writes a CSV line for each image."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     names = predictions.class_names

@@ -1,7 +1,7 @@
-"""Several processes as one: what process 0 reads or decides is told to all.
+"""Coordinates several processes: all of them get what process 0 reads or decides.
 
-The processes are those of ``jax.distributed``, and speak through its coordination service. Alone, a
-process does all of this by itself: nothing here costs it anything.
+The processes are those of ``jax.distributed`` and communicate through its coordination service. For
+a single process, nothing here adds any cost.
 """
 
 import contextlib
@@ -26,32 +26,32 @@ from capsjax.errors import CapsjaxError, ConfigError, ProcessError
 T = TypeVar("T")
 Tree = TypeVar("Tree")
 
-_PATIENCE = 30 * 60  # seconds to wait for a process that is alive
-_heartbeat_timeout = 100.0  # JAX's own, unless `initialize` was given another
+_PATIENCE = 30 * 60  # seconds to wait for a live process
+_heartbeat_timeout = 100.0  # JAX's default, unless `initialize` was given another
 _command = "capsjax"  # in messages
-_GRACE = 2.0  # seconds in which a process may report an error that another one reports too
+_GRACE = 2.0  # seconds for a process to report its own error before it reports another's
 _WATCH_SECONDS = 1.0
-_KEPT = 1000  # answers of process 0 that others may not have read yet
+_KEPT = 1000  # latest answers of process 0 to keep: others may not have read them yet
 
 
 def know(command: str, heartbeat_timeout: float) -> None:
-    """Takes the name of the command, for messages, and how long the lost may be silent."""
+    """Sets the command's name, for messages, and the heartbeat timeout."""
     global _command, _heartbeat_timeout
     _command, _heartbeat_timeout = command, heartbeat_timeout
 
 
 def number() -> int:
-    """Returns the number of processes, without starting JAX's devices."""
+    """Returns the number of processes, without initialising JAX's devices."""
     return 1 if _client() is None else _state().num_processes
 
 
 def index() -> int:
-    """Returns the number of this process, from 0."""
+    """Returns the index of this process, from 0."""
     return 0 if _client() is None else _state().process_id
 
 
 def is_first() -> bool:
-    """Whether this is process 0, whose files the run's files are."""
+    """Whether this is process 0, which writes all files of the run."""
     return index() == 0
 
 
@@ -60,13 +60,13 @@ _telling = False
 
 
 def first(function: Callable[[], T], kind: type[T]) -> T:
-    """Calls a function in process 0; returns its value, or raises its error, in all of them.
+    """Calls a function in process 0, and returns its value or raises its error in all processes.
 
-    All processes must call this the same number of times in the same order.
+    All processes must make the same calls in the same order.
 
     Args:
       function: called in process 0 alone.
-      kind: type of its value: of JSON values, dataclasses or tuples.
+      kind: type of its value: JSON values, dataclasses or tuples.
 
     Example:
       >>> from capsjax.training.processes import first
@@ -95,7 +95,7 @@ def first(function: Callable[[], T], kind: type[T]) -> T:
 
 
 def decide(value: T) -> T:
-    """Returns the value that process 0 has, a number or a string, in all processes."""
+    """Returns the value of process 0, a number or a string, in all processes."""
     return first(lambda: value, type(value))
 
 
@@ -104,13 +104,13 @@ def share(function: Callable[[], Tree], like: Tree) -> Tree:
 
     Args:
       function: called in process 0 alone.
-      like: arrays, or their shapes and dtypes, as the function returns them.
+      like: arrays, or shapes and dtypes, as the function returns them.
     """
     if number() == 1:
         return function()
     made: list[Tree] = []
     first(lambda: made.append(function()), type(None))
-    # As bytes: the sum with the zeros of the others would change the sign of a zero.
+    # As bytes, since broadcasting adds the others' zeros, which would change the sign of -0.
     source = made[0] if made else jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
     sent = multihost_utils.broadcast_one_to_all(jax.tree.map(_as_bytes, source))
     copied: Tree = jax.tree.map(
@@ -128,11 +128,11 @@ def checksum(tree: Any) -> int:
 
 
 def check_alike(values: Mapping[str, Any], *, what: str) -> None:
-    """Raises a ConfigError in all processes unless they have the same values.
+    """Raises a ConfigError in all processes unless their values are equal.
 
     Args:
-      values: what is compared, by name; JSON values.
-      what: a word for all of it.
+      values: JSON values to compare, by name.
+      what: a word for them, for the message.
     """
     if number() == 1:
         return
@@ -155,19 +155,19 @@ def check_alike(values: Mapping[str, Any], *, what: str) -> None:
 
 
 def next_turn() -> int:
-    """Returns a number that is new, and the same in all processes."""
+    """Returns a new number, the same in all processes."""
     return next(_counter)
 
 
 def ask_to_stop(received: signal.Signals, turn: int) -> None:
-    """Asks process 0 to stop all processes in what began with a turn."""
+    """Asks process 0 to stop the work that began with this turn in all processes."""
     if number() > 1:
         key = f"capsjax/stop/{turn}/{index()}"
         _client().key_value_set(key, received.name, allow_overwrite=True)
 
 
 def asked_to_stop(turn: int) -> signal.Signals | None:
-    """In process 0: returns the signal that a process has asked to stop for."""
+    """In process 0, returns the signal for which a process has asked to stop, or None."""
     asked = _client().key_value_dir_get(f"capsjax/stop/{turn}/") if number() > 1 else []
     return signal.Signals[asked[0][1]] if asked else None
 
@@ -178,7 +178,7 @@ _reported = False
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """While entered, this process ends if another one fails, and the others end if it does."""
+    """While entered, a failure of one process ends all of them."""
     global _watched
     if number() == 1 or _watched:
         yield
@@ -208,7 +208,7 @@ def report_failure(error: BaseException) -> None:
     if client is None or number() == 1 or _reported:
         return
     _reported = True
-    is_interrupt = isinstance(error, KeyboardInterrupt)  # whose text is the signal's number
+    is_interrupt = isinstance(error, KeyboardInterrupt)  # its text is the signal's number
     text = "interrupted" if is_interrupt else str(error) or type(error).__name__
     with contextlib.suppress(Exception):  # the others may be gone
         client.key_value_set(f"capsjax/failed/{index()}", text, allow_overwrite=True)
@@ -216,13 +216,13 @@ def report_failure(error: BaseException) -> None:
         end = time.monotonic() + 5 * _GRACE
         while is_first() and time.monotonic() < end:
             if len(client.key_value_dir_get("capsjax/gone/")) == number():
-                time.sleep(0.2)  # in which they end
+                time.sleep(0.2)  # for them to end
                 return
             time.sleep(0.1)
 
 
 def wait_for_all(name: str) -> None:
-    """Waits until all processes have come to a point of this name, once."""
+    """Waits until all processes have reached this point; each name serves once."""
     if number() > 1:
         try:
             _client().wait_at_barrier(name, _PATIENCE * 1000)
@@ -236,7 +236,7 @@ def _watch(over: threading.Event) -> None:
     while not over.wait(_WATCH_SECONDS):
         try:
             failed = client.key_value_dir_get("capsjax/failed/")
-        except Exception:  # process 0 is lost, and the runtime is going to say so
+        except Exception:  # process 0 is lost, which the runtime will report
             continue
         others = sorted((int(key.rpartition("/")[2]), text) for key, text in failed)
         others = [(process, text) for process, text in others if process != index()]
@@ -247,26 +247,26 @@ def _watch(over: threading.Event) -> None:
 
 
 def _end(message: str) -> NoReturn:
-    """Ends the process from another thread, while the main one may wait for the devices."""
+    """Ends the process from another thread, because the main thread may wait for the devices."""
     print(f"{_command}: error: {message}", file=sys.stderr, flush=True)
     with contextlib.suppress(Exception):
         _client().key_value_set(f"capsjax/gone/{index()}", "", allow_overwrite=True)
     os._exit(1)
 
 
-# Words of errors of operations on several devices.
+# Words in the errors of operations on several devices.
 _OF_CONNECTIONS = ("Gloo", "gloo", "collective", "peer", "Socket", "NCCL", "UNAVAILABLE")
 
 
 def _wait_for_end(error: Exception) -> NoReturn:
-    """Waits for the runtime, which ends this process and says which other one was lost."""
+    """Waits for the runtime to end this process and to report which other one was lost."""
     time.sleep(_heartbeat_timeout + 15)
     line = str(error).partition("\n")[0]
     raise ProcessError(f"the processes lost each other: {line}") from None
 
 
 class _Error(msgspec.Struct):
-    """An error that is raised again in another process."""
+    """An error, to be raised again in another process."""
 
     kind: str
     text: str
@@ -298,7 +298,7 @@ def _tell(key: str, value: Any) -> None:
     _client().key_value_set_bytes(key, msgspec.msgpack.encode(value))
     stem, _, turn = key.rpartition("/")
     if stem == "capsjax/told" and int(turn) >= _KEPT:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # a turn of another kind
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # that turn was of another kind
             _client().key_value_delete(f"{stem}/{int(turn) - _KEPT}")
 
 
@@ -323,7 +323,7 @@ def _shown(value: Any) -> str:
 
 
 def _state() -> Any:
-    # JAX has no public name for its coordination service; Orbax uses the same one.
+    # JAX has no public name for its coordination service; Orbax uses the same private one.
     from jax._src import distributed
 
     return distributed.global_state

@@ -1,9 +1,9 @@
-"""The programs that run on the devices: many train steps, an evaluation.
+"""The programs that run on the devices: many train steps, or an evaluation.
 
-The data lie on the devices; a call costs the host a few scalars. The number of steps per call is
-an argument, not a constant of the program: one compilation serves every call, whether it ends at a
-checkpoint, at the end of an epoch or because someone asked to stop. Several seeds are a `vmap` over
-the same program: what differs between them has a leading axis.
+The data stay on the devices, and a dispatch transfers only a few scalars. The number of steps is an
+argument of the program, not a constant, so that one compilation serves every dispatch: up to a
+checkpoint, to the end of an epoch or to a requested stop. Several seeds are a `vmap` over the same
+program; what differs between them has a leading axis.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,17 +29,17 @@ from capsjax.training.step import (
 
 NEVER = jnp.iinfo(jnp.int32).max
 _SECONDS_PER_CALL = 0.5
-# Steps whose samples a GPU makes at once, and bytes that these may take.
+# Largest number of steps whose samples a GPU makes at once, and bytes that these may take.
 _MOST_AHEAD, _BYTES_AHEAD = 16, 2**26
 Tree = TypeVar("Tree")
 
 
 class StepSums(NamedTuple):
-    """Sums over the steps of one call.
+    """Sums over the steps of one dispatch.
 
     Attributes:
       loss: sum of the losses, float32.
-      error: sum of the shares of wrong predictions, float32.
+      error: sum of the error rates, float32.
       bad_step: the first step whose loss was not finite, int32; :data:`NEVER` if all were.
     """
 
@@ -76,8 +76,8 @@ Evaluate = Callable[..., EvaluationSums]
 def make_step(train_step: TrainStep, sampler: Sampler, driver: Driver, *, batch_size: int) -> Step:
     """Returns ``step(state, examples, order, key) -> (state, metrics)``, for a driver to compile.
 
-    Step t takes the examples at positions ``t % (N // B) * B`` and following of the epoch's order,
-    and the key ``fold_in(key, t)``.
+    Step t uses the key ``fold_in(key, t)`` and the B examples of the epoch's order that begin at
+    position ``t % (N // B) * B``.
 
     Args:
       train_step: from :func:`make_train_step` with the driver's axis name.
@@ -119,8 +119,8 @@ def make_run_steps(
 ) -> RunSteps:
     """Compiles ``run_steps(state, examples, order, key, num_steps) -> (state, sums)``.
 
-    The steps are those of :func:`make_step`, whose arguments these are too. The state is donated.
-    Calls must not cross the end of an epoch, or of a chunk.
+    The steps and the arguments are those of :func:`make_step`. The state is donated. A call must
+    not cross the end of an epoch or of a chunk.
 
     Args:
       train_step: as in :func:`make_step`.
@@ -128,8 +128,8 @@ def make_run_steps(
       driver: as in :func:`make_step`.
       batch_size: as in :func:`make_step`.
       several_seeds: whether state, order, key and sums have a leading axis over seeds.
-      streamed: whether the examples are a chunk of batches, from :meth:`Driver.place_chunk`, and
-        the order is the number of the step that its first batch is for.
+      streamed: whether the examples are a chunk of batches, from :meth:`Driver.place_chunk`. The
+        order is then the step number of its first batch.
     """
     step = make_step(train_step, sampler, driver, batch_size=batch_size)
     if streamed:
@@ -139,7 +139,7 @@ def make_run_steps(
     def run_drawn_ahead(
         state: TrainState, examples: Batch, order: jax.Array, key: jax.Array, num_steps: jax.Array
     ) -> tuple[TrainState, StepSums]:
-        """The same steps, whose samples are made for many of them at once."""
+        """The same steps, with the samples of many steps made at once."""
         sample = jax.eval_shape(draw, state.step, examples, order, key)
         ahead = max(1, min(_MOST_AHEAD, _BYTES_AHEAD // _nbytes(sample)))
 
@@ -170,7 +170,7 @@ def make_run_steps(
 
         return jax.lax.fori_loop(0, num_steps, body, (state, _no_sums()))
 
-    # A sample takes dozens of small kernels, each of which takes longer to launch than to run.
+    # Making a sample takes dozens of small kernels, which take longer to launch than to run.
     function = run_drawn_ahead if _launches_kernels(driver) and not streamed else run_steps
     if several_seeds:
         function = jax.vmap(function, (0, None, 0, 0, None))
@@ -182,7 +182,7 @@ def make_run_steps(
 def _make_streamed_step(
     train_step: TrainStep, sampler: Sampler, driver: Driver, batch_size: int
 ) -> Step:
-    """The step of :func:`make_step` where the batch has been selected on the host."""
+    """The step of :func:`make_step` for batches that were selected on the host."""
 
     def step(
         state: TrainState, chunk: Batch, first: jax.Array, key: jax.Array
@@ -202,7 +202,7 @@ def measure(
     """Returns the loss and the metrics of each example, float32 ``[B]``.
 
     Raises:
-      ValueError: one of them is not a real number per example.
+      ValueError: one of them is not one real number per example.
     """
     loss = objective(prediction, sample.target, sample.drawings)
     check_per_example("objective", loss, sample)
@@ -226,20 +226,18 @@ def make_evaluate(
     """Compiles ``evaluate(variables, examples, first, num_batches, num_examples) -> sums``.
 
     Evaluates batches ``first`` to ``first + num_batches - 1`` of the first ``num_examples`` test
-    samples; batches beyond the last one, and the missing part of a last partial batch, count
-    nothing.
+    samples. Batches beyond the last, and the missing part of a partial last batch, are not counted.
 
     Args:
       apply: the network as a pure function.
-      objective: loss per example, with the true classes as target; one with a parameter ``step`` is
-        not given it.
+      objective: loss per example, with the true classes as target; called without ``step``.
       sampler: makes the samples from the examples.
       driver: where it runs.
       batch_size: examples in the whole batch.
       metrics: other values per example, ``(prediction, target) -> [B]``, by name.
       several_seeds: whether variables and sums have a leading axis over seeds.
-      streamed: whether the examples are a chunk of batches, from :meth:`Driver.place_chunk`; a
-        further argument, ``begin``, is the number of its first batch.
+      streamed: whether the examples are a chunk of batches, from :meth:`Driver.place_chunk`. A
+        further argument, ``begin``, is then the number of its first batch.
     """
     as_integer("batch_size", batch_size)
     measured = dict(metrics or {})
@@ -311,21 +309,21 @@ def make_evaluate(
 
 
 class Pace:
-    """Chooses how much work one call of the devices gets, so that it lasts about half a second.
+    """Chooses the amount of work per dispatch, so that each takes about half a second.
 
     Args:
-      limit: largest amount.
+      limit: the largest amount.
     """
 
     def __init__(self, limit: int):
         self._limit, self._amount, self._calls = limit, 1, 0
 
     def amount(self, remaining: int) -> int:
-        """Returns the amount for the next call, at most what remains."""
+        """Returns the amount for the next dispatch, at most `remaining`."""
         return max(1, min(self._amount, remaining))
 
     def observe(self, amount: int, seconds: float) -> None:
-        """Learns how long a call took; the first is left out, it includes the compilation."""
+        """Records how long a dispatch took; the first is ignored, as it includes compilation."""
         self._calls += 1
         if self._calls > 1:
             fitting = int(_SECONDS_PER_CALL * amount / max(seconds, 1e-6))
@@ -338,7 +336,7 @@ def as_batch(split: Split) -> Batch:
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
-    """Joins what differs between seeds along a new leading axis; one alone stays as it is."""
+    """Stacks trees of several seeds along a new leading axis; returns a single one unchanged."""
     if len(trees) == 1:
         return trees[0]
     stacked: Tree = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

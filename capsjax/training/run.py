@@ -1,4 +1,4 @@
-"""Whole runs: from options to finished run directories, of one seed or of several at once."""
+"""Whole runs, from options to finished run directories, for one seed or several at once."""
 
 import contextlib
 import dataclasses
@@ -41,12 +41,12 @@ class Result:
     """Result of a run.
 
     Attributes:
-      run_dir: its directory.
-      step: steps taken.
+      run_dir: directory of the run.
+      step: number of steps taken.
       test: evaluation of the last parameters on the whole test set; None if the run was stopped.
-      validation_error: of the last checkpoint that was validated, or None.
+      validation_error: error rate of the last validation, or None.
       first_step: the step at which this process began: 0, or that of the resumed checkpoint.
-      seconds: time in this process, compilation included.
+      seconds: wall time in this process, including compilation.
       stopped_by: the signal that stopped the run before its end, or None.
     """
 
@@ -68,17 +68,17 @@ def train(
     optimizer: optax.GradientTransformation | None = None,
     metrics: Mapping[str, Metric] | None = None,
 ) -> Result:
-    """Trains a network, or goes on with a run.
+    """Trains a network, or resumes a run.
 
     Args:
       config: the options.
-      model: the network's configuration; the preset's for the data set when None. A resumed run
-        keeps its own.
-      dataset: the images; loaded by the options when None.
+      model: the network's configuration; when None, that of the preset, adapted to the data set. A
+        resumed run keeps its configuration.
+      dataset: the images; loaded as the options say when None.
       objective: ``(prediction, target, images) -> losses``, one per example; see
-        :func:`make_train_step`. Chosen by the options when None.
-      optimizer: an optax transformation; Adam by the options when None. A run that was trained with
-        an objective or an optimizer that was given is resumed with the same.
+        :func:`make_train_step`. When None, chosen by the options.
+      optimizer: an optax transformation; when None, Adam with the options' settings. A run with a
+        given objective or optimizer must be resumed with the same one.
       metrics: other values per example, ``(prediction, target) -> [B]``, by name; their means over
         validation and test images are recorded.
 
@@ -129,25 +129,25 @@ def train_seeds(
     metrics: Mapping[str, Metric] | None = None,
     deadline: float = math.inf,
 ) -> list[Result]:
-    """Trains several seeds at once, by ``vmap``; each leaves a run directory of its own.
+    """Trains several seeds at once, by ``vmap``; each has its own run directory.
 
-    Runs that are resumed together go on from the last step of which all have a checkpoint.
+    Runs that are resumed together continue from the last step of which all have a checkpoint.
 
     Args:
-      configs: the options of each run, which differ in `seed` and `run_dir` only.
+      configs: the options of each run, which may differ only in `seed` and `run_dir`.
       model: as in :func:`train`.
       dataset: as in :func:`train`.
       objective: as in :func:`train`.
       optimizer: as in :func:`train`.
       metrics: as in :func:`train`.
-      deadline: the value of `time.monotonic` at which the runs save and end, as when stopped.
+      deadline: the value of `time.monotonic` at which the runs save and stop.
 
     Returns:
       A :class:`Result` for each run.
 
     Raises:
-      ConfigError: as in :func:`train`; or the options differ in more, or `until_error` or
-        `patience` is given, which may end the runs at different steps.
+      ConfigError: as in :func:`train`; also if the options differ otherwise, or if several runs
+        have `until_error` or `patience`, which may end them at different steps.
     """
     started = time.monotonic()
     check_together(configs)
@@ -157,7 +157,7 @@ def train_seeds(
     with contextlib.ExitStack() as opened:
         opened.enter_context(processes.together())
         if processes.number() > 1:
-            opened.enter_context(stop)  # one that ended while it begins would end the others
+            opened.enter_context(stop)  # a signal in the meantime must not end this process alone
         _check_alike(configs, model, dataset, custom)
         name = configs[0].dataset if dataset is None else dataset.name
         directories = [RunDirectory(_run_dir(each, name)) for each in configs]
@@ -180,10 +180,10 @@ def train_seeds(
                 directory.create()
             _lock(directories, opened)
             for directory in directories:
-                directory.check_new()  # what another process may have begun meanwhile
+                directory.check_new()  # another process may have started a run meanwhile
         try:
             for directory, each in zip(directories, stored, strict=True):
-                # A resumed run may have become longer, and may have to be resumed again.
+                # A resumed run may have new options, and may have to be resumed again.
                 directory.write_config(each)
             return _run(setup, stored, directories, started, stop)
         except BaseException:
@@ -216,7 +216,7 @@ def _check_alike(
     """Raises a ConfigError unless all processes were started with the same options."""
     config = configs[0]
     options = {**config.to_json(), "resume": config.resume, "auto_resume": config.auto_resume}
-    for name in ("data_dir", "init_from"):  # compared by their contents, on each host its own
+    for name in ("data_dir", "init_from"):  # the contents are compared, paths may differ
         del options[name]
     values = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
     values |= {
@@ -224,7 +224,7 @@ def _check_alike(
         "run directories": [str(c.run_dir) for c in configs],
     }
     values |= {"model": None if model is None else repr(model), "custom": custom.shaping}
-    values["a data set of its own"] = dataset is not None
+    values["a data set given in Python"] = dataset is not None
     processes.check_alike(values, what="options")
 
 
@@ -234,7 +234,7 @@ def _start(
     dataset: Dataset | None,
     custom: Custom,
 ) -> tuple[Setup, list[RunConfig]]:
-    """What new runs compute, and what is stored of each."""
+    """Returns what new runs compute, and the stored configuration of each."""
     config = configs[0]
     config.check_effect()
     given = dataset is not None
@@ -265,7 +265,7 @@ def _resume(
     dataset: Dataset | None,
     custom: Custom,
 ) -> tuple[Setup, list[RunConfig]]:
-    """What resumed runs compute, and what is stored of each."""
+    """Returns what resumed runs compute, and the stored configuration of each."""
     resumed = [directory.read_config() for directory in directories]
     for each, before in zip(configs, resumed, strict=True):
         check_same_run(each, model, before)
@@ -274,12 +274,12 @@ def _resume(
             both = (before.custom, custom.shaping)
             then, now = (" and ".join(names) or "neither" for names in both)
             raise ConfigError(
-                f"of objective and optimizer the run in {each.run_dir} was given {then} in Python,"
-                f" and must be to go on, got {now}"
+                f"to resume the run in {each.run_dir}, give the same objective and optimizer in"
+                f" Python as at its start: {then}, got {now}"
             )
     stratified = {before.stratified for before in resumed}
     if len(stratified) > 1:
-        raise ConfigError("these runs hold out different images; resume each by itself")
+        raise ConfigError("these runs hold out different images; resume each one alone")
     if dataset is None:
         config, before = configs[0], resumed[0]
         other = config.data_dir if config.data_dir != before.train.data_dir else None
@@ -291,7 +291,7 @@ def _resume(
     assert model is not None  # there is at least one run
     configs[0].check_learning_rate()
     if not any(directory.last_checkpoint() for directory in directories):
-        say(f"the run in {directories[0].path} has no checkpoint, and begins at step 0 again")
+        say(f"the run in {directories[0].path} has no checkpoint and starts again at step 0")
     setup = set_up(
         configs,
         model,
@@ -312,8 +312,8 @@ def _resume(
 
 
 def _changes(before: RunConfig, config: TrainConfig, step: int) -> list[dict[str, Any]]:
-    """What a run that is resumed at this step records of a change of its learning rate."""
-    # A cosine ends at the last step.
+    """Returns the record of a changed learning rate for a run that is resumed at this step."""
+    # A cosine schedule depends on the last step.
     names = (*OF_LEARNING_RATE, *(("steps", "epochs") if config.schedule == "cosine" else ()))
     options = {name: getattr(config, name) for name in names}
     changed = {n: v for n, v in options.items() if v != getattr(before.train, n)}
@@ -327,13 +327,13 @@ def _run(
     started: float,
     stop: StopRequest,
 ) -> list[Result]:
-    """Trains to the end, or until the runs are stopped."""
+    """Trains to the end or until the runs are stopped."""
     config = setup.config
     data = dataclasses.asdict(stored[0].data)
     processes.check_alike({_words(name): value for name, value in data.items()}, what="data")
     initial = {"the checksum of the initial parameters": processes.checksum(setup.initial)}
     processes.check_alike(initial, what="machines and packages")
-    # The request ends first: while files are closed, a signal ends the process.
+    # The stop request is exited first, so that a signal ends the process while files are closed.
     with contextlib.ExitStack() as opened, stop:
         pairs = zip(directories, stored, strict=True)
         checkpoints = [
@@ -385,10 +385,10 @@ def check_same_run(
     *,
     may_change_rate: bool = True,
 ) -> None:
-    """Raises a ConfigError unless options, and the network if any, are those of a run."""
+    """Raises a ConfigError unless the options, and the network if given, are those of the run."""
     config.check_resumes(before.train, may_change_rate=may_change_rate)
     if model is not None and model != before.model:
-        raise ConfigError(f"the run in {config.run_dir} is of another network: {before.model}")
+        raise ConfigError(f"the run in {config.run_dir} trains another network: {before.model}")
 
 
 def _words(name: str) -> str:
@@ -396,10 +396,10 @@ def _words(name: str) -> str:
 
 
 def _write_results(run: Run, progress: Progress, results: Sequence[Result]) -> None:
-    """Writes the result of each run, and then the pictures."""
+    """Writes the result of each run, then the pictures."""
     setup = run.setup
     for directory, result in zip(run.directories, results, strict=True):
-        assert result.test is not None  # results are written of runs that were tested
+        assert result.test is not None  # results are written only after the test
         values = {
             "step": result.step,
             "test_error": None if setup.is_regression else result.test.error,
@@ -419,7 +419,7 @@ def _write_results(run: Run, progress: Progress, results: Sequence[Result]) -> N
 
 
 def _check_unfinished(setup: Setup, directories: Sequence[RunDirectory]) -> None:
-    """Raises a ConfigError if there is nothing left to do in any directory."""
+    """Raises a ConfigError if all of these runs are finished."""
     results = [each.read_result() for each in directories]
     _, history = read_history(setup, [each.read_metrics() for each in directories])
     ends = [r.step for r in results if r and is_over(setup, r.step, history)]

@@ -1,8 +1,8 @@
-"""Translates the log of JAX's runtime: a program of its own, which imports nothing of capsjax.
+"""Filters the log of JAX's runtime, as a separate program that does not import capsjax.
 
-When a process loses the others, the runtime logs a page and aborts, and nothing in the process can
-catch that. What the process writes to its standard streams from C++ goes through this program: it
-says in one line what happened, and passes on everything else.
+When a process loses the others, the runtime logs a page of text and aborts, which nothing in the
+process can catch. This program receives what C++ writes to the process's standard streams. It
+reports in one line what happened, and passes everything else on.
 """
 
 import json
@@ -15,7 +15,7 @@ _FATAL = re.compile(
     rb"F\d{4} .*Terminating process because the JAX distributed service"
     rb"|terminate called after throwing an instance of 'gloo"
 )
-# Reports of what the fatal line is going to say, and of connections that succeeded.
+# Lines that announce the fatal one, and reports of connections that succeeded.
 _NOISE = re.compile(
     rb"[EW]\d{4} .*(coordination_service|add_port)|\[Gloo\] Rank|.*connected to \d+ peer ranks"
 )
@@ -29,9 +29,9 @@ class Job(NamedTuple):
 
     Attributes:
       prog: the command, for messages.
-      process_id: of this process.
-      num_processes: of all; None if the cluster knows.
-      heartbeat_timeout: seconds after which a silent process counts as lost.
+      process_id: index of this process.
+      num_processes: number of processes; None if the cluster determines it.
+      heartbeat_timeout: seconds of silence after which a process counts as lost.
       start_timeout: seconds that processes wait for each other at the start.
     """
 
@@ -43,20 +43,21 @@ class Job(NamedTuple):
 
 
 def explain(log: str, job: Job) -> str:
-    r"""Returns in one line why the runtime ended the process.
+    r"""Explains in one line why the runtime ended the process.
 
     Args:
-      log: what the runtime logged of it.
+      log: what the runtime logged.
       job: how the process was started.
 
     Example:
       >>> from capsjax.training.runtime_log import Job, explain
       >>> job = Job("capsjax train", 0, 2, heartbeat_timeout=60, start_timeout=45)
       >>> explain("UNAVAILABLE: … tasks are unhealthy (stopped sending heartbeats):\n1", job)
-      'process 1 was lost: no heartbeat for 60 s; start all processes again, on --resume'
+      'process 1 was lost: no heartbeat for 60 s; start all processes again, with --resume'
     """
-    again = "start all processes again, on --resume"
-    all_of_them = "all processes" if job.num_processes is None else f"all {job.num_processes}"
+    again = "start all processes again, with --resume"
+    number = "" if job.num_processes is None else f" {job.num_processes}"
+    all_of_them = f"all{number} processes"
     if found := re.search(r"stopped sending heartbeats\):((?:\s+(?:/job:\S+:)?\d+\b)+)", log):
         lost = re.findall(r"(\d+)$", found[1], re.MULTILINE)
         which = f"process {lost[0]} was" if len(lost) == 1 else f"processes {', '.join(lost)} were"
@@ -67,19 +68,19 @@ def explain(log: str, job: Job) -> str:
     if found := re.search(twice, log):
         which = str(job.process_id) if found[1] is None else found[1]
         return (
-            f"two processes were started with --process-id {which}, or another job with the same"
-            " port of --coordinator"
+            f"two processes were started with --process-id {which}, or another job uses the same"
+            " --coordinator port"
         )
     if "/RegisterTask" in log:
-        late = f"not {all_of_them} came within {job.start_timeout} s"
-        if job.num_processes is None:  # as the cluster says
-            return f"{late}; --num-processes 1 trains in this one alone"
+        late = f"not {all_of_them} joined within {job.start_timeout} s"
+        if job.num_processes is None:  # the cluster determines it
+            return f"{late}; --num-processes 1 trains in this process alone"
         return (
             f"{late}: start each --process-id from 0 once, with the same --coordinator and"
             " --num-processes"
         )
     if "/Heartbeat" in log or "Failed to send RPC to coordination service" in log:
-        return f"process 0 was lost, which coordinates the others; {again}"
+        return f"process 0, which coordinates the others, was lost; {again}"
     if "'gloo" in log:
         return f"the connection to another process was lost; {again}"
     reason = re.search(r"absl::Status: (.*)", log)
@@ -87,9 +88,9 @@ def explain(log: str, job: Job) -> str:
 
 
 def main() -> None:
-    """Reads the log from standard input to its end, and writes to standard error."""
+    """Filters the log from standard input to standard error, up to its end."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # it ends when the process does
+        signal.signal(number, signal.SIG_IGN)  # it ends with the process
     job = Job(**json.loads(sys.argv[1]))
     kept: list[bytes] = []
     fatal = noise = False
@@ -109,15 +110,15 @@ def _write(line: bytes) -> None:
     try:
         sys.stderr.buffer.write(line)
         sys.stderr.buffer.flush()
-    except OSError:  # the terminal, or the next program, may be gone
+    except OSError:  # the reader may be gone
         pass
 
 
-_running: list[Any] = []  # which ends when this process does
+_running: list[Any] = []  # kept open until this process ends
 
 
 def start(job: Job) -> None:
-    """Starts this program, and sends what C and C++ write to the standard streams through it."""
+    """Starts this program, and redirects what C and C++ write to the standard streams to it."""
     import os
     import subprocess
 
@@ -127,14 +128,14 @@ def start(job: Job) -> None:
         [sys.executable, "-S", "-E", __file__, json.dumps(job._asdict())],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        start_new_session=True,  # it survives what is sent to the group of the process
+        start_new_session=True,  # so that signals to the process group do not reach it
     )
     assert translator.stdin is not None  # it is a pipe
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         direct = os.dup(number)
         os.dup2(translator.stdin.fileno(), number)
-        # Python itself goes on to write where it wrote before, a terminal perhaps.
+        # Python itself keeps writing to the original stream, which may be a terminal.
         text = open(  # noqa: SIM115
             direct, "w", encoding=stream.encoding, errors=stream.errors, buffering=1
         )

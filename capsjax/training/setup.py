@@ -1,4 +1,4 @@
-"""What runs compute: programs, data and the first state, built from options."""
+"""Builds what runs compute from options: programs, data and the initial state."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ _EPOCHS = 20
 
 
 class Custom(NamedTuple):
-    """What is given in Python in place of what the options choose.
+    """What is given in Python, replacing what the options choose.
 
     Attributes:
       objective: loss per example; see :func:`make_train_step`.
@@ -62,18 +62,18 @@ class Custom(NamedTuple):
     metrics: Mapping[str, Metric] | None = None
 
     def check(self, config: TrainConfig) -> None:
-        """Raises a TypeError or ConfigError if it cannot be used, or an option has no effect."""
+        """Raises a TypeError or ConfigError if it is unusable, or an option has no effect."""
         if self.objective is not None:
             check_callable(objective=self.objective)
-            config.check_default("on an objective that is given", "loss", "class_weights")
+            config.check_default("when an objective is given", "loss", "class_weights")
         if self.optimizer is not None:
             check_optimizer(self.optimizer)
             names = (*OF_LEARNING_RATE, "weight_decay", "clip_norm")
-            config.check_default("on an optimizer that is given", *names)
+            config.check_default("when an optimizer is given", *names)
 
     @property
     def shaping(self) -> tuple[str, ...]:
-        """Names of what is given and shapes the parameters."""
+        """Names of the given parts that affect the parameters."""
         given = {"objective": self.objective, "optimizer": self.optimizer}
         return tuple(name for name, value in given.items() if value is not None)
 
@@ -83,13 +83,13 @@ _NONE = Custom()
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What runs compute; several seeds add a leading axis to the arrays that differ between them.
+    """What runs compute. With several seeds, arrays that differ between them are stacked.
 
     Attributes:
       configs: the options of each run.
       model: the network's configuration.
       train: the training images on the host or on disk, without those held out.
-      validation: the images held out, as the feed has placed them, or None.
+      validation: the held-out images, as placed by the feed, or None.
       test: the test images on the host or on disk.
       sampler: makes the samples.
       driver: where it runs.
@@ -97,8 +97,8 @@ class Setup:
       initial: the state before the first step.
       feed: runs the steps and the evaluations.
       steps_per_epoch: number of whole batches of training images.
-      total_steps: at which the runs end.
-      num_parameters: of one network.
+      total_steps: step at which the runs end.
+      num_parameters: number of parameters of one network.
       is_regression: whether the labels are numbers to predict.
     """
 
@@ -125,7 +125,7 @@ class Setup:
     def run_steps(
         self, state: TrainState, step: int, num_steps: int
     ) -> tuple[TrainState, StepSums]:
-        """Starts steps, at most up to :meth:`Feed.call_end`; the state is donated."""
+        """Dispatches steps, at most up to :meth:`Feed.call_end`; the state is donated."""
         return self.feed.run_steps(state, step, num_steps)
 
 
@@ -138,20 +138,20 @@ def set_up(
     stratified: bool = True,
     initialise: bool = True,
 ) -> Setup:
-    """Builds what runs compute, with images held out as by :func:`hold_out`.
+    """Builds what runs compute, with validation images from :func:`hold_out`.
 
-    Before it builds anything, it says which memory that takes.
+    Prints an estimate of the memory before building anything.
 
     Args:
       configs: the options of each run.
       model: the network's configuration.
       dataset: the images.
-      custom: what is given in place of what the options choose.
+      custom: what is given in Python.
       stratified: see :func:`hold_out`.
-      initialise: whether the first state is that of a new run, and not replaced by a checkpoint.
+      initialise: whether the initial state is used; False if a checkpoint will replace it.
 
     Raises:
-      ConfigError: the options do not go together, or not with this machine or these images.
+      ConfigError: the options contradict each other, or do not fit this machine or these images.
     """
     config = configs[0]
     choices.check_dataset(dataset, model)
@@ -161,8 +161,8 @@ def set_up(
     for option in config.stopping:
         if validation is None:
             raise ConfigError(
-                f"{option} needs validation images, a tenth of {len(dataset.train.labels)} training"
-                " images is none"
+                f"{option} needs validation images, but a tenth of {len(dataset.train.labels)}"
+                " training images is none"
             )
     task = choices.choose_task(dataset, config.max_shift, config.fill)
     objective = custom.objective
@@ -205,7 +205,7 @@ def set_up(
     if streamed is not None:
         pool = f"{workers} worker process{'es' * (workers > 1)}"
         reading = pool if workers else "threads of this process"
-        say(f"input: a stream, read by {reading}, {streamed}")
+        say(f"input: streamed by {reading}, {streamed}")
     keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
     networks = [
         split_network(models.build(model, rngs=nnx.Rngs(init)), frozen=config.freeze or ())
@@ -292,7 +292,7 @@ def _try(
     sampler: Sampler,
     train: AnySplit,
 ) -> None:
-    """Traces what is given in Python, so that its errors come before the run begins."""
+    """Traces the objective and metrics given in Python, to find errors before the run begins."""
 
     def evaluate(variables: Variables, batch: Batch) -> object:
         sample = sampler.test(batch, jnp.arange(2))
@@ -306,7 +306,7 @@ def _try(
 def _transferred(
     config: TrainConfig, networks: Sequence[Variables], driver: Driver
 ) -> list[Variables]:
-    """These networks with the parameters of the network that they start from."""
+    """Replaces parameters by those of the network to start from."""
     assert config.init_from is not None
     run = read_run(config.init_from)
     step, source = restore(config.init_from, config.init_checkpoint, run, driver)
@@ -320,17 +320,20 @@ def _transferred(
     if len(new) == total:
         ours, theirs = (_describe(params) for params in (networks[0].params, source.params))
         raise ConfigError(
-            f"--init-from {config.init_from} has no parameter of this network's names and shapes:"
-            f" this one has {ours}, that one {theirs}"
+            f"--init-from {config.init_from} has no parameter that matches this network by name and"
+            f" shape: this one has {ours}, that one {theirs}"
         )
     checkpoint = "" if step is None else f", checkpoint of step {step:,}"
     rest = f"; new: {', '.join(new)}" if new else ""
-    say(f"{total - len(new)} of {total} parameter arrays from {config.init_from}{checkpoint}{rest}")
+    say(
+        f"copied {total - len(new)} of {total} parameter arrays from"
+        f" {config.init_from}{checkpoint}{rest}"
+    )
     return started
 
 
 def _describe(params: chex.ArrayTree) -> str:
-    """The kernels of a network with their shapes."""
+    """Lists the kernels of a network with their shapes."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     named = [(jax.tree_util.keystr(p, simple=True, separator="."), x.shape) for p, x in leaves]
     return ", ".join(f"{name} {list(shape)}" for name, shape in named if name.endswith("kernel"))

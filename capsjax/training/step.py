@@ -21,8 +21,8 @@ class Variables(NamedTuple):
     """The arrays of a network, nested dicts of float32 arrays.
 
     Attributes:
-      params: what is learned by gradients.
-      batch_stats: running means and variances of batch normalisation; empty without any.
+      params: parameters that are trained by gradients.
+      batch_stats: running means and variances of batch normalisation; empty without it.
     """
 
     params: chex.ArrayTree
@@ -30,7 +30,7 @@ class Variables(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes.
+    """Everything that a train step changes.
 
     Attributes:
       step: number of steps taken, int32 scalar.
@@ -55,7 +55,7 @@ class StepMetrics(NamedTuple):
 
     Attributes:
       loss: the objective.
-      error: share of wrong predictions; NaN where the labels are numbers to predict.
+      error: error rate; NaN for regression.
     """
 
     loss: jax.Array
@@ -72,14 +72,14 @@ def split_network(
     """Splits a network into a pure function and its arrays.
 
     Args:
-      network: of any kind.
-      frozen: parts that are not trained: they use the running statistics in training, too.
+      network: the network.
+      frozen: parts that are not trained, which use the running statistics in training too.
 
     Returns:
-      ``apply(variables, images, *, train=False, axis_name=None, **options)``, which returns the
-      network's prediction and its batch statistics, and the :class:`Variables`. A network that
-      normalises over the batch uses the statistics of the batch in training, over all shards of
-      ``axis_name``, and returns updated running ones; otherwise it uses the running ones.
+      The function ``apply(variables, images, *, train=False, axis_name=None, **options)``, which
+      returns the network's prediction and its batch statistics; and the :class:`Variables`. In
+      training, batch normalisation uses the statistics of the batch over all shards of
+      ``axis_name`` and updates the running statistics; otherwise it uses the running statistics.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -120,7 +120,7 @@ def split_network(
 
 
 def split_abstract(config: models.ModelConfig) -> tuple[Apply, Variables]:
-    """Like :func:`split_network` of a network that is not built: shapes in place of arrays."""
+    """Like :func:`split_network`, with shapes instead of arrays: the network is not built."""
     return split_network(nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0))))
 
 
@@ -146,27 +146,27 @@ def make_train_step(
 ) -> TrainStep:
     """Makes the step: predict, differentiate, update.
 
-    The step is pure and independent of devices and data. Under ``jax.pmap`` or ``jax.vmap`` each
-    shard gets its part of the sample; gradients and metrics are averaged over ``axis_name``.
+    The step is pure and independent of devices and data. Under ``jax.pmap`` or ``jax.vmap``, each
+    shard gets its part of the sample, and gradients and metrics are averaged over ``axis_name``.
 
     Args:
       apply: the network as a pure function, from :func:`split_network`.
       optimizer: an optax transformation.
       objective: ``(prediction, target, images) -> losses``, one per example, such as
-        :func:`paper_loss`; one with a parameter ``step`` is given the number of steps taken, and
-        must do without it in evaluations.
+        :func:`paper_loss`. If it has a parameter ``step``, it receives the number of steps taken;
+        evaluations do not pass it.
       axis_name: the mapped axis over which the batch is split; None if it is not.
 
     Returns:
       ``train_step(state, sample) -> (state, metrics)`` with a :class:`TrainState`, a
-      :class:`capsjax.data.Sample` of B examples and :class:`StepMetrics`. With NaN
-      among the parameters or the pixels, or a label that is not from 0 to J - 1, the loss is NaN.
-      Labels may also be float32 ``[B, J]``, numbers to predict.
+      :class:`capsjax.data.Sample` of B examples and :class:`StepMetrics`. The loss is NaN if a
+      parameter or a pixel is NaN, or if a label is not from 0 to J - 1. For regression, labels are
+      float32 ``[B, J]``.
 
     Raises:
-      TypeError: an argument is not what it should be.
-      ValueError: when the step is traced, the target is not what the objective takes, or the
-        objective does not return one loss per example.
+      TypeError: an argument has the wrong type.
+      ValueError: raised in tracing if the objective does not accept the target, or does not return
+        one loss per example.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -208,7 +208,7 @@ def make_train_step(
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (error, batch_stats)), grads = grad_fn(state.params)
-        # Labels cannot be checked while tracing; their targets would be those of no class.
+        # Labels cannot be checked in tracing; a wrong one would give a target of no class.
         if jnp.issubdtype(sample.labels.dtype, jnp.integer):
             known = (sample.labels >= 0) & (sample.labels < sample.target.shape[-1])
             loss = jnp.where(jnp.all(known), loss, jnp.nan)
@@ -228,14 +228,14 @@ def is_part(name: str, parts: Sequence[str]) -> bool:
 
 
 def is_wrong(prediction: models.Prediction, sample: Sample) -> jax.Array:
-    """Which predictions are wrong, bool ``[B]``; for numbers to predict NaN, float32 ``[B]``."""
+    """Whether predictions are wrong, bool ``[B]``; for regression NaN, float32 ``[B]``."""
     if sample.is_regression:
         return jnp.full(sample.labels.shape[:1], jnp.nan)
     return ~is_right(prediction.scores, sample.labels)
 
 
 def check_per_example(name: str, values: Any, sample: Sample, *, floating: bool = True) -> None:
-    """Raises a ValueError unless an objective or a metric has one real number per example."""
+    """Raises a ValueError unless an objective or metric returned one real number per example."""
     expected, kind = sample.target.shape[:-1], "floating-point" if floating else "real"
     if not isinstance(values, jax.Array) or values.shape != expected:
         got = jnp.shape(values) if isinstance(values, jax.Array | np.ndarray) else repr(values)

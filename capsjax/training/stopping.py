@@ -1,4 +1,4 @@
-"""Stopping a run from outside: the first signal asks, a second one insists; or a deadline asks."""
+"""Stops a run on a signal or at a deadline; a second signal ends the process at once."""
 
 import contextlib
 import math
@@ -11,23 +11,23 @@ from typing import Self
 
 from capsjax.training import processes
 
-# A launcher may pass on a signal that the terminal has sent to all processes, too.
+# A launcher may pass on a signal that the terminal also sent to all processes.
 _SAME_SECONDS = 2.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While entered, Ctrl-C and SIGTERM are noted instead of ending the process.
+    """While entered, Ctrl-C and SIGTERM are recorded instead of ending the process.
 
-    Between two calls of the devices the run asks whether it is :meth:`requested`, saves and ends. A
-    second signal raises KeyboardInterrupt at once. Signals are left alone outside of the main
-    thread. Of several processes each may be the one that is signalled.
+    The run checks :meth:`requested` between dispatches, and then saves and ends. A second signal
+    raises KeyboardInterrupt at once. Outside the main thread, signals are not handled. With several
+    processes, a signal to any of them stops all.
 
     Args:
-      deadline: the value of `time.monotonic` from which on a stop is requested, too.
+      deadline: the value of `time.monotonic` from which a stop is requested too.
 
     Attributes:
-      signal: the signal that came, to any process, or None.
+      signal: the signal that any process received, or None.
     """
 
     def __init__(self, deadline: float = math.inf) -> None:
@@ -38,7 +38,7 @@ class StopRequest:
         self._depth = self._turn = 0
 
     def requested(self) -> bool:
-        """Returns whether the run should end; all processes must ask, and hear the same."""
+        """Returns whether the run should end, the same in all processes; all must call this."""
         if self._first is not None:
             processes.ask_to_stop(self._first[0], self._turn)
         is_over, number = processes.first(self._decide, tuple[bool, int])
@@ -46,12 +46,12 @@ class StopRequest:
         return is_over
 
     def _decide(self) -> tuple[bool, int]:
-        """Whether the run should end, and the number of the signal or 0."""
+        """Returns whether the run should end, and the number of the signal or 0."""
         received = self._first[0] if self._first else processes.asked_to_stop(self._turn)
         return received is not None or time.monotonic() >= self._deadline, int(received or 0)
 
     def __enter__(self) -> Self:
-        """Installs the handlers, at the first of several times."""
+        """Installs the handlers, at the outermost entry."""
         self._depth += 1
         if self._depth > 1:
             return self
@@ -67,7 +67,7 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Restores the handlers, at the last of several times."""
+        """Restores the handlers, at the outermost exit."""
         self._depth -= 1
         if self._depth:
             return
@@ -82,6 +82,6 @@ class StopRequest:
             raise KeyboardInterrupt(number)
         self.signal = signal.Signals(number)
         self._first = self.signal, now
-        # Past Python's buffers, which the signal may have come in the middle of.
-        with contextlib.suppress(OSError):  # the terminal, or the next program, may be gone
-            os.write(2, b"\nstopping: what is done will be saved; once more to quit at once\n")
+        # Bypasses Python's buffers, which may be in the middle of a write.
+        with contextlib.suppress(OSError):  # the reader may be gone
+            os.write(2, b"\nstopping: the run will be saved; signal again to quit at once\n")

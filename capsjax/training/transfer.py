@@ -1,4 +1,4 @@
-"""Starting from the parameters of another network."""
+"""Transfers parameters from another network."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from capsjax.training.step import Variables
 
 
 def transfer(variables: Variables, source: Variables) -> tuple[Variables, tuple[str, ...]]:
-    """Replaces arrays by those of another network that have the same name and shape.
+    """Replaces arrays by those of another network with the same name and shape.
 
     Args:
       variables: the arrays of a network.
-      source: those of the other one.
+      source: the arrays of the other network.
 
     Returns:
       The arrays, and the names of the parameters that were not replaced.

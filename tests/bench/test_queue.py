@@ -52,7 +52,7 @@ def test_goes_on_where_it_was(run, tmp_path):
     code, said = run()
     assert code == 0
     assert said.startswith("0 of 1 groups are recorded")
-    assert said.count("deviates by") == 2
+    assert said.count("deviation ") == 2
     rows = read_rows(output)
     assert [row.parameters["implementation"] for row in rows] == ["patches", "xla"]
     assert all(0 < row.deviation.found < row.deviation.allowed for row in rows)
@@ -70,7 +70,7 @@ def test_goes_on_where_it_was(run, tmp_path):
 def test_begins_nothing_that_the_time_does_not_suffice_for(run, tmp_path):
     code, said = run("--seconds", "10")
     assert code == 1
-    assert "no time for 1 groups: run again to go on" in said
+    assert "no time for 1 groups: run again to continue" in said
     assert not (tmp_path / "rows.jsonl").exists()
 
 

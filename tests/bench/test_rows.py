@@ -94,7 +94,7 @@ DAMAGED = [
     (b'{"schema": "capsjax.bench", "x": ' + b"[" * 100_000, ":2 is not a row"),
     (b"[1]", ":2 is not a row of capsjax.bench"),
     (b'{"schema": "other"}', ":2 is not a row of capsjax.bench"),
-    (json.dumps({**HEADER, "version": 99}).encode(), ":2 is of version 99, this capsjax reads 1"),
+    (json.dumps({**HEADER, "version": 99}).encode(), ":2 has version 99, this capsjax reads 1"),
     (json.dumps(HEADER).encode(), ":2 .*missing required field `cell`"),
     (json.dumps({**RUN, "stages": {"run": "fast"}}).encode(), ":2 .*Expected `array`"),
     (json.dumps({**RUN, "status": "failed"}).encode(), ":2 .*status is 'failed'"),

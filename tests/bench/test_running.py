@@ -223,7 +223,7 @@ def test_all_values_are_compared_where_none_is_named():
     assert [dict(cell.parameters)["formulation"] for cell in cells] == formulations
     with pytest.raises(ConfigError, match="'hotos' has no parameter 'colour', only formulation"):
         select_cells(BenchConfig(workload="hotos", alternate="colour"))
-    with pytest.raises(ConfigError, match="--alternate: no two cells differ in 'colour' alone"):
+    with pytest.raises(ConfigError, match="--alternate: no two cells differ only in 'colour'"):
         select_cells(BenchConfig(suite="hotos", alternate="colour"))
 
 
@@ -272,7 +272,7 @@ def test_a_cut_off_run_goes_on_with_what_it_has(measured, tmp_path):
     assert runner.remaining(more, dataclasses.replace(plan, alternate="batch")) == more
     there = {**rows[0].base_environment, "jax": "0.1"}
     append_rows(plan.output, [dataclasses.replace(rows[0], base_environment=there)])
-    with pytest.raises(DataError, match=r"was measured with jax 0.1, here it is"):
+    with pytest.raises(DataError, match=r"was measured with jax 0.1, but here it is"):
         runner.remaining(cells, plan)
 
 
@@ -326,10 +326,10 @@ def test_suites_and_options_that_do_not_go_together():
     flags = suite_cells("hotos", ["cpu"], ["", "--xla_cpu_enable_fast_math=true"])
     assert len({cell.key for cell in flags}) == len(flags)
     for options, message in (
-        ({"set": ("a=1",)}, "--set goes with --workload"),
+        ({"set": ("a=1",)}, "--set needs --workload"),
         ({"resume": True}, "--resume needs --output"),
         ({"repetitions": 0}, "--repetitions must be at least 1, got 0"),
-        ({"workload": "squash", "shape": ("f32[3]",)}, "--shape goes with --workload module"),
+        ({"workload": "squash", "shape": ("f32[3]",)}, "--shape needs --workload module"),
         ({"run_seconds": math.nan}, "--run-seconds must be finite, at least 0, got nan"),
         ({"run_seconds": -1.0}, "--run-seconds must be finite, at least 0, got -1"),
         ({"timeout": math.inf}, "--timeout must be finite and positive, got inf"),
@@ -372,7 +372,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
         (["--target", "v9-8"], "among v4"),
         (["--output", str(there)], "exists already"),
         (["--output", "none/rows.jsonl"], "no directory none"),
-        (["--output", "page.html"], "--output is for rows, the report is a page"),
+        (["--output", "page.html"], "--output is for rows, not for the HTML report"),
         (["--workload", "nowhere:f", "--shape", "f32[3]"], "No module named 'nowhere'"),
         (["nosuch"], "train, got 'nosuch'"),
         (["--output", "mine.jsonl"], "the report mine.html exists already"),

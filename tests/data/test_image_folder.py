@@ -122,7 +122,7 @@ def test_what_is_not_used_is_counted_and_named(tmp_path, caplog):
     assert len(load("image_folder", data_dir=tmp_path).train.labels) == 5
     assert "skips 3 of 12 files" in caplog.messages[0]
     assert ": 2 .png, 1 .txt; the first is" in caplog.messages[0]
-    assert "reads only the first image of each file of several: 1 files" in caplog.messages[1]
+    assert "reads only the first of several images in a file: 1 files" in caplog.messages[1]
 
 
 def test_folders_inside_of_a_class_are_read(tmp_path):

@@ -52,9 +52,9 @@ def test_a_name_unlike_all_others_gets_no_suggestion():
 
 
 def test_options_of_folders_are_refused_elsewhere():
-    with pytest.raises(DataError, match="--image-size and --channels are for image_folder, not"):
+    with pytest.raises(DataError, match="--image-size and --channels are for image_folder and"):
         load("mnist_5k", image_size=28)
-    with pytest.raises(DataError, match=r"'own.npz'; a file is data set npz with data_dir='own.n"):
+    with pytest.raises(DataError, match=r"'own.npz'; load a file as npz with data_dir='own.n"):
         load("own.npz")
     with pytest.raises(DataError, match="npz needs --data-dir"):
         load("npz")

@@ -89,7 +89,7 @@ def test_a_set_is_named_as_tfds_names_it(tmp_path):
 def test_a_set_must_have_one_image_and_one_class(tmp_path):
     text = {"text": {}, "pythonClassName": "tensorflow_datasets.core.features.text_feature.Text"}
     write_prepared(tmp_path, {"train": TRAIN}, features={"review": text})
-    assert "one feature Image and one ClassLabel, got review (Text)" in refusal(
+    assert "one Image and one ClassLabel feature, got review (Text)" in refusal(
         "tfds:pets", tmp_path
     )
 

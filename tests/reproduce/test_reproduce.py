@@ -216,7 +216,7 @@ def test_results_that_were_trained_differently_are_refused(filled, monkeypatch, 
     (first, second) = TABLES["small"]
     for changed, match in (
         ({"learning_rate": 0.5}, "--learning-rate must stay 0.001 .* got 0.5"),
-        ({"model": {**MODEL, "conv_features": 9}}, "is of another network: CapsNetConfig"),
+        ({"model": {**MODEL, "conv_features": 9}}, "trains another network: CapsNetConfig"),
     ):
         monkeypatch.setitem(TABLES, "small", (dataclasses.replace(first, **changed), second))
         with pytest.raises(ConfigError, match=match):
@@ -256,7 +256,7 @@ def test_a_seed_that_another_command_trains_is_left_to_it(table, tmp_path):
     with FileLock(config.folder / "two-seed-0.lock"):
         (row,) = reproduce(config, say=said.append)
     assert len(row.errors) == 1
-    assert said[-1] == "two: another command trains seeds [0]"
+    assert said[-1] == "two: another command is training seeds [0]"
     (row,) = reproduce(config, say=quiet)
     assert len(row.errors) == 2
 

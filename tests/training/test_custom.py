@@ -83,7 +83,7 @@ def test_an_evaluation_needs_the_objective_for_the_loss_alone(trained, digits):
 def test_a_run_goes_on_with_the_same(trained, digits):
     config, given, _ = trained
     longer = dataclasses.replace(config, steps=3, resume=True)
-    message = "was given objective and optimizer in Python, and must be to go on, got "
+    message = "Python as at its start: objective and optimizer, got "
     with pytest.raises(ConfigError, match=message + "neither"):
         train(longer, dataset=digits)
     with pytest.raises(ConfigError, match=message + "objective"):
@@ -94,10 +94,10 @@ def test_a_run_goes_on_with_the_same(trained, digits):
 @pytest.mark.parametrize(
     ("given", "others", "match"),
     [
-        ({"objective": far}, {"loss": "paper"}, "--loss has no effect on an objective that is giv"),
+        ({"objective": far}, {"loss": "paper"}, "--loss has no effect when an objective is given"),
         ({"objective": far}, {"class_weights": "balanced"}, "--class-weights has no effect"),
-        ({"optimizer": optax.sgd(1.0)}, {"learning_rate": 0.1}, "--learning-rate has no effect on"),
-        ({"optimizer": optax.sgd(1.0)}, {"clip_norm": 0.1}, "--clip-norm has no effect on an opt"),
+        ({"optimizer": optax.sgd(1.0)}, {"learning_rate": 0.1}, "--learning-rate has no effect wh"),
+        ({"optimizer": optax.sgd(1.0)}, {"clip_norm": 0.1}, "--clip-norm has no effect when an o"),
         ({"objective": "far"}, {}, "objective must be a function, got 'far'"),
         (
             {"optimizer": optax.add_noise(0.1, 0.5, jax.random.key(0))},
@@ -108,7 +108,7 @@ def test_a_run_goes_on_with_the_same(trained, digits):
         ({"metrics": {"first": 3}}, {}, r"metrics\['first'\] must be a function, got 3"),
         ({"metrics": [length_of_first]}, {}, "metrics must be a dict of functions by name, got "),
         ({"metrics": {1: length_of_first}}, {}, "metrics must be a dict of functions by name, got"),
-        ({"metrics": {"loss": length_of_first}}, {}, "metrics must not have the name 'loss'"),
+        ({"metrics": {"loss": length_of_first}}, {}, "metrics must not be named 'loss'"),
         ({"objective": lambda p, t, i, step: t}, {}, "missing 1 required positional arg.* 'step'"),
     ],
 )

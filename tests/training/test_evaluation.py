@@ -68,7 +68,7 @@ def test_data_that_no_name_loads_have_to_be_given(run, galaxies):
         lambda: load_network(run.path),
         lambda: train(resumed(run)),
     ):
-        with pytest.raises(ConfigError, match=r"own, galaxies, which have to be given: dataset="):
+        with pytest.raises(ConfigError, match=r"given in Python, galaxies; pass it as dataset="):
             read()
     assert load_network(run.path, dataset=galaxies).dataset is galaxies
 
@@ -84,7 +84,7 @@ def test_classes_are_matched_by_name(run, galaxies, tmp_path):
     assert [int(row["prediction"]) for row in rows] == scores.argmax(1).tolist()
     assert float(rows[3]["score of 7"]) == scores[3, 7]
     words = dataclasses.replace(galaxies, class_names=("zero", *galaxies.class_names[1:]))
-    with pytest.raises(ConfigError, match="a class 'zero', which is none of the run's classes: 0,"):
+    with pytest.raises(ConfigError, match="class 'zero', which is not among the run's classes: 0,"):
         evaluate(options(run), dataset=words)
 
 

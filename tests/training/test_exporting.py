@@ -186,7 +186,7 @@ def test_files_of_others_are_left_alone_and_an_earlier_export_is_replaced(tmp_pa
     options = ExportConfig(run_dir="mnist_small", out=out, platforms=("cpu",), pixels="float32")
     for text in ("{}", "no json"):
         (out / "about.json").write_text(text)
-        with pytest.raises(ConfigError, match="holds files that capsjax did not export; name"):
+        with pytest.raises(ConfigError, match="holds files that capsjax export did not"):
             export(options)
         assert [path.read_text() for path in out.iterdir()] == [text]
     with pytest.raises(ConfigError, match=r"about\.json is not a directory"):

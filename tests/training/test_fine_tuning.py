@@ -93,7 +93,7 @@ def test_several_seeds_start_from_the_same_network(source, tmp_path, digits, tin
 @pytest.mark.parametrize(
     ("others", "match"),
     [
-        ({"init_from": "nowhere"}, "nowhere is no run directory, and no network that comes"),
+        ({"init_from": "nowhere"}, "nowhere is neither a run directory nor a network in"),
         ({"init_checkpoint": "3"}, "no checkpoint of step 3 in .*, only 2"),
         ({"warmup_steps": 2}, "--warmup-steps must be less than the steps of the run, 2, got 2"),
         ({"freeze": ("konv",)}, "--freeze must name parts of the network, classes, conv, decoder"),
@@ -111,7 +111,7 @@ def test_what_a_network_cannot_start_from(
 def test_a_network_of_other_layers_is_no_start(source, tmp_path, digits):
     model = EfficientCapsNetConfig(conv_features=(4, 4, 4, 128))
     config = options(tmp_path / "run", init_from=source[0])
-    with pytest.raises(ConfigError, match=r"shapes: this one has .*convs.0.kernel \[5, 5, 1, 4\]"):
+    with pytest.raises(ConfigError, match=r"shape: this one has .*convs.0.kernel \[5, 5, 1, 4\]"):
         train(config, model=model, dataset=digits)
 
 
@@ -132,7 +132,7 @@ def test_a_run_that_gets_no_better_ends_early(tmp_path, digits, tiny, capsys):
     result = train(config, model=tiny, dataset=digits)
     # The first validation is the best, two more are not better.
     assert result.step == 3
-    assert "no better validation in the last 2" in capsys.readouterr().err
+    assert "no improvement in the last 2 validations" in capsys.readouterr().err
     again = dataclasses.replace(config, resume=True)
     with pytest.raises(ConfigError, match="finished at step 3; raise --epochs, --steps or --pat"):
         train(again, dataset=digits)
@@ -204,8 +204,8 @@ def test_fields_of_the_network_are_overridden(digits):
         ("conv_features=0", "--override: conv_features must be at least 1, got 0"),
         ("padding=MAYBE", "padding must be 'VALID' or 'SAME', got 'MAYBE'"),
         ("decoder_features=0", r"--override: decoder_features\[0\] must be at least 1, got 0"),
-        ("routing=em", "--override: --routing decides routing, got 'routing=em'"),
-        ("num_classes=3", "--override: the data set decides num_classes, got 'num_classes=3'"),
+        ("routing=em", "--override cannot set routing, which --routing determines, got 'rout"),
+        ("num_classes=3", "--override cannot set num_classes, which the data set determines, got"),
     ],
 )
 def test_fields_that_cannot_be_overridden(digits, text, match):
@@ -214,7 +214,7 @@ def test_fields_that_cannot_be_overridden(digits, text, match):
 
 
 def test_a_field_is_overridden_once(digits):
-    with pytest.raises(ConfigError, match="--override has conv_features twice"):
+    with pytest.raises(ConfigError, match="--override sets conv_features twice"):
         choose_model(TrainConfig(override=("conv_features=8", "conv_features=9")), digits)
 
 

@@ -259,7 +259,7 @@ def test_a_run_is_not_cut_short_by_resuming_it(copied, digits):
     with pytest.raises(ConfigError, match="is finished at step 8"):
         train(dataclasses.replace(copied, resume=True, steps=6), dataset=digits)
     (copied.run_dir / "result.json").unlink()
-    with pytest.raises(ConfigError, match="stands at step 8 already, beyond the 6"):
+    with pytest.raises(ConfigError, match="is already at step 8, beyond the 6 steps"):
         train(dataclasses.replace(copied, resume=True, steps=6), dataset=digits)
 
 
@@ -296,7 +296,9 @@ def test_stop_request_notes_the_first_signal_and_obeys_the_second():
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(copied, digits):
     longer = dataclasses.replace(copied, steps=23, resume=True, learning_rate=1e38)
-    with pytest.raises(DivergedError, match=r"at step \d+; the last good checkpoint is of step 8"):
+    with pytest.raises(
+        DivergedError, match=r"step \d+; the last good checkpoint is that of step 8"
+    ):
         train(longer, dataset=digits)
     step, state = parameters(copied.run_dir)
     assert step == 8
@@ -376,12 +378,12 @@ def test_images_that_the_network_does_not_take_are_named(finished, digits, monke
         digits, train=digits.train._replace(images=digits.train.images[:, :20]), test=small
     )
     monkeypatch.setattr("capsjax.training.inputs.load", lambda *_, **__: other)
-    with pytest.raises(ConfigError, match="images of 20x28x1, the network takes 28x28x1"):
+    with pytest.raises(ConfigError, match="images of 20x28x1, but the network takes 28x28x1"):
         evaluate(EvaluateConfig(run_dir=run, batch_size=16))
     halves = (s._replace(labels=s.labels % 2) for s in (digits.train, digits.test))
     fewer = Dataset("parity", *halves, class_names=("even", "odd"))
     monkeypatch.setattr("capsjax.training.inputs.load", lambda *_, **__: fewer)
-    with pytest.raises(ConfigError, match="has 2 classes, the network has 10"):
+    with pytest.raises(ConfigError, match="has 2 classes, but the network has 10"):
         evaluate(EvaluateConfig(run_dir=run, batch_size=16))
 
 

@@ -103,7 +103,7 @@ def test_a_run_s_own_images_have_the_scores_of_the_evaluation(tmp_path, tiny, ta
     assert classifier.image_shape == (32, 32, 3)
     np.testing.assert_allclose(classifier(dataset.test.images, batch_size=4), scores, atol=1e-6)
     if size:
-        with pytest.raises(ConfigError, match="--image-size must be that of .* own, at least 24"):
+        with pytest.raises(ConfigError, match="--image-size must be the size of .* own, at least 24"):
             load_classifier(run)
 
 
@@ -156,10 +156,10 @@ class Odd(Task):
 def test_images_that_no_file_or_no_one_else_can_make_are_refused(tmp_path, tiny):
     run, _ = made_run(tmp_path / "stereo", tiny, Task(), (28, 28, 2))
     Image.new("L", (28, 28)).save(tmp_path / "a.png")
-    with pytest.raises(ConfigError, match=r"takes images of 2 channels, which only arrays"):
+    with pytest.raises(ConfigError, match=r"takes images with 2 channels, which only arrays"):
         predict(PredictConfig(run_dir=run, images=(tmp_path / "a.png",)))
     run, _ = made_run(tmp_path / "odd", tiny, Odd(), (28, 28, 1))
-    with pytest.raises(ConfigError, match="images of own are made by a task of its own, Odd"):
+    with pytest.raises(ConfigError, match="images of own are prepared by a custom task, Odd"):
         load_classifier(run)
 
 

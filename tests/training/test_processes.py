@@ -137,7 +137,7 @@ def test_a_stopped_job_goes_on_by_the_same_command_to_the_same_bits(
         codes = job.wait()
         if number == signal.SIGTERM:
             assert codes == [0, 0], job.logs()
-            stopped = r"stopped by SIGTERM at step (7|8), everything saved; go on with: capsjax"
+            stopped = r"stopped by SIGTERM at step (7|8); everything is saved, resume with: capsjax"
             assert re.match(stopped, job[0].out)
             assert job[1].out == ""
         else:
@@ -145,7 +145,7 @@ def test_a_stopped_job_goes_on_by_the_same_command_to_the_same_bits(
             assert codes[0] not in (0, None)
             (line,) = job[0].errors
             assert "was lost" in line
-            assert line.endswith("start all processes again, on --resume")
+            assert line.endswith("start all processes again, with --resume")
     last = saved(run)[-1]
     assert last in (7, 8)  # the decision for the next call may have been made
     with Job(tmp_path / "second", arguments) as job:
@@ -204,7 +204,7 @@ def test_each_process_streams_its_share_to_the_same_bits(whole, options, tmp_pat
     arguments = [*options, "--steps", LAST, "--run-dir", run, "--input", "stream"]
     with Job(tmp_path, arguments) as job:
         assert job.wait() == [0, 0], job.logs()
-        assert "input: a stream" in job[0].err
+        assert "input: streamed" in job[0].err
         assert "input" not in job[1].err
     assert_same_bits(run, whole[0])
 
@@ -218,8 +218,8 @@ def test_a_stuck_process_is_noticed(options, tmp_path):
         assert job.wait(1) != [0]
         (line,) = job[1].errors
         assert line == (
-            "capsjax train: error: process 0 was lost, which coordinates the others; start all"
-            " processes again, on --resume"
+            "capsjax train: error: process 0, which coordinates the others, was lost; start all"
+            " processes again, with --resume"
         )
 
 
@@ -237,7 +237,7 @@ def other(number, name, value):
             "--learning-rate is 0.002 in process 1 and 0.001 in process 0; all need the same",
         ),
         (lambda n: ["--batch-size", "18"], {}, "--batch-size must be divisible by the number of"),
-        (lambda n: [], {"devices": (2, 3)}, "as many devices: process 0 has 2, process 1 has 3"),
+        (lambda n: [], {"devices": (2, 3)}, "number of devices: process 0 has 2, process 1 has 3"),
         (lambda n: [], {"told": (2, 3)}, "--num-processes is 3 in process 1 and 2 in process 0"),
         (lambda n: ["--learning-rate", "1e30"], {}, "the loss is not finite at step 2"),
     ],
@@ -278,8 +278,8 @@ def test_other_data_and_missing_data_are_named(options, data, digits, tmp_path):
 @pytest.mark.parametrize(
     ("numbers", "expected"),
     [
-        ([0], "not all 2 came within 2 s: start each --process-id from 0 once"),
-        ([1], r"process 1 reaches no process 0 at --coordinator 127.0.0.1:\d+ within 2 s: "),
+        ([0], "not all 2 processes joined within 2 s: start each --process-id from 0 once"),
+        ([1], r"process 1 cannot reach process 0 at --coordinator 127.0.0.1:\d+ within 2 s: "),
     ],
 )
 def test_processes_that_do_not_meet_say_so(options, tmp_path, numbers, expected):
@@ -305,10 +305,10 @@ RUNTIME = {
         "two processes were started with --process-id 0"
     ),
     "DEADLINE_EXCEEDED: Deadline Exceeded\n\nRPC: /xla.coordination/RegisterTask": (
-        "not all 4 came within 40 s"
+        "not all 4 processes joined within 40 s"
     ),
-    "Failed to send RPC to coordination service. Either the leader": "process 0 was lost",
-    "DEADLINE_EXCEEDED\nRPC: /xla.coordination.CoordinationService/Heartbeat": "process 0 was lost",
+    "Failed to send RPC to coordination service. Either the leader": "process 0, which",
+    "DEADLINE_EXCEEDED\nRPC: /xla.coordination.CoordinationService/Heartbeat": "process 0, which",
     "terminate called after throwing an instance of 'gloo::IoException'": "connection to another",
     "absl::Status: INTERNAL: something new": "ended the processes: INTERNAL: something new",
 }

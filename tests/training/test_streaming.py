@@ -73,9 +73,7 @@ def test_a_stream_trains_the_same_network(tmp_path, digits, tiny, resident, caps
     np.testing.assert_allclose(streamed.test.loss, resident.test.loss, rtol=1e-6)
     ours, theirs = (RunDirectory(x.run_dir).read_metrics() for x in (streamed, resident))
     assert [r["error"] for r in ours] == [r["error"] for r in theirs]
-    assert (
-        "input: a stream, read by threads of this process, as asked for" in capsys.readouterr().err
-    )
+    assert "input: streamed by threads of this process, as requested" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("driver", ["pmap", "shard"])
@@ -164,7 +162,7 @@ def test_an_image_that_cannot_be_read_ends_the_run_in_one_line(folder, tmp_path,
         tmp_path / "run", dataset="image_folder", data_dir=other, input="stream", validation=0
     )
     model = dataclasses.replace(tiny, num_classes=3)
-    with pytest.raises(DataError, match=r"0022\.png.*a stream leaves no image out"):
+    with pytest.raises(DataError, match=r"0022\.png.*a stream cannot leave images out"):
         train(options, model=model)
 
 
@@ -182,7 +180,7 @@ def test_large_sets_are_streamed(monkeypatch, folder):
 def test_the_reason_for_a_stream_is_said(monkeypatch, tmp_path, digits, tiny, capsys):
     monkeypatch.setattr(inputs, "machine_memory", lambda: 400_000)
     train(config(tmp_path / "run", steps=1, validation=0), model=tiny, dataset=digits)
-    line = "all images decoded take 0.00 GB, more than 0.00 GB, half of a device's memory"
+    line = "as all decoded images take 0.00 GB, more than 0.00 GB, half of a device's memory"
     assert line in capsys.readouterr().err
 
 

@@ -134,7 +134,7 @@ def test_shifts_are_chosen_for_what_is_shifted(digits):
     assert choose_task(made(digits, Shifted()), 3) == Shifted(3)
     assert choose_task(made(digits, Pairs()), None) == Pairs(36, 4)
     assert choose_task(made(digits, Pairs()), 2) == Pairs(36, 2)
-    with pytest.raises(ConfigError, match="--max-shift is not for data set made, which moves its"):
+    with pytest.raises(ConfigError, match="--max-shift has no effect on data set made, whose"):
         choose_task(made(digits, Placed()), 2)
     assert choose_task(made(digits, Shifted()), None, "edge") == Shifted(2, "edge")
     with pytest.raises(ConfigError, match="--fill is for training images that are shifted, not"):
@@ -180,6 +180,6 @@ def test_pictures_of_any_number_of_channels():
 
 
 def test_the_number_of_test_images_is_chosen_where_they_are_made(tmp_path, digits, tiny):
-    message = "--test-size is for data sets whose images are made, mnist_5k has 101 test images"
+    message = "data sets whose images are generated; mnist_5k has 101 test images"
     with pytest.raises(ConfigError, match=message):
         train(options(tmp_path, test_size=5), model=tiny, dataset=digits)

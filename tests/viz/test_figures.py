@@ -187,7 +187,7 @@ def test_draw_passes_its_options_on(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["diagram", "nowhere"], "nowhere is no run directory, and no network that comes with"),
+        (["diagram", "nowhere"], "nowhere is neither a run directory nor a network in"),
         (["pie", "RUN"], "pie"),
         (["lengths", "RUN", "RUN"], "lengths takes one run, got 2"),
         (["diagram", "RUN", "--classes", "12"], "classes must be from 0 to 9, got 12"),

@@ -1,1 +1,1 @@
-"""How programs are measured: each cell or group of cells in fresh processes."""
+"""Measures programs, each cell or group of cells in fresh processes."""

@@ -1,4 +1,4 @@
-"""How far results are from those of the plain implementation in float64 on the CPU."""
+"""Measures the deviation of results from the plain implementation in float64 on the CPU."""
 
 import dataclasses
 import functools
@@ -12,9 +12,9 @@ from capsjax.bench.results.rows import Deviation
 from capsjax.bench.workloads import make_workload
 from capsjax.bench.workloads.workload import JaxFunction
 
-# The implementation that others are held against.
+# The reference implementation.
 _PLAIN = {"routing": "reference", "convolution": "patches"}
-# Factors of float32 products are rounded to this on NVIDIA GPUs unless asked otherwise.
+# NVIDIA GPUs round the factors of float32 products to this precision by default.
 _TF32_EPSILON = 2.0**-10
 
 
@@ -24,8 +24,8 @@ def measure_deviation(
     """Returns the largest deviation among the results of a program, for normal random arguments.
 
     Args:
-      name: of the workload, ``"routing"`` or ``"convolution"``.
-      parameters: of the workload.
+      name: name of the workload, ``"routing"`` or ``"convolution"``.
+      parameters: parameters of the workload.
       built: the workload's function.
       compiled: the program.
 
@@ -49,9 +49,9 @@ def measure_deviation(
     return Deviation(found, allowed=max(4 * epsilon, 1e-5))
 
 
-@functools.lru_cache(maxsize=1)  # programs that are compared have it in common
+@functools.lru_cache(maxsize=1)  # shared by the programs that are compared
 def _expected(plain: Any, dtype: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Arguments that are exact in a dtype, and the results, in float64."""
+    """Returns arguments that are exact in a dtype, and the results, both in float64."""
     random, cpu = np.random.default_rng(0), jax.devices("cpu")[0]
     with jax.enable_x64(True):
         built = plain.build([cpu])
@@ -64,6 +64,6 @@ def _expected(plain: Any, dtype: str) -> tuple[list[np.ndarray], list[np.ndarray
 
 
 def _relative(actual: jax.Array, expected: np.ndarray) -> float:
-    """Norm of the difference by that of the expected numbers; infinite for NaN."""
+    """Norm of the difference, divided by that of the expected numbers; infinite for NaN."""
     error = float(np.linalg.norm(np.asarray(actual, np.float64) - expected))
     return np.inf if np.isnan(error) else error / float(np.linalg.norm(expected))

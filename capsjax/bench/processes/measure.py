@@ -1,4 +1,4 @@
-"""What one process measures: cells compiled one after the other, then run in alternation."""
+"""Measures cells in one process: compiles them one by one, then runs them in alternation."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ from capsjax.files import write_text
 
 _HIT = "/jax/compilation_cache/cache_hits"
 _TRACED = "/jax/core/compile/jaxpr_trace_duration"
-# Threads of OpenMP, which other compilers' programs use on CPUs, spin for this long.
+# OpenMP threads, which other compilers use on CPUs, spin for this long.
 _PAUSE = 0.3
 _MOST_ROUNDS = 100
 
@@ -42,15 +42,15 @@ class Request:
     """What a process is asked to measure.
 
     Attributes:
-      cells: of one target and one set of flags.
-      begun: when the process was started, by ``time.time()`` of the one that started it.
-      cache: a directory for persistent compilation caches.
-      analyse: whether compiled programs are read; once is enough.
-      run_seconds: about how long each program is run; 0 for not at all.
-      texts: directory for the texts of the programs; None if they are not kept.
-      profile: whether to trace the kernels of GPUs, after the times.
+      cells: cells with the same target and flags.
+      begun: ``time.time()`` at which the process was started.
+      cache: directory for persistent compilation caches.
+      analyse: whether to read the compiled programs; once is enough.
+      run_seconds: about how long to run each program; 0 to compile only.
+      texts: directory for the texts of the programs, or None.
+      profile: whether to trace kernels on GPUs, after timing.
       check: whether to compare results with those of the plain implementation.
-      peer_seconds: bound of the compilation by another compiler; None for no bound.
+      peer_seconds: time limit of compilation by another compiler, or None.
     """
 
     cells: tuple[Cell, ...]
@@ -66,24 +66,24 @@ class Request:
 
 @dataclasses.dataclass(kw_only=True)
 class Measurement:
-    """What one process found out about one cell; fields that were not reached keep their defaults.
+    """What one process measured of one cell; fields that were not reached keep their defaults.
 
     Attributes:
       stages: seconds by stage, in order.
-      error: why the cell failed.
-      ended: when all stages had ended, by ``time.time()``.
-      wall_seconds: from the start of the process to its end, seen from outside.
-      environment: of the process, see :class:`capsjax.bench.Environment`.
+      error: why the cell failed, or None.
+      ended: ``time.time()`` at the end of all stages.
+      wall_seconds: duration of the process, measured from outside.
+      environment: environment of the process; see :class:`capsjax.bench.Environment`.
       devices: number of devices that the program runs on.
-      processes: number of processes that these devices belong to.
-      device_kind: such as ``"TPU v5 lite"``.
-      cache: hits while compiling cold and warm, and the number of entries.
-      command: of another compiler.
-      stablehlo: operations by name.
+      processes: number of processes that own these devices.
+      device_kind: kind of the devices, such as ``"TPU v5 lite"``.
+      cache: hits of the persistent cache in cold and warm compilation, and number of entries.
+      command: command line of another compiler.
+      stablehlo: number of operations by name.
       program: what XLA compiled.
-      memory: of each device.
+      memory: memory of each device.
       first_seconds: time of the first call.
-      times: of the calls that are counted.
+      times: times of the counted calls.
       profile: kernels of a GPU.
       deviation: from the plain implementation in float64.
     """
@@ -111,9 +111,9 @@ class _Program(NamedTuple):
     """A compiled program.
 
     Attributes:
-      found: its measurement.
+      found: measurement of the program.
       make_call: puts arguments on the device and returns a call without arguments.
-      pause: seconds to wait before each call of the programs beside it.
+      pause: seconds to wait before each call of the programs run beside it.
     """
 
     found: Measurement
@@ -130,7 +130,7 @@ class _Clock:
 
     @contextlib.contextmanager
     def stage(self, name: str, *measurements: Measurement) -> Iterator[None]:
-        """A stage of these measurements, which begins where the last one ended."""
+        """Records a stage of these measurements, which begins where the last one ended."""
         self._stage = name
         yield
         seconds = self.skip()
@@ -138,13 +138,13 @@ class _Clock:
             each.stages[name] = each.stages.get(name, 0.0) + seconds
 
     def skip(self) -> float:
-        """Ends what goes on, and returns its seconds."""
+        """Ends the current stage, and returns its seconds."""
         last, self.last = self.last, time.time()
         return self.last - last
 
     @contextlib.contextmanager
     def failures(self, *measurements: Measurement) -> Iterator[None]:
-        """Keeps an exception, with its stage, as the error of these measurements."""
+        """Records an exception and its stage as the error of these measurements."""
         try:
             yield
         except Exception as error:
@@ -167,7 +167,7 @@ def measure_cells(request: Request) -> list[Measurement]:
         programs = []
         for cell, each in zip(request.cells, found, strict=True):
             if each is not found[0]:
-                clock.skip()  # what the cells before took
+                clock.skip()  # excludes the time of earlier cells
             with clock.failures(each):
                 each.device_kind = devices[0].device_kind
                 programs.append(_prepare(cell, request, target, devices, each, clock))
@@ -211,7 +211,7 @@ def _prepare(
 def _compile(
     built: JaxFunction, target: Target, caches: Path, found: Measurement, clock: _Clock
 ) -> tuple[Any, Any]:
-    """Traces, lowers and compiles with an empty cache, and loads from the cache."""
+    """Traces, lowers and compiles with an empty cache, then loads from the cache."""
     cache = _use_new_cache(caches)
     jax.clear_caches()
     found.devices = built.devices
@@ -252,7 +252,7 @@ def _compile_peer(peer: Peer, found: Measurement, clock: _Clock) -> Callable[[],
 
 
 def _use_new_cache(caches: Path) -> str:
-    """Turns the persistent cache on in an empty directory: what follows is cold."""
+    """Enables the persistent cache in an empty directory, so that the next compilation is cold."""
     folder = tempfile.mkdtemp(dir=caches)
     compilation_cache.reset_cache()
     jax.config.update("jax_enable_compilation_cache", True)
@@ -283,7 +283,7 @@ def _analyse(lowered: Any, compiled: Any, texts: Path | None, found: Measurement
 def _caller(
     built: JaxFunction, compiled: Any, target: Target, found: Measurement
 ) -> Callable[[], Call]:
-    """A function that puts the arguments on the device and returns a call of the program."""
+    """Returns a function that places the arguments and returns a call of the program."""
 
     def prepare() -> Call:
         _check_memory(found.memory, target)
@@ -301,7 +301,7 @@ def _caller(
 
 
 def _arguments(built: JaxFunction) -> tuple[Any, ...]:
-    """Arrays on the device: the workload's own, else small positive numbers and zeros."""
+    """Makes arrays on the device: the workload's own, else small positive numbers and zeros."""
     random = np.random.default_rng(0)
 
     def make(shape: jax.ShapeDtypeStruct) -> Any:
@@ -319,7 +319,7 @@ def _arguments(built: JaxFunction) -> tuple[Any, ...]:
 
 
 def _check_memory(memory: Memory | None, target: Target) -> None:
-    """Raises a MemoryError where the system would kill the process instead, or others."""
+    """Raises a MemoryError where the system would kill this process or others."""
     if memory is None or target.platform != "cpu":
         return
     needed = memory.arguments + memory.outputs + (memory.temporaries or 0)
@@ -335,7 +335,7 @@ def _check_memory(memory: Memory | None, target: Target) -> None:
 
 
 def _run(programs: Sequence[_Program], request: Request, clock: _Clock) -> None:
-    """Times the first call of each program, and then all of them in alternation."""
+    """Times the first call of each program, then all programs in alternation."""
     calls: dict[str, Call] = {}
     for number, (found, make_call, _) in enumerate(programs):
         with clock.failures(found):
@@ -351,13 +351,13 @@ def _run(programs: Sequence[_Program], request: Request, clock: _Clock) -> None:
         found = programs[int(name)].found
         found.times = each
         if request.profile:
-            with contextlib.suppress(Exception):  # a time without kernels is better than none
+            with contextlib.suppress(Exception):  # times without a profile are better than none
                 found.profile = profile_call(calls[name])
 
 
 @contextlib.contextmanager
 def _count(wanted: str) -> Iterator[list[int]]:
-    """Counts an event of jax."""
+    """Counts an event of JAX."""
     count = [0]
 
     def listen(event: str, **_: Any) -> None:
@@ -372,7 +372,7 @@ def _count(wanted: str) -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def _durations(wanted: str) -> Iterator[list[float]]:
-    """Keeps the durations that jax reports for an event."""
+    """Collects the durations that JAX reports for an event."""
     seconds: list[float] = []
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which kernels a program runs on a GPU, and for how long, from a trace of the profiler."""
+"""Profiles the kernels that a program runs on a GPU, from a profiler trace."""
 
 import collections
 import tempfile
@@ -14,11 +14,11 @@ _MOST_KERNELS = 40
 
 
 def profile_call(call: Callable[[], Any], *, calls: int = 2) -> Profile | None:
-    """Returns what a call runs on the GPU; None where nothing ran on one.
+    """Returns the kernels that a call runs on the GPU; None if it runs none.
 
     Args:
-      call: a call without arguments, compiled; its result is waited for.
-      calls: number of calls that are traced; the result is their mean.
+      call: a compiled call without arguments; its result is awaited.
+      calls: number of traced calls; the result is their mean.
     """
     with tempfile.TemporaryDirectory(prefix="capsjax-profile-") as folder:
         with jax.profiler.trace(folder):
@@ -29,7 +29,7 @@ def profile_call(call: Callable[[], Any], *, calls: int = 2) -> Profile | None:
 
 
 def _read(traces: list[Any], calls: int) -> Profile | None:
-    """The profile of traces whose planes of GPUs have a line for each stream."""
+    """Reads traces, in which a plane is a device and a line is a stream."""
     seconds: collections.Counter[str] = collections.Counter()
     launches: collections.Counter[str] = collections.Counter()
     for trace in traces:

@@ -1,4 +1,4 @@
-"""The peak speed of the machine, measured."""
+"""Measures the peak speed of the machine."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,20 +17,20 @@ class Roofline:
     """Peak speed of one device.
 
     Attributes:
-      flops_per_second: of a float32 matrix product, 2048 by 2048, the best of several.
-      bytes_per_second: read and written by ``x + 1`` on 128 MiB, the best of several.
+      flops_per_second: rate of a float32 matrix product, 2048 by 2048; the best of several.
+      bytes_per_second: rate of reading and writing for ``x + 1`` on 128 MiB; the best of several.
     """
 
     flops_per_second: float
     bytes_per_second: float
 
     def seconds(self, flops: float, transferred: float) -> float:
-        """The least time for so many operations and so many bytes."""
+        """The least time for this many operations and bytes."""
         return max(flops / self.flops_per_second, transferred / self.bytes_per_second)
 
 
 def measure_roofline(devices: Sequence[jax.Device]) -> Roofline:
-    """Measures the first of the devices; takes about two seconds on a CPU."""
+    """Measures the first device; takes about two seconds on a CPU."""
     with jax.default_device(devices[0]):
         matrix = jnp.ones((_SIDE, _SIDE)) / _SIDE
         numbers = jnp.ones(_NUMBERS)

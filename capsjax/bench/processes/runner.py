@@ -1,4 +1,4 @@
-"""Measures cells in fresh processes: one for each repetition, a row for each cell."""
+"""Measures cells in fresh processes, one per repetition, and writes a row per cell."""
 
 import contextlib
 import dataclasses
@@ -43,18 +43,18 @@ class Plan:
     """How cells are measured.
 
     Attributes:
-      output: file that rows are appended to.
-      repetitions: processes for each cell or group.
-      timeout: seconds for one process.
-      run_seconds: about how long a program is run in each process; 0 for not at all.
-      hlo: directory for the texts that were read, or None.
+      output: file to append rows to.
+      repetitions: number of processes per cell or group.
+      timeout: time limit of one process, seconds.
+      run_seconds: about how long each process runs a program; 0 to compile only.
+      hlo: directory for the texts of programs, or None.
       alternate: name of a parameter. Cells that differ in nothing else form a group, which is
-        compiled in one process and run in alternation; ratios are to the first of them that does
-        not fail. None for a process for each cell.
-      roofline: whether to measure how fast the machine is at best, in a process of its own.
-      profile: whether to trace the kernels of GPUs.
+        compiled in one process and run in alternation; ratios are to its first cell that does not
+        fail. When None, each cell has its own process.
+      roofline: whether to measure the peak speed of the machine, in a separate process.
+      profile: whether to trace kernels on GPUs.
       check: whether to compare results with those of the plain implementation in float64.
-      peer_seconds: bound of the compilation by another compiler; None for no bound.
+      peer_seconds: time limit of compilation by another compiler, or None.
     """
 
     output: Path
@@ -70,12 +70,12 @@ class Plan:
 
 
 def remaining(cells: Sequence[Cell], plan: Plan) -> list[Cell]:
-    """Returns the cells of groups that the plan's file lacks a row of, or has a failure of.
+    """Returns the cells of all groups with a cell that has no row in the plan's file, or failed.
 
-    Cells that their target has no implementation of are not tried again.
+    Cells without an implementation on their target are not tried again.
 
     Raises:
-      DataError: the file holds something else, or was measured in another environment.
+      DataError: the file does not hold rows, or was measured in another environment.
       OSError: the file cannot be read.
     """
     rows = [row for row in read_rows(plan.output) if not row.error or row.error.is_unsupported]
@@ -84,7 +84,7 @@ def remaining(cells: Sequence[Cell], plan: Plan) -> list[Cell]:
         for name in _VERSIONS:
             if (there := row.base_environment.get(name)) != here[name]:
                 raise DataError(
-                    f"{plan.output} was measured with {name} {there}, here it is {here[name]}"
+                    f"{plan.output} was measured with {name} {there}, but here it is {here[name]}"
                 )
     done = {row.cell for row in rows}
     left = (g for g in groups(cells, plan.alternate) if not done.issuperset(c.key for c in g))
@@ -98,18 +98,18 @@ def run_cells(
     on_start: Callable[[str], None] = lambda description: None,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> None:
-    """Measures cells and appends a row of each to the plan's file.
+    """Measures cells and appends a row for each to the plan's file.
 
-    A cell that fails is a row with its reason; the others go on.
+    The row of a cell that fails has the reason; the others are still measured.
 
     Args:
-      cells: to measure.
-      plan: how.
-      on_start: is called with a description of each process before it starts.
-      on_row: is called with each row.
+      cells: the cells to measure.
+      plan: how to measure them.
+      on_start: called with a description of each process before it starts.
+      on_row: called with each row.
 
     Raises:
-      KeyboardInterrupt: after the process that is running has been killed.
+      KeyboardInterrupt: interrupted; the running process has been killed.
     """
     rooflines: dict[str, Roofline | None] = {}
     here = dataclasses.asdict(read_environment())
@@ -143,7 +143,7 @@ def run_cells(
 def check_targets(cells: Sequence[Cell], *, timeout: float = 300) -> None:
     """Raises a ConfigError if this machine cannot serve one of the targets.
 
-    Each is looked for in a process of its own, which may need settings that this one has not.
+    Each is looked up in a separate process, which may need other settings than this one.
     """
     for name in dict.fromkeys(cell.target for cell in cells):
         if parse_target(name).platform == "cpu":
@@ -158,7 +158,7 @@ def _measure_roofline(platform: str) -> Roofline:
 
 
 def _missing_devices(name: str) -> str:
-    """Why the target cannot be served; empty if it can."""
+    """Returns why the target cannot be served; empty if it can."""
     target = parse_target(name)
     try:
         if target.platform == "tpu":
@@ -170,7 +170,7 @@ def _missing_devices(name: str) -> str:
 
 
 def _repetition(group: Sequence[Cell], plan: Plan, is_first: bool) -> Sequence[Measurement]:
-    """Measures a group in a process of its own."""
+    """Measures a group in a separate process."""
     with tempfile.TemporaryDirectory(prefix="capsjax-bench-") as cache:
         begun = time.time()
         request = Request(
@@ -198,7 +198,7 @@ def _repetition(group: Sequence[Cell], plan: Plan, is_first: bool) -> Sequence[M
 def _call(
     function: Callable[[Any], Any], argument: Any, environment: Mapping[str, str], timeout: float
 ) -> Any:
-    """What a function returns in a fresh process, or a Failure of the process."""
+    """Calls a function in a fresh process; returns its result or a Failure."""
     with tempfile.TemporaryDirectory(prefix="capsjax-bench-") as folder:
         call, result, log = (Path(folder, name) for name in ("call", "result", "log"))
         call.write_bytes(pickle.dumps((function, argument)))
@@ -217,7 +217,7 @@ def _call(
             except subprocess.TimeoutExpired:
                 return Failure("process", "timeout", f"took longer than {timeout:.0f} seconds")
             finally:
-                # The whole group: compilers start processes of their own.
+                # Kills the whole process group, as compilers start processes too.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -227,7 +227,7 @@ def _call(
 
 
 def _environment(target: str, xla_flags: Sequence[str] = ()) -> dict[str, str]:
-    """Variables of a process for a target. Flags of the TPU's compiler go to libtpu."""
+    """Returns the environment of a process for a target; flags of the TPU compiler go to libtpu."""
     parsed = parse_target(target)
     environment = {**os.environ, **parsed.environment}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
@@ -237,7 +237,7 @@ def _environment(target: str, xla_flags: Sequence[str] = ()) -> dict[str, str]:
         ("XLA_FLAGS", [*parsed.xla_flags, *others]),
         ("LIBTPU_INIT_ARGS", for_libtpu),
     ):
-        # The cell's own come last, and win.
+        # The cell's own flags come last and take precedence.
         if flags:
             environment[name] = " ".join([*os.environ.get(name, "").split(), *flags])
     return environment
@@ -259,7 +259,7 @@ def _row(
     roofline: Roofline | None,
     here: dict[str, Any],
 ) -> Row:
-    """The row of a cell, of all its processes."""
+    """Makes the row of a cell from all its processes."""
     first, whole = measurements[0], [each for each in measurements if not each.error]
     error = next((each.error for each in measurements if each.error), None)
     names = sorted({name for each in whole for name in each.stages})
@@ -295,7 +295,7 @@ def _row(
 def _run(
     measurements: Sequence[Measurement], first: Measurement, roofline: Roofline | None
 ) -> Run | None:
-    """Run times over all processes, and how near they come to the roofline."""
+    """Returns the run times over all processes, and the fraction of the roofline."""
     times = [each.times for each in measurements if each.times]
     if not times:
         return None
@@ -303,7 +303,7 @@ def _run(
     bound = None
     cost, memory = first.program and first.program.cost, first.memory
     if roofline and cost and memory and first.devices == 1:
-        # What has to be moved: arguments and results, once.
+        # Arguments and results have to be moved at least once.
         least = roofline.seconds(cost.flops, memory.arguments + memory.outputs)
         bound = Bound(**dataclasses.asdict(roofline), seconds=least, fraction=least / calls.median)
     return Run(
@@ -318,7 +318,7 @@ def _run(
 
 
 def _beside(row: Row, base: Row) -> Alternation:
-    """Ratios to the base of the group."""
+    """Returns the ratios to the base of the group."""
     if row.error or base.error:
         return Alternation(base.cell)
     return Alternation(base.cell, ratio=_ratio(row, base), temporaries=_memory_ratio(row, base))
@@ -329,7 +329,7 @@ def _ratio(row: Row, base: Row) -> float | None:
         pairs = zip(row.run.calls, base.run.calls, strict=True)
         return statistics.median(Times(a).ratio(Times(b)) for a, b in pairs)
     estimates = [each.hlo.estimate for each in (row, base) if each.hlo and each.hlo.estimate]
-    # Kernels without an estimate must not count as nothing.
+    # A program with kernels that have no estimate cannot be compared.
     if len(estimates) < 2 or any(each.has_kernels for each in estimates):
         return None
     return estimates[0].total / estimates[1].total

@@ -1,7 +1,7 @@
-"""How capsjax measures time: programs in alternation, medians and ratios of pairs.
+"""Times programs in alternation: medians, and ratios of pairs.
 
-The speed of a machine drifts by more than programs differ: what is compared runs in turn, and the
-ratio is taken within each round.
+The speed of a machine drifts by more than programs differ. Programs to compare therefore run in
+turn, and ratios are taken within each round.
 """
 
 import contextlib
@@ -19,23 +19,23 @@ class Times(NamedTuple):
     """Times of one program, one per round.
 
     Attributes:
-      seconds: wall time of each call, until its result is computed.
+      seconds: wall time of each call, until its result is ready.
     """
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """Median of the calls, seconds."""
+        """Median of the calls, in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def spread(self) -> tuple[float, float]:
-        """Fastest and slowest call, seconds."""
+        """Fastest and slowest call, in seconds."""
         return min(self.seconds), max(self.seconds)
 
     def ratio(self, other: "Times") -> float:
-        """Median over the rounds of this program's time by the other's of the same round."""
+        """Median over the rounds of the ratio of this program's time to the other's."""
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
@@ -46,21 +46,21 @@ def alternate(
     seconds: float = math.inf,
     pause: float = 0.0,
 ) -> dict[str, Times]:
-    """Calls programs in turn, after one call of each that is not counted.
+    """Times calls of programs in turn, after one uncounted call of each.
 
     Args:
-      programs: calls by name; their results are waited for.
-      rounds: counted calls of each, at least 1.
-      seconds: no further round begins when counted calls have taken this long together and there
-        were three rounds.
-      pause: seconds to wait before each call, in which the threads of the last program come to
-        rest: those of OpenMP spin for a while and take the next program's cores.
+      programs: calls by name; their results are awaited.
+      rounds: number of counted calls of each, at least 1.
+      seconds: after three rounds, no further round begins once the counted calls have taken this
+        long in total.
+      pause: seconds to wait before each call. OpenMP threads of the last program spin for a while
+        and would take the next program's cores.
 
     Returns:
       :class:`Times` by name.
 
     Raises:
-      ValueError: there are no rounds.
+      ValueError: `rounds` is less than 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,14 +87,14 @@ def alternate(
 
 
 class _Overdue(BaseException):
-    """Passes through code that keeps exceptions to itself."""
+    """Passes through code that catches every Exception."""
 
 
 @contextlib.contextmanager
 def bounded(seconds: float | None) -> Iterator[None]:
-    """Raises a TimeoutError in what takes longer; None for no bound.
+    """Raises a TimeoutError in a block that takes longer; None for no limit.
 
-    Only the main thread may ask for it, and only Python code is interrupted.
+    Works only in the main thread, and interrupts only Python code.
     """
     if seconds is None:
         yield

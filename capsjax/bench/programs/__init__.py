@@ -1,1 +1,1 @@
-"""What a compiled program consists of and costs, read from its text."""
+"""Reads the contents and the cost of a compiled program from its text."""

@@ -1,4 +1,4 @@
-"""What a compiler estimates that a program takes, and which parts it leaves out."""
+"""Sums a compiler's estimates of a program, and lists what they leave out."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ COLLECTIVES = {
 }
 # Custom calls that compute nothing.
 FREE_CALLS = {"AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
-# Opcodes that take time, and have no estimate of their own outside of fusions.
+# Opcodes that take time but have no estimate outside fusions.
 WORK = {
     "fusion",
     "custom-call",
@@ -47,14 +47,14 @@ _PACKAGE = str(Path(__file__).parents[2])
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What one run of a program takes, as estimated, with loops counted in full.
+    """The estimated cost of one run of a program, with loops counted in full.
 
     Attributes:
       total: sum of the estimates.
-      by_source: the same by file and line, largest first; instructions without a line are under
+      by_source: estimates by file and line, largest first; instructions without a line are under
         ``""``.
-      without_estimate: executions by opcode that compute or communicate and have no estimate, so
-        that they are not part of `total`; custom calls by their target.
+      without_estimate: number of executions by opcode of computation and communication without an
+        estimate, which `total` leaves out; custom calls are listed by target.
     """
 
     total: float
@@ -63,12 +63,12 @@ class Estimate:
 
     @property
     def has_kernels(self) -> bool:
-        """Whether custom calls, such as Pallas kernels, are left out; they may be most of it."""
+        """Whether custom calls, such as Pallas kernels, are left out; they may dominate."""
         return any(name.startswith("custom-call ") for name in self.without_estimate)
 
 
 class Cycles(Estimate):
-    """An :class:`Estimate` by the TPU's compiler, in cycles."""
+    """An :class:`Estimate` by the TPU compiler, in cycles."""
 
     @property
     def has_kernels(self) -> bool:
@@ -79,14 +79,14 @@ class Cycles(Estimate):
 def sum_estimates(
     module: Module, estimated: Iterable[tuple[Execution, float | None]]
 ) -> Estimate | None:
-    """Adds up the estimates of instructions that run on their own, outside of fusions.
+    """Sums the estimates of instructions outside fusions.
 
     Args:
       module: the program.
-      estimated: executions with the estimate for each time, or None.
+      estimated: executions, with the estimate for a single one or None.
 
     Returns:
-      None if there is no estimate at all.
+      The sum, or None if there is no estimate at all.
     """
     total, by_source = 0.0, Counter[str]()
     missing = Counter[str]()
@@ -103,18 +103,18 @@ def sum_estimates(
 
 
 def descending(counts: Counter[str]) -> dict[str, Any]:
-    """Counts, the largest first."""
+    """Returns counts, the largest first."""
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _works(each: Instruction) -> bool:
-    """Whether an instruction takes time: not copies of scalars between memories."""
+    """Whether an instruction takes time; copies of scalars do not."""
     kinds = WORK | COLLECTIVES
     return each.opcode.removesuffix("-start") in kinds and shape_bytes(each.shape) > 8
 
 
 def _short(source: str) -> str:
-    """A file's path relative to where it is installed, or to the working directory."""
+    """Returns a path relative to where it is installed, or to the working directory."""
     for root in (*site.getsitepackages(), os.getcwd(), os.path.dirname(_PACKAGE)):
         if source.startswith(root + os.sep):
             return source[len(root) + 1 :]

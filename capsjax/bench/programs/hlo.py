@@ -1,6 +1,6 @@
 """Parses the text of compiled programs: computations, instructions, sources.
 
-Only the text of ``jax.stages.Compiled.as_text()`` is read, so that a text from a file is read like
+It reads only the text of ``jax.stages.Compiled.as_text()``, so that a text from a file works like
 one that was just compiled.
 """
 
@@ -30,11 +30,11 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name: unique in its module.
-      opcode: such as ``"fusion"``, ``"while"``, ``"all-reduce"``.
-      shape: of the result, as printed.
+      name: name, unique in its module.
+      opcode: opcode, such as ``"fusion"``, ``"while"`` or ``"all-reduce"``.
+      shape: shape of the result, as printed.
       operands: the text between the parentheses.
-      attributes: the text after them.
+      attributes: the text after the parentheses.
       is_root: whether its result is that of the computation.
     """
 
@@ -47,7 +47,7 @@ class Instruction:
 
     @functools.cached_property
     def operand_names(self) -> tuple[str, ...]:
-        """Names of the instructions whose results it takes."""
+        """Names of the instructions whose results it uses."""
         return tuple(_NAME.findall(self.operands))
 
     @functools.cached_property
@@ -58,7 +58,7 @@ class Instruction:
 
     @property
     def estimated_cycles(self) -> int | None:
-        """The compiler's estimate for one execution; None where it gives none."""
+        """The compiler's estimate for one execution, or None."""
         found = _CYCLES.search(self.attributes)
         return int(found[1]) if found and int(found[1]) >= 0 else None
 
@@ -75,7 +75,7 @@ class Instruction:
         return found[1] if found else ""
 
     def attribute(self, name: str) -> str:
-        """An attribute without braces or commas in it, such as ``direction``; or empty."""
+        """Returns an attribute without braces or commas, such as ``direction``; or empty."""
         found = re.search(rf"\b{name}=([\w.\-]+)", self.attributes)
         return found[1] if found else ""
 
@@ -106,12 +106,12 @@ class Module:
     """A compiled program.
 
     Args:
-      text: of ``jax.stages.Compiled.as_text()``.
+      text: text from ``jax.stages.Compiled.as_text()``.
 
     Attributes:
-      text: the same.
-      computations: by name.
-      entry: the computation that is executed.
+      text: the same text.
+      computations: computations by name.
+      entry: the entry computation.
 
     Raises:
       ValueError: the text is not that of an HLO module.
@@ -145,7 +145,7 @@ class Module:
         self.entry = self.computations[entry]
 
     def opcodes(self) -> Counter[str]:
-        """Number of instructions by opcode, those inside of fusions included."""
+        """Number of instructions by opcode, including those inside fusions."""
         return Counter(
             each.opcode
             for part in self.computations.values()
@@ -153,9 +153,9 @@ class Module:
         )
 
     def source(self, each: Instruction) -> str:
-        """File, line and function that an instruction comes from; empty if unknown.
+        """Returns the file, line and function that an instruction comes from; empty if unknown.
 
-        A fusion may have none of its own: then the last one inside of it.
+        For a fusion without a source, that of the last instruction inside it.
         """
         if found := _SOURCE.search(each.attributes):
             return f"{found[1]}:{found[2]}"
@@ -188,7 +188,7 @@ class Module:
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of a shape as printed, of all arrays of a tuple; padding is not counted.
+    """Returns the bytes of a printed shape, over all arrays of a tuple, without padding.
 
     Example:
       >>> from capsjax.bench.programs.hlo import shape_bytes
@@ -205,7 +205,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def stablehlo_opcodes(text: str) -> Counter[str]:
-    """Number of operations by name in the text of ``jax.stages.Lowered.as_text()``.
+    """Counts operations by name in the text of ``jax.stages.Lowered.as_text()``.
 
     Example:
       >>> import jax, jax.numpy as jnp

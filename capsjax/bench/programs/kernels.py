@@ -1,8 +1,8 @@
-"""Kernels that a GPU's program launches, and how long they may take.
+"""Counts the kernels that a program launches on a GPU, and estimates their time.
 
-XLA writes its own estimates into the text of each fusion, if it is told to. It has none for
-libraries, and its estimates of matrix products presuppose tile sizes that nobody has tuned: for
-both there is the least time of their operations and bytes at the chip's published speed.
+XLA writes its own estimates into the text of each fusion if a flag asks for them. It has none for
+libraries, and its estimates of matrix products assume untuned tile sizes. For both, the least time
+of their operations and bytes at the chip's published speed is used instead.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from capsjax.bench.programs.estimate import (
 from capsjax.bench.programs.hlo import Computation, Instruction, Module, shape_bytes
 from capsjax.bench.programs.loops import Execution, trip_count
 
-# What the shortest kernels take: an H200 ran the 105 shortest ones of the paper's train step in
-# 1.56 us each (bfloat16), 1.50 us (float32).
+# Time of the shortest kernels: an H200 ran the 105 shortest ones of the paper's train step in 1.56
+# us each (bfloat16), 1.50 us (float32).
 _LEAST_SECONDS = 1.5e-6
 _COSTS = re.compile(r'"exec_time_us":([\d.e+-]+)[^{}]*"name":"([^"]*)"')
 _FUSION_KIND = re.compile(r'"kind":"(__[^"]*)"')
@@ -37,14 +37,14 @@ _PRECISE = re.compile(r"operand_precision\W+highest", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """What one run of a program launches on a GPU, with loops counted in full.
+    """The kernels that one run of a program launches on a GPU, with loops counted in full.
 
     Attributes:
-      launches: by kind: ``"fusion"``, ``"gemm"`` for matrix products of cuBLAS or of XLA's own,
-        ``"cudnn"``, ``"custom call"``, ``"copy"``, ``"collective"``, ``"other"``. One of a library
-        may be several kernels; what only sets memory is not in the text.
-      graph_cuts: convolutions of cuDNN among them, before each of which a CUDA graph ends.
-      seconds: an untuned estimate; None where the text has no estimates by the compiler.
+      launches: number of launches by kind: ``"fusion"``, ``"gemm"`` for matrix products by cuBLAS
+        or XLA, ``"cudnn"``, ``"custom call"``, ``"copy"``, ``"collective"``, ``"other"``. A library
+        call may launch several kernels; kernels that only set memory are not in the text.
+      graph_cuts: number of cuDNN convolutions among them, each of which ends a CUDA graph.
+      seconds: an untuned estimate; None if the text has no estimates by the compiler.
     """
 
     launches: dict[str, float]
@@ -53,7 +53,7 @@ class Kernels:
 
 
 class Work(NamedTuple):
-    """What a library call computes and moves: operations, bytes, and the operands' dtype."""
+    """The work of a library call: operations, bytes moved, and the operands' dtype."""
 
     flops: float
     bytes: float
@@ -72,9 +72,9 @@ def read_kernels(module: Module, executed: Sequence[Execution], gpu: Gpu) -> Ker
     Args:
       module: the program.
       executed: its instructions, see :func:`capsjax.bench.programs.loops.executions`.
-      gpu: that it was compiled for.
+      gpu: the GPU that it was compiled for.
     """
-    # The host counts the trips of a loop of known length, and does not ask its condition.
+    # For a loop of known length, the host counts the trips and does not run the condition.
     unasked = {
         loop.called["condition"][0]
         for loop, part, _, _ in executed
@@ -94,9 +94,9 @@ def read_kernels(module: Module, executed: Sequence[Execution], gpu: Gpu) -> Ker
 
 
 def library_work(part: Computation, call: Instruction) -> Work | None:
-    """Reads a custom call of cuBLAS or cuDNN; None for what is not a product or a convolution."""
+    """Reads a custom call of cuBLAS or cuDNN; None unless it is a product or a convolution."""
     operands = [part.instructions[name] for name in call.operand_names]
-    # The last array of the result is the library's own memory.
+    # The last array of the result is the library's workspace.
     result = _FIRST_ARRAY.match(call.shape)
     if result is None or len(operands) < 2:
         return None
@@ -118,7 +118,7 @@ def library_work(part: Computation, call: Instruction) -> Work | None:
 
 
 def _kind(each: Instruction) -> str | None:
-    """The kind of what an instruction launches; None where it launches nothing."""
+    """Returns the kind of kernel that an instruction launches; None if it launches none."""
     opcode, target = each.opcode.removesuffix("-start"), each.target
     if each.opcode == "fusion-start":  # a slice, read or written
         return "copy"
@@ -139,13 +139,13 @@ def _kind(each: Instruction) -> str | None:
 
 
 def _seconds(module: Module, execution: Execution, kind: str, gpu: Gpu) -> float | None:
-    """The time of one launch; None where nothing is known of it."""
+    """Returns the time of one launch; None if unknown."""
     each, part, _, _ = execution
     least: float | None
     if kind == "fusion":
         costs = {name: float(time) / 1e6 for time, name in _COSTS.findall(each.attributes)}
-        # The model without a name knows nothing of tiles: it gives 901 us for a fusion of Triton's
-        # in the paper's step that an H200 ran in 34, the one of tiles 23.
+        # The unnamed model does not know tiles: for a Triton fusion in the paper's step that an
+        # H200 ran in 34 us, it gives 901 us and the tile model 23 us.
         least = costs.get("indexing-cost-model", costs.get(""))
     elif kind == "copy":
         least = 2 * shape_bytes(_copied(module, each)) / gpu.bytes_per_second
@@ -193,7 +193,7 @@ def _products(module: Module, part: Computation, moved: float) -> Iterator[Work]
 def _product(
     each: Instruction, left: Instruction, result: Sequence[int], moved: float
 ) -> Work | None:
-    """The work of a matrix product, whose text names the contracted axes of its left operand."""
+    """The work of a matrix product, from its text and the contracted axes of its left operand."""
     found = _CONTRACTED.search(each.attributes)
     if found is None:
         return None

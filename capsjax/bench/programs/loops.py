@@ -1,4 +1,4 @@
-"""How often each instruction of a compiled program runs."""
+"""Counts how often each instruction of a compiled program runs."""
 
 import re
 from collections.abc import Iterator
@@ -7,19 +7,19 @@ from typing import NamedTuple
 from capsjax.bench.programs.hlo import Computation, Instruction, Module
 
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_FUSIONS = {"fusion", "fusion-start"}  # the second is asynchronous
+_FUSIONS = {"fusion", "fusion-start"}  # fusion-start is asynchronous
 # Instructions whose result has the value of their operand.
 _SAME_VALUE = {"copy", "bitcast", "convert", "reshape", "bitcast-convert", "opt-barrier"}
 
 
 class Execution(NamedTuple):
-    """An instruction that is executed.
+    """An executed instruction.
 
     Attributes:
       instruction: the instruction.
-      computation: the computation that it is in.
-      times: how often one execution of the program executes it.
-      is_fused: whether it is inside of a fusion.
+      computation: the computation that contains it.
+      times: number of executions per run of the program.
+      is_fused: whether it is inside a fusion.
     """
 
     instruction: Instruction
@@ -29,9 +29,10 @@ class Execution(NamedTuple):
 
 
 def executions(module: Module) -> Iterator[Execution]:
-    """Yields the instructions of the entry and of all that it calls but reducers and comparators.
+    """Yields the instructions of the entry and all that it calls, except reducers and comparators.
 
-    Bodies of loops with an unknown trip count count once; so does every branch of a conditional.
+    Bodies of loops with an unknown trip count are counted once, and so is every branch of a
+    conditional.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -47,15 +48,16 @@ def executions(module: Module) -> Iterator[Execution]:
 
 
 def trip_count(module: Module, loop: Instruction, part: Computation) -> int | None:
-    """Returns how often a while loop's body runs; None if the text does not tell.
+    """Returns the trip count of a while loop; None if it cannot be read from the text.
 
-    XLA:CPU and XLA:GPU print what they know. The TPU's compiler does not: there it follows from
-    the condition, the first value and the step of the loop's counter, if these are constants.
+    XLA:CPU and XLA:GPU print known trip counts. The TPU compiler does not; there the count follows
+    from the condition, the initial value and the step of the loop's counter, if these are
+    constants.
 
     Args:
       module: the program.
       loop: the instruction.
-      part: the computation that the loop is in.
+      part: the computation that contains the loop.
     """
     if known := _TRIP_COUNT.search(loop.attributes):
         return int(known[1])
@@ -80,9 +82,9 @@ def trip_count(module: Module, loop: Instruction, part: Computation) -> int | No
 
 
 def loops_in(module: Module, part: Computation) -> Iterator[tuple[Instruction, Computation]]:
-    """Yields the while loops that a computation starts, but not those inside of them.
+    """Yields the while loops of a computation, without loops nested inside them.
 
-    Each comes with the computation that it is in.
+    Each comes with the computation that contains it.
     """
     for each in part.instructions.values():
         if each.opcode == "while":
@@ -100,7 +102,7 @@ def _walk(module: Module, part: Computation, times: float, fused: bool) -> Itera
         trips = trip_count(module, each, part) if each.opcode == "while" else None
         for role, names in each.called.items():
             if role == "to_apply" and each.opcode != "call":
-                continue  # of a reduction, a sort, a scatter or an all-reduce
+                continue  # part of a reduction, a sort, a scatter or an all-reduce
             often = times
             if trips is not None:
                 often = times * (trips if role == "body" else trips + 1)
@@ -110,7 +112,7 @@ def _walk(module: Module, part: Computation, times: float, fused: bool) -> Itera
 
 
 def _comparison(module: Module, part: Computation) -> tuple[str, Instruction, Instruction] | None:
-    """Direction and operands of a condition's comparison, which may be fused."""
+    """Returns direction and operands of a condition's comparison, which may be fused."""
     root, inner = part.root, part
     if root.opcode == "fusion":
         inner = module.computations[root.called["calls"][0]]
@@ -137,9 +139,10 @@ def _constant(
     loop: Instruction | None = None,
     outside: Computation | None = None,
 ) -> int | None:
-    """The integer that an instruction holds, if it does not change while the program runs.
+    """Returns the integer value of an instruction, if it is constant while the program runs.
 
-    In the condition of a loop, also a value from before the loop that the body does not change.
+    In the condition of a loop, this includes a value from before the loop that the body does not
+    change.
     """
     if each is None:
         return None
@@ -159,7 +162,7 @@ def _constant(
 
 
 def _step(module: Module, body: Computation, counter: int) -> int | None:
-    """By how much a loop's body moves its counter."""
+    """Returns the step of a loop's counter."""
     each = _element(body.root, counter, body, is_tuple=True)
     inner = body
     while each is not None and each.opcode in _SAME_VALUE:
@@ -187,7 +190,7 @@ def _step(module: Module, body: Computation, counter: int) -> int | None:
 
 
 def _tuple_index(each: Instruction, part: Computation) -> int | None:
-    """The index of an instruction that is an element of the computation's parameter, or None."""
+    """Returns the index if an instruction is an element of the computation's parameter, or None."""
     while each.opcode in _SAME_VALUE:
         each = part.instructions[each.operand_names[0]]
     if each.opcode != "get-tuple-element":
@@ -200,7 +203,7 @@ def _tuple_index(each: Instruction, part: Computation) -> int | None:
 def _element(
     each: Instruction, index: int, part: Computation, *, is_tuple: bool = False
 ) -> Instruction | None:
-    """The instruction of one element of a tuple, or of a loop's first carry."""
+    """Returns the instruction of one element of a tuple, or of a loop's initial carry."""
     made = each if is_tuple else part.instructions[each.operand_names[0]]
     while made.opcode in _SAME_VALUE:
         made = part.instructions[made.operand_names[0]]

@@ -1,7 +1,7 @@
-"""What a compiled program consists of and costs, with its loops counted in full.
+"""Reads the contents and the cost of a compiled program, with loops counted in full.
 
-XLA counts the body of a loop once. Here every count is multiplied by how often the loop runs; where
-that is not known the body counts once, and the result says so.
+XLA counts the body of a loop once. Here every count is multiplied by the trip count of the loop. If
+that is unknown, the body is counted once, and the result says so.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class Loop:
 
     Attributes:
       operation: the JAX operation that it comes from.
-      trip_count: how often its body runs, or None if the compiled text does not tell.
+      trip_count: number of trips, or None if the text does not tell.
     """
 
     operation: str
@@ -47,8 +47,8 @@ class Collective:
     """All communication of one kind.
 
     Attributes:
-      executions: in one run of the program.
-      bytes: that each device sends, in all executions together.
+      executions: number of executions in one run of the program.
+      bytes: bytes that each device sends in all these executions.
     """
 
     executions: float
@@ -60,11 +60,11 @@ class Cost:
     """XLA's cost model of one device, with loops counted in full.
 
     Attributes:
-      flops: floating-point operations other than transcendental functions; a multiplication with
-        an addition is two.
+      flops: floating-point operations other than transcendental functions; a multiply-add counts as
+        two.
       transcendentals: exponentials, logarithms, roots and the like.
-      bytes: read and written by all fusions and instructions, as if nothing stayed in a cache; None
-        for programs of other compilers.
+      bytes: bytes read and written by all fusions and instructions, as if nothing stayed in a
+        cache; None for programs of other compilers.
     """
 
     flops: float
@@ -74,20 +74,20 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """What the compiled text says; None stands for what a compiler does not tell.
+    """Contents and cost of a compiled program; None if the compiler does not tell.
 
     Attributes:
-      instructions: number of instructions, those inside of fusions included.
-      opcodes: the same by opcode.
+      instructions: number of instructions, including those inside fusions.
+      opcodes: number of instructions by opcode.
       fusion_count: number of fusions.
-      fusions: the same by kind.
-      loops: while loops that are executed.
-      is_complete: whether the trip counts of all loops are known, so that they are counted in full.
-      collectives: by opcode.
-      custom_calls: executions by target, such as ``"__onednn$matmul"``.
-      cost: None where this version of jaxlib does not give it.
-      cycles: of a TPU's program; None where no instruction has an estimate.
-      kernels: of a program for a GPU that is in the table of GPUs.
+      fusions: number of fusions by kind.
+      loops: executed while loops.
+      is_complete: whether all trip counts are known, so that all loops are counted in full.
+      collectives: communication by opcode.
+      custom_calls: number of executions by target, such as ``"__onednn$matmul"``.
+      cost: XLA's cost model; None if this version of jaxlib lacks it.
+      cycles: cycles of a program for TPUs; None if no instruction has an estimate.
+      kernels: kernels of a program for a GPU in the table of GPUs.
     """
 
     instructions: int | None = None
@@ -104,7 +104,7 @@ class Program:
 
     @property
     def estimate(self) -> Estimate | None:
-        """What one run takes, as estimated: cycles of a TPU, seconds of a GPU."""
+        """Estimated cost of one run: cycles on a TPU, seconds on a GPU."""
         return self.kernels.seconds if self.kernels else self.cycles
 
 
@@ -112,8 +112,9 @@ def read_program(text: str, *, gpu: Gpu | None = None) -> Program:
     """Reads the text of a compiled program.
 
     Args:
-      text: of ``jax.stages.Compiled.as_text()``.
-      gpu: that it was compiled for, see :func:`capsjax.bench.known_gpu`; None for other devices.
+      text: text from ``jax.stages.Compiled.as_text()``.
+      gpu: the GPU that it was compiled for, see :func:`capsjax.bench.known_gpu`; None for other
+        devices.
 
     Returns:
       A :class:`Program`.
@@ -188,11 +189,11 @@ def _cycles(module: Module, executed: list[Execution]) -> Cycles | None:
 
 
 def _cost(module: Module, executed: list[Execution]) -> Cost | None:
-    """XLA's cost of the module, and of each loop's body and condition as often as they run.
+    """XLA's cost of the module, with each loop's body and condition as often as they run.
 
-    Calls of a GPU's libraries are added, of which XLA counts nothing.
+    Library calls on GPUs, which XLA does not count, are added.
     """
-    # None of it is public: the parser moved after jaxlib 0.10.1.
+    # None of this is public; the parser moved after jaxlib 0.10.1.
     try:
         from jaxlib import _jax
 
@@ -209,7 +210,7 @@ def _cost(module: Module, executed: list[Execution]) -> Cost | None:
         if name not in known:
             entry = rf"^(%?{re.escape(name)} )"
             text = re.sub(entry, r"ENTRY \1", headless, count=1, flags=re.MULTILINE)
-            # Without the layouts of the real entry's arguments.
+            # Drops the layouts of the original entry's arguments.
             text = re.sub(r"^HloModule .*", "HloModule part", text, count=1)
             found = analyse(client, parse(text))
             names = ("flops", "transcendentals", "bytes accessed")
@@ -217,7 +218,7 @@ def _cost(module: Module, executed: list[Execution]) -> Cost | None:
         return known[name]
 
     def full(part: Computation) -> _Counts:
-        """The same with loops as often as they run; their bodies may have loops too."""
+        """The same with loops counted in full, including nested ones."""
         total = once(part.name)
         for loop, around in loops_in(module, part):
             trips = trip_count(module, loop, around)
@@ -236,4 +237,4 @@ def _cost(module: Module, executed: list[Execution]) -> Cost | None:
     try:
         return Cost(*sum(calls, full(module.entry)).tolist())
     except (jax.errors.JaxRuntimeError, ValueError):
-        return None  # a text that this version's own parser does not read
+        return None  # this version's parser cannot read the text

@@ -1,1 +1,1 @@
-"""What was measured: rows in a file, tables, an HTML page, comparison of two files."""
+"""Results: rows in a file, tables, an HTML page, and the comparison of two files."""

@@ -1,4 +1,4 @@
-"""The measures of a row as text, which the table and the page show."""
+"""The measures of a row as text, for the table and the page."""
 
 import statistics
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def _arguments(row: Row) -> str:
 
 
 def _estimate(name: str, scale: float) -> Callable[[Row], str]:
-    """With a plus where instructions have no estimate."""
+    """With a plus if some instructions have no estimate."""
 
     def show(row: Row) -> str:
         found = row.hlo.estimate if row.hlo and row.counts[name] is not None else None
@@ -93,14 +93,15 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "est. ms": _estimate("estimate", 1e3),
 }
 NOTE = (
-    "Stages in seconds: compiling is cold, loading is from the persistent cache; another compiler's"
-    " is all of its compilation. Ratios are to the first cell of a group that ran in alternation,"
-    " run times within each round. GFLOP, GB moved, MB of arguments (args MB) and of temporary"
-    " memory (MB), bytes of collectives, Mcycles, kernels and est. ms are those of one device,"
-    " loops in full. Mcycles are the TPU compiler's estimate. Est. ms is a GPU's, untuned: the GPU"
-    " compiler's for fusions, and for matrix products, convolutions and copies the least time at"
-    " the published speed of the chip, which libraries do not reach. A plus follows where custom"
-    " calls, copies or collectives have no estimate. Kernels are what one run launches on a GPU,"
-    " graph cuts the convolutions by cuDNN, each of which ends a CUDA graph; a loop with ? trips"
-    " counts once and waits for the host in each."
+    "Stages are in seconds. Compile is cold, load is from the persistent cache. For another"
+    " compiler, compile is its whole work. Ratios are to the first cell of a group that ran in"
+    " alternation; run times are compared within each round. GFLOP, GB moved, MB of arguments"
+    " (args MB) and of temporary memory (MB), bytes of collectives, Mcycles, kernels and est. ms"
+    " are per device and count loops in full. Mcycles is the TPU compiler's estimate. Est. ms is"
+    " an untuned estimate for a GPU: the compiler's for fusions; for matrix products, convolutions"
+    " and copies the least time at the published speed of the chip, which libraries do not reach."
+    " A plus means that some custom calls, copies or collectives have no estimate. Kernels is the"
+    " number of launches of one run on a GPU. Graph cuts counts the convolutions by cuDNN, each of"
+    " which ends a CUDA graph. A loop with ? trips counts once and waits for the host in each"
+    " iteration."
 )

@@ -1,4 +1,4 @@
-"""Comparison of two files of rows: ratios with their intervals."""
+"""Compares two files of rows: ratios with their intervals."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ from scipy import special
 
 from capsjax.bench.results.rows import Row
 
-# Times, one for each repetition; and counts, which do not vary.
+# Times have one value per repetition; counts do not vary.
 TIMES = ("trace", "lower", "compile", "load", "run")
 COUNTS = (
     "instructions",
@@ -25,16 +25,16 @@ COUNTS = (
 
 
 class Ratio(NamedTuple):
-    """One measure of a cell, new by old.
+    """The ratio of new to old for one measure of a cell.
 
     Attributes:
-      cell: its key.
-      measure: such as ``"compile"``.
-      old: median of the old values, seconds or a count.
-      new: of the new ones.
-      ratio: of geometric means for times; of the values for counts.
-      low: lower end of the 95 % interval; None where there are fewer than two repetitions.
-      high: upper end.
+      cell: key of the cell.
+      measure: name of the measure, such as ``"compile"``.
+      old: median of the old values, in seconds or a count.
+      new: median of the new values.
+      ratio: ratio of geometric means for times; of the values for counts.
+      low: lower end of the 95 % interval; None with fewer than two repetitions.
+      high: upper end of the interval.
     """
 
     cell: str
@@ -51,13 +51,13 @@ class Ratio(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The cells of two files.
+    """The comparison of two files.
 
     Attributes:
-      ratios: of every cell and measure that both have.
-      broken: cells that fail in the new file alone.
-      only_old: cells that only the old file holds.
-      only_new: cells that only the new file holds.
+      ratios: ratios of all cells and measures that both files have.
+      broken: cells that fail only in the new file.
+      only_old: cells that only the old file has.
+      only_new: cells that only the new file has.
     """
 
     ratios: tuple[Ratio, ...]
@@ -66,19 +66,19 @@ class Comparison(NamedTuple):
     only_new: tuple[str, ...]
 
     def worse(self, threshold: float) -> list[Ratio]:
-        """Ratios that are past a threshold."""
+        """Returns the ratios that are above a threshold."""
         return [ratio for ratio in self.ratios if ratio.is_worse(threshold)]
 
 
 def compare_rows(
     old: Iterable[Row], new: Iterable[Row], *, measures: Sequence[str] = (*TIMES, *COUNTS)
 ) -> Comparison:
-    """Pairs cells by workload, parameters and target; by XLA flags too where these occur twice.
+    """Compares cells, paired by workload, parameters and target, and by XLA flags if needed.
 
     Args:
       old: rows of one run.
-      new: rows of another, of the same cells.
-      measures: what to compare.
+      new: rows of another run of the same cells.
+      measures: measures to compare.
 
     Example:
       >>> from capsjax.bench import Row, compare_rows
@@ -113,7 +113,7 @@ def compare_rows(
 
 
 def values(row: Row, measure: str) -> Sequence[float]:
-    """The values of a measure, one for each repetition; empty where it was not measured."""
+    """Returns the values of a measure, one per repetition; empty if it was not measured."""
     if measure == "run":
         return row.run.medians if row.run else ()
     if measure in TIMES:
@@ -139,7 +139,7 @@ def _ratio(cell: str, measure: str, a: Row, b: Row) -> Ratio | None:
 def _interval(
     old: Sequence[float], new: Sequence[float]
 ) -> tuple[float, float | None, float | None]:
-    """Ratio of geometric means and Welch's interval of it, 95 %, from the logarithms."""
+    """Returns the ratio of geometric means and its 95 % Welch interval, from the logarithms."""
     a, b = [math.log(x) for x in old], [math.log(x) for x in new]
     difference = statistics.mean(b) - statistics.mean(a)
     if min(len(a), len(b)) < 2:

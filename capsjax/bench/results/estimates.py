@@ -1,4 +1,4 @@
-"""Estimated scaling as text, which the terminal and the page show."""
+"""Estimated scaling as text, for the terminal and the page."""
 
 from collections.abc import Sequence
 
@@ -18,17 +18,17 @@ _HEADINGS = (
 
 
 def title(scaling: Scaling) -> str:
-    """What is scaled."""
+    """Returns a title that names what is scaled."""
     return f"{scaling.kind.capitalize()} scaling on {scaling.generation}: {scaling.program}"
 
 
 def headings(scaling: Scaling) -> tuple[str, ...]:
-    """Of the columns; GPUs have no cycles."""
+    """Returns the headings of the columns; GPUs have no cycles."""
     return tuple(name for name in _HEADINGS if name != "Mcycles" or scaling.generation not in GPUS)
 
 
 def cells(scaling: Scaling, step: ScalingStep) -> tuple[str, ...]:
-    """The text under each heading."""
+    """Returns the text under each heading."""
     return (
         f"{step.chips}",
         f"{step.batch:,}",
@@ -42,7 +42,7 @@ def cells(scaling: Scaling, step: ScalingStep) -> tuple[str, ...]:
 
 
 def verdict(scaling: Scaling) -> str:
-    """Where adding chips stops paying, and what takes the time."""
+    """States where adding chips stops paying, and why."""
     step = scaling.limit
     if step is None:
         step = scaling.steps[-1]
@@ -56,7 +56,7 @@ def verdict(scaling: Scaling) -> str:
 
 
 def assumptions(scalings: Sequence[Scaling]) -> str:
-    """What the estimates rest on."""
+    """States the assumptions of the estimates."""
     generations = dict.fromkeys(each.generation for each in scalings)
     tpus = [name for name in generations if name in CHIPS]
     gpus = [name for name in generations if name in GPUS]
@@ -67,9 +67,9 @@ def assumptions(scalings: Sequence[Scaling]) -> str:
             f"{name} {CHIPS[name].link_bytes_per_second / 1e9:g} GB/s" for name in tpus
         )
         text.append(
-            "Compute time is the compiler's cycles for one chip at its clock"
-            f" ({clocks}); starts of copies and communication are not among them. An"
-            " all-reduce moves 2 (n - 1) / n times its bytes over all links of a chip at once"
+            "Compute time is the compiler's estimate of cycles for one chip, divided by its clock"
+            f" ({clocks}); it leaves out communication and the start of copies. An all-reduce moves"
+            " 2 (n - 1) / n times its bytes over all links of a chip at once"
             f" ({links} for each link and direction), takes 1 us more for each hop, and overlaps"
             " with nothing."
         )
@@ -80,13 +80,13 @@ def assumptions(scalings: Sequence[Scaling]) -> str:
             for name in gpus
         )
         text.append(
-            "Compute time of a GPU is est. ms, which is untuned, and too short where libraries"
-            " compute. An all-reduce sums over the GPUs of a host by NVLink, and over hosts by"
+            "Compute time of a GPU is est. ms, an untuned estimate that is too short for libraries."
+            " An all-reduce sums over the GPUs of a host by NVLink, and over hosts by"
             f" InfiniBand, one adapter for each GPU ({links} in each direction); it takes 1 us more"
             " for each hop, and overlaps with nothing."
         )
     text += [
-        "Many steps are one call on data in the chips' memory: hosts take no time.",
+        "Many steps run in one call on data in the chips' memory, so that hosts take no time.",
         "Efficiency is examples/s per chip, relative to the fewest chips.",
     ]
     return " ".join(text)

@@ -18,12 +18,12 @@ from capsjax.files import write_text
 def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench") -> None:
     """Writes a page with plots and tables of rows.
 
-    The page holds the plots' library and their numbers, and opens without a network.
+    The page includes the plotting library and all data, and opens without a network.
 
     Args:
-      rows: as :func:`capsjax.bench.read_rows` gives them.
-      path: of the page.
-      title: its heading.
+      rows: rows as from :func:`capsjax.bench.read_rows`.
+      path: path of the page.
+      title: heading of the page.
 
     Raises:
       ConfigError: the extra ``bench`` is not installed.
@@ -88,7 +88,7 @@ def write_report(rows: Sequence[Row], path: Path, *, title: str = "capsjax bench
 
 
 def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any]], Any]]:
-    """Heading, note, traces and axes of each plot that the rows have data for."""
+    """Yields heading, note, traces and axes of each plot for which the rows have data."""
     log, linear = {"type": "log"}, {"rangemode": "tozero"}
     compiled = _series(
         rows,
@@ -100,7 +100,7 @@ def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any
     if compiled:
         yield (
             "Compile time against iterations and loop form",
-            "Median of cold compilations, each in a fresh process; bars show the range.",
+            "Median of cold compilations, each in a fresh process. Bars show the range.",
             compiled,
             ("iterations", "compile, seconds", linear, linear),
         )
@@ -121,7 +121,7 @@ def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any
     if memory:
         yield (
             "Memory against batch",
-            "Temporary memory of dynamic routing with 3 iterations, by the compiler.",
+            "Temporary memory of dynamic routing with 3 iterations, as the compiler reports it.",
             memory,
             ("batch", "temporaries, MB", log, log),
         )
@@ -132,9 +132,9 @@ def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any
         ends = [min(ideal + found), max(ideal + found)]
         yield (
             "Run time against the roofline",
-            "The least time follows from a measured matrix product and a measured sum over memory;"
-            " a program on the line would be as fast. Programs whose data stay in a cache may lie"
-            " below it.",
+            "The least time follows from the measured speeds of a matrix product and of a sum over"
+            " memory. A program on the line reaches it. Programs whose data stay in a cache may lie"
+            " below the line.",
             [
                 {
                     "x": ideal,
@@ -152,17 +152,17 @@ def _figures(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[dict[str, Any
             "cycles",
             1.0,
             "Cycles on absent TPUs",
-            "The compiler's estimate for one device, loops counted in full; custom calls and"
-            " collectives have no estimate and are not in it.",
+            "The compiler's estimate for one device, with loops counted in full. It leaves out"
+            " custom calls and collectives.",
             "cycles",
         ),
         (
             "estimate",
             1e3,
             "Time on GPUs, estimated",
-            "For one device, untuned, loops counted in full: the compiler's estimate of fusions,"
-            " and the least time of matrix products and convolutions. Other custom calls and"
-            " collectives have no estimate and are not in it.",
+            "An untuned estimate for one device, with loops counted in full: the compiler's for"
+            " fusions, and the least time of matrix products and convolutions. It leaves out other"
+            " custom calls and collectives.",
             "ms",
         ),
     ):
@@ -182,7 +182,7 @@ def _series(
     by: Sequence[str],
     fixed: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Traces of a measure over a parameter, one for each combination of others."""
+    """Returns traces of a measure over a parameter, one per combination of the others."""
     kind = WORKLOADS[workload]
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     lines: dict[tuple[Any, ...], dict[Any, tuple[float, float, float]]] = {}
@@ -239,7 +239,7 @@ def _table_row(row: Row) -> dict[str, Any]:
 
 
 def _environments(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """The environments of the rows, each once."""
+    """Returns the distinct environments of the rows."""
     seen = []
     for row in rows:
         values = {name: _shown(value) for name, value in row.base_environment.items()}
@@ -253,7 +253,7 @@ def _shown(value: Any) -> str:
 
 
 def _contributors(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Where the cycles of absent TPUs, or the time of absent GPUs, go by source line."""
+    """Returns cycles on absent TPUs or time on absent GPUs by source line."""
     found = []
     for row in rows:
         if row.hlo and (estimate := row.hlo.estimate):

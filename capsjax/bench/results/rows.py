@@ -1,4 +1,4 @@
-"""Rows of measurements in a file: JSON lines with a versioned schema."""
+"""Rows of measurements in a file of JSON lines with a versioned schema."""
 
 import dataclasses
 import json
@@ -20,9 +20,9 @@ class Failure:
     """Why a cell has no result.
 
     Attributes:
-      stage: in which it failed; ``"process"`` where the whole process did.
-      type: of the exception, or ``"timeout"`` or ``"died"``.
-      message: one line.
+      stage: stage in which it failed; ``"process"`` if the whole process failed.
+      type: type of the exception, or ``"timeout"`` or ``"died"``.
+      message: one line of text.
     """
 
     stage: str
@@ -37,7 +37,7 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on each device by the compiler; None is what it does not tell."""
+    """Bytes on each device as reported by the compiler; None if it does not tell."""
 
     arguments: int
     outputs: int
@@ -51,8 +51,8 @@ class Bound:
     """The least time of a program on this machine.
 
     Attributes:
-      flops_per_second: of a matrix product, measured.
-      bytes_per_second: of a sum over memory, measured.
+      flops_per_second: measured rate of a matrix product.
+      bytes_per_second: measured rate of a sum over memory.
       seconds: the least time for the program's operations, arguments and results.
       fraction: the least time divided by the measured one.
     """
@@ -65,16 +65,16 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """Run times over all processes, seconds.
+    """Run times over all processes, in seconds.
 
     Attributes:
-      median_seconds: over all calls.
+      median_seconds: median over all calls.
       least_seconds: the fastest call.
       most_seconds: the slowest call.
-      first_seconds: the first call of each process, which is in none of the others.
-      medians: over the calls of each process.
-      calls: all, by process.
-      roofline: None for more than one device, or without a count of operations.
+      first_seconds: the first call of each process, which the other fields exclude.
+      medians: median over the calls of each process.
+      calls: times of all calls, by process.
+      roofline: bound by the machine; None for several devices, or without a count of operations.
     """
 
     median_seconds: float
@@ -88,7 +88,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What a call runs on the device under one name: seconds and launches, both in one call."""
+    """Kernels of one name: seconds and number of launches per call."""
 
     name: str
     seconds: float
@@ -97,12 +97,12 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What a call runs on a GPU, copies included.
+    """The kernels that a call runs on a GPU, including copies.
 
     Attributes:
-      seconds: sum over the kernels; the device may run several at once, or none.
+      seconds: sum over the kernels; they may overlap, and the device may be idle in between.
       launches: number of kernels.
-      kernels: the dearest by name, dearest first.
+      kernels: the most expensive kernels by name, in descending order.
     """
 
     seconds: float
@@ -112,7 +112,7 @@ class Profile:
 
 @dataclasses.dataclass(frozen=True)
 class Deviation:
-    """Largest relative error, in norm, among the results: found, and allowed for the dtype."""
+    """Largest relative error in norm among the results: found, and allowed for the dtype."""
 
     found: float
     allowed: float
@@ -120,12 +120,12 @@ class Deviation:
 
 @dataclasses.dataclass(frozen=True)
 class Alternation:
-    """A cell beside the base of its group, with which it was run in alternation.
+    """A cell compared with the base of its group, with which it ran in alternation.
 
     Attributes:
       base: key of the base.
-      ratio: of run times, the median of pairs of the same round; where nothing ran of estimated
-        cycles or seconds, if both are complete but for copies and collectives.
+      ratio: median ratio of run times in the same round. If nothing ran, the ratio of estimated
+        cycles or seconds, if both are complete except for copies and collectives.
       temporaries: ratio of temporary memory.
     """
 
@@ -136,34 +136,34 @@ class Alternation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """The measurements of one cell. None, or empty, is what was not measured.
+    """The measurements of one cell; None or empty if not measured.
 
     Attributes:
-      cell: key, see :class:`capsjax.bench.Cell`.
-      workload: its name.
-      parameters: those that were given.
-      target: its name.
-      xla_flags: of the cell.
+      cell: key of the cell; see :class:`capsjax.bench.Cell`.
+      workload: name of the workload.
+      parameters: given parameters of the workload.
+      target: name of the target.
+      xla_flags: flags of the cell.
       status: ``"ok"`` or ``"failed"``.
       error: why it failed.
       repetitions: number of processes that succeeded.
-      time: UTC, when the last process had ended.
+      time: UTC at the end of the last process.
       stages: seconds of each process by stage.
-      wall_seconds: of each process.
+      wall_seconds: duration of each process.
       devices: number of devices that the program runs on.
-      processes: number of processes that these devices belong to.
-      device_kind: such as ``"TPU v5 lite"``.
-      cache: hits of the persistent cache while compiling, cold and warm.
-      command: of a compiler other than XLA.
-      stablehlo: operations by name.
+      processes: number of processes that own these devices.
+      device_kind: kind of the devices, such as ``"TPU v5 lite"``.
+      cache: hits of the persistent cache in cold and warm compilation.
+      command: command line of a compiler other than XLA.
+      stablehlo: number of operations by name.
       hlo: the compiled program.
-      memory: of each device.
+      memory: memory of each device.
       run: run times, on targets of this machine.
-      profile: kernels of a GPU, where they were asked for.
-      deviation: from the plain implementation in float64, where it was asked for.
-      alternation: the ratio to the base, where cells were run in alternation.
-      environment: of the processes.
-      base_environment: of the process that started them.
+      profile: kernels of a GPU, if requested.
+      deviation: deviation from the plain implementation in float64, if requested.
+      alternation: ratios to the base, if cells ran in alternation.
+      environment: environment of the processes.
+      base_environment: environment of the process that started them.
     """
 
     cell: str
@@ -199,7 +199,7 @@ class Row:
 
     @property
     def counts(self) -> dict[str, float | None]:
-        """What the compiler alone decides, as numbers."""
+        """Counts and estimates that depend only on the compiler."""
         hlo = self.hlo or Program()
         seconds = hlo.kernels.seconds if hlo.kernels else None
         return {
@@ -221,10 +221,10 @@ class _Header:
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Appends rows to a file in one write, and waits for the disk.
+    """Appends rows to a file in one write, and syncs it to disk.
 
     Args:
-      path: of the file, which is created if it is missing.
+      path: path of the file, which is created if missing.
       rows: each becomes a line with the name and the version of the schema.
 
     Raises:
@@ -243,7 +243,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
     """
     header = {"schema": SCHEMA, "version": VERSION}
     lines = [json.dumps(header | dataclasses.asdict(row), allow_nan=False) for row in rows]
-    # A killed process may have left a line without its end.
+    # A killed process may have left an incomplete line.
     broken = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
     with naming(path), path.open("a", encoding="utf-8") as file:
         file.write("\n" * broken + "".join(f"{line}\n" for line in lines))
@@ -252,17 +252,18 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_rows(path: Path, *, complete: bool = False) -> list[Row]:
-    """Reads the rows of a file; of a cell that was measured again, the last.
+    """Reads the rows of a file; if a cell was measured again, only the last row.
 
     Args:
-      path: of the file.
-      complete: whether to refuse a file whose last line a kill has cut off; left out otherwise.
+      path: path of the file.
+      complete: whether to refuse a file whose last line was cut off; otherwise that line is
+        ignored.
 
     Raises:
-      DataError: a line is not a row, or of an unknown version; the message has its number.
+      DataError: a line is not a row or has an unknown version; the message names its number.
       OSError: the file cannot be read.
     """
-    # Only here: measuring does without it.
+    # Imported here, because measuring does not need it.
     import msgspec
 
     rows: dict[str, Row] = {}
@@ -276,7 +277,7 @@ def read_rows(path: Path, *, complete: bool = False) -> list[Row]:
                 raise DataError(f"{path}:{number} is not a row of {SCHEMA}")
             if header.version != VERSION:
                 raise DataError(
-                    f"{path}:{number} is of version {header.version}, this capsjax reads {VERSION}"
+                    f"{path}:{number} has version {header.version}, this capsjax reads {VERSION}"
                 )
             row = msgspec.json.decode(line, type=Row)
             rows[row.cell] = row

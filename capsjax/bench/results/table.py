@@ -1,4 +1,4 @@
-"""Rows on a terminal: a table that grows, a bar below it."""
+"""Rows on a terminal: a growing table with a progress bar below it."""
 
 import math
 import sys
@@ -29,7 +29,7 @@ _STAGED = (
     "kernels",
     "est. ms",
 )
-# Of programs for several absent devices.
+# Columns for programs on several absent devices.
 _PLANNED = ("compile", "args MB", "MB", "Mcycles", "kernels", "est. ms", "collectives")
 _COMPARED = (
     "compile",
@@ -46,7 +46,7 @@ _COMPARED = (
 
 
 def console() -> Console:
-    """The console of the standard output, which is wide where that is a file."""
+    """Returns a console for standard output, wide if that is a file."""
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
@@ -55,7 +55,7 @@ class Display:
 
     Args:
       total: number of cells that will be measured.
-      rows: from an earlier run.
+      rows: rows from an earlier run.
     """
 
     def __init__(self, total: int, rows: Sequence[Row] = ()):
@@ -84,12 +84,12 @@ class Display:
         self._console.print(rows_table(self._rows))
 
     def start(self, description: str) -> None:
-        """A process begins."""
+        """Called when a process begins."""
         self._progress.update(self._task, description=description)
         self._refresh()
 
     def row(self, row: Row) -> None:
-        """A cell is finished."""
+        """Called when a cell is finished."""
         self._rows.append(row)
         self._progress.advance(self._task)
         if not self._console.is_terminal:
@@ -99,19 +99,19 @@ class Display:
 
     def _refresh(self) -> None:
         if self._console.is_terminal:
-            # What does not fit on the screen scrolls away; all of it is printed at the end.
+            # Only the last rows fit on the screen; all are printed at the end.
             fitting = self._rows[-max(3, self._console.height - 8) :]
             self._live.update(Group(rows_table(fitting), self._progress))
 
 
 def rows_table(rows: Sequence[Row]) -> Table:
-    """A table of rows: medians over the repetitions."""
+    """Returns a table of rows, with medians over the repetitions."""
     names = list(_STAGED)
     if any(row.alternation for row in rows):
         names = list(_COMPARED)
     elif any(COLUMNS["collectives"](row) for row in rows) and not any(row.run for row in rows):
         names = list(_PLANNED)
-    # Nothing runs on absent targets, and only their compilers estimate times.
+    # Nothing runs on absent targets, and only their compilers give estimates.
     names = [name for name in names if any(COLUMNS[name](row) for row in rows)]
     table = Table(caption_justify="left")
     if "est. ms" in names:
@@ -129,7 +129,7 @@ def rows_table(rows: Sequence[Row]) -> Table:
 
 
 def scaling_table(scaling: Scaling) -> Table:
-    """A table of estimated scaling."""
+    """Returns a table of estimated scaling."""
     table = Table(
         title=escape(estimates.title(scaling)),
         title_justify="left",
@@ -146,7 +146,7 @@ def scaling_table(scaling: Scaling) -> Table:
 
 
 def comparison_table(ratios: Sequence[Ratio], threshold: float) -> Table:
-    """A table of ratios; those past the threshold are marked."""
+    """Returns a table of ratios, with those above the threshold marked."""
     table = Table()
     table.add_column("cell", overflow="fold")
     for column in ("measure", "old", "new", "new / old", "95 % interval", ""):
@@ -175,12 +175,12 @@ def is_telling(ratio: Ratio) -> bool:
 
 
 def summary(comparison: Comparison, threshold: float) -> str:
-    """One line on a comparison."""
+    """Summarises a comparison in one line."""
     worse, pairs = comparison.worse(threshold), {r.cell for r in comparison.ratios}
     unsure = sum(ratio.low is None for ratio in comparison.ratios)
     parts = [f"{len(pairs)} cells in both", f"{len(worse)} measures worse than {threshold:g}"]
     if comparison.broken:
-        parts.append(f"{len(comparison.broken)} cells fail now")
+        parts.append(f"{len(comparison.broken)} cells now fail")
     for name, cells in (("old", comparison.only_old), ("new", comparison.only_new)):
         if cells:
             parts.append(f"{len(cells)} only in the {name} file")

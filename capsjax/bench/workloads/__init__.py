@@ -1,4 +1,4 @@
-"""What is compiled: named workloads with parameters, and functions of the user's own."""
+"""Workloads: named ones with parameters, and the user's own functions."""
 
 import dataclasses
 import importlib
@@ -61,7 +61,7 @@ def make_workload(name: str, parameters: Mapping[str, Any]) -> Workload:
     Args:
       name: a key of :data:`capsjax.bench.WORKLOADS`; or ``module:function``, with the parameter
         ``shapes``.
-      parameters: values by name, which may be text; the others are the defaults.
+      parameters: values by name, which may be text; the others take their defaults.
 
     Raises:
       ConfigError: the name, a parameter or its value is unknown.
@@ -79,7 +79,7 @@ def make_workload(name: str, parameters: Mapping[str, Any]) -> Workload:
 
 
 def choices(name: str, parameter: str) -> tuple[str, ...]:
-    """Returns the values that a parameter can take; none where it is a number.
+    """Returns the values that a parameter can take; empty if it is a number.
 
     Raises:
       ConfigError: the workload or the parameter is unknown.
@@ -115,7 +115,7 @@ def import_function(name: str) -> Callable[..., Any]:
 
 
 def parse_shape(text: str) -> jax.ShapeDtypeStruct:
-    """Returns the shape of ``float32[128,784]``; ``f32``, ``bf16``, ``i32`` and ``u8`` will do.
+    """Parses a shape such as ``float32[128,784]``, or with ``f32``, ``bf16``, ``i32`` or ``u8``.
 
     Raises:
       ConfigError: the text is not of this form.
@@ -150,7 +150,7 @@ def _check_parameter(kind: type, name: str, parameter: str) -> None:
 
 
 def _converted(kind: type, name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters with the types of the dataclass' fields."""
+    """Converts parameters to the types of the dataclass's fields."""
     hints = get_type_hints(kind, include_extras=True)
     values = {}
     for parameter, value in parameters.items():
@@ -167,7 +167,7 @@ def _converted(kind: type, name: str, parameters: Mapping[str, Any]) -> dict[str
 def _choices(hint: Any) -> tuple[str, ...]:
     if get_origin(hint) is Literal:
         return get_args(hint)
-    # Names that are looked up when they are needed, because more can be registered.
+    # These names are looked up on demand, because more can be registered.
     return tuple(hint.__metadata__[0]()) if get_origin(hint) is Annotated else ()
 
 

@@ -23,7 +23,7 @@ _PAPER = CAPSULE_SIZES["paper"]
 
 
 def implementations() -> tuple[str, ...]:
-    """Implementations of votes and routing by name; ``default`` picks one by platform and shape."""
+    """Returns implementations of votes and routing; ``default`` depends on platform and shape."""
     return (*get_args(Implementation), "default")
 
 
@@ -47,9 +47,9 @@ class Squash:
 class Routing:
     """Votes and their routing.
 
-    ``sizes`` names a row of :data:`capsjax.bench.CAPSULE_SIZES`, of which ``batch``, ``children``
-    and the others replace single sizes. ``loop`` is the form of the loop over the iterations: as
-    the algorithm has it (``fori_loop``), a ``lax.scan``, or unrolled in Python.
+    ``sizes`` names a row of :data:`capsjax.bench.CAPSULE_SIZES`; ``batch``, ``children`` and the
+    others replace single sizes of it. ``loop`` is the form of the loop over the iterations: that of
+    the algorithm (``fori_loop``), a ``lax.scan``, or unrolled in Python.
     """
 
     algorithm: Annotated[str, routing.algorithms] = "dynamic"
@@ -97,7 +97,7 @@ class Routing:
         return on_one_device(function, devices, tuple(shapes.values()), self.dtype)
 
     def route(self, names: tuple[str, ...], *arrays: jax.Array) -> jax.Array:
-        """The parents' poses, of poses, weights and learned parameters by name."""
+        """Returns the parents' poses from poses, weights and learned parameters."""
         given: dict[str, Any] = dict(zip(names, arrays, strict=True))
         poses, weights = given.pop("poses"), given.pop("weights", None)
         record = routing.algorithm(self.algorithm)
@@ -115,7 +115,7 @@ class Routing:
         return self._looped(record.passes(votes, **record.keyword_arguments(children, given))).poses
 
     def _looped(self, passes: Passes) -> Routed:
-        """The passes of the algorithm in another form of the loop."""
+        """Runs the passes of the algorithm in another form of loop."""
         last = self.iterations - 1
         carry = passes.first
         if self.loop == "scan":
@@ -130,7 +130,7 @@ class Routing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Layers of class capsules on top of each other, each with dynamic routing."""
+    """Stacked layers of class capsules, each with dynamic routing."""
 
     layers: int = 2
     iterations: int = 3

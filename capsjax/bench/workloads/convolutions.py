@@ -15,15 +15,15 @@ from capsjax.ops.conv import ConvImplementation
 
 
 def implementations() -> tuple[str, ...]:
-    """Implementations of convolutions by name; ``default`` picks one by platform and shape."""
+    """Returns implementations of convolutions; ``default`` depends on platform and shape."""
     return ("default", *get_args(ConvImplementation))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convolution:
-    """A convolution of a network and its gradients, pulled back from any gradient of its result.
+    """A convolution of a network and its gradients, for a given gradient of its result.
 
-    The first layer, ``conv``, has a gradient of its kernel alone, as in a train step.
+    The first layer, ``conv``, has only the gradient of its kernel, as in a train step.
     """
 
     layer: Literal["conv", "primary"] = "primary"
@@ -36,7 +36,7 @@ class Convolution:
         """Makes the function."""
         config = models.configure(self.preset)
         if not isinstance(config, models.CapsNetConfig):
-            raise ConfigError(f"preset must be one of CapsNet, got {self.preset!r}")
+            raise ConfigError(f"preset must be that of a CapsNet, got {self.preset!r}")
         size, channels = config.conv_kernel, config.image_shape[-1]
         images = jax.ShapeDtypeStruct((self.batch, *config.image_shape), jnp.float32)
         kernel = jax.ShapeDtypeStruct((size, size, channels, config.conv_features), jnp.float32)

@@ -1,4 +1,4 @@
-"""The HotOS primitive as plain C loops, compiled by gcc, which XLA is measured against."""
+"""The HotOS primitive as plain C loops compiled by gcc, for comparison with XLA."""
 
 import ctypes
 import dataclasses
@@ -21,7 +21,7 @@ _SOURCE = Path(__file__).with_name("hotos.c")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GccHotOS:
-    """The same primitive in C, ``gcc -O3 -fopenmp``; ``flags`` are added."""
+    """The HotOS primitive in C, compiled by ``gcc -O3 -fopenmp`` with additional ``flags``."""
 
     threads: int = 1
     flags: str = ""

@@ -21,7 +21,7 @@ _HIGHEST = lax.Precision.HIGHEST
 
 
 def shapes(batch: int, channels: int, out: int, size: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes of poses and weights."""
+    """Returns the shapes of poses and weights."""
     return (
         (batch, channels, size, size, POSE, POSE),
         (channels, out, KERNEL, KERNEL, POSE, POSE),
@@ -29,7 +29,7 @@ def shapes(batch: int, channels: int, out: int, size: int) -> tuple[tuple[int, .
 
 
 def flops(batch: int, channels: int, out: int, size: int) -> int:
-    """Floating-point operations, a multiplication with an addition counted as two."""
+    """Returns the floating-point operations; a multiply-add counts as two."""
     grid = (size - KERNEL) // STRIDE + 1
     return 2 * batch * out * grid**2 * channels * KERNEL**2 * POSE**3
 

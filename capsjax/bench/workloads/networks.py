@@ -1,4 +1,4 @@
-"""Whole networks as workloads: prediction, and train steps on one device or on several."""
+"""Whole networks as workloads: prediction, and train steps on one or several devices."""
 
 import dataclasses
 import importlib.util
@@ -14,7 +14,7 @@ from capsjax import models
 from capsjax.bench.workloads.capsules import implementations
 from capsjax.bench.workloads.workload import Dtype, JaxFunction, Peer, placed
 
-# A plain step in PyTorch, which the train step is compared with.
+# Plain steps in PyTorch, for comparison with the train step.
 _TORCH = ("torch", "torch.compile", "torch.max-autotune", "torch.graph")
 
 
@@ -24,7 +24,7 @@ def _step_implementations() -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Network:
-    """Parameters that all workloads of networks have."""
+    """Parameters of all network workloads."""
 
     preset: Annotated[str, models.presets] = "small"
     batch: int = 128
@@ -32,7 +32,7 @@ class _Network:
     dtype: Dtype = "float32"
 
     def configure(self) -> models.ModelConfig:
-        """The configuration of the network."""
+        """Returns the configuration of the network."""
         overrides: dict[str, Any] = {"dtype": self.dtype}
         if self.implementation not in ("default", *_TORCH):
             overrides["implementation"] = self.implementation
@@ -59,13 +59,13 @@ class Forward(_Network):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingStep(_Network):
-    """The train step of a network on one device, its state donated.
+    """The train step of a network on one device, with donated state.
 
-    The implementations whose names begin with ``torch`` are the paper's network as it is usually
-    written in PyTorch, without the shifts of images that the others make: ``torch`` is eager;
-    ``torch.compile`` and ``torch.max-autotune`` are compiled in PyTorch's mode of this name, the
-    latter with CUDA graphs of the forward and of the backward pass; ``torch.graph`` is also tuned,
-    and captured with its optimizer in one CUDA graph.
+    Implementations whose names begin with ``torch`` are the paper's network as usually written in
+    PyTorch, without the image shifts of the others. ``torch`` is eager. ``torch.compile`` and
+    ``torch.max-autotune`` are compiled in PyTorch's mode of this name, the latter with CUDA graphs
+    of the forward and of the backward pass. ``torch.graph`` is tuned too, and captured with its
+    optimizer in one CUDA graph.
     """
 
     implementation: Annotated[str, _step_implementations] = "default"
@@ -81,7 +81,7 @@ class TrainingStep(_Network):
         if importlib.util.find_spec("torch") is None:
             raise NotImplementedError("needs PyTorch, which is not installed: pip install torch")
         if name is None or not isinstance(config, models.CapsNetConfig):
-            raise NotImplementedError("PyTorch takes part on cpu and gpu, with presets of CapsNet")
+            raise NotImplementedError("PyTorch runs on cpu and gpu only, with presets of CapsNet")
         if self.implementation == "torch.graph" and name != "cuda":
             raise NotImplementedError("CUDA graphs need a gpu")
         from capsjax.bench.workloads.torch_step import CapsNet, make_step
@@ -93,7 +93,7 @@ class TrainingStep(_Network):
             step = make_step(
                 network, images, labels, implementation=self.implementation, device=name
             )
-            # PyTorch compiles in the first call, and records CUDA graphs in the next two.
+            # PyTorch compiles in the first call and records CUDA graphs in the next two.
             for _ in range(3):
                 step()
             return step
@@ -103,9 +103,9 @@ class TrainingStep(_Network):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSteps(_Network):
-    """Train steps in one call, as training repeats them on images that stay on the device.
+    """Many train steps in one call, as in training on images that stay on the device.
 
-    ``examples`` is the number of images, ``seeds`` that of networks that train side by side.
+    ``examples`` is the number of images, ``seeds`` the number of networks that train together.
     """
 
     steps: int = 32
@@ -139,7 +139,7 @@ class TrainingSteps(_Network):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PmappedTrainingStep(_Network):
-    """The train step mapped over all devices of the target; ``batch`` is that of each device."""
+    """The train step mapped over all devices of the target, with ``batch`` examples on each."""
 
     def build(self, devices: Sequence[jax.Device]) -> JaxFunction:
         """Makes the function."""
@@ -147,19 +147,19 @@ class PmappedTrainingStep(_Network):
 
 
 def _abstract(config: models.ModelConfig) -> Any:
-    """The network without values."""
+    """Returns the network with shapes instead of arrays."""
     return nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
 
 
 def _make_batch(size: int, config: models.ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Random uint8 images and labels."""
+    """Returns random uint8 images and labels."""
     keys = jax.random.split(jax.random.key(0))
     images = jax.random.randint(keys[0], (size, *config.image_shape), 0, 256, jnp.uint8)
     return images, jax.random.randint(keys[1], (size,), 0, config.num_classes)
 
 
 class _Training(NamedTuple):
-    """What a train step is made of."""
+    """The parts of a train step."""
 
     config: models.ModelConfig
     optimizer: Any
@@ -177,8 +177,8 @@ class _Training(NamedTuple):
 
 
 def _training(workload: _Network, driver: str, devices: Sequence[jax.Device]) -> _Training:
-    """The train step of a network, images shifted."""
-    # Only here: what trains needs packages that other workloads do without.
+    """Returns the parts of a network's train step, with shifted images."""
+    # Imported here, because training needs packages that other workloads do not.
     from capsjax import training
     from capsjax.data import Sampler, Shifted
     from capsjax.training.objectives import LOSSES, choose_loss
@@ -194,7 +194,7 @@ def _training(workload: _Network, driver: str, devices: Sequence[jax.Device]) ->
 
 
 def _compiled_step(workload: _Network, driver: str, devices: Sequence[jax.Device]) -> JaxFunction:
-    """The step that training repeats, as this driver compiles it."""
+    """Returns the step of training as this driver compiles it."""
     from capsjax.data import Batch
     from capsjax.training.programs import make_step
 
@@ -202,12 +202,12 @@ def _compiled_step(workload: _Network, driver: str, devices: Sequence[jax.Device
     on, batch_size = parts.driver, parts.batch_size
     step = make_step(parts.step, parts.sampler, on, batch_size=batch_size)
     compiled = on.compile(step, donate=True)
-    # The argument that pmap maps over is bound in what the driver returns: compiling needs it.
+    # The driver's result binds the argument that pmap maps over; compiling needs it.
     function, bound = getattr(compiled, "func", compiled), getattr(compiled, "args", ())
 
     def make_arguments() -> tuple[Any, ...]:
-        # No more than a device needs: the layout of the data set is converted once in a call of
-        # many steps, but here would be in each.
+        # Only as many examples as a device needs: a call of many steps converts the layout of the
+        # data set once, but here each call would.
         examples = Batch(*_make_batch(workload.batch, parts.config))
         order = jnp.arange(batch_size) % workload.batch
         return *bound, parts.init_state(), examples, order, jax.random.key(0)

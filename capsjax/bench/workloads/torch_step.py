@@ -1,11 +1,11 @@
-"""A train step of the paper's network as it is usually written in PyTorch.
+"""A train step of the paper's network as usually written in PyTorch.
 
-The peer of the workload ``train_step``. Votes are stored, logits are updated in a Python loop,
-and all gradients are PyTorch's own. Images are not shifted, which is in its favour.
+It is compared with the workload ``train_step``. Votes are stored, logits are updated in a Python
+loop, and all gradients are PyTorch's own. Images are not shifted, which favours PyTorch.
 
-All that makes PyTorch fast and changes no result but by rounding is on: channels last, TF32, tuned
-cuDNN convolutions, a fused optimizer. A step ends when its loss is read, as a step in JAX ends when
-its result is ready; nothing waits for the device before.
+Everything that makes PyTorch fast and changes results only by rounding is enabled: channels last,
+TF32, tuned cuDNN convolutions, a fused optimizer. A step ends when its loss is read, as a step in
+JAX ends when its result is ready. Nothing waits for the device before that.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from capsjax.models import CapsNetConfig
 
-# Of torch.compile; None for no compilation.
+# Modes of torch.compile; None for no compilation.
 _MODES = {
     "torch": None,
     "torch.compile": "default",
@@ -71,10 +71,10 @@ class CapsNet(nn.Module):
     def forward(
         self, images: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lengths of the class capsules, and the reconstruction from the true class's.
+        """Returns the lengths of the class capsules, and the reconstruction from the true class.
 
-        Images are ``[B, H, W, C]``, which is PyTorch's channels last. Capsules and pixels are in
-        the order of these axes.
+        Images are ``[B, H, W, C]``, PyTorch's channels last. Capsules and pixels are in the order
+        of these axes.
         """
         config, batch = self.config, images.shape[0]
         x = self.primary(torch.relu(self.conv(images.permute(0, 3, 1, 2))))
@@ -98,26 +98,26 @@ def make_step(
     implementation: str,
     device: str,
 ) -> Callable[[], float]:
-    """Makes a step on one batch, which moves the network and returns the loss.
+    """Makes a step on one batch, which updates the network and returns the loss.
 
-    Sets process-wide options of PyTorch: TF32, and cuDNN's choice of algorithms by timing them.
+    Sets process-wide options of PyTorch: TF32, and cuDNN's choice of algorithms by timing.
 
     Args:
-      network: to train, on any device; the dtype ``"bfloat16"`` of its configuration is computed in
-        by ``torch.autocast``.
+      network: network to train, on any device. If its configuration has dtype ``"bfloat16"``, it is
+        computed under ``torch.autocast``.
       images: uint8 ``[B, H, W, C]``.
       labels: ``[B]``.
       implementation: ``"torch"``, which is eager; ``"torch.compile"`` or ``"torch.max-autotune"``,
         which compile the loss and its gradients; or, on ``"cuda"`` only, ``"torch.graph"``, which
-        captures the compiled step, with its optimizer, in one CUDA graph.
-      device: such as ``"cpu"`` or ``"cuda"``.
+        captures the compiled step and its optimizer in one CUDA graph.
+      device: name of the device, ``"cpu"`` or ``"cuda"``.
     """
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     config = network.to(device).config
     nn.utils.convert_conv2d_weight_memory_format(network, torch.channels_last)
-    # A step that is captured in a CUDA graph counts its steps on the device.
+    # A captured optimizer counts its steps on the device.
     capturable = implementation == "torch.graph"
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True, capturable=capturable)
     x = torch.from_numpy(images.copy()).to(device)
@@ -148,19 +148,19 @@ def make_step(
 
 
 class _Captured:
-    """A step as one CUDA graph.
+    """A step captured as one CUDA graph.
 
-    The graph holds addresses of tensors, and ``step`` the tensors.
+    The graph holds addresses of tensors; ``step`` keeps the tensors alive.
     """
 
     def __init__(self, step: Callable[[], torch.Tensor]):
         self.step, self.graph, stream = step, torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # What cannot be captured: compilation, tuning, allocation of the optimizer's state.
+            # Compilation, tuning and allocation of the optimizer's state cannot be captured.
             for _ in range(3):
                 step()
-        # Threads of JAX may call CUDA meanwhile, which by default would spoil the capture.
+        # Threads of JAX may call CUDA meanwhile, which by default would break the capture.
         with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.loss = step()
 

@@ -1,4 +1,4 @@
-"""What a workload is: parameters, and the function and argument shapes that they make."""
+"""The interface of workloads: parameters, from which function and argument shapes are built."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -15,11 +15,11 @@ class JaxFunction(NamedTuple):
     """A function for XLA to compile.
 
     Attributes:
-      function: what ``jax.jit`` or ``jax.pmap`` returns.
+      function: a function returned by ``jax.jit`` or ``jax.pmap``.
       arguments: shapes of its arguments, with their shardings.
-      make_arguments: makes arguments of these shapes; None for random numbers.
-      donated: position of the argument that is donated, or None. The first result replaces it in
-        the next call.
+      make_arguments: makes arguments of these shapes; when None, they are random numbers.
+      donated: position of the donated argument, or None. The first result replaces it in the next
+        call.
       devices: number of devices that the program runs on.
     """
 
@@ -31,12 +31,12 @@ class JaxFunction(NamedTuple):
 
 
 class Peer(NamedTuple):
-    """A program of another compiler, to compare with.
+    """A program of another compiler, for comparison.
 
     Attributes:
-      compile: compiles it, and returns a call without arguments.
-      flops: floating-point operations of a call, or None if they are not counted.
-      argument_bytes: size of its arguments, or None if it is not known.
+      compile: compiles the program and returns a call without arguments.
+      flops: floating-point operations of a call, or None if unknown.
+      argument_bytes: size of its arguments, or None if unknown.
       command: the compiler's command line, if there is one.
     """
 
@@ -52,12 +52,12 @@ class Workload(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def build(self, devices: Sequence[jax.Device]) -> JaxFunction | Peer:
-        """Makes the function for these devices; most workloads use the first alone."""
+        """Makes the function for these devices; most workloads use only the first."""
         ...
 
 
 def directed(function: Callable[..., Any], direction: Direction) -> Callable[..., Any]:
-    """The function, or the function with the gradients of all arguments for a cotangent of 1."""
+    """Returns the function, or one that adds the gradients of all arguments to its result."""
     if direction == "forward":
         return function
 
@@ -74,12 +74,12 @@ def on_one_device(
     shapes: Sequence[tuple[int, ...]],
     dtype: str,
 ) -> JaxFunction:
-    """A jitted function of arrays on the first device."""
+    """Returns a jitted function of arrays on the first device."""
     arguments = tuple(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes)
     return JaxFunction(jax.jit(function), placed(arguments, devices[0]))
 
 
 def placed(tree: Any, device: jax.Device) -> Any:
-    """The same shapes on a device, which may be absent."""
+    """Returns the same shapes on a device, which may be absent."""
     sharding = SingleDeviceSharding(device)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
