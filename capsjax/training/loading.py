@@ -14,10 +14,11 @@ from capsjax.errors import ConfigError
 from capsjax.training import choices, processes
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import TrainConfig
+from capsjax.training.data_description import DataDescription
 from capsjax.training.drivers import Driver
 from capsjax.training.inputs import InputName, load_dataset
 from capsjax.training.programs import as_batch
-from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
+from capsjax.training.run_directory import RunConfig, RunDirectory
 from capsjax.training.step import Variables, split_abstract, split_network
 
 _SHOWN = 1000  # test images read from disk for figures
