@@ -8,13 +8,13 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
 import capsjax.process as process  # `from capsjax import process` would import JAX
 from capsjax.errors import CapsjaxError, CheckpointError, ConfigError
+from capsjax.files import expanded
 from capsjax.parsing import Command, complete, imported, parse
 from capsjax.version import __version__
 
@@ -68,8 +68,8 @@ def _run(prog: str, arguments: Sequence[str]) -> None:
     if arguments == ["--version"]:
         print(f"capsjax {__version__}")
         return
-    run = parse(prog, arguments, _COMMANDS)
     process.quieten_libraries()
+    run = parse(prog, arguments, _COMMANDS)
     with process.interruptible():
         run()
 
@@ -218,7 +218,7 @@ def _resumed_options(arguments: Sequence[str]) -> Any:
         return None
     imported("capsjax.training:initialize")(_process_options(arguments), command="capsjax train")
     directory = imported("capsjax.training.run_directory:RunDirectory")
-    return directory(Path(given[1]).expanduser()).read_config().train
+    return directory(expanded("--run-dir", given[1], remote=True)).read_config().train
 
 
 def _process_options(arguments: Sequence[str]) -> Any:

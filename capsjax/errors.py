@@ -1,8 +1,5 @@
 """Errors that commands report in one line; any other exception is a bug or a wrong argument."""
 
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
 from typing import ClassVar
 
 
@@ -47,14 +44,3 @@ class DivergedError(CapsjaxError):
 def how_to_install(extra: str) -> str:
     """Returns the command that installs the packages of an extra."""
     return f'pip install -e ".[{extra}]" in a clone of capsjax'
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Adds the file name to operating-system errors, which lack it for failed reads and writes."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise

@@ -1,15 +1,61 @@
-"""Files of this machine: paths as options give them, and writing that never destroys a file."""
+"""Files: paths as options give them, and writing that never destroys a file.
+
+A path is a `pathlib.Path` on this machine. The path of a run may be a URL of object storage, such
+as ``gs://bucket/run``: then it is an `etils.epath.Path`, which has the methods of `pathlib.Path`
+that are used here but is no subclass.
+"""
 
 import contextlib
+import errno
+import io
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from capsjax.errors import ConfigError
+from capsjax.errors import CapsjaxError, ConfigError
+
+
+def is_local(path: Path) -> bool:
+    """Returns whether a path is one of this machine's file system, not a URL."""
+    return isinstance(path, Path)
+
+
+def absolute(path: Path) -> Path:
+    """Returns a path that does not depend on the working directory; a URL as it is."""
+    return path.absolute() if is_local(path) else path
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the file name to operating-system errors, which lack it if a read or write fails.
+
+    Errors of object storage, whose libraries have classes of their own, become OSErrors.
+    """
+    try:
+        yield
+    except CapsjaxError:
+        raise
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        if is_local(path):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(errno.EIO, text, str(path)) from error
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a directory with all that it holds, as far as that can be done."""
+    if is_local(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.rmtree(missing_ok=True)  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -30,6 +76,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
       False
       b'text'
     """
+    if not is_local(path):
+        # An object appears once all of it is uploaded, and closing a file uploads it even after an
+        # error in the block.
+        buffer = io.BytesIO()
+        yield buffer
+        with naming(path):
+            path.write_bytes(buffer.getvalue())
+        return
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".capsjax-{secrets.token_hex(8)}.tmp")
     try:
@@ -53,19 +107,27 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def expand_paths(options: Any, *names: str) -> None:
+def expand_paths(options: Any, *names: str, remote: tuple[str, ...] = ()) -> None:
     """Expands ``~`` in these options of a frozen dataclass: paths, tuples of paths, or None.
 
+    Args:
+      options: the dataclass.
+      names: options that are paths on this machine.
+      remote: options that may also be URLs of object storage.
+
     Raises:
-      ConfigError: a path is an address, such as of a bucket.
+      ConfigError: a path is a URL that is not supported.
     """
-    for name in names:
+    for name in (*names, *remote):
         value = getattr(options, name)
         if value is None:
             continue
         option = "--" + name.replace("_", "-")
         several = isinstance(value, tuple)
-        paths = tuple(_expanded(option, path) for path in (value if several else (value,)))
+        paths = tuple(
+            expanded(option, path, remote=name in remote)
+            for path in (value if several else (value,))
+        )
         object.__setattr__(options, name, paths if several else paths[0])
 
 
@@ -78,15 +140,36 @@ def require_folder(options: Any, name: str) -> None:
         raise ConfigError(f"{option}: no directory {path.parent}")
 
 
-def _expanded(option: str, path: str | os.PathLike[str]) -> Path:
+def expanded(option: str, path: str | os.PathLike[str], *, remote: bool = False) -> Path:
+    """Returns the path that an option gives, see :func:`expand_paths`."""
     # pathlib takes "gs://bucket" for a folder "gs:" with a bucket in it.
     if address := re.match(r"([a-z][a-z0-9+.-]+):/+", str(path), re.IGNORECASE):
-        rest = str(path)[address.end() :]
-        raise ConfigError(
-            f"{option} must be a path on this machine, got {address[1]}://{rest}; mount it, or copy"
-            " it here"
-        )
+        url = f"{address[1].lower()}://{str(path)[address.end() :].rstrip('/')}"
+        if remote and (found := _object_storage(url)) is not None:
+            if "/" not in url.partition("://")[2]:
+                raise ConfigError(f"{option} must name a folder in a bucket, got {url}")
+            return found
+        expected = "a path on this machine" + (", or on gs://, s3:// or az://" if remote else "")
+        raise ConfigError(f"{option} must be {expected}, got {url}; mount it, or copy it here")
     try:
         return Path(path).expanduser()
     except RuntimeError:
         raise ConfigError(f"{option}: no home directory is known for {path}") from None
+
+
+def _object_storage(url: str) -> Path | None:
+    """Returns the path of a URL, or None if its scheme is unknown to epath."""
+    import fsspec
+    from etils import epath
+
+    try:
+        path = epath.Path(url)
+    except KeyError:
+        return None
+    if "://" not in str(path):  # earlier versions of epath take an unknown scheme for a folder
+        return None
+    # fsspec remembers the sizes and names of objects, and would read what other processes or
+    # TensorStore have written since as missing or cut short.
+    scheme = url.partition("://")[0]
+    fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    return cast(Path, path)

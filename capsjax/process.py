@@ -96,7 +96,8 @@ def quieten_libraries() -> None:
         ours.addHandler(logging.StreamHandler())
     ours.setLevel(logging.INFO)
     ours.propagate = False
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio", "gcsfs", "s3fs"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     previous = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:

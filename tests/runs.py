@@ -4,8 +4,9 @@ from flax import nnx
 
 from capsjax import models
 from capsjax.training import Checkpoints, TrainConfig, init_state, split_network
+from capsjax.training.data_description import DataDescription
 from capsjax.training.optimizers import make_optimizer
-from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
+from capsjax.training.run_directory import RunConfig, RunDirectory
 
 
 def write_run(path, dataset, model):

@@ -23,8 +23,9 @@ from capsjax.errors import CapsjaxError, DataError
 from capsjax.reproduce import TABLES
 from capsjax.reproduce.results import Line, add_result, read_results, rows_of
 from capsjax.training import Checkpoints, TrainConfig, TrainState
+from capsjax.training.data_description import DataDescription
 from capsjax.training.files import write_json
-from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
+from capsjax.training.run_directory import RunConfig, RunDirectory
 from capsjax.viz.explorer import read_image
 
 STATE = TrainState(jnp.int32(3), {"w": jnp.ones((2, 3))}, {}, {"m": jnp.zeros(2)})

@@ -1,4 +1,4 @@
-"""Files are replaced whole or not at all; paths are those of this machine."""
+"""Files are replaced whole or not at all; paths are those of this machine, or of object storage."""
 
 import dataclasses
 from pathlib import Path
@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from capsjax.errors import ConfigError
-from capsjax.files import expand_paths, replacing, write_text
+from capsjax.files import (
+    absolute,
+    expand_paths,
+    expanded,
+    is_local,
+    naming,
+    replacing,
+    write_text,
+)
 
 
 def write_half(path):
@@ -58,6 +66,45 @@ def test_paths_are_expanded_and_addresses_refused(monkeypatch):
     options = Options("~/run", (Path("~"), Path("b")))
     expand_paths(options, "run_dir", "runs")
     assert options == Options(Path("/home/me/run"), (Path("/home/me"), Path("b")))
-    for address in ("gs://bucket/run", Path("gs://bucket/run")):
-        with pytest.raises(ConfigError, match="--run-dir must be a path .* got gs://bucket/run"):
-            expand_paths(Options(address), "run_dir")
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", Path("gs://bucket/run")])
+def test_a_url_is_for_options_that_take_one(address):
+    options = Options(address, (address,))
+    expand_paths(options, remote=("run_dir", "runs"))
+    for path in (options.run_dir, *options.runs):
+        assert not is_local(path)
+        assert str(path) == str(absolute(path)) == "gs://bucket/run"
+        assert (path.name, str(path / "a")) == ("run", "gs://bucket/run/a")
+    with pytest.raises(ConfigError, match="--run-dir must be a path .* got gs://bucket/run"):
+        expand_paths(Options(address), "run_dir")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("foo://bucket/run", "on this machine, or on gs://, s3:// or az://, got foo://bucket/run"),
+        ("gs://bucket/", "--run-dir must name a folder in a bucket, got gs://bucket"),
+        ("gs://", "--run-dir must name a folder in a bucket, got gs://"),
+    ],
+)
+def test_a_url_that_cannot_be_is_refused(address, message):
+    with pytest.raises(ConfigError, match=message):
+        expand_paths(Options(address), remote=("run_dir",))
+
+
+def fail(path, error):
+    with naming(path):
+        raise error
+
+
+def test_errors_of_object_storage_are_operating_system_errors(tmp_path):
+    remote = expanded("--run-dir", "gs://bucket/run", remote=True)
+    for error, text in ((ImportError("Install\n s3fs"), "Install s3fs"), (KeyError(), "KeyError")):
+        with pytest.raises(OSError, match=text) as failed:
+            fail(remote, error)
+        assert (failed.value.strerror, failed.value.filename) == (text, "gs://bucket/run")
+        with pytest.raises(type(error)):
+            fail(tmp_path, error)
+    with pytest.raises(ConfigError):
+        fail(remote, ConfigError("an option"))

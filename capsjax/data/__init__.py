@@ -3,6 +3,7 @@
 from capsjax.data.affine import AffineRanges, random_affine
 from capsjax.data.dataset import Dataset, Split, StoredSplit
 from capsjax.data.npz import save_npz
+from capsjax.data.sampling import Sampler, is_right
 from capsjax.data.sources import is_name, load, names, source_of
 from capsjax.data.stored import StoredImages
 from capsjax.data.tasks import (
@@ -12,10 +13,8 @@ from capsjax.data.tasks import (
     Pairs,
     Placed,
     Sample,
-    Sampler,
     Shifted,
     Task,
-    is_right,
 )
 from capsjax.data.transforms import (
     crop_images,

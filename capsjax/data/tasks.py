@@ -1,9 +1,7 @@
 """Augmentation: what is fed to the network and which targets it is trained on.
 
 A data set holds images; a task makes samples from them on the device: shifted, placed on a larger
-canvas, distorted, cropped, or two in one. Samples are never stored. A test sample depends only on
-its number, so that the test set does not depend on the number of devices or the batch size, and can
-have any length.
+canvas, distorted, cropped, or two in one. Samples are never stored.
 """
 
 import dataclasses
@@ -11,26 +9,16 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike
 
 from capsjax.data.affine import random_affine
 from capsjax.data.transforms import (
     Fill,
-    Flip,
     crop_images,
-    random_flip,
     random_placement,
     random_shift,
     scale_pixels,
     white_of,
 )
-from capsjax.ops._checks import as_array, as_integer
-
-_TEST = 2017  # seed of the test samples
-# Numbers folded into an example's key; `jax.random.split` uses 0 and 1.
-_SELECT = 2
-_FLIP = 3
 
 
 class Batch(NamedTuple):
@@ -71,7 +59,7 @@ class Sample(NamedTuple):
     @property
     def is_regression(self) -> bool:
         """Whether the labels are numbers to predict, instead of classes."""
-        return _has_vectors(self.labels) and self.labels.dtype != bool
+        return has_vectors(self.labels) and self.labels.dtype != bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,191 +300,10 @@ class Pairs(_Canvas):
         return jnp.pad(images, padding)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-    """Makes the samples of a task from images and keys.
-
-    Attributes:
-      task: makes samples from images.
-      num_classes: J.
-      flip: direction in which training images are mirrored, or None; see :func:`random_flip`.
-
-    Raises:
-      TypeError: ``task`` is not a :class:`Task`, or ``num_classes`` is not an integer.
-      ValueError: ``num_classes`` is not positive.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from capsjax.data import Batch, Pairs, Sampler
-      >>> digits = Batch(jnp.zeros((4, 28, 28, 1), jnp.uint8), jnp.array([0, 0, 1, 2]))
-      >>> sampler = Sampler(Pairs(), num_classes=3)
-      >>> first_two = jnp.arange(2)
-      >>> sample = jax.jit(sampler.train)(digits, jax.random.key(0), first_two, first_two)
-      >>> sample.images.shape
-      (2, 36, 36, 1)
-      >>> jax.eval_shape(sampler.test, digits, jnp.arange(8)).drawings.shape
-      (8, 2, 36, 36, 1)
-    """
-
-    task: Task
-    num_classes: int
-    flip: Flip | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.task, Task):
-            raise TypeError(f"task must be a Task, got {self.task!r}")
-        as_integer("num_classes", self.num_classes)
-
-    def train(
-        self, split: Batch, key: jax.Array, positions: jax.Array, indices: jax.Array
-    ) -> Sample:
-        """Makes training samples.
-
-        Randomness depends only on the key of the step and the position of an example in the global
-        batch, so that the samples are the same for any number of devices.
-
-        Args:
-          split: the whole split, on the device.
-          key: key of the step, a typed key of shape ``[]``.
-          positions: positions of the examples in the global batch, int32 ``[B]``.
-          indices: indices of their images in the split, int32 ``[B]``.
-
-        Raises:
-          ValueError: the split does not have one label per image.
-          TypeError: the key is not a typed key, or the labels are not integers.
-        """
-        split = Batch(*map(as_array, ("split.images", "split.labels"), split))
-        images, labels = split
-        if images.shape[:-3] != labels.shape[: labels.ndim - _has_vectors(labels)]:
-            raise ValueError(
-                f"split must have one label per image, shape {split.images.shape[:-3]}, got"
-                f" labels of shape {split.labels.shape}"
-            )
-        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            raise TypeError(f"key must be a typed key as of jax.random.key, got {key.dtype}")
-        keys = _fold_in(key, positions)
-        select_keys = jax.vmap(lambda key: jax.random.fold_in(key, _SELECT))(keys)
-        return self._augmented(keys, self.task.select(select_keys, split, indices))
-
-    def train_batch(self, batch: Batch, key: jax.Array, positions: jax.Array) -> Sample:
-        """Makes the training samples of :meth:`train` from a batch of their images, for streams.
-
-        Args:
-          batch: the images of the samples; requires :attr:`takes_batches`.
-          key: key of the step, a typed key of shape ``[]``.
-          positions: positions of the examples in the global batch, int32 ``[B]``.
-        """
-        return self._augmented(_fold_in(key, positions), batch)
-
-    @property
-    def takes_batches(self) -> bool:
-        """Whether a sample needs only the image at its index, not the whole split."""
-        return type(self.task).select is Task.select and not self.task.is_made
-
-    def _augmented(self, keys: jax.Array, batch: Batch) -> Sample:
-        """Makes training samples from selected images."""
-        task_keys, network_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        if self.flip is not None:
-            flip_keys = jax.vmap(lambda key: jax.random.fold_in(key, _FLIP))(keys)
-            flipped = random_flip(flip_keys, batch.images, direction=self.flip)
-            batch = batch._replace(images=flipped)
-        return self._sample(task_keys, batch, network_keys, train=True)
-
-    def test(self, split: Batch, numbers: jax.Array) -> Sample:
-        """Makes the test samples with these numbers.
-
-        The test set is endless, and sample n depends only on n. Among N consecutive samples, each
-        image is the first image of one. Generated samples mix the classes; other tasks keep the
-        order of the images.
-
-        Args:
-          split: the whole split of N images, on the device.
-          numbers: int32 ``[B]``.
-        """
-        split = Batch(*map(as_array, ("split.images", "split.labels"), split))
-        keys = jax.vmap(jax.random.split)(_fold_in(jax.random.key(_TEST), numbers))
-        size = split.labels.shape[0]
-        indices = numbers % size
-        if self.task.is_made:
-            order = np.random.default_rng(_TEST).permutation(size)
-            indices = jnp.asarray(order, jnp.int32)[indices]
-        batch = self.task.select(keys[:, 0], split, indices)
-        return self._sample(keys[:, 1], batch, None, train=False)
-
-    def test_batch(self, batch: Batch, numbers: jax.Array) -> Sample:
-        """Makes the test samples of :meth:`test` from a batch of their images, for streams.
-
-        Args:
-          batch: the images of the samples; requires :attr:`takes_batches`.
-          numbers: int32 ``[B]``.
-        """
-        keys = jax.vmap(jax.random.split)(_fold_in(jax.random.key(_TEST), numbers))
-        return self._sample(keys[:, 1], batch, None, train=False)
-
-    def _sample(
-        self, keys: jax.Array, batch: Batch, network_keys: jax.Array | None, *, train: bool
-    ) -> Sample:
-        images, drawings = self.task.render(keys, batch.images, train=train)
-        labels = batch.labels
-        if _has_vectors(labels):
-            target = labels.astype(jnp.float32)
-            masks = target if labels.dtype == bool else jnp.ones_like(target)
-        else:
-            labels = _as_labels(labels)
-            masks = jax.nn.one_hot(labels, self.num_classes)
-            target = masks.sum(1) if self.task.classes_per_image > 1 else masks
-        return Sample(images, labels, target, masks, drawings, network_keys)
-
-
-def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
-    """Returns whether predictions are correct, bool ``[B]``.
-
-    A prediction with a NaN score is wrong.
-
-    Args:
-      scores: ``[B, J]``.
-      labels: integers ``[B]``, or ``[B, k]`` for k different classes, which must be those with the
-        k largest scores; or bool ``[B, J]``, where the scores of all classes that are present must
-        exceed those of all others.
-
-    Raises:
-      TypeError: the labels are neither integers nor bool.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from capsjax.data import is_right
-      >>> scores = jnp.array([[0.9, 0.8, 0.1], [0.9, 0.1, 0.8]])
-      >>> print(is_right(scores, jnp.array([[1, 0], [1, 0]])))
-      [ True False]
-    """
-    scores, labels = as_array("scores", scores), as_array("labels", labels)
-    if labels.dtype == bool:
-        least = jnp.min(scores, axis=-1, where=labels, initial=jnp.inf)
-        return least > jnp.max(scores, axis=-1, where=~labels, initial=-jnp.inf)
-    labels = _as_labels(labels)
-    if labels.ndim == 1:
-        labels = labels[:, None]
-    _, largest = jax.lax.top_k(scores, labels.shape[1])
-    right = jnp.all(jnp.sort(largest) == jnp.sort(labels), axis=-1)
-    return right & ~jnp.any(jnp.isnan(scores), axis=-1)
-
-
-def _as_labels(labels: ArrayLike) -> jax.Array:
-    labels = as_array("labels", labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be class numbers, integers, got dtype {labels.dtype}")
-    return labels
-
-
-def _has_vectors(labels: jax.Array) -> bool:
+def has_vectors(labels: jax.Array) -> bool:
     """Whether labels are vectors with one entry per class, instead of class indices."""
     is_number = labels.ndim == 2 and jnp.issubdtype(labels.dtype, jnp.floating)
     return labels.dtype == bool or is_number
-
-
-def _fold_in(key: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Returns one key per number."""
-    return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
 
 
 def _uniform(keys: jax.Array, low: float, high: float) -> jax.Array:

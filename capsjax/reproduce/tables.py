@@ -37,9 +37,10 @@ from capsjax.training import (
     processes,
     train_seeds,
 )
+from capsjax.training.data_description import DataDescription
 from capsjax.training.options import require, require_at_least
-from capsjax.training.run import check_same_run
-from capsjax.training.run_directory import DataDescription, RunDirectory
+from capsjax.training.run_directory import RunDirectory
+from capsjax.training.starting import check_same_run
 
 if TYPE_CHECKING:
     TableName = str

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from capsjax.errors import CheckpointError, ConfigError
+from capsjax.files import absolute
 from capsjax.training.files import read_json
 from capsjax.training.step import TrainState, Variables
 
@@ -45,7 +46,7 @@ class Checkpoints:
         regression: bool = False,
         run: Mapping[str, Any] | None = None,
     ):
-        self.path = path.absolute()
+        self.path = absolute(path)
         self._run, self._regression = run, regression
         best = preservation_policy.BestN(
             get_metric_fn=_error, reverse=True, n=1, keep_checkpoints_without_metrics=False

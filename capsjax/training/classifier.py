@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from capsjax.data import Cropped, Task
 from capsjax.data.image_files import CHANNELS, read_image
 from capsjax.data.sources import task_of
 from capsjax.errors import ConfigError
+from capsjax.files import expanded
 from capsjax.ops._checks import as_integer
 from capsjax.training import choices
 from capsjax.training.loading import read_run, restore
@@ -139,7 +141,10 @@ class Classifier:
 
 
 def load_classifier(
-    run_dir: Path, checkpoint: str | int = "last", *, image_size: int | None = None
+    run_dir: str | os.PathLike[str],
+    checkpoint: str | int = "last",
+    *,
+    image_size: int | None = None,
 ) -> Classifier:
     """Loads a run's network, to classify images from anywhere.
 
@@ -165,8 +170,8 @@ def load_classifier(
       >>> [classifier.class_names[n] for n in scores.argmax(-1)], digits.labels[:4].tolist()
       (['7', '2', '1', '0'], [7, 2, 1, 0])
     """
-    run_dir = Path(run_dir)
-    run = read_run(run_dir)
+    path = expanded("run_dir", run_dir, remote=True)
+    run = read_run(path)
     name = run.data.task or type(task_of(run.dataset)).__name__  # older versions did not record it
     rows, columns, channels = run.model.image_shape
     task = Task()
@@ -189,7 +194,7 @@ def load_classifier(
         )
     per_image = None if run.data.label_dtype == "bool" else 2 if name == "Pairs" else 1
     apply, _ = split_abstract(run.model)
-    step, variables = restore(run_dir, checkpoint, run, choices.choose_driver("jit", None))
+    step, variables = restore(path, checkpoint, run, choices.choose_driver("jit", None))
     return Classifier(
         model=run.model,
         class_names=run.data.class_names,

@@ -12,7 +12,7 @@ from typing_extensions import Doc
 from capsjax import data, models, routing
 from capsjax.data.transforms import Fill, Flip
 from capsjax.errors import ConfigError
-from capsjax.files import expand_paths
+from capsjax.files import expand_paths, is_local
 from capsjax.training.drivers import DriverName
 from capsjax.training.inputs import InputName
 from capsjax.training.objectives import LossName
@@ -85,7 +85,7 @@ class TrainConfig:
     grayscale, else 3."""
 
     run_dir: Path | None = None
-    """Run directory. By default, runs/DATASET-PRESET-TIME."""
+    """Run directory, or gs://BUCKET/FOLDER. By default, runs/DATASET-PRESET-TIME."""
 
     init_from: Path | None = None
     """Start from the parameters of this run, or of a network in the package (mnist_small).
@@ -219,9 +219,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Checks the options that can be checked without data and devices."""
         check_types(self)
-        expand_paths(self, "data_dir", "run_dir", "init_from")
-        if self.init_from is not None and self.init_from.exists():  # not a packaged network
-            object.__setattr__(self, "init_from", self.init_from.absolute())
+        expand_paths(self, "data_dir", remote=("run_dir", "init_from"))
+        start = self.init_from
+        if start is not None and is_local(start) and start.exists():  # not a packaged network
+            object.__setattr__(self, "init_from", start.absolute())
         check_dataset_name(self.dataset)
         if self.routing is not None and self.routing not in routing.algorithms():
             names = ", ".join(routing.algorithms())

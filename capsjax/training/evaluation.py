@@ -21,6 +21,7 @@ from capsjax.ops._checks import check_callable
 from capsjax.training import choices, processes
 from capsjax.training.config import ChannelsNumber, check_dataset_name
 from capsjax.training.counting import Evaluation, count_errors
+from capsjax.training.data_description import DataDescription
 from capsjax.training.drivers import Driver, DriverName, local
 from capsjax.training.feeding import StreamedEvaluate
 from capsjax.training.inputs import InputName, choose_stream
@@ -32,7 +33,6 @@ from capsjax.training.programs import (
     make_evaluate,
     measure,
 )
-from capsjax.training.run_directory import DataDescription
 from capsjax.training.step import Apply, Variables, split_abstract
 
 
@@ -82,7 +82,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         """Checks the options that can be checked without data and devices."""
         check_types(self)
-        expand_paths(self, "run_dir", "data_dir", "predictions")
+        expand_paths(self, "data_dir", "predictions", remote=("run_dir",))
         check_dataset_name(self.dataset)
         require_at_least(self, 1, "batch_size", "devices", "test_size", "image_size")
         require_folder(self, "predictions")

@@ -70,7 +70,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         """Checks the options that can be checked without the network."""
         check_types(self)
-        expand_paths(self, "run_dir", "out")
+        expand_paths(self, "out", remote=("run_dir",))
         for name, choices in (("platforms", Platform), ("pixels", PixelDtype)):
             given = getattr(self, name)
             for value in given if isinstance(given, tuple) else (given,):

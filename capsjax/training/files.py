@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,6 +64,6 @@ def finite(values: Any) -> Any:
 
 def as_path(kind: type, value: Any) -> Any:
     """Decodes a path, for msgspec."""
-    if kind is Path and isinstance(value, str | Path):
-        return Path(value)
+    if kind is Path and isinstance(value, str | os.PathLike):
+        return Path(os.fspath(value))  # a path of epath has other parts than its text
     raise TypeError(f"Expected a path, got {value!r}")

@@ -14,10 +14,11 @@ from capsjax.errors import ConfigError
 from capsjax.training import choices, processes
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import TrainConfig
+from capsjax.training.data_description import DataDescription
 from capsjax.training.drivers import Driver
 from capsjax.training.inputs import InputName, load_dataset
 from capsjax.training.programs import as_batch
-from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
+from capsjax.training.run_directory import RunConfig, RunDirectory
 from capsjax.training.step import Variables, split_abstract, split_network
 
 _SHOWN = 1000  # test images read from disk for figures
@@ -171,7 +172,7 @@ def load_images(
 
 def _is_packaged(run_dir: Path) -> bool:
     """Whether this is the name of a network in the package, and not a directory."""
-    return not processes.first(run_dir.exists, bool) and str(run_dir) in models.pretrained()
+    return str(run_dir) in models.pretrained() and not RunDirectory(run_dir).exists()
 
 
 def read_run(run_dir: Path) -> RunConfig:
@@ -181,7 +182,7 @@ def read_run(run_dir: Path) -> RunConfig:
         model = models.configure(about.preset, **about.overrides)
         train = TrainConfig(preset=about.preset, dataset="mnist_5k")
         return RunConfig(train, model, DataDescription.of(digits))
-    if not processes.first(run_dir.exists, bool):
+    if not RunDirectory(run_dir).exists():
         raise ConfigError(
             f"{run_dir} is neither a run directory nor a network in the package"
             f" ({', '.join(models.pretrained())})"

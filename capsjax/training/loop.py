@@ -122,6 +122,7 @@ def train_and_test(run: Run, progress: Progress) -> list[Evaluation] | None:
             _save(run, progress, [None] * len(run.directories))
     else:
         run.report.record("test", progress.step, [_metrics(test) for test in tests])
+    run.report.flush()
     for checkpoints in run.checkpoints:
         checkpoints.finish()
     return tests
@@ -207,6 +208,7 @@ def _save(run: Run, progress: Progress, scores: Sequence[float | None]) -> None:
     progress.saved = progress.step
     if not run.checkpoints:
         return
+    run.report.flush()  # a resumed run finds the records of all steps up to its checkpoint
     states = unstack(local(progress.state), len(run.checkpoints))
     for checkpoints, state, score in zip(run.checkpoints, states, scores, strict=True):
         checkpoints.save(state, progress.step, score)

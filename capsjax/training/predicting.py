@@ -55,7 +55,7 @@ class PredictConfig:
     def __post_init__(self) -> None:
         """Checks the options that can be checked without the network."""
         check_types(self)
-        expand_paths(self, "run_dir", "images", "output")
+        expand_paths(self, "images", "output", remote=("run_dir",))
         require_at_least(self, 1, "batch_size", "image_size")
         require(self, "threshold", not math.isnan(self.threshold or 0), "a number")
         require_folder(self, "output")

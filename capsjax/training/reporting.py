@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from capsjax.errors import naming
+from capsjax.errors import ConfigError
+from capsjax.files import is_local, naming
 from capsjax.training import processes
 from capsjax.training.files import finite
 from capsjax.training.run_directory import RunDirectory
 
-_FLUSH_SECONDS = 10.0  # between two writes of events to the disk
+_FLUSH_SECONDS = 10.0  # between two writes of events to disk, or uploads
 # Seconds of training, compilation apart, after which the whole is foreseen.
 _ENOUGH_SECONDS = 3
 
@@ -54,12 +56,12 @@ class Report:
     ):
         # Files are those of process 0.
         directories = directories if processes.is_first() else ()
-        self._directories = directories
+        self._spools = [_Spool(directory) for directory in directories]
         self._num_steps = total_steps - step
         self._measured: tuple[int, float] | None = None
-        self._started = time.monotonic()
-        written = directories if tensorboard else ()
-        self._events = [_Events(directory.tensorboard, step) for directory in written]
+        self._started = self._flushed = time.monotonic()
+        written = self._spools if tensorboard else ()
+        self._events = [_Events(spool.directory.tensorboard, step) for spool in written]
         self._console = console or _console()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -93,6 +95,9 @@ class Report:
             # A full disk has been reported where it first showed; a second report adds nothing.
             with contextlib.suppress(OSError):
                 events.close()
+        for spool in self._spools:
+            with contextlib.suppress(OSError, ConfigError):
+                spool.close()
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
@@ -129,13 +134,62 @@ class Report:
     def record(self, split: str, step: int, metrics: Sequence[Mapping[str, Any]]) -> None:
         """Records the metrics of a split at a step, of each run; further ones by name in one."""
         seconds = round(time.monotonic() - self._started, 3)
-        for directory, values in zip(self._directories, metrics, strict=False):
+        for spool, values in zip(self._spools, metrics, strict=False):
             record = {"split": split, "step": step, "seconds": seconds, **finite(values)}
-            directory.append_metrics(record)
+            spool.directory.append_metrics(record)
         for events, values in zip(self._events, metrics, strict=False):
             numbers = {**values, **values.get("metrics", {})}
             numbers.pop("metrics", None)
             events.add({f"{split}/{name}": value for name, value in numbers.items()}, step)
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what has been recorded to the run directories.
+
+        Raises:
+          ConfigError: another process has taken a run over.
+        """
+        for events in self._events:
+            events.flush()
+        for spool in self._spools:
+            spool.upload()
+        self._flushed = time.monotonic()
+
+
+class _Spool:
+    """Where the files of a run grow.
+
+    This is the run directory, or a copy on this machine if the run is in object storage, where a
+    file can only be replaced.
+    """
+
+    def __init__(self, run: RunDirectory):
+        self._run, self._folder = run, None
+        self.directory = run
+        if not is_local(run.path):
+            self._folder = tempfile.TemporaryDirectory(prefix="capsjax-")
+            self.directory = RunDirectory(Path(self._folder.name))
+            with naming(run.metrics):
+                if run.metrics.exists():  # the run is resumed
+                    self.directory.metrics.write_bytes(run.metrics.read_bytes())
+
+    def upload(self) -> None:
+        """Replaces the files in object storage, unless the run was taken over."""
+        if self._folder is None:
+            return
+        self._run.lock.check()
+        local = self.directory.path
+        for source in filter(Path.is_file, local.rglob("*")):
+            target = self._run.path / source.relative_to(local).as_posix()
+            with naming(target):
+                target.write_bytes(source.read_bytes())
+
+    def close(self) -> None:
+        """Uploads what is left and removes the copy."""
+        if self._folder is not None:
+            with self._folder:
+                self.upload()
 
 
 class _Events:
@@ -147,18 +201,18 @@ class _Events:
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory
         self._writer = EventsWriter(str(directory / "events"))
-        self._flushed = time.monotonic()
         # Hides what a resumed run does again.
         self._write(step + 1, session_log={"status": "START"})
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        """Adds scalars; TensorBoard shows them after some seconds."""
+        """Adds scalars."""
         scalars = [{"tag": tag, "simple_value": value} for tag, value in values.items()]
         self._write(step, summary={"value": scalars})
-        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-            with naming(self._path):
-                self._writer.flush()
-            self._flushed = time.monotonic()
+
+    def flush(self) -> None:
+        """Writes the scalars, so that TensorBoard shows them."""
+        with naming(self._path):
+            self._writer.flush()
 
     def close(self) -> None:
         """Writes what is left."""

@@ -10,29 +10,26 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import optax
 
 from capsjax import models
 from capsjax.data import Dataset
-from capsjax.errors import ConfigError
-from capsjax.training import choices, processes
+from capsjax.training import processes
 from capsjax.training.checkpoints import Checkpoints
-from capsjax.training.config import OF_LEARNING_RATE, TrainConfig, check_together
+from capsjax.training.config import TrainConfig, check_together
 from capsjax.training.counting import Evaluation
 from capsjax.training.drivers import local
 from capsjax.training.files import write_json
-from capsjax.training.inputs import load_dataset
-from capsjax.training.loading import load_own
-from capsjax.training.loop import Progress, Run, begin, is_over, read_history, train_and_test
+from capsjax.training.loop import Progress, Run, begin, train_and_test
 from capsjax.training.objectives import Metric, Objective
 from capsjax.training.picture import draw_reconstructions
 from capsjax.training.programs import unstack
 from capsjax.training.reporting import Report, say
-from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
-from capsjax.training.setup import Custom, Setup, set_up
+from capsjax.training.run_directory import RunConfig, RunDirectory
+from capsjax.training.setup import Custom, Setup
+from capsjax.training.starting import check_unfinished, resume, start
 from capsjax.training.stopping import StopRequest
 
 
@@ -169,13 +166,13 @@ def train_seeds(
             ]
         if configs[0].resume:
             _lock(directories, opened)
-            setup, stored = _resume(configs, directories, model, dataset, custom)
+            setup, stored = resume(configs, directories, model, dataset, custom)
             if not restarts:
-                _check_unfinished(setup, directories)
+                check_unfinished(setup, directories)
         else:
             for directory in directories:
                 directory.check_new()  # before anything is loaded
-            setup, stored = _start(configs, model, dataset, custom)
+            setup, stored = start(configs, model, dataset, custom)
             for directory in directories:
                 directory.create()
             _lock(directories, opened)
@@ -200,7 +197,11 @@ def _lock(directories: Sequence[RunDirectory], opened: contextlib.ExitStack) -> 
 
 
 def _enter(opened: contextlib.ExitStack, directory: RunDirectory) -> None:
-    opened.enter_context(directory.locked())
+    if (before := opened.enter_context(directory.locked())) is not None:
+        say(
+            f"{directory.path} is taken over from {before}; if that process still runs, it ends"
+            " before it writes again"
+        )
 
 
 def _check_alike(
@@ -222,98 +223,6 @@ def _check_alike(
     values |= {"model": None if model is None else repr(model), "custom": custom.shaping}
     values["a data set given in Python"] = dataset is not None
     processes.check_alike(values, what="options")
-
-
-def _start(
-    configs: Sequence[TrainConfig],
-    model: models.ModelConfig | None,
-    dataset: Dataset | None,
-    custom: Custom,
-) -> tuple[Setup, list[RunConfig]]:
-    """Returns what new runs compute, and the stored configuration of each."""
-    config = configs[0]
-    config.check_effect()
-    given = dataset is not None
-    if dataset is None:
-        choices.check_data_dir(config.dataset, config.data_dir)
-        dataset = load_dataset(
-            config.dataset,
-            config.input,
-            data_dir=config.data_dir,
-            image_size=config.image_size,
-            channels=config.channels,
-        )
-    if model is None:
-        model = choices.choose_model(config, dataset)
-    else:
-        choices.check_model(config, model)
-    data = DataDescription.of(dataset)
-    setup = set_up(configs, model, dataset, custom)
-    return setup, [
-        RunConfig(each, model, data, given=given, custom=custom.shaping) for each in configs
-    ]
-
-
-def _resume(
-    configs: Sequence[TrainConfig],
-    directories: Sequence[RunDirectory],
-    model: models.ModelConfig | None,
-    dataset: Dataset | None,
-    custom: Custom,
-) -> tuple[Setup, list[RunConfig]]:
-    """Returns what resumed runs compute, and the stored configuration of each."""
-    resumed = [directory.read_config() for directory in directories]
-    for each, before in zip(configs, resumed, strict=True):
-        check_same_run(each, model, before)
-        model = before.model
-        if custom.shaping != before.custom:
-            both = (before.custom, custom.shaping)
-            then, now = (" and ".join(names) or "neither" for names in both)
-            raise ConfigError(
-                f"to resume the run in {each.run_dir}, give the same objective and optimizer in"
-                f" Python as at its start: {then}, got {now}"
-            )
-    stratified = {before.stratified for before in resumed}
-    if len(stratified) > 1:
-        raise ConfigError("these runs hold out different images; resume each one alone")
-    if dataset is None:
-        config, before = configs[0], resumed[0]
-        other = config.data_dir if config.data_dir != before.train.data_dir else None
-        dataset = load_own(before, other, input=config.input)
-    data = DataDescription.of(dataset)
-    for before in resumed:
-        before.data.check(data)
-    data = resumed[0].data.completed(data)
-    assert model is not None  # there is at least one run
-    configs[0].check_learning_rate()
-    if not any(directory.last_checkpoint() for directory in directories):
-        say(f"the run in {directories[0].path} has no checkpoint and starts again at step 0")
-    setup = set_up(
-        configs,
-        model,
-        dataset,
-        custom,
-        stratified=all(stratified),
-        initialise=not any(directory.last_checkpoint() for directory in directories),
-    )
-    return setup, [
-        before._replace(
-            train=each,
-            model=model,
-            data=data,
-            changes=(*before.changes, *_changes(before, each, directory.last_checkpoint())),
-        )
-        for each, before, directory in zip(configs, resumed, directories, strict=True)
-    ]
-
-
-def _changes(before: RunConfig, config: TrainConfig, step: int) -> list[dict[str, Any]]:
-    """Returns the record of a changed learning rate for a run that is resumed at this step."""
-    # A cosine schedule depends on the last step.
-    names = (*OF_LEARNING_RATE, *(("steps", "epochs") if config.schedule == "cosine" else ()))
-    options = {name: getattr(config, name) for name in names}
-    changed = {n: v for n, v in options.items() if v != getattr(before.train, n)}
-    return [{"step": step, **changed}] if changed else []
 
 
 def _run(
@@ -374,19 +283,6 @@ def _run(
     return results
 
 
-def check_same_run(
-    config: TrainConfig,
-    model: models.ModelConfig | None,
-    before: RunConfig,
-    *,
-    may_change_rate: bool = True,
-) -> None:
-    """Raises a ConfigError unless the options, and the network if given, are those of the run."""
-    config.check_resumes(before.train, may_change_rate=may_change_rate)
-    if model is not None and model != before.model:
-        raise ConfigError(f"the run in {config.run_dir} trains another network: {before.model}")
-
-
 def _words(name: str) -> str:
     return "data " + name.replace("_", " ")
 
@@ -412,18 +308,6 @@ def _write_results(run: Run, progress: Progress, results: Sequence[Result]) -> N
     for directory, each in zip(run.directories, variables, strict=True):
         picture = directory.picture
         draw_reconstructions(setup.apply, each, setup.model, setup.sampler, setup.test, picture)
-
-
-def _check_unfinished(setup: Setup, directories: Sequence[RunDirectory]) -> None:
-    """Raises a ConfigError if all of these runs are finished."""
-    results = [each.read_result() for each in directories]
-    _, history = read_history(setup, [each.read_metrics() for each in directories])
-    ends = [r.step for r in results if r and is_over(setup, r.step, history)]
-    if len(ends) == len(directories):
-        raise ConfigError(
-            f"the run in {directories[0].path} is finished at step {ends[0]:,}; raise --epochs,"
-            " --steps or --patience to continue"
-        )
 
 
 def _headline(setup: Setup, dataset: str, directories: Sequence[RunDirectory], step: int) -> str:

@@ -2,25 +2,17 @@
 
 import contextlib
 import dataclasses
-import datetime
 import functools
 import json
-import os
-import shutil
-import socket
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, TypeVar
 
 import msgspec
-import numpy as np
-from filelock import FileLock, Timeout
+from orbax.checkpoint.utils import checkpoint_steps
 
-from capsjax.data import Dataset, Split, StoredSplit
-from capsjax.data.dataset import AnySplit
-from capsjax.errors import ConfigError, naming
-from capsjax.files import write_text
+from capsjax.errors import ConfigError
+from capsjax.files import is_local, naming, remove_tree, write_text
 from capsjax.models import (
     BaselineConfig,
     CapsNetConfig,
@@ -30,7 +22,11 @@ from capsjax.models import (
 )
 from capsjax.training import processes
 from capsjax.training.config import TrainConfig
+from capsjax.training.data_description import DataDescription
 from capsjax.training.files import decode, read_json, read_json_lines, write_json
+from capsjax.training.run_lock import RunLock
+
+T = TypeVar("T")
 
 _MODELS: dict[str, type[ModelConfig]] = {
     "capsnet": CapsNetConfig,
@@ -38,91 +34,6 @@ _MODELS: dict[str, type[ModelConfig]] = {
     "efficient_capsnet": EfficientCapsNetConfig,
     "baseline": BaselineConfig,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class DataDescription:
-    """Identifies a data set.
-
-    Attributes:
-      name: its name.
-      class_names: its classes, in the order of the labels.
-      train_images: number of training images.
-      checksum: CRC-32 of the training images and labels; None if the images were on disk.
-      test_images: number of test images; None, as what follows, if an older version described it.
-      test_checksum: CRC-32 of the test images and labels; None if the images were on disk.
-      task: name of the task's class.
-      label_dtype: dtype of the labels: int32, bool (several classes), float32 (numbers to predict).
-      labels: CRC-32 of the labels for training and test.
-      files: CRC-32 that stands for the pixels of images on disk, as by the names and sizes of their
-        files; None if the images were in memory.
-    """
-
-    name: str
-    class_names: tuple[str, ...]
-    train_images: int
-    checksum: int | None
-    test_images: int | None = None
-    test_checksum: int | None = None
-    task: str | None = None
-    label_dtype: str | None = None
-    labels: int | None = None
-    files: int | None = None
-
-    @classmethod
-    def of(cls, dataset: Dataset) -> "DataDescription":
-        """Describes a data set."""
-        return cls(
-            dataset.name,
-            dataset.class_names,
-            len(dataset.train.labels),
-            _checksum(dataset.train),
-            len(dataset.test.labels),
-            _checksum(dataset.test),
-            type(dataset.task).__name__,
-            dataset.train.labels.dtype.name,
-            _crc(dataset.train.labels, dataset.test.labels),
-            _files(dataset),
-        )
-
-    @property
-    def is_regression(self) -> bool:
-        """Whether the labels are numbers to predict, instead of classes."""
-        return self.label_dtype == "float32"
-
-    def completed(self, found: "DataDescription") -> "DataDescription":
-        """Returns this description, with what an older version did not record."""
-        if self.labels is not None:
-            return self
-        known = {n: v for n, v in dataclasses.asdict(self).items() if v is not None}
-        return dataclasses.replace(found, **known)
-
-    def check(self, found: "DataDescription") -> None:
-        """Raises a ConfigError unless these are the data that a run was started with.
-
-        What is known of one of them only is not compared.
-        """
-        for field in dataclasses.fields(self)[1:]:  # they may go by another name
-            then, now = getattr(self, field.name), getattr(found, field.name)
-            if None not in (then, now) and then != now:
-                raise ConfigError(
-                    f"data set {found.name} is not the one that the run was started with:"
-                    f" {field.name.replace('_', ' ')} were {then}, are {now}"
-                )
-
-
-def _crc(*arrays: np.ndarray) -> int:
-    return functools.reduce(lambda crc, x: zlib.crc32(np.ascontiguousarray(x).data, crc), arrays, 0)
-
-
-def _checksum(split: AnySplit) -> int | None:
-    return _crc(*split) if isinstance(split, Split) else None
-
-
-def _files(dataset: Dataset) -> int | None:
-    splits = (dataset.train, dataset.test)
-    checksums = [split.images.checksum for split in splits if isinstance(split, StoredSplit)]
-    return _crc(np.array(checksums)) if checksums else None
 
 
 class RunConfig(NamedTuple):
@@ -260,34 +171,26 @@ class RunDirectory:
         """TensorBoard's event files."""
         return self.path / "tensorboard"
 
+    @functools.cached_property
+    def lock(self) -> RunLock:
+        """Lets one process at a time write to the run."""
+        return RunLock(self.path)
+
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other processes from writing to the run; the lock of one that died is free.
+    def locked(self) -> Iterator[str | None]:
+        """Keeps other processes from writing to the run; yields what :meth:`RunLock.held` does.
 
         Raises:
-          ConfigError: there is no such directory, or a process is writing to it.
+          ConfigError: the directory does not exist, or another process is writing to it.
         """
-        self._check_exists()
-        path = self.path / ".lock"
-        holder = path.read_text(errors="replace") if path.exists() else ""
-        lock = FileLock(path, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ConfigError(
-                f"run directory {self.path} is in use by {holder or 'another process'}; wait for"
-                " its end, or stop it"
-            ) from None
-        try:
-            now = datetime.datetime.now().astimezone().isoformat(" ", timespec="seconds")
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {now}")
-            yield
-        finally:
-            lock.release()
+        if is_local(self.path):  # object storage has no directories
+            self._check_exists()
+        with self.lock.held() as before:
+            yield before
 
     def check_new(self) -> None:
         """Raises a ConfigError if the directory holds a run, or files named like those of one."""
-        processes.first(self._check_new, type(None))
+        self._first(self._check_new, type(None))
 
     def _check_new(self) -> None:
         if self.config.exists():
@@ -315,7 +218,7 @@ class RunDirectory:
           ConfigError: it holds a run, or it cannot be made.
         """
         self.check_new()
-        processes.first(self._make, type(None))
+        self._first(self._make, type(None))
 
     def _make(self) -> None:
         try:
@@ -325,34 +228,37 @@ class RunDirectory:
                 f"--run-dir {self.path} cannot be made: {error.strerror or error}"
             ) from None
 
+    def exists(self) -> bool:
+        """Returns whether there is such a directory."""
+        return self._first(self.path.exists, bool)
+
     def last_checkpoint(self) -> int:
         """Returns the last step that has a checkpoint; 0 without any."""
-        return processes.first(self._last_checkpoint, int)
+        return self._first(self._last_checkpoint, int)
 
     def holds_run(self) -> bool:
         """Returns whether a run has begun in the directory."""
-        return processes.first(self.config.exists, bool)
+        return self._first(self.config.exists, bool)
 
     def _last_checkpoint(self) -> int:
-        folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        return max((int(path.name) for path in folders if path.name.isdecimal()), default=0)
+        return max(checkpoint_steps(self.checkpoints), default=0)
 
     def remove_unless_begun(self) -> None:
         """Removes a run that failed before its first checkpoint and its first record."""
         if not processes.is_first():
             return  # the others may be gone: nothing is told
-        if self._last_checkpoint() or (self.metrics.exists() and self.metrics.stat().st_size):
-            return
-        for folder in (self.checkpoints, self.tensorboard):
-            shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # of others, who may have put files into it
+        with contextlib.suppress(OSError), naming(self.path):
+            if self._last_checkpoint() or (self.metrics.exists() and self.metrics.read_bytes()):
+                return
+            for folder in (self.checkpoints, self.tensorboard):
+                remove_tree(folder)
             for path in (self.metrics, self.config, self.path / ".lock"):
                 path.unlink(missing_ok=True)
-            self.path.rmdir()
+            self.path.rmdir()  # unless others have put files into it
 
     def write_config(self, config: RunConfig) -> None:
         """Writes what is needed to resume or evaluate the run."""
-        processes.first(lambda: write_json(self.config, config.to_json()), type(None))
+        self._first(lambda: write_json(self.config, config.to_json()), type(None))
 
     def read_config(self) -> RunConfig:
         """Reads what :meth:`write_config` wrote.
@@ -360,7 +266,7 @@ class RunDirectory:
         Raises:
           ConfigError: the directory is missing, holds no run, or its configuration is damaged.
         """
-        stored = decode(processes.first(self._read_config, bytes), _StoredConfig, str(self.config))
+        stored = decode(self._first(self._read_config, bytes), _StoredConfig, str(self.config))
         kind = decode(stored.model, _StoredModel, f"model in {self.config}").kind
         model = decode(stored.model, _MODELS[kind], f"model in {self.config}")
         train = dataclasses.replace(stored.train, run_dir=self.path, resume=True)
@@ -389,13 +295,13 @@ class RunDirectory:
         Raises:
           ConfigError: a line is damaged.
         """
-        return processes.first(lambda: read_json_lines(self.metrics, Record), list[Record])
+        return self._first(lambda: read_json_lines(self.metrics, Record), list[Record])
 
     def forget_metrics_after(self, step: int) -> list[Record]:
         """Drops the records of what a resumed run will do again, and returns the others."""
         kept = [r for r in self.read_metrics() if r["step"] <= step and r["split"] != "test"]
         text = "".join(json.dumps(record) + "\n" for record in kept)
-        processes.first(lambda: write_text(self.metrics, text), type(None))
+        self._first(lambda: write_text(self.metrics, text), type(None))
         return kept
 
     def read_result(self) -> StoredResult | None:
@@ -404,8 +310,17 @@ class RunDirectory:
         Raises:
           ConfigError: the file is damaged.
         """
-        found = processes.first(self._read_results, list[StoredResult])
+        found = self._first(self._read_results, list[StoredResult])
         return found[0] if found else None
 
     def _read_results(self) -> list[StoredResult]:
         return [read_json(self.result, StoredResult)] if self.result.exists() else []
+
+    def _first(self, function: Callable[[], T], kind: type[T]) -> T:
+        """Calls a function in process 0, whose errors name the directory."""
+
+        def named() -> T:
+            with naming(self.path):
+                return function()
+
+        return processes.first(named, kind)

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 
 from capsjax import models
 from capsjax.data import Dataset, scale_pixels, white_of
-from capsjax.files import expand_paths, replacing, require_folder
+from capsjax.files import expand_paths, is_local, replacing, require_folder
 from capsjax.training import ConfigError, TrainedNetwork, load_network
 from capsjax.training.run_directory import RunDirectory
 from capsjax.viz import capsules, evaluation
@@ -253,7 +254,7 @@ def _confusion(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
 
 def _curves(config: "DrawConfig") -> Figure:
     """Loss and error of one or more runs over their steps."""
-    if len({run.resolve() for run in config.runs}) < len(config.runs):
+    if len({run.resolve() if is_local(run) else run for run in config.runs}) < len(config.runs):
         raise ValueError("runs must be different directories")
     runs = {}
     for run in config.runs:
@@ -335,7 +336,7 @@ class DrawConfig:
 
     def __post_init__(self) -> None:
         """Checks the options that can be checked without the run."""
-        expand_paths(self, "runs", "out", "data_dir")
+        expand_paths(self, "out", "data_dir", remote=("runs",))
         require_folder(self, "out")
         used = ["name", "runs", "out", "theme"]
         if self.name != "curves":
@@ -382,11 +383,13 @@ def draw(config: DrawConfig, *, dataset: Dataset | None = None) -> list[Path]:
     return paths
 
 
-def save(figure: Figure, target: Path | TextIO, *, dpi: int = 150) -> None:
+def save(figure: Figure, target: Path | io.StringIO, *, dpi: int = 150) -> None:
     """Writes a figure to a file, or as SVG to a buffer; equal figures give equal SVG."""
-    kind = target.suffix.removeprefix(".") if isinstance(target, Path) else "svg"
+    kind = "svg" if isinstance(target, io.StringIO) else target.suffix.removeprefix(".")
     metadata = {"Date": None} if kind == "svg" else None
-    opened = replacing(target) if isinstance(target, Path) else contextlib.nullcontext(target)
+    opened = (
+        contextlib.nullcontext(target) if isinstance(target, io.StringIO) else replacing(target)
+    )
     # Matplotlib derives the ids of SVG elements from the salt, which is random by default.
     with mpl.rc_context({"svg.hashsalt": "capsjax"}), opened as file:
         figure.savefig(file, format=kind, dpi=dpi, metadata=metadata)

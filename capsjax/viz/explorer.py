@@ -64,7 +64,7 @@ class ExploreConfig:
 
     def __post_init__(self) -> None:
         """Checks the options that can be checked without the run."""
-        expand_paths(self, "run", "data_dir", "export")
+        expand_paths(self, "data_dir", "export", remote=("run",))
         require_folder(self, "export")
         if self.export is not None and self.port != 8317:
             raise ConfigError("--port has no effect with --export, which serves nothing")

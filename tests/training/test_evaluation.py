@@ -24,9 +24,10 @@ from capsjax.training import (
     predict_test,
     train,
 )
+from capsjax.training.data_description import DataDescription
 from capsjax.training.inputs import fits
 from capsjax.training.loading import load_own
-from capsjax.training.run_directory import DataDescription, RunConfig
+from capsjax.training.run_directory import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +203,7 @@ def test_runs_that_held_out_otherwise_go_on_as_they_began(run, galaxies, monkeyp
     text = run.config.read_text()
     values = json.loads(text)
     del values["stratified"]
-    monkeypatch.setattr("capsjax.training.run._check_unfinished", _stop)
+    monkeypatch.setattr("capsjax.training.run.check_unfinished", _stop)
     try:
         for stored, expected in ((values, False), (json.loads(text), True)):
             run.config.write_text(json.dumps(stored))

@@ -23,8 +23,9 @@ from capsjax.training import (
     train_seeds,
 )
 from capsjax.training.choices import choose_class_weights, choose_model
+from capsjax.training.data_description import DataDescription
 from capsjax.training.optimizers import make_optimizer
-from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
+from capsjax.training.run_directory import RunConfig, RunDirectory
 
 
 def options(run_dir, **others):

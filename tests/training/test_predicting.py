@@ -103,7 +103,9 @@ def test_a_run_s_own_images_have_the_scores_of_the_evaluation(tmp_path, tiny, ta
     assert classifier.image_shape == (32, 32, 3)
     np.testing.assert_allclose(classifier(dataset.test.images, batch_size=4), scores, atol=1e-6)
     if size:
-        with pytest.raises(ConfigError, match="--image-size must be .* own, at least 24"):
+        with pytest.raises(
+            ConfigError, match="--image-size must be the size of .* own, at least 24"
+        ):
             load_classifier(run)
 
 

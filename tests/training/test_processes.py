@@ -120,11 +120,14 @@ def test_two_processes_evaluate_each_image_once(whole, tmp_path):
     assert len(table.read_text().splitlines()) == 102
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("number", "where"),
+    [(signal.SIGTERM, "tmp_path"), (signal.SIGKILL, "remote")],
+)
 def test_a_stopped_job_goes_on_by_the_same_command_to_the_same_bits(
-    whole, options, tmp_path, number
+    whole, options, tmp_path, number, where, request
 ):
-    run = tmp_path / "run"
+    run = request.getfixturevalue(where) / "run"
     arguments = [*options, "--steps", LAST, "--run-dir", run, "--auto-resume"]
     waits = ("-c", WAITING, str(tmp_path / "go"))
     with Job(tmp_path / "first", arguments, program=waits) as job:
@@ -148,6 +151,7 @@ def test_a_stopped_job_goes_on_by_the_same_command_to_the_same_bits(
     with Job(tmp_path / "second", arguments) as job:
         assert job.wait() == [0, 0], job.logs()
         assert f"from step {last}" in job[0].err
+        assert ("is taken over from process" in job[0].err) == (number == signal.SIGKILL)
     assert_same_bits(run, whole[0])
 
 

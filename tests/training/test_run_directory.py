@@ -9,7 +9,8 @@ import pytest
 
 from capsjax import data, models
 from capsjax.training import ConfigError, TrainConfig, config
-from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
+from capsjax.training.data_description import DataDescription
+from capsjax.training.run_directory import RunConfig, RunDirectory
 
 
 @pytest.fixture

@@ -28,11 +28,12 @@ from capsjax.training import (
     train,
 )
 from capsjax.training.choices import choose_task
+from capsjax.training.data_description import DataDescription
 from capsjax.training.inputs import fits
 from capsjax.training.optimizers import make_optimizer
 from capsjax.training.picture import draw_reconstructions, reconstruction_grid
 from capsjax.training.programs import as_batch
-from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
+from capsjax.training.run_directory import RunConfig, RunDirectory
 from capsjax.training.setup import set_up
 
 

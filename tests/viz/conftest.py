@@ -11,8 +11,9 @@ from flax import nnx
 from capsjax import models
 from capsjax.data import Dataset, Split, load
 from capsjax.training import Checkpoints, TrainConfig, TrainedNetwork, init_state, split_network
+from capsjax.training.data_description import DataDescription
 from capsjax.training.optimizers import make_optimizer
-from capsjax.training.run_directory import DataDescription, RunConfig, RunDirectory
+from capsjax.training.run_directory import RunConfig, RunDirectory
 from capsjax.viz.explorer import Server, make_app
 from capsjax.viz.live import Live
 

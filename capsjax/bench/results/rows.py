@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from capsjax.bench.programs.program import Program
-from capsjax.errors import DataError, naming
+from capsjax.errors import DataError
+from capsjax.files import naming
 
 SCHEMA = "capsjax.bench"
 VERSION = 1
