@@ -93,7 +93,7 @@ def test_the_command_s_exit_code_tells(tmp_path, capsys):
     with pytest.raises(SystemExit) as done:
         main(["bench", "compare", old, broken])
     assert done.value.code == 3
-    assert "fails now: squash @ cpu" in capsys.readouterr().out
+    assert "now fails: squash @ cpu" in capsys.readouterr().out
 
 
 def test_bad_files_are_one_line(tmp_path, capsys):

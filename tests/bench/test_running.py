@@ -369,7 +369,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     for arguments, message in (
         (["--workload", "rooting"], "workload must be one of"),
-        (["--target", "v9-8"], "among v4"),
+        (["--target", "v9-8"], "generation v4"),
         (["--output", str(there)], "exists already"),
         (["--output", "none/rows.jsonl"], "no directory none"),
         (["--output", "page.html"], "--output is for rows, not for the HTML report"),

@@ -72,7 +72,7 @@ def test_a_gpu_is_described_to_its_compiler():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v9-8", "among v4, v5e, v5p, v6e, tpu7x, or a GPU such as a100, .* got 'v9-8'"),
+        ("v9-8", "generation v4, v5e, v5p, v6e, tpu7x, or a GPU such as a100, .* got 'v9-8'"),
         ("v5e", "target must be like cpu, .*, got 'v5e'"),
         ("cpu:0", "got 'cpu:0'"),
         ("v5e-3", "a v5e does not come as 'v5e-3'; try v5e-1, v5e-4"),
