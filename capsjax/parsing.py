@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import tyro
+from docstring_parser import parse_from_object
+from typing_extensions import Doc
 
 import capsjax.process as process  # `from capsjax import process` would import JAX
 from capsjax.errors import ConfigError, how_to_install
@@ -102,12 +104,14 @@ def parse(
     """
 
     def choice(command: Command) -> Callable[..., Any]:
-        options = tyro.conf.arg(name="", constructor_factory=command.options)
+        make = functools.partial(_documented, command.options)
+        options = tyro.conf.arg(name="", constructor_factory=make)
         chosen = [command] == [commands.get(a) for a in arguments[:1]]
         default = command.default(arguments) if chosen and command.default else None
         kinds: dict[str, Any] = {"config": Annotated[Any, options]}
         if command.joins:
-            joined = functools.partial(imported, "capsjax.training:ProcessOptions")
+            named = functools.partial(imported, "capsjax.training:ProcessOptions")
+            joined = functools.partial(_documented, named)
             kinds["processes"] = Annotated[Any, tyro.conf.arg(name="", constructor_factory=joined)]
 
         def choose(**given: Any) -> Callable[[], None]:
@@ -138,6 +142,24 @@ def parse(
             config=_TYRO,
         )
     return run
+
+
+def _documented(options: Callable[[], Any]) -> Any:
+    """Imports the type of options and joins the lines of their docstrings.
+
+    tyro keeps the line breaks of docstrings whose lines are indented.
+    """
+    found = options()
+    for kind in typing.get_args(found) or (found,):
+        if not isinstance(kind, type):
+            continue
+        texts = {p.arg_name: p.description for p in parse_from_object(kind).params}
+        hints = typing.get_type_hints(kind, include_extras=True)
+        for name in kind.__annotations__:
+            if text := texts.get(name):
+                doc = Doc(" ".join(text.split()))
+                kind.__annotations__[name] = Annotated[hints[name], doc]
+    return found
 
 
 _KINDS = {

@@ -569,6 +569,14 @@ def test_help_lists_every_option(arguments, capsys):
             assert "--" + field.name.replace("_", "-") in printed
 
 
+def test_help_keeps_no_line_breaks_of_docstrings(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2000")
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    printed = capsys.readouterr().out
+    assert "FIELD=VALUE, such as conv_features=32 decoder_features=128,256. (default" in printed
+
+
 def test_without_the_hook_of_tyro_its_own_message_is_printed(capsys, monkeypatch):
     import tyro
 
