@@ -1,4 +1,4 @@
-"""Trained networks that come with the package."""
+"""Trained networks in the package."""
 
 import dataclasses
 import importlib.resources
@@ -67,7 +67,7 @@ def about_pretrained(name: str) -> About:
 
 
 def load_pretrained(name: str = "mnist_small") -> Network:
-    """Loads a trained network that comes with the package.
+    """Loads a trained network of the package.
 
     :func:`about_pretrained` describes its data set and test error.
 

@@ -23,15 +23,15 @@ _METRICS = {False: "validation_error", True: "validation_loss"}
 
 
 class Checkpoints:
-    """The checkpoints of a run; of several processes the first writes and reads them.
+    """The checkpoints of a run, which process 0 writes and reads.
 
     Args:
       path: their directory; made if it is missing.
       keep: number of latest checkpoints to keep, besides the best.
       read_only: whether only to read.
       regression: whether the score of a checkpoint is its validation loss, instead of its error.
-      run: JSON values of what shapes the run's parameters; written with each checkpoint, and
-        expected of each that is read.
+      run: the options that affect the run's parameters, as JSON values. They are written with each
+        checkpoint and compared with those of a checkpoint that is read.
 
     Raises:
       CheckpointError: the directory cannot be used.

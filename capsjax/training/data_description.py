@@ -20,13 +20,14 @@ class DataDescription:
       class_names: its classes, in the order of the labels.
       train_images: number of training images.
       checksum: CRC-32 of the training images and labels; None if the images were on disk.
-      test_images: number of test images; None, as what follows, if an older version described it.
+      test_images: number of test images; this and what follows is None in descriptions by older
+        versions.
       test_checksum: CRC-32 of the test images and labels; None if the images were on disk.
       task: name of the task's class.
       label_dtype: dtype of the labels: int32, bool (several classes), float32 (numbers to predict).
       labels: CRC-32 of the labels for training and test.
-      files: CRC-32 that stands for the pixels of images on disk, as by the names and sizes of their
-        files; None if the images were in memory.
+      files: CRC-32 of what identifies images on disk, such as names and sizes of files; None if the
+        images were in memory.
     """
 
     name: str
@@ -62,18 +63,18 @@ class DataDescription:
         return self.label_dtype == "float32"
 
     def completed(self, found: "DataDescription") -> "DataDescription":
-        """Returns this description, with what an older version did not record."""
+        """Returns this description with the parts that an older version did not record."""
         if self.labels is not None:
             return self
         known = {n: v for n, v in dataclasses.asdict(self).items() if v is not None}
         return dataclasses.replace(found, **known)
 
     def check(self, found: "DataDescription") -> None:
-        """Raises a ConfigError unless these are the data that a run was started with.
+        """Raises a ConfigError unless a run that began with these data can continue with others.
 
-        What is known of one of them only is not compared.
+        Attributes that only one of them has are not compared.
         """
-        for field in dataclasses.fields(self)[1:]:  # they may go by another name
+        for field in dataclasses.fields(self)[1:]:  # the name may differ
             then, now = getattr(self, field.name), getattr(found, field.name)
             if None not in (then, now) and then != now:
                 raise ConfigError(

@@ -19,12 +19,12 @@ from capsjax.training.files import finite
 from capsjax.training.run_directory import RunDirectory
 
 _FLUSH_SECONDS = 10.0  # between two writes of events to disk, or uploads
-# Seconds of training, compilation apart, after which the whole is foreseen.
+# Seconds of training, without compilation, after which the total time is predicted.
 _ENOUGH_SECONDS = 3
 
 
 def say(line: str, console: Console | None = None) -> None:
-    """Prints a line on standard error; of several processes the first does."""
+    """Prints a line on standard error, in process 0 only."""
     console = console or _console()
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -37,12 +37,12 @@ class Report:
     """Shows and records the metrics of runs that train together; a context manager.
 
     Args:
-      directories: receive the metrics, each those of its run.
-      total_steps: steps of the whole run.
+      directories: where the metrics of each run go.
+      total_steps: number of steps of the whole run.
       step: the step at which this process begins.
       tensorboard: whether to write event files too.
-      console: where lines and the bar go; standard error by default, so that standard output
-        holds the result alone.
+      console: where lines and the bar are printed; by default standard error, which leaves
+        standard output to the result.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Report:
         tensorboard: bool,
         console: Console | None = None,
     ):
-        # Files are those of process 0.
+        # Only process 0 writes files.
         directories = directories if processes.is_first() else ()
         self._spools = [_Spool(directory) for directory in directories]
         self._num_steps = total_steps - step
@@ -92,7 +92,7 @@ class Report:
         """Stops the bar and closes the event files."""
         self._progress.stop()
         for events in self._events:
-            # A full disk has been reported where it first showed; a second report adds nothing.
+            # A full disk was reported at the first failed write; a second report adds nothing.
             with contextlib.suppress(OSError):
                 events.close()
         for spool in self._spools:
@@ -111,9 +111,9 @@ class Report:
         self._progress.update(self._task, completed=step, description="training", status=status)
 
     def measure(self, num_steps: int, seconds: float) -> None:
-        """Learns how long some steps took, and says once how long all of them are going to take.
+        """Records how long some steps took, and predicts the total time once.
 
-        The first time is left out, it includes the compilation.
+        The first measurement is ignored, since it includes compilation.
         """
         if self._measured is None:
             self._measured = 0, 0.0
@@ -132,7 +132,7 @@ class Report:
         self._progress.update(self._task, description="training")
 
     def record(self, split: str, step: int, metrics: Sequence[Mapping[str, Any]]) -> None:
-        """Records the metrics of a split at a step, of each run; further ones by name in one."""
+        """Records the metrics of each run on a split at a step."""
         seconds = round(time.monotonic() - self._started, 3)
         for spool, values in zip(self._spools, metrics, strict=False):
             record = {"split": split, "step": step, "seconds": seconds, **finite(values)}
@@ -193,7 +193,7 @@ class _Spool:
 
 
 class _Events:
-    """TensorBoard's event file of a run, which this process and thread write themselves."""
+    """TensorBoard's event file of a run, written without a thread of its own."""
 
     def __init__(self, directory: Path, step: int):
         from tensorboardX.event_file_writer import EventsWriter
@@ -201,7 +201,7 @@ class _Events:
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory
         self._writer = EventsWriter(str(directory / "events"))
-        # Hides what a resumed run does again.
+        # Hides the events of steps that a resumed run repeats.
         self._write(step + 1, session_log={"status": "START"})
 
     def add(self, values: Mapping[str, float], step: int) -> None:
@@ -226,7 +226,7 @@ class _Events:
 
 
 def _duration(seconds: float) -> str:
-    """Two units: such as 2 h 50 min, or 40 s alone."""
+    """Returns at most two units, such as 2 h 50 min or 40 s."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,4 +1,4 @@
-"""The files of a run: configuration, metrics, result; checkpoints beside them."""
+"""The files of a run: configuration, metrics, result, and the directory of checkpoints."""
 
 import contextlib
 import dataclasses
@@ -76,7 +76,7 @@ class RunConfig(NamedTuple):
         }
 
     def shaping(self) -> dict[str, Any]:
-        """Returns that part of the contents which shapes the parameters, as JSON values."""
+        """Returns the contents that affect the parameters, as JSON values."""
         values = self.to_json()
         del values["given"], values["changes"]
         shaping = self.train.shaping()
@@ -104,7 +104,7 @@ class Record(TypedDict):
 
 
 class StoredResult(msgspec.Struct):
-    """What is read of result.json."""
+    """The parts of result.json that are read."""
 
     step: Count
     test_wrong: Count | None
@@ -133,7 +133,7 @@ class _StoredModel(msgspec.Struct):
 
 @dataclasses.dataclass(frozen=True)
 class RunDirectory:
-    """Paths and small files of a run; process 0 reads them and tells the others.
+    """Paths and small files of a run. Process 0 reads them and shares what it read.
 
     Attributes:
       path: the directory.
@@ -189,13 +189,13 @@ class RunDirectory:
             yield before
 
     def check_new(self) -> None:
-        """Raises a ConfigError if the directory holds a run, or files named like those of one."""
+        """Raises a ConfigError if the directory holds a run or files with the names of a run's."""
         self._first(self._check_new, type(None))
 
     def _check_new(self) -> None:
         if self.config.exists():
             raise ConfigError(
-                f"--run-dir {self.path} already holds a run; go on with it by --resume, or name"
+                f"--run-dir {self.path} already holds a run; resume it with --resume, or name"
                 " another directory"
             )
         for path in (
@@ -212,7 +212,7 @@ class RunDirectory:
                 )
 
     def create(self) -> None:
-        """Makes the directory for a new run, which must not hold one already.
+        """Makes the directory of a new run.
 
         Raises:
           ConfigError: it holds a run, or it cannot be made.
@@ -244,9 +244,9 @@ class RunDirectory:
         return max(checkpoint_steps(self.checkpoints), default=0)
 
     def remove_unless_begun(self) -> None:
-        """Removes a run that failed before its first checkpoint and its first record."""
+        """Removes a run that failed before its first checkpoint and record."""
         if not processes.is_first():
-            return  # the others may be gone: nothing is told
+            return  # the other processes may be gone: nothing is shared
         with contextlib.suppress(OSError), naming(self.path):
             if self._last_checkpoint() or (self.metrics.exists() and self.metrics.read_bytes()):
                 return
@@ -298,7 +298,7 @@ class RunDirectory:
         return self._first(lambda: read_json_lines(self.metrics, Record), list[Record])
 
     def forget_metrics_after(self, step: int) -> list[Record]:
-        """Drops the records of what a resumed run will do again, and returns the others."""
+        """Drops the records of steps that a resumed run repeats, and returns the others."""
         kept = [r for r in self.read_metrics() if r["step"] <= step and r["split"] != "test"]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         self._first(lambda: write_text(self.metrics, text), type(None))

@@ -304,11 +304,10 @@ class DrawConfig:
     name: Annotated[FigureName, tyro.conf.arg(help=_HELP)]
 
     runs: tuple[Path, ...]
-    """Directory of the run, or mnist_small for the network that comes with the package; curves
-    takes several directories."""
+    """Run directory, or mnist_small for the network in the package. curves takes several."""
 
     out: Path | None = None
-    """File to write: .svg, .png or .pdf. Writes RUN/NAME.svg and RUN/NAME.png if not given."""
+    """File to write: .svg, .png or .pdf. By default, RUN/NAME.svg and RUN/NAME.png."""
 
     theme: ThemeName = "light"
     """Colour theme: light or dark."""
@@ -317,13 +316,13 @@ class DrawConfig:
     """Index of the test image."""
 
     classes: tuple[int, ...] | None = None
-    """Classes to show; those with the longest capsules if not given."""
+    """Classes to show. By default, those with the longest capsules."""
 
     types: tuple[int, ...] | None = None
-    """Types of child capsules to show, counted from 1; all if not given."""
+    """Types of child capsules to show, counted from 1. By default, all."""
 
     iterations: tuple[int, ...] | None = None
-    """Routing iterations to show, counted from 1; all if not given."""
+    """Routing iterations to show, counted from 1. By default, all."""
 
     num_children: int = _NUM_CHILDREN
     """Number of children that the diagram draws individually; it summarises the others."""
@@ -375,7 +374,7 @@ def draw(config: DrawConfig, *, dataset: Dataset | None = None) -> list[Path]:
         raise
     except ValueError as error:
         raise ConfigError(f"{config.name} of {config.runs[0]}: {error}") from None
-    # A network that comes with the package has no run directory.
+    # A network in the package has no run directory.
     folder = config.runs[0] if config.runs[0].is_dir() else Path()
     paths = [config.out] if config.out else [folder / f"{config.name}{s}" for s in (".svg", ".png")]
     for path in paths:

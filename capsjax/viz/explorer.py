@@ -45,7 +45,7 @@ class ExploreConfig:
     """Explore a trained network in the browser, on this machine only; Ctrl-C stops it."""
 
     run: Path
-    """Directory of the run, or mnist_small for the network that comes with the package."""
+    """Run directory, or mnist_small for the network in the package."""
 
     port: int = 8317
     """Port on the loopback address; 0 for any free port."""
@@ -60,7 +60,7 @@ class ExploreConfig:
     """HTML file to write instead of serving: a page that needs no server."""
 
     examples: tuple[int, ...] | None = None
-    """Indices of the test images in the exported page; the first twelve if not given."""
+    """Indices of the test images in the exported page. By default, the first twelve."""
 
     def __post_init__(self) -> None:
         """Checks the options that can be checked without the run."""

@@ -366,7 +366,7 @@ def test_options_that_do_not_go_together_are_named(tmp_path, digits, tiny, optio
 def test_a_directory_that_holds_a_run_is_not_overwritten(finished, digits, tiny):
     run, _ = finished
     before = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match="already holds a run; go on with it by --resume"):
+    with pytest.raises(ConfigError, match="already holds a run; resume it with --resume"):
         train(config(run.parent), model=tiny, dataset=digits)
     assert (run / "metrics.jsonl").read_bytes() == before
 
