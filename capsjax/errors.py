@@ -1,7 +1,5 @@
 """Errors that commands report in one line; any other exception is a bug or a wrong argument."""
 
-from typing import ClassVar
-
 
 class CapsjaxError(Exception):
     """Base of the errors that a command reports in one line.
@@ -10,7 +8,7 @@ class CapsjaxError(Exception):
       exit_code: exit status of the command.
     """
 
-    exit_code: ClassVar[int] = 2
+    exit_code: int = 2
 
     def __init__(self, message: str):
         # Messages quote errors of other libraries, which may span several lines.
@@ -30,9 +28,9 @@ class CheckpointError(CapsjaxError):
 
 
 class ProcessError(CapsjaxError):
-    """Raised when processes that train together lose each other."""
+    """Raised when processes that train together lose each other, or another takes a run over."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code = 1
 
 
 class DivergedError(CapsjaxError):

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from capsjax.errors import CapsjaxError, ConfigError
+from capsjax.errors import CapsjaxError, ConfigError, how_to_install
 
 
 def is_local(path: Path) -> bool:
@@ -46,12 +46,15 @@ def naming(path: Path) -> Iterator[None]:
     except Exception as error:
         if is_local(path):
             raise
+        if isinstance(error, ImportError):
+            extra = f": {how_to_install('gcs')}" if str(path).startswith("gs:") else ""
+            raise ConfigError(f"{path} needs a package{extra} ({error})") from None
         text = " ".join(str(error).split()) or type(error).__name__
         raise OSError(errno.EIO, text, str(path)) from error
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a directory with all that it holds, as far as that can be done."""
+    """Removes a directory and its contents; errors on this machine are ignored."""
     if is_local(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -144,32 +147,41 @@ def expanded(option: str, path: str | os.PathLike[str], *, remote: bool = False)
     """Returns the path that an option gives, see :func:`expand_paths`."""
     # pathlib takes "gs://bucket" for a folder "gs:" with a bucket in it.
     if address := re.match(r"([a-z][a-z0-9+.-]+):/+", str(path), re.IGNORECASE):
-        url = f"{address[1].lower()}://{str(path)[address.end() :].rstrip('/')}"
-        if remote and (found := _object_storage(url)) is not None:
-            if "/" not in url.partition("://")[2]:
-                raise ConfigError(f"{option} must name a folder in a bucket, got {url}")
-            return found
-        expected = "a path on this machine" + (", or on gs://, s3:// or az://" if remote else "")
-        raise ConfigError(f"{option} must be {expected}, got {url}; mount it, or copy it here")
+        scheme, rest = address[1].lower(), str(path)[address.end() :].rstrip("/")
+        if remote and scheme in _SCHEMES:
+            return _object_storage(option, scheme, rest)
+        storage = f", or on {', '.join(f'{known}://' for known in _SCHEMES)}" if remote else ""
+        raise ConfigError(
+            f"{option} must be a path on this machine{storage}, got {scheme}://{rest}; a mounted"
+            " bucket has such a path"
+        )
     try:
         return Path(path).expanduser()
     except RuntimeError:
         raise ConfigError(f"{option}: no home directory is known for {path}") from None
 
 
-def _object_storage(url: str) -> Path | None:
-    """Returns the path of a URL, or None if its scheme is unknown to epath."""
+_SCHEMES = ("gs", "s3", "az")
+_REQUEST_SECONDS = 30.0  # gcsfs waits for ever by default
+
+
+def _object_storage(option: str, scheme: str, path: str) -> Path:
+    """Returns the path of a URL."""
     import fsspec
     from etils import epath
 
-    try:
-        path = epath.Path(url)
-    except KeyError:
-        return None
-    if "://" not in str(path):  # earlier versions of epath take an unknown scheme for a folder
-        return None
+    url = f"{scheme}://{path}"
+    bucket, _, folder = path.partition("/")
+    if not bucket or not folder:
+        raise ConfigError(f"{option} must name a folder in a bucket, got {url}")
+    # fsspec expands the first four, also where it deletes; TensorStore cuts a path at # and ?.
+    if found := re.search(r"[*?\[\]#]|(?<![^/])\.{0,2}(?=/)|(?<![^/])\.{1,2}$", path):
+        part = found[0] or "an empty folder name"
+        raise ConfigError(f"{option} must not contain {part}, got {url}")
+    settings = fsspec.config.conf.setdefault(scheme, {})
     # fsspec remembers the sizes and names of objects, and would read what other processes or
     # TensorStore have written since as missing or cut short.
-    scheme = url.partition("://")[0]
-    fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
-    return cast(Path, path)
+    settings.setdefault("use_listings_cache", False)
+    if scheme == "gs":
+        settings.setdefault("requests_timeout", _REQUEST_SECONDS)
+    return cast(Path, epath.Path(url))

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import re
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -133,7 +134,13 @@ def parse(
 
     # The hook is not in tyro's stable interface. Without it tyro prints errors in its own form.
     hook = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
-    with hook(functools.partial(_refuse, prog, arguments, commands)), process.wide_enough():
+    with (
+        hook(functools.partial(_refuse, prog, arguments, commands)),
+        process.wide_enough(),
+        warnings.catch_warnings(),
+    ):
+        # A URL that an option of a resumed run has is no pathlib.Path.
+        warnings.filterwarnings("ignore", ".*does not match any type in Union")
         run: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
             {name: choice(command) for name, command in commands.items()},
             prog="capsjax",

@@ -83,9 +83,16 @@ def test_a_url_is_for_options_that_take_one(address):
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("foo://bucket/run", "on this machine, or on gs://, s3:// or az://, got foo://bucket/run"),
+        ("foo://bucket/run", "on this machine, or on gs://, s3://, az://, got foo://bucket/run"),
         ("gs://bucket/", "--run-dir must name a folder in a bucket, got gs://bucket"),
         ("gs://", "--run-dir must name a folder in a bucket, got gs://"),
+        ("gs://bucket/s*", r"--run-dir must not contain \*, got gs://bucket/s\*"),
+        ("gs://bucket/ch[a]", r"must not contain \[, got"),
+        ("gs://bucket/a#b", "must not contain #, got"),
+        ("gs://bucket/a?b", r"must not contain \?, got"),
+        ("gs://bucket/a/../b", r"must not contain \.\., got"),
+        ("gs://bucket/..", r"must not contain \.\., got"),
+        ("gs://bucket/a//b", "must not contain an empty folder name, got"),
     ],
 )
 def test_a_url_that_cannot_be_is_refused(address, message):
@@ -100,11 +107,15 @@ def fail(path, error):
 
 def test_errors_of_object_storage_are_operating_system_errors(tmp_path):
     remote = expanded("--run-dir", "gs://bucket/run", remote=True)
-    for error, text in ((ImportError("Install\n s3fs"), "Install s3fs"), (KeyError(), "KeyError")):
+    for error, text in ((RuntimeError("no\n answer"), "no answer"), (KeyError(), "KeyError")):
         with pytest.raises(OSError, match=text) as failed:
             fail(remote, error)
         assert (failed.value.strerror, failed.value.filename) == (text, "gs://bucket/run")
         with pytest.raises(type(error)):
             fail(tmp_path, error)
+    with pytest.raises(
+        ConfigError, match=r"gs://bucket/run needs a package: pip .*gcs.* \(Install"
+    ):
+        fail(remote, ImportError("Install gcsfs"))
     with pytest.raises(ConfigError):
         fail(remote, ConfigError("an option"))

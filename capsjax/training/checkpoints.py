@@ -14,12 +14,16 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from capsjax.errors import CheckpointError, ConfigError
-from capsjax.files import absolute
+from capsjax.files import absolute, is_local, remove_tree
 from capsjax.training.files import read_json
 from capsjax.training.step import TrainState, Variables
 
 # What the best checkpoint has least of, by whether labels are numbers to predict.
 _METRICS = {False: "validation_error", True: "validation_loss"}
+
+
+class DamagedCheckpointError(CheckpointError):
+    """Raised when the files of a checkpoint are incomplete or were changed."""
 
 
 class Checkpoints:
@@ -98,6 +102,9 @@ class Checkpoints:
         """
         if step in self.steps():  # it was saved without the validation that it now has
             self._guard(step, lambda: self._manager.delete(step))
+        elif not is_local(self.path):
+            # What a process that this one took the run over from has left, or is writing.
+            self._guard(step, lambda: remove_tree(self.path / str(step)))
         # Orbax refuses arrays of one process among several, but takes NumPy's.
         snapshot = jax.tree.map(np.array, jax.device_get(state))
         metric = _METRICS[self._regression]
@@ -249,10 +256,10 @@ class Checkpoints:
                     f" expected {now[name]}; was config.json changed?"
                 )
 
-    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+    def _unreadable(self, step: int, error: Exception) -> DamagedCheckpointError:
         others = ", ".join(str(other) for other in self.steps() if other != step)
         rest = f"; move it away to use those of step {others}" if others else ""
-        return CheckpointError(
+        return DamagedCheckpointError(
             f"checkpoint {self.path / str(step)} is damaged or truncated ({_line(error)}){rest}"
         )
 
@@ -263,9 +270,11 @@ class Checkpoints:
             kept = self.steps()
             last = f"; complete up to step {kept[-1]}" if kept else ""
             which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-            raise CheckpointError(
+            failed = CheckpointError(
                 f"{which} could not be written to {self.path}: {_line(error)}{last}"
-            ) from None
+            )
+            failed.exit_code = 1  # another try may succeed
+            raise failed from None
 
 
 class _Metrics(msgspec.Struct, omit_defaults=True):

@@ -1,10 +1,11 @@
 """The training loop: dispatch steps, record metrics, validate, save."""
 
 import collections
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NoReturn
 
 import chex
@@ -14,13 +15,13 @@ import numpy as np
 
 from capsjax.data import Batch
 from capsjax.data.dataset import AnySplit
-from capsjax.errors import ConfigError, DivergedError
+from capsjax.errors import CheckpointError, ConfigError, DivergedError
 from capsjax.training import processes
-from capsjax.training.checkpoints import Checkpoints
+from capsjax.training.checkpoints import Checkpoints, DamagedCheckpointError
 from capsjax.training.counting import Evaluation, count_errors
 from capsjax.training.drivers import local
 from capsjax.training.programs import NEVER, Pace, StepSums, stack, unstack
-from capsjax.training.reporting import Report
+from capsjax.training.reporting import Report, say
 from capsjax.training.run_directory import Record, RunDirectory
 from capsjax.training.setup import Setup
 from capsjax.training.step import TrainState
@@ -123,8 +124,9 @@ def train_and_test(run: Run, progress: Progress) -> list[Evaluation] | None:
     else:
         run.report.record("test", progress.step, [_metrics(test) for test in tests])
     run.report.flush()
-    for checkpoints in run.checkpoints:
-        checkpoints.finish()
+    with _owned(run):
+        for checkpoints in run.checkpoints:
+            checkpoints.finish()
     return tests
 
 
@@ -210,8 +212,20 @@ def _save(run: Run, progress: Progress, scores: Sequence[float | None]) -> None:
         return
     run.report.flush()  # a resumed run finds the records of all steps up to its checkpoint
     states = unstack(local(progress.state), len(run.checkpoints))
-    for checkpoints, state, score in zip(run.checkpoints, states, scores, strict=True):
-        checkpoints.save(state, progress.step, score)
+    with _owned(run):
+        for checkpoints, state, score in zip(run.checkpoints, states, scores, strict=True):
+            checkpoints.save(state, progress.step, score)
+
+
+@contextlib.contextmanager
+def _owned(run: Run) -> Iterator[None]:
+    """Reports that a run was taken over, if that is why a checkpoint cannot be written."""
+    try:
+        yield
+    except CheckpointError:
+        for directory in run.directories:
+            directory.lock.check()
+        raise
 
 
 def _evaluate(
@@ -233,9 +247,20 @@ def _metrics(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def begin(
-    setup: Setup, directories: Sequence[RunDirectory], checkpoints: Sequence[Checkpoints]
+    setup: Setup,
+    directories: Sequence[RunDirectory],
+    checkpoints: Sequence[Checkpoints],
+    *,
+    skip_damaged: bool,
 ) -> Progress:
-    """Restores the last step of which all runs have a checkpoint, or starts at step 0."""
+    """Restores the last step of which all runs have a checkpoint, or starts at step 0.
+
+    Args:
+      setup: what the runs compute.
+      directories: of the runs.
+      checkpoints: of the runs; none in processes other than the first.
+      skip_damaged: whether to go back to an earlier checkpoint if the last one is damaged.
+    """
     steps = processes.first(lambda: [each.steps() for each in checkpoints], list[list[int]])
     saved = [set(each) for each in steps]
     common = set.intersection(*saved)
@@ -247,9 +272,23 @@ def begin(
     step, state = max(common, default=0), setup.initial
     if step:
         like = jax.eval_shape(lambda state: unstack(state, len(directories))[0], state)
-        state = processes.share(
-            lambda: stack([each.restore(step, like) for each in checkpoints]), state
-        )
+        candidates = sorted(common) if skip_damaged else [step]
+
+        def restore() -> TrainState:
+            while True:
+                last = candidates.pop()
+                try:
+                    return stack([each.restore(last, like) for each in checkpoints])
+                except DamagedCheckpointError as error:
+                    if not candidates:
+                        raise
+                    say(f"{error}; resuming from step {candidates[-1]:,} instead")
+                finally:
+                    restored[:] = [last]
+
+        restored: list[int] = []
+        state = processes.share(restore, state)
+        step = processes.first(lambda: restored[0], int)
     progress = Progress(setup.driver.replicate(state), step, saved=step)
     if step > setup.total_steps:
         raise ConfigError(

@@ -12,7 +12,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from capsjax.errors import ConfigError
+from capsjax.errors import ProcessError
 from capsjax.files import is_local, naming
 from capsjax.training import processes
 from capsjax.training.files import finite
@@ -91,13 +91,15 @@ class Report:
     ) -> None:
         """Stops the bar and closes the event files."""
         self._progress.stop()
+        # Storage that has failed, or that the user does not wait for, may not answer.
+        reachable = kind is None or not issubclass(kind, OSError | KeyboardInterrupt)
         for events in self._events:
             # A full disk was reported at the first failed write; a second report adds nothing.
             with contextlib.suppress(OSError):
                 events.close()
         for spool in self._spools:
-            with contextlib.suppress(OSError, ConfigError):
-                spool.close()
+            with contextlib.suppress(OSError, ProcessError):
+                spool.close(upload=reachable)
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
@@ -148,7 +150,7 @@ class Report:
         """Writes what has been recorded to the run directories.
 
         Raises:
-          ConfigError: another process has taken a run over.
+          ProcessError: another process has taken a run over.
         """
         for events in self._events:
             events.flush()
@@ -166,6 +168,7 @@ class _Spool:
 
     def __init__(self, run: RunDirectory):
         self._run, self._folder = run, None
+        self._uploaded: dict[Path, int] = {}  # sizes
         self.directory = run
         if not is_local(run.path):
             self._folder = tempfile.TemporaryDirectory(prefix="capsjax-")
@@ -175,21 +178,26 @@ class _Spool:
                     self.directory.metrics.write_bytes(run.metrics.read_bytes())
 
     def upload(self) -> None:
-        """Replaces the files in object storage, unless the run was taken over."""
+        """Replaces the files in object storage that have grown, unless the run was taken over."""
         if self._folder is None:
             return
         self._run.lock.check()
         local = self.directory.path
         for source in filter(Path.is_file, local.rglob("*")):
+            content = source.read_bytes()
+            if self._uploaded.get(source) == len(content):
+                continue
             target = self._run.path / source.relative_to(local).as_posix()
             with naming(target):
-                target.write_bytes(source.read_bytes())
+                target.write_bytes(content)
+            self._uploaded[source] = len(content)
 
-    def close(self) -> None:
-        """Uploads what is left and removes the copy."""
+    def close(self, *, upload: bool) -> None:
+        """Uploads what is left, if asked to, and removes the copy."""
         if self._folder is not None:
             with self._folder:
-                self.upload()
+                if upload:
+                    self.upload()
 
 
 class _Events:

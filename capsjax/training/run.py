@@ -16,6 +16,7 @@ import optax
 
 from capsjax import models
 from capsjax.data import Dataset
+from capsjax.files import is_local
 from capsjax.training import processes
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import TrainConfig, check_together
@@ -182,12 +183,17 @@ def train_seeds(
             for directory, each in zip(directories, stored, strict=True):
                 # A resumed run may have new options, and may have to be resumed again.
                 directory.write_config(each)
-            return _run(setup, stored, directories, started, stop)
-        except BaseException:
-            if not configs[0].resume:
+            return _run(setup, stored, directories, started, stop, skip_damaged=restarts)
+        except BaseException as error:
+            # Object storage that fails, or that the user does not wait for, is left as it is.
+            reachable = is_local(directories[0].path) or not isinstance(error, _UNREACHABLE)
+            if not configs[0].resume and reachable:
                 for directory in directories:
                     directory.remove_unless_begun()
             raise
+
+
+_UNREACHABLE = (OSError, KeyboardInterrupt)
 
 
 def _lock(directories: Sequence[RunDirectory], opened: contextlib.ExitStack) -> None:
@@ -199,8 +205,8 @@ def _lock(directories: Sequence[RunDirectory], opened: contextlib.ExitStack) -> 
 def _enter(opened: contextlib.ExitStack, directory: RunDirectory) -> None:
     if (before := opened.enter_context(directory.locked())) is not None:
         say(
-            f"{directory.path} is taken over from {before}; if that process still runs, it ends"
-            " before it writes again"
+            f"{directory.path} is taken over from {before}; if that process still runs, it ends at"
+            " its next checkpoint"
         )
 
 
@@ -231,6 +237,8 @@ def _run(
     directories: Sequence[RunDirectory],
     started: float,
     stop: StopRequest,
+    *,
+    skip_damaged: bool,
 ) -> list[Result]:
     """Trains to the end or until the runs are stopped."""
     config = setup.config
@@ -253,7 +261,7 @@ def _run(
         opened.callback(setup.feed.close)
         for saved in checkpoints:
             opened.enter_context(contextlib.closing(saved))
-        progress = begin(setup, directories, checkpoints)
+        progress = begin(setup, directories, checkpoints, skip_damaged=skip_damaged)
         first_step = progress.step
         report = opened.enter_context(
             Report(

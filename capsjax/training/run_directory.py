@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, 
 import msgspec
 from orbax.checkpoint.utils import checkpoint_steps
 
-from capsjax.errors import ConfigError
+from capsjax.errors import ConfigError, ProcessError
 from capsjax.files import is_local, naming, remove_tree, write_text
 from capsjax.models import (
     BaselineConfig,
@@ -24,7 +24,7 @@ from capsjax.training import processes
 from capsjax.training.config import TrainConfig
 from capsjax.training.data_description import DataDescription
 from capsjax.training.files import decode, read_json, read_json_lines, write_json
-from capsjax.training.run_lock import RunLock
+from capsjax.training.run_lock import RunLock, lock_of
 
 T = TypeVar("T")
 
@@ -174,11 +174,11 @@ class RunDirectory:
     @functools.cached_property
     def lock(self) -> RunLock:
         """Lets one process at a time write to the run."""
-        return RunLock(self.path)
+        return lock_of(self.path)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[str | None]:
-        """Keeps other processes from writing to the run; yields what :meth:`RunLock.held` does.
+        """Keeps other processes from writing to the run, see :meth:`RunLock.held`.
 
         Raises:
           ConfigError: the directory does not exist, or another process is writing to it.
@@ -247,7 +247,8 @@ class RunDirectory:
         """Removes a run that failed before its first checkpoint and record."""
         if not processes.is_first():
             return  # the other processes may be gone: nothing is shared
-        with contextlib.suppress(OSError), naming(self.path):
+        with contextlib.suppress(OSError, ProcessError), naming(self.path):
+            self.lock.check()
             if self._last_checkpoint() or (self.metrics.exists() and self.metrics.read_bytes()):
                 return
             for folder in (self.checkpoints, self.tensorboard):

@@ -7,70 +7,43 @@ import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 from filelock import FileLock, Timeout
 
-from capsjax.errors import ConfigError
+from capsjax.errors import ConfigError, ProcessError
 from capsjax.files import is_local, naming
 
 
-class RunLock:
-    """Lets one process at a time write to a run directory.
+class RunLock(Protocol):
+    """Lets one process at a time write to a run directory."""
 
-    On this machine the operating system keeps the lock, and frees it if the process dies. Object
-    storage has no such lock: there the last process to start takes the run over, and the one before
-    it ends with an error before it writes again, see :meth:`check`.
-
-    Args:
-      directory: of the run; it must exist.
-    """
-
-    def __init__(self, directory: Path):
-        self._directory = directory
-        self._path = directory / ".lock"
-        self._claim: str | None = None  # what this process wrote to object storage
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[str | None]:
-        """Holds the lock; yields the process that a run in object storage was taken from, if any.
-
-        Raises:
-          ConfigError: another process on this machine holds the lock, or the bucket is missing.
-        """
-        now = datetime.datetime.now().astimezone().isoformat(" ", timespec="seconds")
-        holder = f"process {os.getpid()} on {socket.gethostname()}, since {now}"
-        if is_local(self._directory):
-            with self._locked(holder):
-                yield None
-            return
-        before = self._read()
-        self._claim = f"{holder} ({secrets.token_hex(4)})"  # a process may start twice in a second
-        try:
-            with naming(self._path):
-                self._path.write_text(self._claim)
-        except FileNotFoundError:
-            raise ConfigError(
-                f"--run-dir {self._directory} cannot be made: no such bucket"
-            ) from None
-        try:
-            yield before or None
-        finally:
-            with contextlib.suppress(Exception):  # such as the error that ended the run
-                if self._read() == self._claim:
-                    self._path.unlink()
-            self._claim = None
+    def held(self) -> contextlib.AbstractContextManager[str | None]:
+        """Holds the lock; yields a description of the process that it was taken from, if any."""
 
     def check(self) -> None:
-        """Raises a ConfigError if another process has taken the run over."""
-        if self._claim is not None and (found := self._read()) != self._claim:
-            raise ConfigError(
-                f"run directory {self._directory} was taken over by {found or 'another process'};"
-                " this process ends"
-            )
+        """Raises a ProcessError if another process has taken the lock."""
+
+
+def lock_of(directory: Path) -> RunLock:
+    """Returns the lock of a run directory, which must exist if it is on this machine."""
+    return _FileLock(directory) if is_local(directory) else _Claim(directory)
+
+
+class _FileLock:
+    """A lock that the operating system frees if its process dies."""
+
+    def __init__(self, directory: Path):
+        self._directory, self._path = directory, directory / ".lock"
 
     @contextlib.contextmanager
-    def _locked(self, holder: str) -> Iterator[None]:
-        other = self._read()
+    def held(self) -> Iterator[None]:
+        """Holds the lock.
+
+        Raises:
+          ConfigError: another process holds it.
+        """
+        other = _read(self._path)
         lock = FileLock(self._path, timeout=0)
         try:
             lock.acquire()
@@ -80,12 +53,73 @@ class RunLock:
                 " for its end, or stop it"
             ) from None
         try:
-            self._path.write_text(holder)
+            self._path.write_text(_this_process())
             yield
         finally:
             lock.release()
 
-    def _read(self) -> str:
-        with naming(self._path):
-            data = self._path.read_bytes() if self._path.exists() else b""
-        return data.decode(errors="replace")
+    def check(self) -> None:
+        """Does nothing: nobody can take the lock."""
+
+
+class _Claim:
+    """An object that names the last process to start, which is the one that may write.
+
+    Object storage has no lock that ends with its process.
+    """
+
+    def __init__(self, directory: Path):
+        self._directory, self._path = directory, directory / ".lock"
+        self._text: str | None = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[str | None]:
+        """Claims the run.
+
+        Raises:
+          ConfigError: there is no such bucket.
+        """
+        before = _read(self._path)
+        # A process may start twice in a second.
+        self._text = f"{_this_process()} ({secrets.token_hex(4)})"
+        try:
+            with naming(self._path):
+                self._path.write_text(self._text)
+        except FileNotFoundError:
+            text = f"--run-dir {self._directory} cannot be made: there is no such bucket"
+            raise ConfigError(text) from None
+        try:
+            yield before or None
+        except (OSError, KeyboardInterrupt):
+            raise  # the storage may not answer; the next process takes the run over
+        except BaseException:
+            self._release()
+            raise
+        else:
+            self._release()
+
+    def check(self) -> None:
+        """Raises a ProcessError if another process has claimed the run."""
+        if self._text is not None and (found := _read(self._path)) != self._text:
+            raise ProcessError(
+                f"run directory {self._directory} was taken over by {found or 'another process'}"
+            )
+
+    def _release(self) -> None:
+        with contextlib.suppress(Exception):
+            if _read(self._path) == self._text:
+                self._path.unlink()
+        self._text = None
+
+
+def _this_process() -> str:
+    now = datetime.datetime.now().astimezone().isoformat(" ", timespec="seconds")
+    return f"process {os.getpid()} on {socket.gethostname()}, since {now}"
+
+
+def _read(path: Path) -> str:
+    try:
+        with naming(path):
+            return path.read_bytes().decode(errors="replace")
+    except FileNotFoundError:
+        return ""

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from tensorboard_events import scalars
 
-from capsjax.errors import ConfigError
+from capsjax.errors import ConfigError, ProcessError
 from capsjax.files import replacing
 from capsjax.training import (
+    CheckpointError,
     Checkpoints,
     EvaluateConfig,
     TrainConfig,
@@ -19,7 +20,7 @@ from capsjax.training import (
 )
 from capsjax.training.reporting import Report
 from capsjax.training.run_directory import RunDirectory
-from capsjax.training.run_lock import RunLock
+from capsjax.training.run_lock import lock_of
 from capsjax.viz.draw import DrawConfig, draw
 
 
@@ -78,14 +79,14 @@ def test_a_run_is_the_same_as_on_this_machine(remote, digits, tiny_with_decoder,
 
 
 def test_the_last_to_start_takes_a_run_over(remote):
-    first, second = RunLock(remote), RunLock(remote)
+    first, second = lock_of(remote), lock_of(remote)
     directory = RunDirectory(remote)
     with first.held() as before:
         assert before is None
         first.check()
         with directory.locked() as before:
             assert before.startswith("process ")
-            with pytest.raises(ConfigError, match=r"gs://.* was taken over by process \d+ on"):
+            with pytest.raises(ProcessError, match=r"gs://.* was taken over by process \d+ on"):
                 first.check()
             report = Report([directory], total_steps=8, step=0, tensorboard=False)
             report.record("train", 4, [{"loss": 1.0, "error": 0.5}])
@@ -94,11 +95,36 @@ def test_the_last_to_start_takes_a_run_over(remote):
             with second.held() as before, report:
                 assert before is not None
                 report.record("train", 8, [{"loss": 1.0, "error": 0.5}])
-                with pytest.raises(ConfigError, match="was taken over"):
+                with pytest.raises(ProcessError, match="was taken over"):
                     report.flush()
             assert len(records(remote)) == 1  # nothing of a run that was taken over is written
     with directory.locked() as before:  # the last one ended in good order
         assert before is None
+
+
+def test_a_run_that_was_taken_over_is_not_removed(remote):
+    first, second = RunDirectory(remote), RunDirectory(remote)
+    with first.locked():
+        first.config.write_text("{}")
+        with second.locked():
+            first.remove_unless_begun()
+            assert first.config.exists()
+            second.remove_unless_begun()
+            assert not first.config.exists()
+
+
+def test_auto_resume_goes_back_over_a_checkpoint_that_is_incomplete(remote, digits, tiny, capsys):
+    train(config(remote), model=tiny, dataset=digits)
+    complete = state(remote)
+    # As two processes leave it that write the same checkpoint.
+    for path in (remote / "checkpoints" / "8" / "default").glob("*.ocdbt"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="8 is damaged"):
+        train(config(remote, resume=True, steps=9), model=tiny, dataset=digits)
+    train(config(remote, auto_resume=True), model=tiny, dataset=digits)
+    assert "8 is damaged or truncated" in (said := capsys.readouterr().err)
+    assert "resuming from step 7 instead" in said
+    jax.tree.map(np.testing.assert_array_equal, state(remote), complete)
 
 
 def test_a_checkpoint_that_is_not_whole_is_none(remote):
