@@ -224,7 +224,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_complete(uninterrupted, tmp_
 
     arguments = ["--resume", "--run-dir", run, "--steps", 60]
     failed = script("train", *arguments, before=["sh", "-c", 'ulimit -f 100; exec "$@"', "sh"])
-    assert failed.returncode == 2
+    assert failed.returncode == 1
     line = one_line(failed.stderr, "capsjax train")
     assert "could not be written to" in line
     assert "complete up to step 40" in line
@@ -305,7 +305,8 @@ BAD = [
     (["train", "--seed", "-1"], "--seed must be between 0 and 4294967295, got -1"),
     (["train", "--resume"], "--resume needs --run-dir"),
     (["train", "--data-dir", "s.npz"], "--data-dir has no effect on data set mnist_5k"),
-    (["train", "--run-dir", "gs://bucket/run"], "--run-dir must be a path .*, got gs://bucket/run"),
+    (["train", "--run-dir", "gs://bucket"], "--run-dir must name a folder .*, got gs://bucket"),
+    (["train", "--data-dir", "gs://a/b"], "--data-dir must be a path .*, got gs://a/b"),
     (["train", "--decay-steps", "9999999999"], "--decay-steps must be below 2147483648"),
     (["train", "--num-iterations", "9999999999"], "--num-iterations must be at most 1000"),
     (["reproduce", "small", "--seeds", "9999999999"], "--seeds must be at most 10000"),

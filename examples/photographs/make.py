@@ -33,17 +33,19 @@ def main() -> None:
     parser.add_argument("--data-dir", help="where TFDS has prepared Fashion-MNIST")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
-    garments = load("fashion_mnist", data_dir=options.data_dir)
+    # Only the images that are taken are decoded.
+    garments = load("tfds:fashion_mnist", data_dir=options.data_dir, in_memory=False)
     for name, number in NUMBERS.items():
         of_class = np.flatnonzero(garments.train.labels == garments.class_names.index(name))
         folder = options.folder / name.lower().replace(" ", "-")
-        for n, index in enumerate(rng.permutation(of_class)[:number]):
+        taken = garments.train.take(rng.permutation(of_class)[:number]).read()
+        for n, pixels in enumerate(taken.images):
             album = folder / f"album-{n % 3}" if n % 5 == 0 else folder
             album.mkdir(parents=True, exist_ok=True)
             extension, mode = FORMATS[n % 4], MODES[n // 4 % 4]
             mode = "RGB" if extension in ("jpg", "webp") and mode == "P" else mode
             mode = "RGB" if extension == "jpg" and mode == "RGBA" else mode
-            image = photograph(garments.train.images[index], rng).convert(mode)
+            image = photograph(pixels, rng).convert(mode)
             image.save(album / f"{n:04}.{extension}")
         whole = (folder / "0001.png").read_bytes()
         (folder / "cut-short.png").write_bytes(whole[: len(whole) // 2])

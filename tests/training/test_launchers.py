@@ -80,6 +80,7 @@ def slurm_job_with_a_free_port():
     return str(next(n for n in numbers if is_free(n % 2**12 + 2**16 - 2**12)))
 
 
+@pytest.mark.slow
 def test_slurm_queues_a_pre_empted_job_again_and_it_goes_on(commands, options, tmp_path):
     run, job_id = tmp_path / "run", slurm_job_with_a_free_port()
     commands.add("srun", SRUN)
@@ -154,6 +155,7 @@ def test_a_job_set_starts_all_pods_again_when_one_fails(name):
     assert "--auto-resume" in container["args"][0]
 
 
+@pytest.mark.slow
 def test_pods_save_together_and_go_on(commands, options, tmp_path):
     whole, replicated, job, container = spec("jobset.yaml")
     given = {each["name"]: each.get("value") for each in container["env"]}
