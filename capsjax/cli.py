@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         _report(prog, f"{error.strerror or error}{where}")
-        _exit(error, 1)
+        _exit(error, 1, at_once="://" in where)  # Orbax may still be waiting for the storage
     except KeyboardInterrupt as interrupt:
         _report(prog, "interrupted")
         # XLA may still be compiling in another thread, which must not run while Python shuts down.

@@ -24,6 +24,15 @@ def is_local(path: Path) -> bool:
     return isinstance(path, Path)
 
 
+def is_lost(path: Path, error: type[BaseException] | None) -> bool:
+    """Returns whether to leave files as they are after an error.
+
+    Object storage that has failed, or that the user does not wait for, may not answer.
+    """
+    gone = error is not None and issubclass(error, OSError | KeyboardInterrupt)
+    return gone and not is_local(path)
+
+
 def absolute(path: Path) -> Path:
     """Returns a path that does not depend on the working directory; a URL as it is."""
     return path.absolute() if is_local(path) else path
@@ -40,6 +49,11 @@ def naming(path: Path) -> Iterator[None]:
     except CapsjaxError:
         raise
     except OSError as error:
+        if error.strerror is None and not is_local(path):
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+            number = errno.ENOENT if kind is FileNotFoundError else errno.EIO
+            text = "no answer" if isinstance(error, TimeoutError) else str(error)
+            raise kind(number, text, str(path)) from error
         if error.filename is None:
             error.filename = str(path)
         raise
@@ -162,7 +176,7 @@ def expanded(option: str, path: str | os.PathLike[str], *, remote: bool = False)
 
 
 _SCHEMES = ("gs", "s3", "az")
-_REQUEST_SECONDS = 30.0  # gcsfs waits for ever by default
+_REQUEST_SECONDS = 60.0  # gcsfs waits for ever by default
 
 
 def _object_storage(option: str, scheme: str, path: str) -> Path:

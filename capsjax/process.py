@@ -96,7 +96,7 @@ def quieten_libraries() -> None:
         ours.addHandler(logging.StreamHandler())
     ours.setLevel(logging.INFO)
     ours.propagate = False
-    for name in ("absl", "asyncio", "gcsfs", "s3fs"):
+    for name in ("absl", "asyncio", "fsspec", "gcsfs", "google.auth", "s3fs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     previous = sys.unraisablehook
 

@@ -113,9 +113,11 @@ def test_errors_of_object_storage_are_operating_system_errors(tmp_path):
         assert (failed.value.strerror, failed.value.filename) == (text, "gs://bucket/run")
         with pytest.raises(type(error)):
             fail(tmp_path, error)
-    with pytest.raises(
-        ConfigError, match=r"gs://bucket/run needs a package: pip .*gcs.* \(Install"
-    ):
+    with pytest.raises(OSError, match="no answer") as failed:
+        fail(remote, TimeoutError())
+    assert (failed.value.strerror, failed.value.filename) == ("no answer", "gs://bucket/run")
+    missing = r"gs://bucket/run needs a package: pip .*gcs.* \(Install gcsfs\)"
+    with pytest.raises(ConfigError, match=missing):
         fail(remote, ImportError("Install gcsfs"))
     with pytest.raises(ConfigError):
         fail(remote, ConfigError("an option"))

@@ -5,7 +5,8 @@ import math
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from types import TracebackType
+from typing import Annotated, Any, Self, cast
 
 import jax
 import msgspec
@@ -14,7 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from capsjax.errors import CheckpointError, ConfigError
-from capsjax.files import absolute, is_local, remove_tree
+from capsjax.files import absolute, is_local, is_lost, remove_tree
 from capsjax.training.files import read_json
 from capsjax.training.step import TrainState, Variables
 
@@ -84,6 +85,20 @@ class Checkpoints:
         except CheckpointError:
             self.close()
             raise
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes, without waiting for storage that may not answer."""
+        if not is_lost(self.path, kind):
+            self.close()
 
     def steps(self) -> list[int]:
         """Returns the steps that have a complete checkpoint, in order."""

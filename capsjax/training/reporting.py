@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from capsjax.errors import ProcessError
-from capsjax.files import is_local, naming
+from capsjax.files import is_local, is_lost, naming
 from capsjax.training import processes
 from capsjax.training.files import finite
 from capsjax.training.run_directory import RunDirectory
@@ -91,15 +91,13 @@ class Report:
     ) -> None:
         """Stops the bar and closes the event files."""
         self._progress.stop()
-        # Storage that has failed, or that the user does not wait for, may not answer.
-        reachable = kind is None or not issubclass(kind, OSError | KeyboardInterrupt)
         for events in self._events:
             # A full disk was reported at the first failed write; a second report adds nothing.
             with contextlib.suppress(OSError):
                 events.close()
         for spool in self._spools:
             with contextlib.suppress(OSError, ProcessError):
-                spool.close(upload=reachable)
+                spool.close(kind)
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
@@ -192,11 +190,11 @@ class _Spool:
                 target.write_bytes(content)
             self._uploaded[source] = len(content)
 
-    def close(self, *, upload: bool) -> None:
-        """Uploads what is left, if asked to, and removes the copy."""
+    def close(self, error: type[BaseException] | None) -> None:
+        """Uploads what is left and removes the copy."""
         if self._folder is not None:
             with self._folder:
-                if upload:
+                if not is_lost(self._run.path, error):
                     self.upload()
 
 

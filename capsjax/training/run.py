@@ -16,7 +16,7 @@ import optax
 
 from capsjax import models
 from capsjax.data import Dataset
-from capsjax.files import is_local
+from capsjax.files import is_lost
 from capsjax.training import processes
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import TrainConfig, check_together
@@ -185,15 +185,10 @@ def train_seeds(
                 directory.write_config(each)
             return _run(setup, stored, directories, started, stop, skip_damaged=restarts)
         except BaseException as error:
-            # Object storage that fails, or that the user does not wait for, is left as it is.
-            reachable = is_local(directories[0].path) or not isinstance(error, _UNREACHABLE)
-            if not configs[0].resume and reachable:
+            if not configs[0].resume and not is_lost(directories[0].path, type(error)):
                 for directory in directories:
                     directory.remove_unless_begun()
             raise
-
-
-_UNREACHABLE = (OSError, KeyboardInterrupt)
 
 
 def _lock(directories: Sequence[RunDirectory], opened: contextlib.ExitStack) -> None:
@@ -260,7 +255,7 @@ def _run(
         ]
         opened.callback(setup.feed.close)
         for saved in checkpoints:
-            opened.enter_context(contextlib.closing(saved))
+            opened.enter_context(saved)
         progress = begin(setup, directories, checkpoints, skip_damaged=skip_damaged)
         first_step = progress.step
         report = opened.enter_context(

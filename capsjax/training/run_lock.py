@@ -12,7 +12,7 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 
 from capsjax.errors import ConfigError, ProcessError
-from capsjax.files import is_local, naming
+from capsjax.files import is_local, is_lost, naming
 
 
 class RunLock(Protocol):
@@ -90,13 +90,11 @@ class _Claim:
             raise ConfigError(text) from None
         try:
             yield before or None
-        except (OSError, KeyboardInterrupt):
-            raise  # the storage may not answer; the next process takes the run over
-        except BaseException:
-            self._release()
+        except BaseException as error:
+            if not is_lost(self._directory, type(error)):  # else the next process takes it over
+                self._release()
             raise
-        else:
-            self._release()
+        self._release()
 
     def check(self) -> None:
         """Raises a ProcessError if another process has claimed the run."""
