@@ -71,7 +71,7 @@ def trip_count(module: Module, loop: Instruction, part: Computation) -> int | No
     bound = _constant(module, right, condition, loop, part)
     if counter is None or bound is None:
         return None
-    first = _constant(module, _element(loop, counter, part), part)
+    first = _initial(module, loop, counter, part)
     step = _step(module, body, counter)
     if first is None or not step:
         return None
@@ -155,15 +155,15 @@ def _constant(
     if index is None or loop is None or outside is None:
         return None
     body = module.computations[loop.called["body"][0]]
-    kept = _element(body.root, index, body, is_tuple=True)
+    kept = _element(body.root, index, body)
     if kept is None or _tuple_index(kept, body) != index:
         return None
-    return _constant(module, _element(loop, index, outside), outside)
+    return _initial(module, loop, index, outside)
 
 
 def _step(module: Module, body: Computation, counter: int) -> int | None:
     """Returns the step of a loop's counter."""
-    each = _element(body.root, counter, body, is_tuple=True)
+    each = _element(body.root, counter, body)
     inner = body
     while each is not None and each.opcode in _SAME_VALUE:
         each = inner.instructions[each.operand_names[0]]
@@ -200,11 +200,31 @@ def _tuple_index(each: Instruction, part: Computation) -> int | None:
     return int(each.attribute("index"))
 
 
-def _element(
-    each: Instruction, index: int, part: Computation, *, is_tuple: bool = False
-) -> Instruction | None:
-    """Returns the instruction of one element of a tuple, or of a loop's initial carry."""
-    made = each if is_tuple else part.instructions[each.operand_names[0]]
+def _element(made: Instruction, index: int, part: Computation) -> Instruction | None:
+    """Returns the instruction of one element of a tuple."""
     while made.opcode in _SAME_VALUE:
         made = part.instructions[made.operand_names[0]]
     return part.instructions[made.operand_names[index]] if made.opcode == "tuple" else None
+
+
+def _initial(module: Module, loop: Instruction, index: int, part: Computation) -> int | None:
+    """Returns the initial value of one element of a loop's carry, if it is a constant integer.
+
+    XLA:CPU puts small loops into computations of their own, which receive the carry.
+    """
+    made = part.instructions[loop.operand_names[0]]
+    while made.opcode == "parameter" and (caller := _caller(module, part)) is not None:
+        call, part = caller
+        made = part.instructions[call.operand_names[int(made.operands)]]
+    return _constant(module, _element(made, index, part), part)
+
+
+def _caller(module: Module, part: Computation) -> tuple[Instruction, Computation] | None:
+    """Returns the only call of a computation, and the computation that contains the call."""
+    found = [
+        (each, outer)
+        for outer in module.computations.values()
+        for each in outer.instructions.values()
+        if each.opcode == "call" and part.name in each.called.get("to_apply", ())
+    ]
+    return found[0] if len(found) == 1 else None
