@@ -104,7 +104,8 @@ class TrainConfig:
 
     auto_resume: bool = False
     """Resume the run in RUN_DIR if it exists, and start it otherwise, so that one command serves
-    for the first start and every restart. Give all options each time."""
+    for the first start and every restart. Give all options each time. If the last checkpoint is
+    damaged, the one before it is used."""
 
     epochs: int | None = None
     """Number of passes over the training images, each in a new order; an incomplete last batch is
