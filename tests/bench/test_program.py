@@ -112,6 +112,47 @@ def test_trip_counts_that_the_compiler_does_not_print(first, step, compare):
     assert trip_counts(stripped) == ([trips] if trips else [])
 
 
+# As XLA:CPU compiles a small loop for jax 0.12.
+CALLED = """HloModule called, is_scheduled=true
+
+%body (carry: (s32[])) -> (s32[]) {
+  %carry = (s32[]) parameter(0)
+  %one = s32[] constant(1)
+  %before = s32[] get-tuple-element(%carry), index=0
+  %after = s32[] add(%before, %one)
+  ROOT %carried = (s32[]) tuple(%after)
+}
+
+%condition (tested: (s32[])) -> pred[] {
+  %tested = (s32[]) parameter(0)
+  %last = s32[] constant(7)
+  %number = s32[] get-tuple-element(%tested), index=0
+  ROOT %less = pred[] compare(%number, %last), direction=LT
+}
+
+%loop (given: (s32[])) -> (s32[]) {
+  %given = (s32[]) parameter(0)
+  ROOT %while = (s32[]) while(%given), condition=%condition, body=%body
+}
+
+ENTRY %main (x: f32[]) -> s32[] {
+  %x = f32[] parameter(0)
+  %zero = s32[] constant(2)
+  %start = (s32[]) tuple(%zero)
+  %call = (s32[]) call(%start), to_apply=%loop
+  ROOT %end = s32[] get-tuple-element(%call), index=0
+}
+"""
+
+
+def test_a_loop_in_a_computation_of_its_own_starts_where_its_caller_says():
+    assert trip_counts(CALLED) == [5]
+    twice = CALLED.replace(
+        "  ROOT %end", "  %again = (s32[]) call(%start), to_apply=%loop\n  ROOT %end"
+    )
+    assert trip_counts(twice) == [None, None]
+
+
 def test_backward_loops_without_printed_trip_counts():
     def loss(x):
         return jnp.sum(jax.lax.scan(lambda y, _: (jnp.sin(y @ x), None), x, length=TRIPS)[0])
