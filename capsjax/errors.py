@@ -27,6 +27,10 @@ class CheckpointError(CapsjaxError):
     """Raised when a checkpoint cannot be written or read."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """Raised when the files of a checkpoint are incomplete or were changed."""
+
+
 class ProcessError(CapsjaxError):
     """Raised when processes that train together lose each other, or another takes a run over."""
 

@@ -14,17 +14,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from capsjax.errors import CheckpointError, ConfigError
+from capsjax.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from capsjax.files import absolute, is_local, is_lost, remove_tree
 from capsjax.training.files import read_json
 from capsjax.training.step import TrainState, Variables
 
 # What the best checkpoint has least of, by whether labels are numbers to predict.
 _METRICS = {False: "validation_error", True: "validation_loss"}
-
-
-class DamagedCheckpointError(CheckpointError):
-    """Raised when the files of a checkpoint are incomplete or were changed."""
 
 
 class Checkpoints:

@@ -15,9 +15,9 @@ import numpy as np
 
 from capsjax.data import Batch
 from capsjax.data.dataset import AnySplit
-from capsjax.errors import CheckpointError, ConfigError, DivergedError
+from capsjax.errors import CheckpointError, ConfigError, DamagedCheckpointError, DivergedError
 from capsjax.training import processes
-from capsjax.training.checkpoints import Checkpoints, DamagedCheckpointError
+from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.counting import Evaluation, count_errors
 from capsjax.training.drivers import local
 from capsjax.training.programs import NEVER, Pace, StepSums, stack, unstack
