@@ -1,9 +1,12 @@
 """Layers on series, images and volumes: the same computation along any number of axes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import references
 from flax import nnx
 
 from capsjax.nn import (
@@ -53,9 +56,10 @@ def inputs(name, grid):
     """What a layer is called with: feature maps, or poses, activations and a mask."""
     if name not in CAPSULES:
         return normal(*grid, 3), {}
-    poses = normal(*grid, 2, 16 if name == "matrix grid" else 4)
-    where = jnp.ones((*grid, 2), bool).at[(1,) * len(grid)].set(False)
-    return poses, {"activations": jax.nn.sigmoid(poses[..., 0]), "where": where}
+    poses = np.asarray(normal(*grid, 2, 16 if name == "matrix grid" else 4))
+    where = np.ones((*grid, 2), bool)
+    where[(1,) * len(grid)] = False
+    return poses, {"activations": references.sigmoid(poses[..., 0]), "where": where}
 
 
 @nnx.jit
@@ -67,57 +71,65 @@ def apply(layer, x, options):
     ("name", "rank"), [*((name, 1) for name in LAYERS), ("primary", 2), ("matrix conv", 2)]
 )
 def test_a_kernel_of_one_along_an_axis_is_a_layer_without_it(name, rank):
-    x, options = inputs(name, (5, 3)[:rank])
-    expected = apply(make(name, rank), x, options)
-    x, options = jax.tree.map(lambda a: jnp.expand_dims(a, rank), (x, options))
-    got = apply(make(name, rank, unit=True), x, options)
+    @jax.jit
+    def both(x, options):
+        wide, wide_options = jax.tree.map(lambda a: jnp.expand_dims(a, rank), (x, options))
+        unit = make(name, rank, unit=True)
+        return make(name, rank)(x, **options), unit(wide, **wide_options)
+
+    expected, got = both(*inputs(name, (5, 3)[:rank]))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert a.size == b.size
-        np.testing.assert_allclose(a.reshape(b.shape), b, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(np.asarray(a).reshape(b.shape), b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("name", LAYERS)
 def test_leading_axes_are_free_and_mapped_over(name, rank):
-    layer, (x, options) = make(name, rank), inputs(name, (5, 3, 2)[:rank])
+    x, options = inputs(name, (5, 3, 2)[:rank])
+
+    def layer(x, **options):
+        return make(name, rank)(x, **options)
 
     def shapes(function, *arguments, **options):
         return [y.shape for y in jax.tree.leaves(jax.eval_shape(function, *arguments, **options))]
 
     expected = shapes(layer, x, **options)
-    for leading in ((2,), (2, 3)):
-        several = {
-            key: jnp.broadcast_to(value, (*leading, *value.shape))
-            for key, value in {"x": x, **options}.items()
-            if key != "where"
-        }
-        got = shapes(layer, several.pop("x"), **{**options, **several})
-        assert got == [(*leading, *shape) for shape in expected]
+    several = {
+        key: np.broadcast_to(value, (2, 3, *value.shape))
+        for key, value in {"x": x, **options}.items()
+        if key != "where"
+    }
+    got = shapes(layer, several.pop("x"), **{**options, **several})
+    assert got == [(2, 3, *shape) for shape in expected]
     assert shapes(jax.vmap(layer), x[None]) == [(1, *shape) for shape in expected]
 
 
 def test_series_of_a_batch_are_not_mixed():
     layer = PrimaryCapsules(3, 2, 8, kernel_size=(9,), strides=2, rngs=nnx.Rngs(0))
     x = normal(4, 50, 3)
-    together = apply(layer, x, {})
+    together = np.asarray(apply(layer, x, {}))
     assert together.shape == (4, 42, 8)
     np.testing.assert_allclose(together[2], apply(layer, x[2], {}), rtol=1e-5, atol=1e-6)
-    volumes = PrimaryCapsules(1, 2, 4, kernel_size=(3, 3, 3), rngs=nnx.Rngs(0))
-    assert jax.eval_shape(volumes, jnp.ones((2, 7, 7, 5, 1))).shape == (2, 3 * 3 * 2 * 2, 4)
+
+    def volumes(x):
+        return PrimaryCapsules(1, 2, 4, kernel_size=(3, 3, 3), rngs=nnx.Rngs(0))(x)
+
+    assert jax.eval_shape(volumes, normal(2, 7, 7, 5, 1)).shape == (2, 3 * 3 * 2 * 2, 4)
 
 
 def test_a_network_on_volumes_has_gradients():
-    rngs, size = nnx.Rngs(0), (2, 2, 2)
-    network = nnx.List(
-        [
-            PrimaryCapsules(1, 2, 4, kernel_size=size, strides=1, keep_grid=True, rngs=rngs),
-            ConvCapsules(2, 4, 2, 4, kernel_size=size, rngs=rngs),
-            GridCapsules(2, 4, 3, 4, num_spatial_dims=3, coordinates=True, rngs=rngs),
-            Decoder(3, 4, (4, 4, 4, 1), hidden_features=(4,), rngs=rngs),
-        ]
-    )
+    def make_network():
+        rngs, size = nnx.Rngs(0), (2, 1, 2)
+        return nnx.List(
+            [
+                PrimaryCapsules(1, 2, 4, kernel_size=size, strides=1, keep_grid=True, rngs=rngs),
+                ConvCapsules(2, 4, 2, 4, kernel_size=size, rngs=rngs),
+                GridCapsules(2, 4, 3, 4, num_spatial_dims=3, coordinates=True, rngs=rngs),
+                Decoder(3, 4, (3, 2, 3, 1), hidden_features=(4,), rngs=rngs),
+            ]
+        )
 
-    @nnx.jit
     @nnx.grad
     def gradients(network, x):
         primary, conv, classes, decoder = network
@@ -126,39 +138,42 @@ def test_a_network_on_volumes_has_gradients():
         assert reconstruction.shape == x.shape
         return jnp.sum((reconstruction - x) ** 2)
 
-    for leaf in jax.tree.leaves(gradients(network, normal(2, 4, 4, 4, 1))):
-        assert jnp.isfinite(leaf).all()
-        assert float(jnp.abs(leaf).max()) > 0
+    of_new_network = nnx.jit(lambda x: gradients(make_network(), x))
+    for leaf in jax.tree.leaves(of_new_network(normal(2, 3, 2, 3, 1))):
+        assert np.isfinite(leaf).all()
+        assert np.abs(leaf).max() > 0
 
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_coordinates_have_a_component_for_each_axis(rank):
     grid = (2, 3, 4)[:rank]
     last = tuple(n - 1 for n in grid)
-    one = jnp.zeros((*grid, 1), bool).at[last].set(True)
+    one = np.zeros((*grid, 1), bool)
+    one[last] = True
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def shift(make, x):
+        plain, moved = (make(coordinates=c, rngs=nnx.Rngs(0)) for c in (False, True))
+        return moved(x, where=one).poses - plain(x, where=one).poses
+
     for kind, components in ((GridCapsules, [0, 1, 2]), (MatrixGridCapsules, [2, 5, 8])):
         sizes = (1, 9, 1, 9) if kind is GridCapsules else (1, 1, 9)
-        plain, moved = (
-            apply(
-                kind(*sizes, routing="em", coordinates=c, num_spatial_dims=rank, rngs=nnx.Rngs(0)),
-                normal(*grid, 1, 9),
-                {"where": one},
-            ).poses
-            for c in (False, True)
-        )
+        make = functools.partial(kind, *sizes, routing="em", num_spatial_dims=rank)
         expected = np.zeros((1, 9))
         expected[0, components[:rank]] = [(n - 0.5) / n for n in grid]
-        np.testing.assert_allclose(moved - plain, expected, atol=1e-5)
+        np.testing.assert_allclose(shift(make, normal(*grid, 1, 9)), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("padding", ["SAME", "same_lower", 1, (1, 1), [(0, 2), 1]])
 def test_paddings_are_those_of_a_convolution(padding):
-    capsules = ConvCapsules(1, 2, 1, 2, kernel_size=(3, 2), padding=padding, rngs=nnx.Rngs(0))
-    primary = PrimaryCapsules(
-        2, 1, 2, kernel_size=(3, 2), strides=1, padding=padding, keep_grid=True, rngs=nnx.Rngs(0)
-    )
-    of_poses = jax.eval_shape(capsules, jnp.ones((5, 4, 1, 2))).poses
-    assert of_poses.shape == jax.eval_shape(primary, jnp.ones((5, 4, 2))).shape
+    def both(x):
+        options = {"kernel_size": (3, 2), "strides": 1, "padding": padding, "rngs": nnx.Rngs(0)}
+        capsules = ConvCapsules(1, 2, 1, 2, **options)
+        primary = PrimaryCapsules(2, 1, 2, keep_grid=True, **options)
+        return capsules(x[:, :, None]).poses, primary(x)
+
+    of_poses, of_images = jax.eval_shape(both, normal(5, 4, 2))
+    assert of_poses.shape == of_images.shape
 
 
 def conv(**options):
@@ -231,8 +246,11 @@ def test_a_bad_rank_is_named(call, match):
 
 def test_receptive_fields_of_volumes_gather_and_spread():
     fields = ReceptiveFields((4, 3, 5), (2, 3, 2), (2, 1, 3), ((1, 0), (1, 1), (0, 0)))
-    x = normal(4, 3, 5, 2)
-    gathered = fields.gather(x, fill=-7).reshape(*fields.shape, 2, 3, 2, 2)
+    x, ones = normal(4, 3, 5, 2), np.ones((*fields.shape, fields.size, 2), np.float32)
+    gathered, total, highest = jax.jit(
+        lambda x, ones: (fields.gather(x, fill=-7), fields.sum(ones), fields.max(ones))
+    )(x, ones)
+    gathered = np.asarray(gathered).reshape(*fields.shape, 2, 3, 2, 2)
     padded = np.pad(x, ((1, 0), (1, 1), (0, 0), (0, 0)), constant_values=-7)
     covered = np.zeros(padded.shape)
     for place in np.ndindex(*fields.shape):
@@ -240,6 +258,5 @@ def test_receptive_fields_of_volumes_gather_and_spread():
         window = tuple(slice(n, n + k) for n, k in zip(corner, fields.kernel, strict=True))
         np.testing.assert_array_equal(gathered[place], padded[window])
         covered[window] += 1
-    ones = jnp.ones((*fields.shape, fields.size, 2))
-    np.testing.assert_array_equal(fields.sum(ones), covered[1:, 1:-1])
-    np.testing.assert_array_equal(jnp.isfinite(fields.max(ones)), covered[1:, 1:-1] > 0)
+    np.testing.assert_array_equal(total, covered[1:, 1:-1])
+    np.testing.assert_array_equal(np.isfinite(highest), covered[1:, 1:-1] > 0)
