@@ -103,17 +103,31 @@ def assert_same(actual, expected):
 
 @functools.cache
 def untransformed(name):
-    """What every transformation is compared with: operation by operation, one example at a time."""
-    weights = weights_of(name)
+    """What every transformation is compared with: one example at a time.
+
+    One algorithm also runs operation by operation, which for each is dozens of programs.
+    """
+    weights, function = weights_of(name), functools.partial(layer, name)
+    if name != "dynamic":
+        function = jax.jit(function)
     each = zip(np.asarray(POSES), np.asarray(ACTIVATIONS), strict=True)
-    examples = [layer(name, weights, *map(jnp.asarray, example)) for example in each]
+    examples = [function(weights, *map(jnp.asarray, example)) for example in each]
     return jax.tree.map(lambda *xs: np.stack(xs), *examples)
 
 
 @functools.cache
+def with_gradients(name):
+    """The algorithm with its gradients as one program, which tests share."""
+
+    def scalar_of(*args):
+        routed = layer(name, *args)
+        return scalar(routed), routed
+
+    return jax.jit(jax.grad(scalar_of, (0, 1, 2), has_aux=True))
+
+
 def gradients_of(name):
-    gradient = jax.jit(jax.grad(functools.partial(loss, name), (0, 1, 2)))
-    return gradient(weights_of(name), POSES, ACTIVATIONS)
+    return with_gradients(name)(weights_of(name), POSES, ACTIVATIONS)[0]
 
 
 def some_marked_slow(names, always):
@@ -130,8 +144,8 @@ one_algorithm = some_marked_slow(capsjax.routing.algorithms(), ["dynamic"])
 
 @every_algorithm
 def test_jit_with_everything_an_argument(name):
-    compiled = jax.jit(functools.partial(layer, name))
-    routed = compiled(weights_of(name), POSES, ACTIVATIONS)
+    compiled = with_gradients(name)
+    _, routed = compiled(weights_of(name), POSES, ACTIVATIONS)
     assert_same(routed, untransformed(name))
     # The next batch, and the next step's weights, run the same program.
     compiled(weights_of(name, seed=2), POSES + 1, ACTIVATIONS)
@@ -141,8 +155,11 @@ def test_jit_with_everything_an_argument(name):
 @one_algorithm
 def test_gradients_of_all_that_a_layer_learns(name):
     with jax.enable_x64(True):
-        exact = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float64))
-        weights, poses, activations = exact((weights_of(name), POSES[:2], ACTIVATIONS[:2]))
+        exact = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
+        weights, poses, activations = exact(
+            (weights_of(name), *map(np.asarray, (POSES, ACTIVATIONS)))
+        )
+        poses, activations = poses[:2], activations[:2]
 
         def function(*args):
             routed = layer(name, *args)
@@ -169,8 +186,9 @@ def test_nothing_that_a_layer_learns_is_without_a_gradient(name):
 
 @one_algorithm
 def test_vmap_is_a_leading_axis(name):
-    poses = jnp.stack([POSES, -2 * POSES, POSES[::-1]])
-    activations = jnp.stack([ACTIVATIONS, ACTIVATIONS**2, ACTIVATIONS[::-1]])
+    poses, activations = map(np.asarray, (POSES, ACTIVATIONS))
+    poses = np.stack([poses, -2 * poses, poses[::-1]])
+    activations = np.stack([activations, activations**2, activations[::-1]])
     weights, function = weights_of(name), functools.partial(layer, name)
     expected = jax.jit(function)(weights, poses, activations)
     assert expected.poses.shape == (3, BATCH, CAPSULES, SIZE)
@@ -181,20 +199,17 @@ def test_vmap_is_a_leading_axis(name):
 
 @one_algorithm
 def test_vmap_over_the_weights_is_an_ensemble(name):
-    function = functools.partial(layer, name)
+    function, weights = functools.partial(layer, name), weights_of(name, 2)
     ensemble = jax.jit(jax.vmap(function, in_axes=(0, None, None)))
-    routed = ensemble(weights_of(name, 2), POSES, ACTIVATIONS)
+    routed = jax.tree.map(np.asarray, (ensemble(weights, POSES, ACTIVATIONS), weights))
     for member in range(2):
-        weights = jax.tree.map(lambda x: x[member], weights_of(name, 2))  # noqa: B023
-        assert_same(
-            jax.tree.map(lambda x: x[member], routed),  # noqa: B023
-            function(weights, POSES, ACTIVATIONS),
-        )
+        actual, own = jax.tree.map(lambda x: x[member], routed)  # noqa: B023
+        assert_same(actual, with_gradients(name)(own, POSES, ACTIVATIONS)[1])
 
 
 @one_algorithm
 def test_scan_over_stacked_layers(name):
-    depth = 3
+    depth = 2
 
     def above(children, weights):
         routed = layer(name, weights, *children)
@@ -311,27 +326,40 @@ def classify(name, weights, inputs):
     return layer(name, weights["second"], hidden.poses, hidden.activations).activations
 
 
+@jax.jit
 def classification_loss(activations):
     one_hot = jax.nn.one_hot(LABELS, CLASSES)
     return jnp.mean(capsjax.margin_loss(activations, one_hot))
 
 
+def loss_of(apply):
+    """The loss of a network, with its activations besides: one program for all that is tested."""
+
+    def function(network):
+        activations = apply(network, INPUTS)
+        return classification_loss(activations), activations
+
+    return function
+
+
 def train(parameters, apply, steps):
-    """Steps of Optax on a tree of arrays, as Linen, haiku and plain functions have it."""
+    """Steps of Optax on a tree of arrays, as Linen, haiku and plain functions have it.
+
+    Each `train` returns the parameters after so many steps, and of each step and one more, which is
+    not taken, the loss and the activations.
+    """
 
     @jax.jit
     def step(parameters, state):
-        loss, gradients = jax.value_and_grad(
-            lambda parameters: classification_loss(apply(parameters, INPUTS))
-        )(parameters)
+        results, gradients = jax.value_and_grad(loss_of(apply), has_aux=True)(parameters)
         updates, state = OPTIMIZER.update(gradients, state)
-        return optax.apply_updates(parameters, updates), state, loss
+        return optax.apply_updates(parameters, updates), state, results
 
-    state, losses = OPTIMIZER.init(parameters), []
+    state, results = jax.jit(OPTIMIZER.init)(parameters), []
     for _ in range(steps):
-        parameters, state, loss = step(parameters, state)
-        losses.append(float(loss))
-    return parameters, losses
+        parameters, state, result = step(parameters, state)
+        results.append(result)
+    return parameters, [*results, step(parameters, state)[-1]]
 
 
 def train_nnx(network, apply, steps):
@@ -339,29 +367,26 @@ def train_nnx(network, apply, steps):
 
     @nnx.jit
     def step(network, optimizer):
-        loss, gradients = nnx.value_and_grad(
-            lambda network: classification_loss(apply(network, INPUTS))
-        )(network)
+        results, gradients = nnx.value_and_grad(loss_of(apply), has_aux=True)(network)
         optimizer.update(network, gradients)
-        return loss
+        return results
 
-    return network, [float(step(network, optimizer)) for _ in range(steps)]
+    results = [step(network, optimizer) for _ in range(steps)]
+    return network, [*results, step(nnx.clone(network), optimizer)]
 
 
 def train_equinox(network, apply, steps):
     @eqx.filter_jit
     def step(network, state):
-        loss, gradients = eqx.filter_value_and_grad(
-            lambda network: classification_loss(apply(network, INPUTS))
-        )(network)
+        results, gradients = eqx.filter_value_and_grad(loss_of(apply), has_aux=True)(network)
         updates, state = OPTIMIZER.update(gradients, state)
-        return eqx.apply_updates(network, updates), state, loss
+        return eqx.apply_updates(network, updates), state, results
 
-    state, losses = OPTIMIZER.init(eqx.filter(network, eqx.is_inexact_array)), []
+    state, results = eqx.filter_jit(OPTIMIZER.init)(eqx.filter(network, eqx.is_inexact_array)), []
     for _ in range(steps):
-        network, state, loss = step(network, state)
-        losses.append(float(loss))
-    return network, losses
+        network, state, result = step(network, state)
+        results.append(result)
+    return network, [*results, step(network, state)[-1]]
 
 
 class Model(NamedTuple):
@@ -378,6 +403,7 @@ class Model(NamedTuple):
     tokens: Callable[[Any], jax.Array] = lambda parameters: INPUTS
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def initial(key, shape, dtype=jnp.float32):
     return jax.random.normal(key, shape, dtype) / 2
 
@@ -407,7 +433,7 @@ class NNXNetwork(nnx.Module):
 
 def nnx_model(name):
     return Model(
-        NNXNetwork(name, rngs=nnx.Rngs(0)),
+        nnx.jit(lambda: NNXNetwork(name, rngs=nnx.Rngs(0)))(),
         lambda network, inputs: network(inputs),
         lambda network: {"first": network.first.weights(), "second": network.second.weights()},
         train_nnx,
@@ -440,7 +466,7 @@ class LinenNetwork(linen.Module):
 
 def linen_model(name):
     network = LinenNetwork(name)
-    variables = network.init(jax.random.key(0), INPUTS)
+    variables = jax.jit(network.init)(jax.random.key(0), INPUTS)
     return Model(variables, network.apply, lambda variables: variables["params"])
 
 
@@ -463,7 +489,7 @@ class BridgedNetwork(linen.Module):
 
 def bridged_model(name):
     network = BridgedNetwork(name)
-    variables = network.init(jax.random.key(0), INPUTS)
+    variables = jax.jit(network.init)(jax.random.key(0), INPUTS)
 
     def weights(variables):
         return {
@@ -538,7 +564,8 @@ def haiku_model(name):
         second = HaikuCapsules(name, WIDTHS["second"], name="second")
         return second(hidden.poses, hidden.activations).activations
 
-    return Model(network.init(jax.random.key(0), INPUTS), network.apply, lambda weights: weights)
+    parameters = jax.jit(network.init)(jax.random.key(0), INPUTS)
+    return Model(parameters, network.apply, lambda weights: weights)
 
 
 def function_model(name):
@@ -551,6 +578,7 @@ def function_model(name):
     width = TOKENS * TOKEN
     parameters["dense"] = jnp.eye(width) + initial(next(keys), (width, width)) / 10
 
+    @jax.jit
     def perceive(parameters, inputs):
         return jnp.tanh(inputs.reshape(BATCH, width) @ parameters["dense"]).reshape(inputs.shape)
 
@@ -579,13 +607,14 @@ def test_a_model_is_the_plain_functions_and_learns(library, name):
     model = LIBRARIES[library](name)
     weights = model.weights(model.parameters)
     expected = classify(name, weights, model.tokens(model.parameters))
-    assert_same(model.apply(model.parameters, INPUTS), expected)
     before = jax.tree.map(np.array, weights)
-    trained, losses = model.train(model.parameters, model.apply, 30)
+    trained, results = model.train(model.parameters, model.apply, 30)
+    losses, activations = zip(*results, strict=True)
+    assert_same(activations[0], expected)
     assert losses[0] == pytest.approx(float(classification_loss(expected)), rel=1e-4)
     assert losses[-1] < 0.5 * losses[0]
     # Both layers have learned, and are still what the plain functions say.
     weights = model.weights(trained)
     for number in WIDTHS:
         assert any((before[number][k] != weights[number][k]).any() for k in weights[number])
-    assert_same(model.apply(trained, INPUTS), classify(name, weights, model.tokens(trained)))
+    assert_same(activations[-1], classify(name, weights, model.tokens(trained)))
