@@ -28,11 +28,16 @@ def bias_of(parents=PARENTS, features=FEATURES):
 
 
 def loss(poses, weights, bias=None, **options):
-    """Fixed directions, so that no gradient is zero by symmetry."""
+    """Of fixed directions, so that no gradient is zero by symmetry."""
+    return loss_and_results(poses, weights, bias, **options)[0]
+
+
+def loss_and_results(poses, weights, bias=None, **options):
+    """The loss, with poses and activations besides."""
     routed = dense_capsules(poses, weights, bias=bias, **options)
     poses, activations = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in routed[:2])
     direction = jnp.cos(jnp.arange(poses.size, dtype=poses.dtype)).reshape(poses.shape)
-    return jnp.vdot(poses, direction) + jnp.sum(activations[..., 0])
+    return jnp.vdot(poses, direction) + jnp.sum(activations[..., 0]), routed[:2]
 
 
 STATIC = ("implementation", "num_iterations", "leaky", "stop_gradient")
@@ -40,9 +45,9 @@ STATIC = ("implementation", "num_iterations", "leaky", "stop_gradient")
 
 @functools.partial(jax.jit, static_argnames=STATIC)
 def with_gradients(implementation, poses, weights, bias=None, **options):
-    function = functools.partial(loss, implementation=implementation, **options)
+    function = functools.partial(loss_and_results, implementation=implementation, **options)
     argnums = (0, 1) if bias is None else (0, 1, 2)
-    return jax.value_and_grad(function, argnums)(poses, weights, bias)
+    return jax.value_and_grad(function, argnums, has_aux=True)(poses, weights, bias)
 
 
 def assert_same(actual, expected, dtype, terms):
