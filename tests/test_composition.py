@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from comparing import assert_gradients
 from flax import linen, nnx
 from flax.nnx import bridge
 from jax import export
 from jax.sharding import Mesh, PartitionSpec
-from jax.test_util import check_grads
 
 import capsjax
 from capsjax import HeinsenParameters, Routed, RoutingTrace, dense_votes
@@ -154,24 +154,15 @@ def test_jit_with_everything_an_argument(name):
 
 @one_algorithm
 def test_gradients_of_all_that_a_layer_learns(name):
+    def function(weights, poses, activations):
+        return layer(name, weights, poses, activations)[:2]
+
     with jax.enable_x64(True):
-        exact = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
-        weights, poses, activations = exact(
-            (weights_of(name), *map(np.asarray, (POSES, ACTIVATIONS)))
-        )
-        poses, activations = poses[:2], activations[:2]
-
-        def function(*args):
-            routed = layer(name, *args)
-            return routed.poses, routed.activations
-
-        check_grads(
-            jax.jit(function),
-            (weights, poses, activations),
-            order=1,
-            eps=1e-6,
-            atol=1e-6,
-            rtol=1e-5,
+        assert_gradients(
+            function,
+            weights_of(name),
+            *(np.asarray(x)[:2] for x in (POSES, ACTIVATIONS)),
+            forward=True,
         )
 
 

@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-from comparing import all_finite, assert_close
+from comparing import all_finite, assert_close, assert_gradients
 from flax import linen, nnx
 from flax.nnx import bridge
-from jax.test_util import check_grads
 
 from capsjax import dense_votes, dynamic_routing
 from capsjax.nn import (
@@ -24,6 +23,14 @@ from capsjax.nn import (
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def output(layer, *inputs):
+    out = layer(*inputs)
+    return out if isinstance(out, jax.Array) else out.poses
+
+
+run = nnx.jit(output)
 
 
 def count(module):
@@ -54,26 +61,27 @@ def by_hand(layer, images, strides=(2, 2), pads=((0, 0), (0, 0))):
 def test_primary_capsules_group_channels_of_one_position(coupling):
     images = normal(2, 9, 9, 3)
     layer = primary(coupling=coupling, bias_init=bias_init)
-    assert_close(layer(images), by_hand(layer, images), terms=27)
+    assert_close(run(layer, images), by_hand(layer, images), terms=27)
 
 
 def test_primary_capsules_are_valid_by_default_and_can_be_same():
     images = normal(2, 9, 9, 3)
-    assert primary()(images).shape == (2, 4 * 4 * 2, 4)
+    assert nnx.eval_shape(primary(), images).shape == (2, 4 * 4 * 2, 4)
     layer = primary(padding="SAME", strides=1)
-    assert_close(layer(images), by_hand(layer, images, (1, 1), ((1, 1), (1, 1))), terms=27)
+    expected = by_hand(layer, images, (1, 1), ((1, 1), (1, 1)))
+    assert_close(run(layer, images), expected, terms=27)
 
 
 def test_primary_capsules_have_no_relu():
     # A ReLU before the squash would make every component non-negative.
-    assert (primary()(normal(2, 9, 9, 3)) < 0).any()
+    assert (np.asarray(run(primary(), normal(2, 9, 9, 3))) < 0).any()
 
 
 def test_primary_capsules_change_at_one_position_only_with_its_window():
-    images = normal(1, 9, 9, 3)
-    layer = primary()
-    before, after = (layer(x).reshape(4, 4, 2, 4) for x in (images, images.at[:, 0, 0].add(1)))
-    changed = (before != after).any((-1, -2))
+    images, changed = np.array(normal(2, 9, 9, 3)), np.array(normal(2, 9, 9, 3))
+    changed[0, 0, 0] += 1
+    before, after = (np.asarray(run(primary(), x)[0]) for x in (images, changed))
+    changed = (before != after).reshape(4, 4, 8).any(-1)
     assert changed[0, 0]
     assert changed.sum() == 1
 
@@ -90,17 +98,21 @@ def test_dense_capsules_are_votes_and_routing():
         bias_init=bias_init,
         rngs=nnx.Rngs(0),
     )
-    poses, logits, where = normal(2, 6, 4), normal(6, 3, seed=1), jnp.arange(6) != 1
-    expected = dynamic_routing(
-        dense_votes(poses, layer.kernel[...]),
-        num_iterations=2,
-        bias=layer.router.bias[...],
-        leaky=True,
-        logits=logits,
-        where=where,
-    )
-    routed = layer(poses, logits=logits, where=where)
-    jax.tree.map(np.testing.assert_array_equal, routed, expected)
+    logits, where = normal(6, 3, seed=1), np.arange(6) != 1
+
+    @nnx.jit
+    def both(layer, poses):
+        expected = dynamic_routing(
+            dense_votes(poses, layer.kernel[...]),
+            num_iterations=2,
+            bias=layer.router.bias[...],
+            leaky=True,
+            logits=logits,
+            where=where,
+        )
+        return layer(poses, logits=logits, where=where), expected
+
+    jax.tree.map(assert_close, *both(layer, normal(2, 6, 4)))
     assert count(layer) == 6 * 4 * 3 * 5 + 3 * 5
 
 
@@ -117,8 +129,8 @@ def test_decoder_is_a_multilayer_perceptron_of_the_masked_capsules():
     decoder = Decoder(
         3, 4, (2, 3, 1), hidden_features=(5, 7), bias_init=bias_init, rngs=nnx.Rngs(0)
     )
-    poses, mask = normal(2, 3, 4), jnp.array([[0, 1, 0], [1, 0, 0]])
-    x = np.asarray(poses * mask[..., None], np.float64).reshape(2, 12)
+    poses, mask = normal(2, 3, 4), np.array([[0, 1, 0], [1, 0, 0]], np.int32)
+    x = (np.asarray(poses, np.float64) * mask[..., None]).reshape(2, 12)
     weights = [
         [np.asarray(w[...], np.float64) for w in (layer.kernel, layer.bias)]
         for layer in decoder.layers
@@ -127,52 +139,54 @@ def test_decoder_is_a_multilayer_perceptron_of_the_masked_capsules():
         x = np.maximum(0, x @ kernel + bias)
     kernel, bias = weights[-1]
     expected = 1 / (1 + np.exp(-(x @ kernel + bias)))
-    assert_close(decoder(poses, mask), expected.reshape(2, 2, 3, 1), terms=12)
+    assert_close(run(decoder, poses, mask), expected.reshape(2, 2, 3, 1), terms=12)
     assert count(decoder) == 12 * 5 + 5 + 5 * 7 + 7 + 7 * 6 + 6
 
 
 def test_no_gradient_reaches_a_masked_capsule():
     decoder = Decoder(3, 4, (2, 2, 1), hidden_features=(8,), rngs=nnx.Rngs(0))
-    mask = jnp.array([0, 1, 0])
-    gradient = np.asarray(jax.jit(jax.grad(lambda p: decoder(p, mask).sum()))(normal(3, 4)))
-    np.testing.assert_array_equal(gradient[[0, 2]], 0)
-    assert (gradient[1] != 0).any()
-    decode = jax.jit(lambda p: decoder(p, mask))
-    broken = normal(3, 4).at[0].set(jnp.inf)
-    np.testing.assert_array_equal(decode(broken), decode(broken.at[0].set(0)))
+    mask, poses = np.array([0, 1, 0]), np.array(normal(3, 4))
+
+    @jax.jit
+    def with_gradient(poses):
+        image, pullback = jax.vjp(lambda p: decoder(p, mask), poses)
+        return image, pullback(jnp.ones_like(image))[0]
+
+    images, gradients = [], []
+    for masked in (0, np.inf):
+        poses[0] = masked
+        for results, x in zip((images, gradients), with_gradient(poses), strict=True):
+            results.append(np.asarray(x))
+    np.testing.assert_array_equal(*images)
+    np.testing.assert_array_equal(gradients[0][[0, 2]], 0)
+    assert (gradients[0][1] != 0).any()
 
 
 def test_decoder_names_a_mask_of_the_wrong_shape():
-    decoder = Decoder(3, 4, (2, 2, 1), rngs=nnx.Rngs(0))
+    decoder = Decoder(3, 4, (2, 2, 1), hidden_features=(5,), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"mask must have shape .* = \(2, 3\), got \(3,\)"):
-        decoder(normal(2, 3, 4), jnp.ones(3))
+        decoder(normal(2, 3, 4), np.ones(3))
 
 
-def layers(**options):
-    rngs = nnx.Rngs(0)
-    decoder = Decoder(3, 4, (2, 3, 1), hidden_features=(5,), rngs=rngs, **options)
-    return {
-        "primary": (primary(**options), (normal(2, 9, 9, 3),)),
-        "dense": (DenseCapsules(6, 4, 3, 5, rngs=rngs, **options), (normal(2, 6, 4),)),
-        "decoder": (decoder, (normal(2, 3, 4), jnp.ones((2, 3)))),
-    }
+LAYERS = {
+    "primary": (functools.partial(PrimaryCapsules, 3, 2, 4, kernel_size=3), (normal(2, 9, 9, 3),)),
+    "dense": (functools.partial(DenseCapsules, 6, 4, 3, 5), (normal(2, 6, 4),)),
+    "decoder": (
+        functools.partial(Decoder, 3, 4, (2, 3, 1), hidden_features=(5,)),
+        (normal(2, 3, 4), np.ones((2, 3), np.float32)),
+    ),
+}
 
 
-LAYERS = list(layers())
-
-
-def output(layer, *inputs):
-    out = layer(*inputs)
-    return out if isinstance(out, jax.Array) else out.poses
-
-
-run = nnx.jit(output)
+def layer_of(name, **options):
+    make, inputs = LAYERS[name]
+    return make(rngs=nnx.Rngs(0), **options), inputs
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_bfloat16_computes_with_float32_parameters(name):
-    layer, inputs = layers(dtype=jnp.bfloat16)[name]
-    exact, _ = layers()[name]
+    layer, inputs = layer_of(name, dtype=jnp.bfloat16)
+    exact, _ = layer_of(name)
     assert {x.dtype for x in jax.tree.leaves(nnx.state(layer))} == {jnp.dtype(jnp.float32)}
     out = run(layer, *inputs)
     assert out.dtype == jnp.bfloat16
@@ -181,7 +195,7 @@ def test_bfloat16_computes_with_float32_parameters(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_parameters_may_be_narrow(name):
-    layer, inputs = layers(param_dtype=jnp.bfloat16)[name]
+    layer, inputs = layer_of(name, param_dtype=jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(nnx.state(layer))} == {jnp.dtype(jnp.bfloat16)}
     # Inputs are float32: they promote.
     assert nnx.eval_shape(output, layer, *inputs).dtype == jnp.float32
@@ -189,7 +203,7 @@ def test_parameters_may_be_narrow(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_leading_axes_are_free(name):
-    layer, inputs = layers()[name]
+    layer, inputs = layer_of(name)
     whole = run(layer, *inputs)
     for reshape in (lambda x: x[0], lambda x: x[None], lambda x: np.stack([x, x])):
         out = run(layer, *(jnp.asarray(reshape(np.asarray(x))) for x in inputs))
@@ -200,27 +214,25 @@ def test_leading_axes_are_free(name):
 def test_gradients_of_parameters_and_inputs(name):
     # In float64, where steps are so small that none crosses the kink of a ReLU.
     with jax.enable_x64(True):
-        layer, inputs = layers(param_dtype=jnp.float64)[name]
-        if name == "dense":  # votes that are not stored have reverse-mode derivatives only
-            layer.implementation = "blocked"
-            graphdef, state = nnx.split(layer)
-            backward = jax.jit(lambda s, x: output(nnx.merge(graphdef, s), x, *inputs[1:]))
-            arguments = (state, inputs[0].astype(jnp.float64))
-            check_grads(backward, arguments, 1, ["rev"], eps=1e-6, atol=1e-5, rtol=1e-5)
-            layer.implementation = "reference"
+        layer, inputs = layer_of(name, param_dtype=jnp.float64)
         graphdef, state = nnx.split(layer)
 
-        @jax.jit
-        def function(state, x):
-            return output(nnx.merge(graphdef, state), x, *inputs[1:])
+        def function(state, x, **options):
+            return output(functools.partial(nnx.merge(graphdef, state), **options), x, *inputs[1:])
 
-        arguments = (state, inputs[0].astype(jnp.float64))
-        check_grads(function, arguments, order=1, eps=1e-6, atol=1e-5, rtol=1e-5)
+        # Votes that are not stored have reverse-mode derivatives only.
+        options = {"implementation": "reference"} if name == "dense" else {}
+        assert_gradients(
+            functools.partial(function, **options), state, inputs[0], forward=True, rtol=1e-5
+        )
+        if name == "dense":
+            blocked = functools.partial(function, implementation="blocked")
+            assert_gradients(blocked, state, inputs[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_nnx_transformations(name):
-    layer, inputs = layers()[name]
+    layer, inputs = layer_of(name)
     expected = output(layer, *inputs)
     np.testing.assert_allclose(run(layer, *inputs), expected, rtol=1e-5, atol=1e-6)
     gradients = nnx.jit(nnx.grad(lambda m: output(m, *inputs).sum()))(layer)
@@ -234,9 +246,15 @@ def test_goes_into_a_linen_module():
             x = linen.Dense(4)(x)
             return bridge.to_linen(DenseCapsules, 6, 4, 3, 5)(x).activations
 
-    variables = Network().init(jax.random.key(0), normal(2, 6, 2))
-    assert Network().apply(variables, normal(2, 6, 2)).shape == (2, 3)
-    gradients = jax.jit(jax.grad(lambda v: Network().apply(v, normal(2, 6, 2)).sum()))(variables)
+    variables = jax.jit(Network().init)(jax.random.key(0), normal(2, 6, 2))
+
+    @jax.jit
+    def with_gradient(variables):
+        out, pullback = jax.vjp(lambda v: Network().apply(v, normal(2, 6, 2)), variables)
+        return out, pullback(jnp.ones_like(out))
+
+    out, gradients = with_gradient(variables)
+    assert out.shape == (2, 3)
     assert all_finite(gradients)
 
 
@@ -307,7 +325,7 @@ def test_streams_initialisers_and_inputs_are_named(make):
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("leading", [(0,), (2, 0)], ids=str)
 def test_an_empty_batch_gives_an_empty_result(name, leading):
-    layer, inputs = layers()[name]
+    layer, inputs = layer_of(name)
     shapes = [jax.ShapeDtypeStruct((*leading, *x.shape[1:]), x.dtype) for x in inputs]
     whole = jax.eval_shape(lambda *x: output(layer, *x), *inputs)
     empty = jax.eval_shape(lambda *x: output(layer, *x), *shapes)
