@@ -322,7 +322,7 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path, digits, tiny):
 
 
 def test_a_start_that_fails_leaves_its_name_free(tmp_path, digits, tiny, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr("capsjax.training.run.begin", fail)

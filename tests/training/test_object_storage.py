@@ -117,8 +117,7 @@ def test_auto_resume_goes_back_over_a_checkpoint_that_is_incomplete(remote, digi
     train(config(remote), model=tiny, dataset=digits)
     complete = state(remote)
     # As two processes leave it that write the same checkpoint.
-    for path in (remote / "checkpoints" / "8" / "default").glob("*.ocdbt"):
-        path.unlink()
+    (remote / "checkpoints" / "8" / "default" / "_METADATA").unlink()
     with pytest.raises(CheckpointError, match="8 is damaged"):
         train(config(remote, resume=True, steps=9), model=tiny, dataset=digits)
     train(config(remote, auto_resume=True), model=tiny, dataset=digits)
