@@ -70,7 +70,7 @@ class DataDescription:
         return dataclasses.replace(found, **known)
 
     def check(self, found: "DataDescription") -> None:
-        """Raises a ConfigError unless a run that began with these data can continue with others.
+        """Raises a ConfigError if the data found are not those that the run was started with.
 
         Attributes that only one of them has are not compared.
         """

@@ -278,13 +278,14 @@ def begin(
             while True:
                 last = candidates.pop()
                 try:
-                    return stack([each.restore(last, like) for each in checkpoints])
+                    found = stack([each.restore(last, like) for each in checkpoints])
                 except DamagedCheckpointError as error:
                     if not candidates:
                         raise
                     say(f"{error}; resuming from step {candidates[-1]:,} instead")
-                finally:
-                    restored[:] = [last]
+                    continue
+                restored.append(last)
+                return found
 
         restored: list[int] = []
         state = processes.share(restore, state)

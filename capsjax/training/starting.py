@@ -79,7 +79,8 @@ def resume(
     data = resumed[0].data.completed(data)
     assert model is not None  # there is at least one run
     configs[0].check_learning_rate()
-    if not any(directory.last_checkpoint() for directory in directories):
+    steps = [directory.last_checkpoint() for directory in directories]
+    if not any(steps):
         say(f"the run in {directories[0].path} has no checkpoint and starts again at step 0")
     setup = set_up(
         configs,
@@ -87,16 +88,16 @@ def resume(
         dataset,
         custom,
         stratified=all(stratified),
-        initialise=not any(directory.last_checkpoint() for directory in directories),
+        initialise=not any(steps),
     )
     return setup, [
         before._replace(
             train=each,
             model=model,
             data=data,
-            changes=(*before.changes, *_changes(before, each, directory.last_checkpoint())),
+            changes=(*before.changes, *_changes(before, each, step)),
         )
-        for each, before, directory in zip(configs, resumed, directories, strict=True)
+        for each, before, step in zip(configs, resumed, steps, strict=True)
     ]
 
 
