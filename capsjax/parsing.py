@@ -14,6 +14,7 @@ import re
 import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
@@ -152,21 +153,35 @@ def parse(
 
 
 def _documented(options: Callable[[], Any]) -> Any:
-    """Imports the type of options and joins the lines of their docstrings.
+    """Imports the type of options, joins the lines of their docstrings, and names paths.
 
-    tyro keeps the line breaks of docstrings whose lines are indented.
+    tyro keeps the line breaks of docstrings whose lines are indented, and calls all paths PATH.
     """
     found = options()
-    for kind in typing.get_args(found) or (found,):
-        if not isinstance(kind, type):
-            continue
+    for kind in _classes(found):
         texts = {p.arg_name: p.description for p in parse_from_object(kind).params}
         hints = typing.get_type_hints(kind, include_extras=True)
-        for name in kind.__annotations__:
+        for field in dataclasses.fields(kind):
+            name, hint = field.name, hints[field.name]
             if text := texts.get(name):
-                doc = Doc(" ".join(text.split()))
-                kind.__annotations__[name] = Annotated[hints[name], doc]
+                hint = Annotated[hint, Doc(" ".join(text.split()))]
+            if hints[name] in (Path, tuple[Path, ...]) and _is_positional(field):
+                metavar = name.removesuffix("_dir").upper()
+                if hints[name] is not Path:
+                    metavar = f"{metavar.removesuffix('S')} ..."
+                hint = Annotated[hint, tyro.conf.arg(metavar=metavar)]
+            kind.__annotations__[name] = hint
     return found
+
+
+def _classes(options: Any) -> list[type]:
+    """Returns the dataclasses of the type of options, which may be a union of subcommands."""
+    kinds = typing.get_args(options) or (options,)
+    return [getattr(kind, "__origin__", kind) for kind in kinds]
+
+
+def _is_positional(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 _KINDS = {
@@ -222,15 +237,14 @@ def _unknown(token: str, arguments: Sequence[str], commands: Mapping[str, Comman
 
 def _flags(command: Command) -> list[str]:
     """Returns the options of a command as written on the command line."""
-    types = typing.get_args(command.options()) or (command.options(),)
+    kinds = _classes(command.options())
     if command.joins:
-        types = (*types, imported("capsjax.training:ProcessOptions"))
-    kinds = [getattr(kind, "__origin__", kind) for kind in types]
+        kinds.append(imported("capsjax.training:ProcessOptions"))
     fields = [field for kind in kinds for field in dataclasses.fields(kind)]
     flags = ["--model"] if any(field.name == "preset" for field in fields) else []
     for field in fields:
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            continue  # positional
+        if _is_positional(field):
+            continue
         name = field.name.replace("_", "-")
         flags += [f"--{name}", f"--no-{name}"] if field.type is bool else [f"--{name}"]
     return flags
@@ -245,4 +259,7 @@ def _kind(argument: Any) -> str:
 def _name(argument: Any) -> str:
     """Returns an argument as written on the command line."""
     flags = argument.lowered.name_or_flags
-    return str(flags[0] if flags and flags[0].startswith("-") else argument.field.extern_name)
+    if flags and flags[0].startswith("-"):
+        return str(flags[0])
+    metavar = str(argument.lowered.metavar)
+    return str(argument.field.extern_name).upper() if metavar.startswith("{") else metavar

@@ -363,7 +363,7 @@ BAD = [
     (["predict", "run", "a.png", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     (["export", "missing", "out"], "missing is neither a run directory nor a network in"),
     (["export", "--run-dir", "missing", "out"], "missing is neither a run directory"),
-    (["export", "mnist_small"], "needs out"),
+    (["export", "mnist_small"], "needs OUT "),
     (["export", "mnist_small", "out", "--checkpoint", "9"], "has no checkpoints, got"),
     (["export", "mnist_small", "out", "--platforms", "gpu"], "must be one of .*, got 'gpu'"),
     (["export", "mnist_small", "out", "--platforms"], "--platforms needs at least one of cpu, "),
@@ -372,11 +372,11 @@ BAD = [
         "--pixels must be one of uint8, .*'int8'",
     ),
     (["export", "mnist_small", "out", "--image-size", "9"], "--image-size has no effect on a net"),
-    (["evaluate"], "needs run_dir"),
+    (["evaluate"], "needs RUN "),
     (["evaluate", "a", "b"], "unknown argument: b"),
-    (["bench", "compare", "a"], "needs new"),
+    (["bench", "compare", "a"], "needs NEW "),
     (["bench", "train", "--set", "x=1"], "--set needs --workload"),
-    (["draw", "portrait", "run"], "name must be one of diagram, .*, got 'portrait'"),
+    (["draw", "portrait", "run"], "NAME must be one of diagram, .*, got 'portrait'"),
     (["explore", "run", "--port", "http"], "--port must be an integer, got 'http'"),
     (["evaluate", "missing", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     (["fit"], "command must be one of train, evaluate, predict, export, reproduce, .*, got 'fit'"),
@@ -576,6 +576,16 @@ def test_help_keeps_no_line_breaks_of_docstrings(capsys, monkeypatch):
         main(["train", "--help"])
     printed = capsys.readouterr().out
     assert "FIELD=VALUE, such as conv_features=32 decoder_features=128,256. (default" in printed
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [("predict", "RUN IMAGE ..."), ("export", "RUN OUT"), ("draw", "curves} RUN ...")],
+)
+def test_help_names_the_paths(command, usage, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"{usage}\n" in capsys.readouterr().out
 
 
 def test_without_the_hook_of_tyro_its_own_message_is_printed(capsys, monkeypatch):

@@ -238,8 +238,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "decay_steps", "steps_per_dispatch", "warmup_steps"):
             value = getattr(self, name)
             require(self, name, value is None or value < 2**31, "below 2147483648")
-        grey = isinstance(self.fill, int | float) and 0 <= self.fill <= 1
-        require(self, "fill", self.fill in (None, "edge") or grey, "edge or from 0 to 1")
+        gray = isinstance(self.fill, int | float) and 0 <= self.fill <= 1
+        require(self, "fill", self.fill in (None, "edge") or gray, "edge or from 0 to 1")
         require(self, "seed", 0 <= self.seed < 2**32, "between 0 and 4294967295")
         for name in ("learning_rate", "min_learning_rate", "clip_norm"):
             value = getattr(self, name)

@@ -24,7 +24,7 @@ def reconstruction_grid(rows: Sequence[np.ndarray]) -> np.ndarray:
 
     Args:
       rows: pixels of each row in [0, 1], floating ``[N, H, W, C]``. The first three of three or
-        more channels are drawn as RGB; otherwise the first channel is drawn in grey.
+        more channels are drawn as RGB; otherwise the first channel is drawn in gray.
 
     Returns:
       An image, uint8 ``[rows, columns, 3]``, enlarged by an integer factor to about 960 columns.

@@ -54,7 +54,7 @@ def test_is_the_affine_map_of_scipy():
     for key in keys(4):
         matrix, place, got = transform(key)
         expected = by_scipy(image, *(np.asarray(x, np.float64) for x in (matrix, place)), 40)
-        # Rounding may move a pixel to the next cell, where grey levels differ a little.
+        # Rounding may move a pixel to the next cell, where gray levels differ a little.
         np.testing.assert_allclose(got, expected, atol=0.05)
 
 
@@ -88,7 +88,7 @@ def test_nothing_falls_out_and_every_place_is_reached():
     assert out.shape == (2000, 40, 40, 1)
     assert out.dtype == np.uint8
     totals = out.sum((1, 2, 3), dtype=np.int64)
-    # Interpolation distributes and rounds the grey levels.
+    # Interpolation distributes and rounds the gray levels.
     np.testing.assert_allclose(totals, image.sum(dtype=np.int64), rtol=0.01)
     columns = (out > 0).any((1, 3)).argmax(1)
     assert set(range(32)) <= set(columns)  # 8 columns fit into 40 at 33 positions

@@ -76,10 +76,10 @@ def test_no_shift_leaves_images_alone():
 def test_shifts_move_in_what_they_are_told():
     image = np.arange(1, 37, dtype=np.uint8).reshape(6, 6, 1)
     keys, many = jax.random.split(jax.random.key(0), 64), jnp.asarray(np.stack([image] * 64))
-    black, grey, edge = (
+    black, gray, edge = (
         np.asarray(random_shift(keys, many, max_shift=1, fill=fill)) for fill in (0, 200, "edge")
     )
-    np.testing.assert_array_equal(grey, np.where(black == 0, 200, black))
+    np.testing.assert_array_equal(gray, np.where(black == 0, 200, black))
     repeated = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
     possible = {repeated[r : r + 6, c : c + 6].tobytes() for r in range(3) for c in range(3)}
     assert {result.tobytes() for result in edge} == possible
