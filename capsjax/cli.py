@@ -86,7 +86,7 @@ def _train(config: Any) -> None:
     if not processes.is_first():
         return
     if result.stopped_by is not None:
-        command = f"capsjax train --resume --run-dir {shlex.quote(str(result.run_dir))}"
+        command = f"capsjax train --resume {shlex.quote(str(result.run_dir))}"
         print(
             f"stopped by {result.stopped_by.name} at step {result.step:,}; everything is saved,"
             f" resume with: {command}"

@@ -119,9 +119,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file; an error or a crash leaves the old one or the new one."""
+    """Writes a UTF-8 file; an error or a crash leaves the old one or the new one.
+
+    Names of files, which need not be UTF-8, keep their bytes.
+    """
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="surrogateescape"))
 
 
 def expand_paths(options: Any, *names: str, remote: tuple[str, ...] = ()) -> None:

@@ -1,6 +1,7 @@
 """The type that every data source returns."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -68,12 +69,13 @@ class Dataset:
       test: test split.
       class_names: one name per class, in the order of the labels; for regression, one per number.
       task: how the network's inputs and targets are made from the images.
+      test_files: files of the test images, if each has its own; None otherwise.
 
     Raises:
       TypeError: labels are not an array.
       ValueError: a split does not have the shapes, dtypes and values of :class:`Split`, the images
-        of the two splits differ in shape or do not suit the task, a label has no class name, or the
-        task draws pairs and a split is not sorted by class.
+        of the two splits differ in shape or do not suit the task, a label has no class name, the
+        task draws pairs and a split is not sorted by class, or a test image has no file.
 
     Example:
       >>> import numpy as np
@@ -88,6 +90,7 @@ class Dataset:
     test: AnySplit
     class_names: tuple[str, ...]
     task: Task = dataclasses.field(default_factory=Shifted)
+    test_files: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         for split_name in ("train", "test"):
@@ -137,6 +140,11 @@ class Dataset:
                 "test images must have the shape of train images,"
                 f" {list(self.train.images.shape[1:])}, "
                 f"got {list(self.test.images.shape[1:])}"
+            )
+        if self.test_files is not None and len(self.test_files) != len(self.test.images):
+            raise ValueError(
+                f"test_files must name all {len(self.test.images)} test images,"
+                f" got {len(self.test_files)}"
             )
         self.task.image_shape(self.train.images.shape[1:])
         if self.task.classes_per_image > 1:

@@ -21,7 +21,7 @@ from capsjax.data.image_files import (
     text_of_shape,
     widened,
 )
-from capsjax.data.stored import a_tenth_of_each_class
+from capsjax.data.stored import Names, a_tenth_of_each_class
 from capsjax.data.stored_folder import stored_splits
 from capsjax.errors import DataError
 
@@ -73,7 +73,8 @@ def load_image_folder(
         raise ValueError(f"channels must be 1, 3 or 4, got {channels}")
     if data_dir is None:
         raise DataError(
-            "image_folder needs --data-dir, a directory with train/<class>/ and test/<class>/"
+            "image_folder needs --data-dir, a directory with train/<class>/ and test/<class>/, or"
+            " with <class>/"
         )
     root = Path(data_dir)
     try:
@@ -89,16 +90,18 @@ def load_image_folder(
             size = None if image_size is None else (image_size, image_size)
             splits = stored_splits(root, [files[split] for split in _SPLITS], size, channels)
             if not in_memory(sum(split.images.nbytes for split in splits)):
-                return Dataset("image_folder", splits[0], splits[1], classes)
+                names = Names(str(file) for file, _ in files["test"])
+                return Dataset("image_folder", splits[0], splits[1], classes, test_files=names)
         read = _Reader(image_size, channels)
-        train, test = (read.split(files[split]) for split in _SPLITS)
+        train, _ = read.split(files["train"])
+        test, names = read.split(files["test"])
         for label, name in enumerate(classes):
             if label not in train.labels:
                 raise read.no_image_of(name)
         read.report(root)
     except OSError as error:
         raise DataError(f"image_folder cannot read {error.filename}: {error.strerror}") from error
-    return Dataset("image_folder", train, test, class_names=classes)
+    return Dataset("image_folder", train, test, classes, test_files=names)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -159,7 +162,10 @@ def _image_files(folder: Path, classes: tuple[str, ...]) -> list[_File]:
     for label, name in enumerate(classes):
         images = [file for file in files_in(folder / name) if file.suffix.lower() in SUFFIXES]
         if not images:
-            raise DataError(f"image_folder expects images ({kinds()}) in {folder / name}, got none")
+            raise DataError(
+                f"image_folder expects images ({kinds()}) in {folder / name}, got none; remove the"
+                " directory if there is no such class"
+            )
         files += [(file, label) for file in images]
     return files
 
@@ -209,10 +215,11 @@ class _Reader:
         self._unreadable: list[str] = []
         self._number = 0
 
-    def split(self, files: list[_File]) -> Split:
-        """Reads the images of a split in the widest of their dtypes."""
+    def split(self, files: list[_File]) -> tuple[Split, Names]:
+        """Reads the images of a split in the widest of their dtypes; returns their names, too."""
         images: npt.NDArray[Any] | None = None
         labels: list[int] = []
+        names: list[str] = []
         self._number += len(files)
         for file, label in files:
             try:
@@ -234,9 +241,10 @@ class _Reader:
             images = widened(images, widest)
             images[len(labels)] = widened(image, widest)
             labels.append(label)
+            names.append(str(file))
         if images is None:
             raise DataError(f"image_folder finds no image: {self._unreadable[0]}")
-        return Split(images[: len(labels)], np.array(labels, np.int32))
+        return Split(images[: len(labels)], np.array(labels, np.int32)), Names(names)
 
     def no_image_of(self, name: str) -> DataError:
         """Returns the error for a class without a readable image."""

@@ -66,6 +66,7 @@ class Checkpoints:
             multiprocessing_options=only,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
+            save_interval_steps=0 if read_only else 1,  # Orbax warns of others
         )
         try:
             self._manager = ocp.CheckpointManager(

@@ -99,8 +99,8 @@ class TrainConfig:
     parameters' names."""
 
     resume: bool = False
-    """Resume the run in RUN_DIR from its last checkpoint, with its options unless they are given
-    again. Options that shape the parameters must stay the same."""
+    """Resume the run in RUN_DIR, also given as --resume RUN_DIR, from its last checkpoint, with its
+    options unless they are given again. Options that shape the parameters must stay the same."""
 
     auto_resume: bool = False
     """Resume the run in RUN_DIR if it exists, and start it otherwise, so that one command serves
@@ -227,7 +227,10 @@ class TrainConfig:
         check_dataset_name(self.dataset)
         if self.routing is not None and self.routing not in routing.algorithms():
             names = ", ".join(routing.algorithms())
-            raise ConfigError(f"--routing must be one of {names}, got {self.routing!r}")
+            raise ConfigError(
+                f"--routing must be one of {names}, or one that your program has registered,"
+                f" got {self.routing!r}"
+            )
         require_at_least(self, 1, "epochs", "steps", "batch_size", "num_iterations", "test_size")
         require_at_least(self, 1, "decay_steps", "devices", "steps_per_dispatch", "log_every")
         require_at_least(self, 1, "checkpoint_every", "keep")

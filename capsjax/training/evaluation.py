@@ -5,7 +5,7 @@ import csv
 import dataclasses
 import io
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -262,18 +262,20 @@ def _write_predictions(
 ) -> None:
     """Writes a CSV line for each test image, with several classes of an image joined by +.
 
-    For regression, a line has the numbers and their predictions.
+    An image is named by its file, or else by its index. For regression, a line has the numbers and
+    their predictions.
     """
     if not processes.is_first():
         return
     names, order = opened.class_names, np.argsort(-scores, axis=1, kind="stable")
+    images = range(len(labels)) if opened.files is None else opened.files
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     if opened.is_regression:
         labelled = (f"{kind} of {name}" for kind in ("label", "prediction") for name in names)
         lines.writerow(["image", *labelled])
         for n, label in enumerate(labels):
-            lines.writerow([n, *label.tolist(), *scores[n].tolist()])
+            lines.writerow([images[n], *label.tolist(), *scores[n].tolist()])
         write_text(path, text.getvalue())
         return
     lines.writerow(["image", "label", "prediction", *(f"score of {name}" for name in names)])
@@ -281,7 +283,7 @@ def _write_predictions(
         true = np.flatnonzero(label) if labels.dtype == bool else np.atleast_1d(label)
         predicted = order[n, : len(true)]
         classes = ("+".join(names[c] for c in sorted(some)) for some in (true, predicted))
-        lines.writerow([n, *classes, *scores[n].tolist()])
+        lines.writerow([images[n], *classes, *scores[n].tolist()])
     write_text(path, text.getvalue())
 
 
@@ -299,6 +301,7 @@ class _Opened:
     name: str
     class_names: tuple[str, ...]
     test: AnySplit
+    files: Sequence[str] | None
     streamed: bool
     number: int
     step: int | None
@@ -356,6 +359,7 @@ def _open(
         name=dataset.name,
         class_names=dataset.class_names,
         test=dataset.test,
+        files=dataset.test_files if task.classes_per_image == 1 else None,  # pairs are of two
         streamed=streamed is not None,
         number=number,
         step=step,

@@ -19,11 +19,14 @@ def decode(data: bytes | msgspec.Raw, kind: type[T], where: str) -> T:
     """Decodes JSON as a dataclass, `msgspec.Struct` or `TypedDict`.
 
     Raises:
-      ConfigError: the data are not JSON, a key is missing, or a value has another type.
+      ConfigError: the data are not JSON, a key is missing, or a value has another type or is not
+        accepted by the dataclass.
     """
     try:
         return msgspec.json.decode(data, type=kind, dec_hook=as_path)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        if isinstance(error.__cause__, ConfigError):  # well-formed, and refused by the dataclass
+            raise ConfigError(f"{where}: {error.__cause__}") from None
         raise ConfigError(f"{where} is damaged: {error}") from None
 
 

@@ -170,14 +170,14 @@ def load_images(
     return dataset
 
 
-def _is_packaged(run_dir: Path) -> bool:
+def is_packaged(run_dir: Path) -> bool:
     """Whether this is the name of a network in the package, and not a directory."""
     return str(run_dir) in models.pretrained() and not RunDirectory(run_dir).exists()
 
 
 def read_run(run_dir: Path) -> RunConfig:
     """Returns the configuration of a run, or of a network in the package."""
-    if _is_packaged(run_dir):
+    if is_packaged(run_dir):
         about, digits = models.about_pretrained(str(run_dir)), load("mnist_5k")
         model = models.configure(about.preset, **about.overrides)
         train = TrainConfig(preset=about.preset, dataset="mnist_5k")
@@ -199,7 +199,7 @@ def restore(
       ConfigError: a checkpoint is named for a packaged network.
       CheckpointError: there is no such checkpoint, or it cannot be read.
     """
-    if _is_packaged(run_dir):
+    if is_packaged(run_dir):
         if which != "last":
             raise ConfigError(f"{run_dir} has no checkpoints, got checkpoint {which}")
         _, variables = split_network(models.load_pretrained(str(run_dir)))

@@ -19,6 +19,7 @@ from capsjax import models
 from capsjax.data import Dataset, scale_pixels, white_of
 from capsjax.files import expand_paths, is_local, replacing, require_folder
 from capsjax.training import ConfigError, TrainedNetwork, load_network
+from capsjax.training.loading import is_packaged
 from capsjax.training.run_directory import RunDirectory
 from capsjax.viz import capsules, evaluation
 from capsjax.viz._checks import as_indices, as_names
@@ -258,6 +259,8 @@ def _curves(config: "DrawConfig") -> Figure:
         raise ValueError("runs must be different directories")
     runs = {}
     for run in config.runs:
+        if is_packaged(run):
+            raise ConfigError(f"{run} is a network in the package, without records of its training")
         RunDirectory(run).read_config()  # raises if the directory holds no run
         # Runs in different folders may have the same name.
         unique = len({r.name for r in config.runs}) == len(config.runs)

@@ -190,7 +190,8 @@ def test_a_directory_one_level_off_is_hinted_at(tmp_path):
 def test_no_directory_given():
     assert (
         refusal(None)
-        == "image_folder needs --data-dir, a directory with train/<class>/ and test/<class>/"
+        == "image_folder needs --data-dir, a directory with train/<class>/ and test/<class>/, or"
+        " with <class>/"
     )
 
 
@@ -210,7 +211,10 @@ def test_class_without_images(tmp_path):
     make(tmp_path)
     for file in (tmp_path / "test" / "dog").iterdir():
         file.unlink()
-    assert refusal(tmp_path).endswith(f"webp) in {tmp_path / 'test' / 'dog'}, got none")
+    assert refusal(tmp_path).endswith(
+        f"webp) in {tmp_path / 'test' / 'dog'}, got none; remove the directory if there is no such"
+        " class"
+    )
 
 
 @pytest.mark.parametrize(("having", "lacking"), [("train", "test"), ("test", "train")])
@@ -242,6 +246,8 @@ def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path, content, ca
     assert dataset.train.labels.tolist() == [0, 0, 1]
     assert dataset.train.images[:, 0, 0, 0].tolist() == [0, 1, 11]
     assert dataset.test.labels.tolist() == [0, 1, 1]
+    files = [tmp_path / "test" / file for file in ("cat/0.png", "dog/0.png", "dog/1.png")]
+    assert list(dataset.test_files) == [str(file) for file in files]
     (warning,) = caplog.messages
     assert warning.startswith("image_folder leaves out 2 of 8 images, which cannot be read: cannot")
     for file in (broken, short):

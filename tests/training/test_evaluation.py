@@ -89,6 +89,17 @@ def test_classes_are_matched_by_name(run, galaxies, tmp_path):
         evaluate(options(run), dataset=words)
 
 
+def test_predictions_name_the_files_of_images(run, galaxies, tmp_path):
+    predictions = tmp_path / "predictions.csv"
+    files = [f"{n}.png" for n in range(len(galaxies.test.images) - 1)] + ["n\udcfc.png"]
+    dataset = dataclasses.replace(galaxies, test_files=files)
+    predict_test(options(run, predictions=predictions), dataset=dataset)
+    text = predictions.read_text(errors="surrogateescape")  # file names need not be UTF-8
+    assert [row["image"] for row in csv.DictReader(text.splitlines())] == files
+    with pytest.raises(ValueError, match="test_files must name all [0-9]+ test images, got 1"):
+        dataclasses.replace(galaxies, test_files=("0.png",))
+
+
 def test_with_predictions_the_evaluation_is_the_same(run, galaxies, tmp_path):
     counted = evaluate(options(run), dataset=galaxies).test
     predicting = options(run, predictions=tmp_path / "predictions.csv")

@@ -196,6 +196,7 @@ def test_draw_passes_its_options_on(run):
         (["diagram", "RUN", "--num-children", "5000"], "--num-children must be at most"),
         (["dimensions", "RUN", "--classes", "1", "2"], "--classes of dimensions must be one class"),
         (["dimensions", "RUN", "--classes", "12"], "classes must be from 0 to 9, got 12"),
+        (["curves", "mnist_small"], "mnist_small is a network in the package, without records"),
         (["curves", "RUN", "RUN"], "runs must be different directories"),
         (["lengths", "RUN", "--data-dir", "x"], "--data-dir has no effect on data set mnist_5k"),
         (["diagram", "RUN", "--out", "x.doc"], "--out must end in .svg, .png or .pdf"),
