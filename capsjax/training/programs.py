@@ -29,8 +29,9 @@ from capsjax.training.step import (
 
 NEVER = jnp.iinfo(jnp.int32).max
 _SECONDS_PER_CALL = 0.5
-# Largest number of steps whose samples a GPU makes at once, and bytes that these may take.
-_MOST_AHEAD, _BYTES_AHEAD = 16, 2**26
+# Steps in a block on a GPU, and bytes that their samples may take: to make a sample takes dozens of
+# small kernels, which take longer to launch than to run.
+_BLOCK, _BLOCK_BYTES = 16, 2**26
 Tree = TypeVar("Tree")
 
 
@@ -68,8 +69,9 @@ class EvaluationSums(NamedTuple):
     metrics: dict[str, jax.Array]
 
 
+Carry = tuple[TrainState, StepSums]
 Step = Callable[..., tuple[TrainState, StepMetrics]]
-RunSteps = Callable[..., tuple[TrainState, StepSums]]
+RunSteps = Callable[..., Carry]
 Evaluate = Callable[..., EvaluationSums]
 
 
@@ -131,69 +133,59 @@ def make_run_steps(
       streamed: whether the examples are a chunk of batches, from :meth:`Driver.place_chunk`. The
         order is then the step number of its first batch.
     """
-    step = make_step(train_step, sampler, driver, batch_size=batch_size)
-    if streamed:
-        step = _make_streamed_step(train_step, sampler, driver, batch_size)
-    draw = _make_draw(sampler, driver, batch_size)
+    as_integer("batch_size", batch_size)
+    draw = (_make_streamed_draw if streamed else _make_draw)(sampler, driver, batch_size)
+    in_blocks = _launches_kernels(driver)
+    if in_blocks:
+        train_step = jax.jit(train_step)  # traced and lowered once for two loops
 
-    def run_drawn_ahead(
-        state: TrainState, examples: Batch, order: jax.Array, key: jax.Array, num_steps: jax.Array
-    ) -> tuple[TrainState, StepSums]:
-        """The same steps, with the samples of many steps made at once."""
-        sample = jax.eval_shape(draw, state.step, examples, order, key)
-        ahead = max(1, min(_MOST_AHEAD, _BYTES_AHEAD // _nbytes(sample)))
-
-        def several(
-            number: jax.Array, carry: tuple[TrainState, StepSums]
-        ) -> tuple[TrainState, StepSums]:
-            steps = carry[0].step + jnp.arange(ahead)
-            samples = jax.vmap(lambda step: draw(step, examples, order, key))(steps)
-
-            def body(
-                n: jax.Array, carry: tuple[TrainState, StepSums]
-            ) -> tuple[TrainState, StepSums]:
-                state, sums = carry
-                next_state, metrics = train_step(state, jax.tree.map(lambda x: x[n], samples))
-                return next_state, _add(sums, metrics, state.step)
-
-            return jax.lax.fori_loop(0, jnp.minimum(ahead, num_steps - number * ahead), body, carry)
-
-        return jax.lax.fori_loop(0, -(-num_steps // ahead), several, (state, _no_sums()))
+    def advance(carry: Carry, sample: Sample) -> Carry:
+        state, sums = carry
+        next_state, metrics = train_step(state, sample)
+        return next_state, _add(sums, metrics, state.step)
 
     def run_steps(
         state: TrainState, examples: Batch, order: jax.Array, key: jax.Array, num_steps: jax.Array
-    ) -> tuple[TrainState, StepSums]:
-        def body(_: jax.Array, carry: tuple[TrainState, StepSums]) -> tuple[TrainState, StepSums]:
-            state, sums = carry
-            next_state, metrics = step(state, examples, order, key)
-            return next_state, _add(sums, metrics, state.step)
+    ) -> Carry:
+        def sample(step: jax.Array) -> Sample:
+            return draw(step, examples, order, key)
 
-        return jax.lax.fori_loop(0, num_steps, body, (state, _no_sums()))
+        def one(_: jax.Array, carry: Carry) -> Carry:
+            return advance(carry, sample(carry[0].step))
 
-    # Making a sample takes dozens of small kernels, which take longer to launch than to run.
-    function = run_drawn_ahead if _launches_kernels(driver) and not streamed else run_steps
-    if several_seeds:
-        function = jax.vmap(function, (0, None, 0, 0, None))
+        def block(length: int | jax.Array, carry: Carry) -> Carry:
+            """The next steps, at most `size`, with samples that are made at once."""
+            samples = jax.vmap(sample)(carry[0].step + jnp.arange(size))
+
+            def step(n: jax.Array, carry: Carry) -> Carry:
+                return advance(carry, jax.tree.map(lambda x: x[n], samples))
+
+            return jax.lax.fori_loop(0, length, step, carry)
+
+        start = state, _no_sums()
+        size = _block_size(jax.eval_shape(sample, state.step)) if in_blocks else 1
+        if size == 1:
+            return jax.lax.fori_loop(0, num_steps, one, start)
+        # A GPU waits for the host in each iteration of a loop whose length is not constant. The
+        # rest has the same loop body as a block, so that its steps have the same bits.
+        whole = jax.lax.fori_loop(0, num_steps // size, lambda _, carry: block(size, carry), start)
+        return block(num_steps % size, whole)
+
+    function = jax.vmap(run_steps, (0, None, 0, 0, None)) if several_seeds else run_steps
     chunk = "examples" if streamed else None
     compiled: RunSteps = driver.compile(function, donate=True, chunk=chunk)
     return compiled
 
 
-def _make_streamed_step(
-    train_step: TrainStep, sampler: Sampler, driver: Driver, batch_size: int
-) -> Step:
-    """The step of :func:`make_step` for batches that were selected on the host."""
+def _make_streamed_draw(sampler: Sampler, driver: Driver, batch_size: int) -> Callable[..., Sample]:
+    """Returns ``draw(step, chunk, first, key) -> sample`` for batches selected on the host."""
 
-    def step(
-        state: TrainState, chunk: Batch, first: jax.Array, key: jax.Array
-    ) -> tuple[TrainState, StepMetrics]:
-        batch = jax.tree.map(lambda x: x[state.step - first], chunk)
-        step_key = jax.random.fold_in(key, state.step)
-        return train_step(
-            state, sampler.train_batch(batch, step_key, driver.batch_positions(batch_size))
-        )
+    def draw(step: jax.Array, chunk: Batch, first: jax.Array, key: jax.Array) -> Sample:
+        batch = jax.tree.map(lambda x: x[step - first], chunk)
+        step_key = jax.random.fold_in(key, step)
+        return sampler.train_batch(batch, step_key, driver.batch_positions(batch_size))
 
-    return step
+    return draw
 
 
 def measure(
@@ -354,8 +346,10 @@ def _launches_kernels(driver: Driver) -> bool:
     return driver.devices[0].platform in ("gpu", "cuda")
 
 
-def _nbytes(sample: Sample) -> int:
-    return sum(x.size * x.dtype.itemsize for x in (sample.images, sample.drawings))
+def _block_size(sample: Sample) -> int:
+    """Returns the number of steps in a block."""
+    nbytes = sum(x.size * x.dtype.itemsize for x in (sample.images, sample.drawings))
+    return max(1, min(_BLOCK, _BLOCK_BYTES // nbytes))
 
 
 def _no_sums() -> StepSums:

@@ -1,6 +1,7 @@
 """The kernel for Hopper GPUs: interpreted on CPUs, and compiled where the compiler is installed."""
 
 import functools
+import re
 import sys
 
 import jax
@@ -261,6 +262,30 @@ def test_compiles_for_an_absent_h200(absent_h200):
     gradients = jax.grad(loss, (0, 1))
     text = jax.jit(gradients).lower(*shapes).compile().as_text()
     assert "mosaic_gpu" in text
+
+
+@needs_kernel
+@pytest.mark.slow
+def test_no_kernel_transposes_the_gradient_of_the_weights(absent_h200):
+    """Within a loop, XLA keeps the weights, and so the moments, in the layout of the sweeps."""
+
+    def train(poses, weights, moments):
+        def step(_, carry):
+            weights, moments = carry
+            gradient = jax.grad(loss, 1)(poses, weights.astype(poses.dtype)).astype(weights.dtype)
+            moments = moments + gradient * gradient
+            return weights - gradient / jnp.sqrt(moments), moments
+
+        return jax.lax.fori_loop(0, 3, step, (weights, moments))
+
+    dtypes = {jnp.bfloat16: (128, *PAPER[1][:2]), jnp.float32: PAPER[1]}
+    poses, weights = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=absent_h200) for dtype, shape in dtypes.items()
+    )
+    text = jax.jit(train).lower(poses, weights, weights).compile().as_text()
+    body = text.split("ENTRY")[0]  # which converts the layouts of arguments and results
+    assert "mosaic_gpu" in body
+    assert not re.findall(r"transpose\S* = f32\[1152,10,16,8\]\S* fusion", body)
 
 
 @pytest.mark.parametrize(

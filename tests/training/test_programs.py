@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from capsjax import models
+from capsjax.bench import read_program
 from capsjax.data import Batch, Sampler, Shifted, epoch_order
 from capsjax.training import (
     StepMetrics,
@@ -110,25 +111,40 @@ def test_how_steps_are_grouped_into_calls_changes_no_bit(digits, tiny, name):
     jax.tree.map(np.testing.assert_array_equal, together, jax.device_get(programs.state))
 
 
-@pytest.mark.parametrize("name", ["jit", "pmap"])
-def test_samples_of_many_steps_at_once_are_those_of_each(digits, tiny, name, monkeypatch):
-    """As GPUs make them: the same losses and parameters, also in a last part of fewer steps."""
-    one_by_one = Programs(name, digits, tiny)
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """Programs as for GPUs, with three steps in a block."""
     monkeypatch.setattr(programs, "_launches_kernels", lambda driver: True)
-    monkeypatch.setattr(programs, "_MOST_AHEAD", 3)
-    ahead = Programs(name, digits, tiny)
-    for number in (1, 5):
-        np.testing.assert_allclose(ahead.run(number).loss, one_by_one.run(number).loss, rtol=1e-6)
-    assert int(ahead.state.step.max()) == 6
+    monkeypatch.setattr(programs, "_BLOCK", 3)
+
+
+@pytest.mark.parametrize("name", ["jit", "pmap"])
+def test_blocks_of_steps_train_like_single_steps(digits, tiny, name, request):
+    one_by_one = Programs(name, digits, tiny)
+    request.getfixturevalue("in_blocks")
+    blocks = Programs(name, digits, tiny)
+    first = jax.tree.map(np.array, blocks.state)
+    np.testing.assert_allclose(blocks.run(7).loss, one_by_one.run(7).loss, rtol=1e-6)
+    together = jax.device_get(blocks.state)
+    blocks.state = blocks.driver.replicate(jax.tree.map(jnp.asarray, first))
+    for number in (2, 4, 1):
+        blocks.run(number)
+    jax.tree.map(np.testing.assert_array_equal, together, jax.device_get(blocks.state))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
-        jax.device_get(ahead.state.params),
+        together.params,
         jax.device_get(one_by_one.state.params),
     )
 
 
-@pytest.mark.parametrize("name", ["jit", "pmap", "shard"])
-def test_the_state_is_donated_and_one_program_serves_every_number(digits, tiny, name, caplog):
+@pytest.mark.parametrize(
+    ("name", "fixture"),
+    [("jit", "tiny"), ("pmap", "tiny"), ("shard", "tiny"), ("jit", "in_blocks")],
+)
+def test_the_state_is_donated_and_one_program_serves_every_number(
+    digits, tiny, name, fixture, request, caplog
+):
+    request.getfixturevalue(fixture)
     programs = Programs(name, digits, tiny)
     before = programs.state
     with jax.log_compiles(), caplog.at_level("WARNING"):
@@ -141,8 +157,8 @@ def test_the_state_is_donated_and_one_program_serves_every_number(digits, tiny, 
 class Recorder:
     """Runs a step that records its samples instead of training."""
 
-    def __init__(self, name, batch_size, num_steps, several_seeds=False):
-        self.driver = make_driver(name, batch_size=batch_size)
+    def __init__(self, name, batch_size, num_steps, devices=None, **options):
+        self.driver = make_driver(name, batch_size=batch_size, devices=devices)
         self.batch_size, self.num_steps = batch_size, num_steps
 
         def step(state, sample):
@@ -155,9 +171,7 @@ class Recorder:
             state = state._replace(step=state.step + 1, params=self.gathered(state.params, params))
             return state, StepMetrics(jnp.zeros(()), jnp.zeros(()))
 
-        self.run = make_run_steps(
-            step, SAMPLER, self.driver, batch_size=batch_size, several_seeds=several_seeds
-        )
+        self.run = make_run_steps(step, SAMPLER, self.driver, batch_size=batch_size, **options)
 
     def gathered(self, before, after):
         """Each device has written its part of the batch."""
@@ -178,6 +192,25 @@ class Recorder:
         arguments = self.driver.replicate((self.empty(), examples, order, key))
         state, _ = self.run(*arguments, np.int32(self.num_steps))
         return jax.device_get(state.params), np.asarray(order)
+
+    def record_stream(self, examples, key):
+        """The same from a chunk of all batches."""
+        order = np.asarray(epoch_order(jax.random.key(1), len(examples.labels)))
+        order = order[: self.num_steps * self.batch_size].reshape(self.num_steps, -1)
+        chunk = self.driver.place_chunk(jax.tree.map(lambda x: np.asarray(x)[order], examples))
+        state, key = self.driver.replicate((self.empty(), key))
+        state, _ = self.run(state, chunk, np.int32(0), key, np.int32(self.num_steps))
+        return jax.device_get(state.params)
+
+    def trip_counts(self, digits, sharding):
+        """Those of the compiled program's loops."""
+        examples = Batch(jnp.asarray(digits.train.images), jnp.arange(180))
+        arguments = (self.empty(), examples, jnp.arange(180), jax.random.key(0), np.int32(7))
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+        )
+        text = self.run.lower(*shapes).compile().as_text()
+        return [loop.trip_count for loop in read_program(text).loops]
 
 
 def test_an_epoch_visits_each_example_once(digits):
@@ -216,6 +249,29 @@ def test_seeds_together_see_what_each_sees_alone(digits):
         arguments = alone.driver.replicate((alone.empty(), examples, orders[n], keys[n]))
         state, _ = alone.run(*arguments, np.int32(2))
         jax.tree.map(lambda a, b, n=n: np.testing.assert_array_equal(a[n], b), both, state)
+
+
+@pytest.mark.usefixtures("in_blocks")
+@pytest.mark.parametrize("name", ["jit", "pmap"])
+def test_a_stream_in_blocks_has_the_samples_of_images_that_stay(digits, name):
+    examples = Batch(jnp.asarray(digits.train.images), jnp.arange(180))
+    kept, _ = Recorder(name, BATCH, 7).record(examples, jax.random.key(7))
+    streamed = Recorder(name, BATCH, 7, streamed=True).record_stream(examples, jax.random.key(7))
+    jax.tree.map(np.testing.assert_array_equal, kept, streamed)
+
+
+@pytest.mark.usefixtures("in_blocks")
+def test_the_loop_over_a_block_has_a_constant_length(digits):
+    recorder = Recorder("jit", BATCH, 7)
+    trips = recorder.trip_counts(digits, recorder.driver.sharding())
+    # The lengths of the loops over whole blocks and over the rest are not constant. There are
+    # others, of random numbers.
+    assert (trips.count(3), trips.count(None)) == (1, 2)
+
+
+def test_on_an_absent_h200_steps_run_in_blocks(digits, absent_h200):
+    recorder = Recorder("jit", BATCH, 7, devices=absent_h200.mesh.devices.ravel().tolist())
+    assert recorder.trip_counts(digits, absent_h200) == [None, 16, None]
 
 
 @pytest.mark.parametrize("name", ["jit", "pmap"])

@@ -120,7 +120,10 @@ class MosaicGpu:
         poses = poses.transpose(1, 0, 2)
         d_poses = jnp.einsum("ibjd,ikjd->ibk", d_votes, weights, precision=self.precision)
         d_weights = jnp.einsum("ibk,ibjd->ikjd", poses, d_votes, precision=self.precision)
-        return d_poses.transpose(1, 0, 2), d_weights
+        # In the layout that XLA chooses for the weights in a loop over train steps. Without the
+        # barrier, it transposes after Adam's first products, twice.
+        d_weights = lax.optimization_barrier(d_weights.transpose(0, 2, 3, 1))
+        return d_poses.transpose(1, 0, 2), d_weights.transpose(0, 3, 1, 2)
 
     def _sweep(self, packed: Packed, *queries: jax.Array) -> tuple[jax.Array, ...]:
         by_example = (x.transpose(1, 0, 2)[None] for x in queries)
