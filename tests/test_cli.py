@@ -155,7 +155,7 @@ def test_a_run_that_was_stopped_resumes_to_the_same_bits(uninterrupted, options,
     run = tmp_path / "run"
     told = stop(run, 20, signal.SIGTERM, *options, "--steps", "40", "--checkpoint-every", "10")
     assert "stopped by SIGTERM at step" in told
-    assert f"--resume --run-dir {run}" in told
+    assert f"--resume {run}\n" in told
     stop(run, 30, signal.SIGKILL, "--resume")
     resumed = script("train", "--resume", "--run-dir", run)
     assert resumed.returncode == 0, resumed.stderr
