@@ -284,7 +284,7 @@ class _Drawing:
                     lw=9 * value,
                     alpha=0.75,
                     ls=style,
-                    solid_capstyle="round",
+                    solid_capstyle="butt",
                     zorder=2,
                     gid=f"coupling-{column + 1}-{child}-{parent}",
                 )
