@@ -79,7 +79,7 @@ def conv_general_dilated(
           large kernels on small images. Needs memory for the transforms, four to five kernels with
           the paper's sizes. The default on CPUs and NVIDIA GPUs where it takes fewer
           operations, except where ``"lookup"`` is.
-        * ``"phases"``: XLA's convolution, with a gradient of the images that does not multiply by
+        * ``"phases"``: XLA's convolution, with a gradient of the images that multiplies by few
           zeros. The default on TPUs for strided convolutions.
         * ``"mosaic_gpu"``: a kernel for Hopper GPUs, such as H100, which gathers blocks of images
           and features while it multiplies them, and stores no patches. Rounds float32 factors to

@@ -222,6 +222,8 @@ ENTRY %main (x.2: f32[8,128]) -> f32[8,128] {
   %x.2 = f32[8,128]{1,0:T(8,128)} parameter(0)
   %zero.1 = s32[]{:T(128)} constant(0)
   %space.1 = f32[8,128]{1,0:T(8,128)S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %none.1 = f32[]{:T(128)} constant(0)
+  %wide.1 = f32[16,128]{1,0:T(8,128)S(1)} pad(%x.2, %none.1), padding=0_8x0_0
   %tuple.2 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%zero.1, %x.2)
   %while.1 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%tuple.2), condition=%condition, body=%body, metadata={op_name="jit(f)/while"}
   ROOT %y.1 = f32[8,128]{1,0:T(8,128)} get-tuple-element(%while.1), index=1
@@ -233,8 +235,8 @@ def test_cycles_of_a_tpu_count_loops_and_say_what_they_leave_out():
     cycles = read_program(TPU).cycles
     assert cycles.total == 6 * 100
     assert cycles.by_source == {"/home/user/project/model.py:12 (layer)": 600}
-    # A kernel's own cycles are not known, and are not taken for none.
-    assert cycles.without_estimate == {"custom-call tpu_custom_call": 6}
+    # The cycles of a kernel or a pad are not known, and are not taken for none.
+    assert cycles.without_estimate == {"custom-call tpu_custom_call": 6, "pad": 1}
     assert read_program(TPU).custom_calls == {"tpu_custom_call": 6}
 
 

@@ -1,4 +1,5 @@
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from jax import export, lax
 
 from capsjax import conv_general_dilated
-from capsjax.ops import ReceptiveFields, _hopper
+from capsjax.ops import ReceptiveFields, _hopper, phases
 from capsjax.ops.fourier import gains_by_fourier
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -140,6 +141,53 @@ def test_the_gradient_of_the_images_multiplies_by_no_zeros_on_tpus():
     assert not dilated("phases", (2, 2))
     assert not dilated(None, (2, 2))
     assert not dilated("xla", (1, 1))
+
+
+def test_the_gradient_stays_dense_for_several_kernels():
+    images, kernel = arrays(1, 9, 9, 2, 3, 3, 4)
+
+    def gradient(kernel):
+        return jax.grad(lambda x: conv(x, kernel, (2, 2), implementation="phases").sum())(images)
+
+    text = jax.jit(jax.vmap(gradient)).lower(jnp.stack([kernel, kernel])).as_text()
+    assert "stablehlo.convolution" in text
+    assert "lhs_dilate = [2, 2]" not in text
+
+
+@pytest.mark.parametrize(("batch", "convolutions"), [(128, 36), (8, 4)])
+def test_phases_are_divided_where_many_zeros_would_be_multiplied(batch, convolutions):
+    shapes = (batch, 20, 20, 256), (9, 9, 256, 256)
+    text = lowered("tpu", *shapes, 2, "bfloat16", gradient=True)
+    # One more is the gradient of the kernel.
+    assert text.count("stablehlo.convolution") == convolutions + 1
+
+
+# Kernels with one to five taps per phase, positions in no field, and a stride above the kernel.
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "strides", "padding"),
+    [
+        ((12, 13), (9, 8), (2, 2), "VALID"),
+        ((13, 11), (4, 9), (3, 2), ((1, 0), (2, 3))),
+        ((9, 9), (9, 2), (2, 3), "VALID"),
+    ],
+)
+def test_gradients_by_divided_phases(size, kernel_size, strides, padding, monkeypatch):
+    monkeypatch.setattr(phases, "_WORTH_DIVIDING", 0)
+
+    def gradients(implementation, images, kernel):
+        def loss(*x):
+            out = conv_general_dilated(
+                *x, strides, padding, dimension_numbers=NHWC, implementation=implementation
+            )
+            return jnp.sum(jnp.sin(out))
+
+        return jax.grad(loss, (0, 1))(images, kernel)
+
+    with jax.enable_x64(True):
+        x = arrays(2, *size, 2, *kernel_size, 3, "float64")
+        results = jax.jit(lambda *x: [gradients(name, *x) for name in ("phases", "xla")])(*x)
+        for a, b in zip(*results, strict=True):
+            assert_close(a, b, terms=math.prod(kernel_size) * 3)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ WORK = {
     "select-and-scatter",
     "rng-bit-generator",
     "copy",
+    "pad",
     "transpose",
     "fft",
     "triangular-solve",
