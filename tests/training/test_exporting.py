@@ -89,7 +89,7 @@ def test_a_process_without_capsjax_computes_the_same(exported, tmp_path):
     assert len((exported / "load.py").read_text().splitlines()) <= 15
 
 
-# Compiles an exported network for a TPU that is not there, batch by batch.
+# Compiles an exported network for a TPU that is not there.
 FOR_A_TPU = """
 import sys
 import jax, jax.numpy as jnp
@@ -99,9 +99,8 @@ from capsjax.bench import parse_target, take_libtpu
 network = export.deserialize(open(sys.argv[1], "rb").read())
 take_libtpu()
 sharding = SingleDeviceSharding(parse_target("v5e-1").devices()[0])
-for batch in (1, 7):
-    images = jax.ShapeDtypeStruct((batch, 28, 28, 1), jnp.uint8, sharding=sharding)
-    print(jax.jit(network.call).lower(images).compile().out_info["scores"].shape)
+images = jax.ShapeDtypeStruct((7, 28, 28, 1), jnp.uint8, sharding=sharding)
+print(jax.jit(network.call).lower(images).compile().out_info["scores"].shape)
 """
 
 
@@ -113,7 +112,7 @@ def test_the_tpu_s_compiler_takes_it(exported):
         capture_output=True,
         text=True,
     )
-    assert done.stdout.split("\n")[:2] == ["(1, 10)", "(7, 10)"], done.stderr
+    assert done.stdout.splitlines()[0] == "(7, 10)", done.stderr
 
 
 def test_the_folder_says_what_the_network_takes_and_gives(exported):

@@ -155,7 +155,10 @@ def test_a_stopped_job_goes_on_by_the_same_command_to_the_same_bits(
     assert_same_bits(run, whole[0])
 
 
-@pytest.mark.parametrize(("processes", "devices", "driver"), [(4, 1, "shard"), (2, 1, "pmap")])
+@pytest.mark.parametrize(
+    ("processes", "devices", "driver"),
+    [(4, 1, "shard"), pytest.param(2, 1, "pmap", marks=pytest.mark.slow)],
+)
 def test_a_run_goes_on_with_other_processes_and_devices(
     whole, options, tmp_path, processes, devices, driver
 ):
@@ -191,6 +194,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_slow_process_changes_nothing(whole, options, tmp_path):
     run = tmp_path / "run"
     arguments = [*options, "--steps", LAST, "--run-dir", run]

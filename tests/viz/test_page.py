@@ -87,7 +87,7 @@ def test_the_page(page, address):
         page.keyboard.press(key)
     changes(page, "#draw", before)
 
-    page.wait_for_timeout(500)
+    until(page, "seen.pixels.every((value, n) => value === ink[n])")  # the answer is here
     before = pixels(page, "#maps canvas")
     page.focus("#iteration")
     page.keyboard.press("ArrowLeft")
