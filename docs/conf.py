@@ -9,6 +9,7 @@ from typing import ClassVar
 from unittest import mock
 
 from docutils import nodes
+from math_core import LatexToMathML
 from sphinx.util.docutils import SphinxDirective
 
 from capsjax import cli, routing
@@ -16,12 +17,12 @@ from capsjax.version import __version__
 
 project = "capsjax"
 author = "The capsjax authors"
+copyright = author  # what Sphinx names the footer's text
 release = __version__
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "myst_parser",
     "sphinx_copybutton",
 ]
@@ -38,6 +39,7 @@ html_theme_options = {
     },
 }
 html_domain_indices = False
+html_math_renderer = "mathml"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 
@@ -73,14 +75,13 @@ class RoutingAlgorithms(SphinxDirective):
             lines = [f".. autofunction:: {record.function.__name__}" for record in records]
             return self.parse_text_to_nodes("\n".join(lines))
         lines = [".. list-table::", "   :header-rows: 1", ""]
-        lines += _row("``routing=``", "function", "source", "learned parameters", "activations")
+        lines += _row("``routing=``", "source", "learned parameters", "activations")
         for record in records:
             learned = list(record.parameters(routing.Sizes(1, 1, 1, 1)))
-            learned = [":class:`capsjax.HeinsenParameters`"] if len(learned) > 4 else learned
+            learned = [":class:`~capsjax.HeinsenParameters`"] if len(learned) > 4 else learned
             learned = [name if ":" in name else f"``{name}``" for name in learned]
             lines += _row(
-                f"``{record.name}``",
-                f":func:`capsjax.{record.function.__name__}`",
+                f":func:`{record.name} <capsjax.{record.function.__name__}>`",
                 record.paper,
                 ", ".join([*learned, *(["bias (optional)"] if record.has_bias else [])]),
                 "lengths of the poses" if record.squash else "the algorithm's own",
@@ -152,10 +153,13 @@ _PICTURE = re.compile(
 def adapt_markdown(text, *, included):
     """Adapts Markdown that is written for forges.
 
-    They choose between a light and a dark picture by ``<picture>``, the site by a class. Pages that
-    are included from the root of the repository link to ``docs/``.
+    They choose between a light and a dark picture by ``<picture>``, the site by a class. Sphinx
+    links a picture that has a width to its full size. Pages that are included from the root of the
+    repository link to ``docs/``.
     """
-    text = re.sub(_PICTURE, r"![\3](\2){.only-light}\n![\3](\1){.only-dark}", text)
+    light = r'![\3](\2){.only-light width="100%"}'
+    dark = r'![\3](\1){.only-dark width="100%"}'
+    text = re.sub(_PICTURE, f"{light}\n{dark}", text)
     return text.replace("](docs/", "](") if included else text
 
 
@@ -167,8 +171,23 @@ def _include(app, path, docname, content):
     content[0] = adapt_markdown(content[0], included=path.parent.name == "..")
 
 
+_MATHML = LatexToMathML()
+
+
+def _inline_formula(self, node):
+    self.body.append(_MATHML.convert_with_local_state(node.astext(), displaystyle=False))
+    raise nodes.SkipNode
+
+
+def _displayed_formula(self, node):
+    formula = _MATHML.convert_with_local_state(node.astext(), displaystyle=True)
+    self.body.append(f'<div class="math">{formula}</div>\n')
+    raise nodes.SkipNode
+
+
 def setup(app):
-    """Registers the directives and what adapts pages."""
+    """Registers the directives, what adapts pages, and formulas as MathML."""
+    app.add_html_math_renderer("mathml", (_inline_formula, None), (_displayed_formula, None))
     app.add_directive("routing-algorithms", RoutingAlgorithms)
     app.add_directive("public-names", PublicNames)
     app.add_directive("command-help", CommandHelp)

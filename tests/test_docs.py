@@ -61,15 +61,17 @@ def inventory(site):
 
 
 class Page(HTMLParser):
-    """What a page links to, and what can be linked to in it."""
+    """What a page links to, what of that it loads, and what can be linked to in it."""
 
     def __init__(self, path):
         super().__init__()
-        self.links, self.anchors = set(), {""}
+        self.links, self.loaded, self.anchors = set(), set(), {""}
         self.feed(path.read_text("utf-8"))
 
     def handle_starttag(self, tag, attrs):
-        self.links |= {value for name, value in attrs if name in ("href", "src") and value}
+        links = {value for name, value in attrs if name in ("href", "src") and value}
+        self.links |= links
+        self.loaded |= links if tag != "a" else set()
         self.anchors |= {value for name, value in attrs if name == "id"}
 
 
@@ -81,7 +83,7 @@ def local(path, links):
             yield target.resolve(), unquote(link.fragment), f"{path.name} links to {link.geturl()}"
 
 
-def test_every_page_is_reachable_and_its_links_resolve(site):
+def test_every_page_is_reachable_its_links_resolve_and_it_needs_no_network(site):
     pages = {path.resolve(): Page(path) for path in site.rglob("*.html")}
     reached = {site.resolve() / "index.html"}
     for path, page in pages.items():
@@ -90,6 +92,10 @@ def test_every_page_is_reachable_and_its_links_resolve(site):
             assert target not in pages or anchor in pages[target].anchors, link
             reached |= {target} - {path}
     assert set(pages) <= reached
+    styles = "".join(path.read_text("utf-8") for path in site.rglob("*.css"))
+    loaded = set(re.findall(r"""(?:url\(|@import)\s*["']?([^"')]+)""", styles))
+    loaded |= set().union(*(page.loaded for page in pages.values()))
+    assert {link for link in loaded if urlsplit(link).netloc} == set()
 
 
 def slugs(text):

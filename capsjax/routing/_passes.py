@@ -110,6 +110,11 @@ def layer_norm(x: jax.Array, epsilon: float) -> jax.Array:
     return centred * lax.rsqrt(variance + epsilon)
 
 
+def not_folded(logits: jax.Array) -> jax.Array:
+    """Hides constant logits from XLA, which would evaluate their softmax while it compiles."""
+    return lax.optimization_barrier(logits)
+
+
 class Passes(NamedTuple):
     """An iterative algorithm, as passes over the votes that share a carry.
 

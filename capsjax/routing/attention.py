@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
 from capsjax.ops._checks import check_number
-from capsjax.routing._passes import Passes, as_parameter, inputs, layer_norm
+from capsjax.routing._passes import Passes, as_parameter, inputs, layer_norm, not_folded
 from capsjax.routing.record import Algorithm, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
 
@@ -103,7 +103,7 @@ def attention_passes(
         s, coupling = gather(logits)
         return given.routed(normalise(s), length(squash(s)), coupling), logits
 
-    return Passes(given.votes, given.zeros(), update, finish)
+    return Passes(given.votes, not_folded(given.zeros()), update, finish)
 
 
 def _parameters(sizes: Sizes) -> dict[str, Parameter]:

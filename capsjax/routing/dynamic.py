@@ -6,7 +6,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
-from capsjax.routing._passes import Inputs, Passes, as_logits, inputs
+from capsjax.routing._passes import Inputs, Passes, as_logits, inputs, not_folded
 from capsjax.routing.fused import dense_capsules
 from capsjax.routing.record import Algorithm, register
 from capsjax.routing.routed import Routed
@@ -106,7 +106,7 @@ def dynamic_passes(
         poses, coupling = route(agreement, given, prior)
         return given.routed(poses, length(poses), coupling), prior + agreement
 
-    return Passes(given.votes, jnp.zeros_like(prior), update, finish)
+    return Passes(given.votes, not_folded(jnp.zeros_like(prior)), update, finish)
 
 
 def _leaky_softmax(logits: jax.Array) -> jax.Array:

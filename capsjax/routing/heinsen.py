@@ -16,7 +16,7 @@ from capsjax.ops._checks import (
     taking_part,
     zeros,
 )
-from capsjax.routing._passes import layer_norm
+from capsjax.routing._passes import layer_norm, not_folded
 from capsjax.routing.record import Algorithm, Children, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
 
@@ -179,7 +179,7 @@ def heinsen_routing(
             fit * like(p.score_scale, *per_pair) + like(p.score_bias, *per_pair)
         )
 
-    first = zeros((*leading, *per_pair), wide, x, *p)
+    first = not_folded(zeros((*leading, *per_pair), wide, x, *p))
     y, coupling = gather(lax.fori_loop(0, iterations - 1, update, first))
     if mask is not None:
         coupling = jnp.where(mask, coupling, 0)

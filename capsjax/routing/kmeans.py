@@ -5,7 +5,7 @@ from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
 from capsjax.ops.capsule import unit
-from capsjax.routing._passes import Passes, inputs
+from capsjax.routing._passes import Passes, inputs, not_folded
 from capsjax.routing.record import Algorithm, register
 from capsjax.routing.routed import Routed
 
@@ -79,7 +79,7 @@ def kmeans_passes(
         poses = squash(s)
         return given.routed(poses, length(poses), coupling), logits
 
-    return Passes(given.votes, given.zeros(), update, finish)
+    return Passes(given.votes, not_folded(given.zeros()), update, finish)
 
 
 KMEANS = register(

@@ -27,6 +27,7 @@ _NETWORK, _ABOUT, _LOADER = "network.bin", "about.json", "load.py"
 # Written beside the network: all the code that running it takes.
 _LOAD = '''\
 """Runs the network in this folder, with the packages jax and flatbuffers alone."""
+# pip install "jax!=0.10.2" flatbuffers: the XLA of jax 0.10.2 computes wrongly on CPUs.
 
 import json
 from pathlib import Path

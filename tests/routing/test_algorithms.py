@@ -434,6 +434,12 @@ def test_under_shard_map_and_exported(name):
     )
 
 
+@pytest.mark.parametrize("function", ["attention_routing", "dynamic_routing", "kmeans_routing"])
+def test_the_first_logits_are_hidden_from_constant_folding(function):
+    route = jax.jit(functools.partial(getattr(capsjax, function), num_iterations=2))
+    assert "optimization_barrier" in route.lower(jnp.ones((3, 2, 4))).as_text()
+
+
 def test_kmeans_ignores_the_length_of_its_centres():
     # Twice as many children of each kind: the same couplings, while dynamic routing sharpens.
     votes = votes_of()
