@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from filelock import FileLock
 from markdown_it import MarkdownIt
 
 import capsjax
@@ -44,12 +45,16 @@ PAGES = sorted(
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The folder of the built pages."""
-    built = tmp_path_factory.mktemp("docs")
-    command = [sys.executable, "-m", "sphinx", "-q", "-n", "-W", "-b", "html", "docs", str(built)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def site(tmp_path_factory, worker_id):
+    """The folder of the built pages, which the processes of pytest-xdist build once."""
+    base = tmp_path_factory.getbasetemp()
+    built = (base if worker_id == "master" else base.parent) / "site"
+    with FileLock(f"{built}.lock"):
+        if not (built / "objects.inv").exists():
+            command = [sys.executable, "-m", "sphinx", "-q", "-n", "-W", "-b", "html"]
+            command += ["docs", str(built)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
     return built
 
 

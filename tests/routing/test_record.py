@@ -111,8 +111,9 @@ def test_an_algorithm_in_one_file_is_known_everywhere(tmp_path):
     )
     # Its last line asks for an algorithm that there is not.
     assert done.returncode == 2, done.stderr
-    assert "--routing must be one of attention, dynamic, " in done.stderr.splitlines()[-1]
-    assert "variational, toy, or one that your program has registered, got 'toys'" in done.stderr.splitlines()[-1]
+    error = done.stderr.splitlines()[-1]
+    assert "--routing must be one of attention, dynamic, " in error
+    assert "variational, toy, or one that your program has registered, got 'toys'" in error
     assert (tmp_path / "run" / "diagram.svg").stat().st_size > 10_000
 
 
