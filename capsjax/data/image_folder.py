@@ -90,18 +90,22 @@ def load_image_folder(
             size = None if image_size is None else (image_size, image_size)
             splits = stored_splits(root, [files[split] for split in _SPLITS], size, channels)
             if not in_memory(sum(split.images.nbytes for split in splits)):
-                names = Names(str(file) for file, _ in files["test"])
+                names = _names(files["test"])
                 return Dataset("image_folder", splits[0], splits[1], classes, test_files=names)
         read = _Reader(image_size, channels)
         train, _ = read.split(files["train"])
-        test, names = read.split(files["test"])
+        test, kept = read.split(files["test"])
         for label, name in enumerate(classes):
             if label not in train.labels:
                 raise read.no_image_of(name)
         read.report(root)
     except OSError as error:
         raise DataError(f"image_folder cannot read {error.filename}: {error.strerror}") from error
-    return Dataset("image_folder", train, test, classes, test_files=names)
+    return Dataset("image_folder", train, test, classes, test_files=_names(kept))
+
+
+def _names(files: list[_File]) -> Names:
+    return Names(str(file) for file, _ in files)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -215,11 +219,10 @@ class _Reader:
         self._unreadable: list[str] = []
         self._number = 0
 
-    def split(self, files: list[_File]) -> tuple[Split, Names]:
-        """Reads the images of a split in the widest of their dtypes; returns their names, too."""
+    def split(self, files: list[_File]) -> tuple[Split, list[_File]]:
+        """Reads the images of a split in the widest of their dtypes; returns their files, too."""
         images: npt.NDArray[Any] | None = None
-        labels: list[int] = []
-        names: list[str] = []
+        kept: list[_File] = []
         self._number += len(files)
         for file, label in files:
             try:
@@ -239,12 +242,12 @@ class _Reader:
                 images = np.empty((len(files), *image.shape), image.dtype)
             widest = np.result_type(images, image)
             images = widened(images, widest)
-            images[len(labels)] = widened(image, widest)
-            labels.append(label)
-            names.append(str(file))
+            images[len(kept)] = widened(image, widest)
+            kept.append((file, label))
         if images is None:
             raise DataError(f"image_folder finds no image: {self._unreadable[0]}")
-        return Split(images[: len(labels)], np.array(labels, np.int32)), Names(names)
+        labels = np.array([label for _, label in kept], np.int32)
+        return Split(images[: len(kept)], labels), kept
 
     def no_image_of(self, name: str) -> DataError:
         """Returns the error for a class without a readable image."""
