@@ -27,6 +27,8 @@ class Environment:
       python: version.
       xla_flags: the environment variable ``XLA_FLAGS``.
       libtpu_init_args: the environment variable ``LIBTPU_INIT_ARGS``.
+      glibc_tunables: the environment variable ``GLIBC_TUNABLES``, such as
+        ``glibc.malloc.hugetlb=1``, which makes large programs on CPUs faster.
       cpu: model of the processor.
       cpu_features: instruction sets that matter to XLA.
       cores: number of cores that this process may use.
@@ -45,6 +47,7 @@ class Environment:
     python: str
     xla_flags: str
     libtpu_init_args: str
+    glibc_tunables: str
     cpu: str
     cpu_features: tuple[str, ...]
     cores: int
@@ -77,6 +80,7 @@ def read_environment() -> Environment:
         python=platform.python_version(),
         xla_flags=os.environ.get("XLA_FLAGS", ""),
         libtpu_init_args=os.environ.get("LIBTPU_INIT_ARGS", ""),
+        glibc_tunables=os.environ.get("GLIBC_TUNABLES", ""),
         cpu=cpu.get("model name") or platform.processor() or platform.machine(),
         cpu_features=tuple(name for name in _FEATURES if name in features),
         cores=_cores(),

@@ -116,9 +116,11 @@ def test_numbers_that_json_does_not_know_are_refused(tmp_path):
         append_rows(tmp_path / "rows.jsonl", [row(stages={"run": (float("nan"),)})])
 
 
-def test_the_environment_names_versions_and_machine():
+def test_the_environment_names_versions_and_machine(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     environment = read_environment()
     assert environment.jax
     assert environment.cpu
     assert "xla_force_host_platform_device_count=8" in environment.xla_flags
+    assert environment.glibc_tunables == "glibc.malloc.hugetlb=1"
     assert environment.memory_bytes is None or environment.memory_bytes > 2**28

@@ -35,6 +35,7 @@ _VERSIONS = (
     "cpu",
     "xla_flags",
     "libtpu_init_args",
+    "glibc_tunables",
 )
 
 
