@@ -42,8 +42,9 @@ def free_port():
 
 
 def saved(run):
-    folders = run.glob("checkpoints/*/commit_success.txt")
-    return sorted(int(path.parent.name) for path in folders)
+    """The steps of a run's checkpoints."""
+    names = [path.parent.name for path in run.glob("checkpoints/*/commit_success.txt")]
+    return sorted(int(name) for name in names if name.isdecimal())  # others are being written
 
 
 _start = functools.partial(subprocess.Popen, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -195,7 +196,7 @@ class Job:
             assert time.monotonic() < end, f"{what}: not in {seconds} s\n{self.logs()}"
             dead = [p for p in self.processes if p.code is not None]
             assert not dead or condition(), f"{what}: a process ended\n{self.logs()}"
-            time.sleep(0.05)
+            time.sleep(0.2)  # the condition may ask object storage
 
     def wait(self, *numbers, seconds=SECONDS):
         """Waits for the end of these processes, or of all, and returns their exit codes."""
