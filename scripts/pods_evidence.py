@@ -63,6 +63,7 @@ class Bench:
         """Starts processes that train together."""
         processes, devices = SHAPES[shape]
         counts = {"processes": processes, "devices": devices, "heartbeat": HEARTBEAT}
+        counts["forked"] = False  # commands as a user gives them
         arguments = self.arguments(run, steps)
         return Job(self.folder / name, arguments, start=START, **{**counts, **settings})
 

@@ -1,6 +1,7 @@
 """Several real processes on this machine that run a command of capsjax as one."""
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -10,25 +11,27 @@ import sys
 import time
 from pathlib import Path
 
+from forking import Forked
+
 SECONDS = 240  # that a job may take on a busy machine
 
 # A network that compiles quickly.
 NETWORK = ("--preset", "baseline", "--override", "conv_features=4", "dense_features=8")
 EVERY = ("--batch-size", "16", "--log-every", "4", "--checkpoint-every", "7", "--validation", "20")
 
-# A run that waits at step 7 until a file is there.
+# A run that waits at a step until a file is there.
 WAITING = """
 import pathlib, sys, time
 from capsjax.__main__ import main
 from capsjax.training import loop
 
 def advance(run, progress, *rest):
-    while progress.step == 7 and not pathlib.Path(sys.argv[1]).exists():
+    while progress.step == int(sys.argv[1]) and not pathlib.Path(sys.argv[2]).exists():
         time.sleep(0.05)
     started(run, progress, *rest)
 
 started, loop._advance = loop._advance, advance
-main(sys.argv[2:])
+main(sys.argv[3:])
 """
 
 
@@ -39,28 +42,33 @@ def free_port():
 
 
 def saved(run):
-    folders = run.glob("checkpoints/*/commit_success.txt")
-    return sorted(int(path.parent.name) for path in folders)
+    """The steps of a run's checkpoints."""
+    names = [path.parent.name for path in run.glob("checkpoints/*/commit_success.txt")]
+    return sorted(int(name) for name in names if name.isdecimal())  # others are being written
+
+
+_start = functools.partial(subprocess.Popen, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 class Process:
     """One process of a job, whose standard streams are files."""
 
-    def __init__(self, number, command, log, *, devices, environment=None, directory=None):
+    def __init__(
+        self, number, command, log, *, devices, environment=None, directory=None, forked=False
+    ):
         self.number, self.log = number, Path(log)
         flags = re.sub(
             r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")
         )
         flags += f" --xla_force_host_platform_device_count={devices}"
+        start = Forked if forked else _start
         with open(f"{log}.out", "wb") as out, open(f"{log}.err", "wb") as err:
-            self._process = subprocess.Popen(
+            self._process = start(
                 [*map(str, command)],
                 cwd=directory,
                 env={**os.environ, "XLA_FLAGS": flags, **(environment or {})},
-                stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                start_new_session=True,
             )
 
     @property
@@ -117,6 +125,7 @@ class Job:
       directory: the working directory of a process, a function of its number.
       host: of process 0.
       prefix: words before the command of a process, a function of its number.
+      forked: whether commands without a prefix are forked from a process that has imported capsjax.
     """
 
     def __init__(
@@ -135,6 +144,7 @@ class Job:
         directory=None,
         host="127.0.0.1",
         prefix=lambda number: (),
+        forked=True,
     ):
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.port = free_port()
@@ -158,6 +168,7 @@ class Job:
                     devices=counts[number],
                     environment=environment,
                     directory=None if directory is None else directory(number),
+                    forked=forked and not prefix(number),
                 )
             )
 
@@ -185,7 +196,7 @@ class Job:
             assert time.monotonic() < end, f"{what}: not in {seconds} s\n{self.logs()}"
             dead = [p for p in self.processes if p.code is not None]
             assert not dead or condition(), f"{what}: a process ended\n{self.logs()}"
-            time.sleep(0.05)
+            time.sleep(0.2)  # the condition may ask object storage
 
     def wait(self, *numbers, seconds=SECONDS):
         """Waits for the end of these processes, or of all, and returns their exit codes."""
@@ -198,11 +209,18 @@ class Job:
 
 
 class Launched(Job):
-    """Commands of launchers, each with its environment."""
+    """Commands, of launchers or to be forked, each with its environment."""
 
-    def __init__(self, folder, commands, environments):
+    def __init__(self, folder, commands, environments, forked=False):
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.processes = [
-            Process(number, command, Path(folder) / f"{number}", devices=1, environment=variables)
+            Process(
+                number,
+                command,
+                Path(folder) / f"{number}",
+                devices=1,
+                environment=variables,
+                forked=forked,
+            )
             for number, (command, variables) in enumerate(zip(commands, environments, strict=True))
         ]

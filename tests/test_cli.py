@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jobs import WAITING, Launched, saved
 from PIL import Image
 
 from capsjax import cli
@@ -111,43 +111,22 @@ def test_evaluate_tells_the_same_error(uninterrupted, capsys):
     assert told == done.stdout.splitlines()[0]
 
 
-# A run that waits at a step for a line on its standard input.
-WAITING = """
-import sys
-from capsjax.__main__ import main
-from capsjax.training import loop
-
-def advance(run, progress, *rest):
-    if progress.step == int(sys.argv[1]):
-        sys.stdin.readline()
-    started(run, progress, *rest)
-
-started, loop._advance = loop._advance, advance
-main(["train", *sys.argv[2:]])
-"""
+def forked(folder, *arguments):
+    """A process of Python that need not import capsjax first; it ends with the context."""
+    return Launched(folder, [[sys.executable, *arguments]], [{}], forked=True)
 
 
 def stop(run, step, how, *arguments):
     """Trains up to a step with a checkpoint, stops there, and returns what the run printed."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAITING, str(step), *arguments, "--run-dir", str(run)],
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        while not (run / "checkpoints" / str(step) / "commit_success.txt").exists():
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.01)
-        process.send_signal(how)
-        stdout, _ = process.communicate("\n", timeout=300)
-    finally:
-        process.kill()
+    logs, go = run.with_name(f"logs-{step}"), run.with_name(f"go-{step}")
+    command = ["train", *arguments, "--run-dir", run]
+    with forked(logs, "-c", WAITING, step, go, *command) as job:
+        job.until(lambda: step in saved(run), "a checkpoint")
+        job[0].send(how)
+        go.touch()
+        assert job.wait() == [-how if how == signal.SIGKILL else 128 + how], job.logs()
     assert not (run / "result.json").exists()
-    assert process.returncode == (-how if how == signal.SIGKILL else 128 + how)
-    return stdout
+    return job[0].out
 
 
 def test_a_run_that_was_stopped_resumes_to_the_same_bits(uninterrupted, options, tmp_path):
@@ -157,8 +136,8 @@ def test_a_run_that_was_stopped_resumes_to_the_same_bits(uninterrupted, options,
     assert "stopped by SIGTERM at step" in told
     assert f"--resume {run}\n" in told
     stop(run, 30, signal.SIGKILL, "--resume")
-    resumed = script("train", "--resume", "--run-dir", run)
-    assert resumed.returncode == 0, resumed.stderr
+    with forked(tmp_path, "-m", "capsjax", "train", "--resume", "--run-dir", run) as job:
+        assert job.wait() == [0], job.logs()
     (step, expected), (resumed_step, state) = newest(whole), newest(run)
     assert step == resumed_step == 40
     jax.tree.map(np.testing.assert_array_equal, state, expected)
@@ -205,9 +184,9 @@ def test_a_truncated_checkpoint_is_one_line_and_loses_nothing(uninterrupted, tmp
         ("evaluate", [run]),
         ("train", ["--resume", "--run-dir", run, "--steps", 50]),
     ):
-        failed = script(name, *arguments)
-        assert failed.returncode == 2
-        line = one_line(failed.stderr, f"capsjax {name}")
+        with forked(tmp_path, "-m", "capsjax", name, *arguments) as failed:
+            assert failed.wait() == [2]
+        line = one_line(failed[0].err, f"capsjax {name}")
         assert "checkpoints/40 is damaged or truncated" in line
         assert "move it away to use those of step 20, 30" in line
     shutil.move(run / "checkpoints" / "40", tmp_path / "away")
@@ -623,7 +602,7 @@ def test_a_signal_after_the_work_changes_nothing():
     """As while a process waits for the others, and ends."""
     program = (
         "import signal\n"
-        "from capsjax import process\n"
+        "import capsjax.process as process\n"  # `from capsjax` would import JAX
         "with process.interruptible():\n"
         "    process.ignore_signals()\n"
         "for number in (signal.SIGINT, signal.SIGTERM):\n"

@@ -40,7 +40,7 @@ class Commands:
         self.folder, self.started = folder, folder / "started"
         self.started.mkdir()
         self.path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-        waiting = shlex.join([sys.executable, "-c", WAITING, str(folder / "go")])
+        waiting = shlex.join([sys.executable, "-c", WAITING, "7", str(folder / "go")])
         rank = "$SLURM_PROCID$OMPI_COMM_WORLD_RANK$CAPSJAX_PROCESS_ID"
         self.add("capsjax", f'#!/bin/sh\necho $$ > {self.started}/{rank}\nexec {waiting} "$@"\n')
 
