@@ -82,7 +82,9 @@ def test_a_stream_trains_the_same_network(tmp_path, digits, tiny, resident, caps
 def test_a_stream_trains_the_same_network_on_eight_devices(tmp_path, digits, tiny, driver):
     results = [
         train(
-            config(tmp_path / name, input=name, driver=driver, steps=6, batch_size=32),
+            config(
+                tmp_path / name, input=name, driver=driver, steps=6, batch_size=32, validation=0
+            ),
             model=tiny,
             dataset=digits,
         )
