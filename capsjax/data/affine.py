@@ -1,5 +1,6 @@
 """Random affine transformations of images, on the device."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -67,10 +68,15 @@ def random_affine(
     drawn = AffineRanges() if ranges is None else ranges
     if size < 1:
         raise ValueError(f"size must be positive, got {size}")
+    return _transform(keys, images, size=size, ranges=drawn)
 
+
+# Compiled, so that a call from Python is one program and not dozens of small ones.
+@functools.partial(jax.jit, static_argnames=("size", "ranges"))
+def _transform(keys: jax.Array, images: jax.Array, *, size: int, ranges: AffineRanges) -> jax.Array:
     def one(key: jax.Array, image: jax.Array) -> jax.Array:
         matrix_key, place_key = jax.random.split(key)
-        matrix = _draw_matrix(matrix_key, drawn)
+        matrix = _draw_matrix(matrix_key, ranges)
         return _warp(image, matrix, _draw_place(place_key, image, matrix, size), size)
 
     return jax.vmap(one)(keys, images)

@@ -1,5 +1,6 @@
 """Transformations on the device: order of examples, flip, shift, placement, crop, scale."""
 
+import functools
 from typing import Literal
 
 import jax
@@ -89,12 +90,7 @@ def random_flip(keys: jax.Array, images: jax.Array, *, direction: Flip) -> jax.A
         raise ValueError(
             f"keys must have one key per example, shape {images.shape[:1]}, got shape {keys.shape}"
         )
-    shape = (2, *images.shape[1:-3])
-    drawn = jax.vmap(lambda key: jax.random.bernoulli(key, shape=shape))(keys)
-    for axis in axes[direction]:
-        mirrored = drawn[:, axis, ..., None, None, None]
-        images = jnp.where(mirrored, jnp.flip(images, axis - 3), images)
-    return images
+    return _flip(keys, images, axes=axes[direction])
 
 
 def random_shift(
@@ -132,10 +128,8 @@ def random_shift(
     check_keys(keys, images)
     if max_shift == 0:
         return images
-    offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, 2 * max_shift + 1))(keys)
-    for axis in (1, 2):
-        images = _cut(images, offsets[:, axis - 1], max_shift, images.shape[axis], axis, fill)
-    return images
+    rows, columns = images.shape[1:3]
+    return _cut(keys, images, margins=(max_shift,) * 2, sizes=(rows, columns), fill=fill)
 
 
 def random_placement(keys: jax.Array, images: jax.Array, *, size: int) -> jax.Array:
@@ -165,16 +159,12 @@ def random_placement(keys: jax.Array, images: jax.Array, *, size: int) -> jax.Ar
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 5.1.
     """
     check_keys(keys, images)
-    room = jnp.array([size - n for n in images.shape[1:3]])
-    if min(size - n for n in images.shape[1:3]) < 0:
+    rows, columns = (size - n for n in images.shape[1:3])
+    if min(rows, columns) < 0:
         raise ValueError(
             f"size must be at least that of the images, {images.shape[1:3]}, got {size}"
         )
-    offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, room + 1))(keys)
-    for axis in (1, 2):
-        margin = size - images.shape[axis]
-        images = _cut(images, offsets[:, axis - 1], margin, size, axis)
-    return images
+    return _cut(keys, images, margins=(rows, columns), sizes=(size, size))
 
 
 def crop_images(images: jax.Array, size: int, keys: jax.Array | None = None) -> jax.Array:
@@ -209,11 +199,7 @@ def crop_images(images: jax.Array, size: int, keys: jax.Array | None = None) -> 
         rows, columns = (slice(n // 2, n // 2 + size) for n in room)
         return images[:, rows, columns]
     check_keys(keys, images)
-    most = jnp.array(room) + 1
-    offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, most))(keys)
-    for axis in (1, 2):
-        images = _cut(images, offsets[:, axis - 1], 0, size, axis)
-    return images
+    return _cut(keys, images, margins=(0, 0), sizes=(size, size))
 
 
 def check_keys(keys: jax.Array, images: jax.Array) -> None:
@@ -224,8 +210,43 @@ def check_keys(keys: jax.Array, images: jax.Array) -> None:
         )
 
 
+# Compiled, so that a call from Python is one program and not dozens of small ones.
+@functools.partial(jax.jit, static_argnames="axes")
+def _flip(keys: jax.Array, images: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
+    """Mirrors each image along each axis of rows, 0, and columns, 1, with probability 1/2."""
+    shape = (2, *images.shape[1:-3])
+    drawn = jax.vmap(lambda key: jax.random.bernoulli(key, shape=shape))(keys)
+    for axis in axes:
+        mirrored = drawn[:, axis, ..., None, None, None]
+        images = jnp.where(mirrored, jnp.flip(images, axis - 3), images)
+    return images
+
+
+@functools.partial(jax.jit, static_argnames=("margins", "sizes", "fill"))
 def _cut(
-    images: jax.Array, offsets: jax.Array, margin: int, size: int, axis: int, fill: Fill = 0
+    keys: jax.Array,
+    images: jax.Array,
+    *,
+    margins: tuple[int, int],
+    sizes: tuple[int, int],
+    fill: Fill = 0,
+) -> jax.Array:
+    """Pads rows and columns and slices so many of each at a random offset."""
+    room = [
+        n + 2 * margin - size
+        for n, margin, size in zip(images.shape[1:3], margins, sizes, strict=True)
+    ]
+    most = jnp.array(room) + 1
+    offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, most))(keys)
+    for axis in (1, 2):
+        images = _slice(
+            images, offsets[:, axis - 1], margins[axis - 1], sizes[axis - 1], axis, fill
+        )
+    return images
+
+
+def _slice(
+    images: jax.Array, offsets: jax.Array, margin: int, size: int, axis: int, fill: Fill
 ) -> jax.Array:
     """Pads an axis and slices `size` positions from each image's offset."""
     # Selects among all slices: slicing each image at its offset would be a loop on TPUs.

@@ -64,11 +64,11 @@ class BaselineCNN(nnx.Module):
       rngs: random streams; uses ``params``.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from capsjax import models
       >>> from flax import nnx
-      >>> network = models.create("baseline", rngs=nnx.Rngs(0), conv_features=(8,))
-      >>> network(jnp.zeros((2, 28, 28, 1))).scores.shape
+      >>> network = models.create("baseline_small", rngs=nnx.Rngs(0), conv_features=(8,))
+      >>> jax.jit(network)(jnp.zeros((2, 28, 28, 1))).scores.shape
       (2, 10)
 
     Reference:

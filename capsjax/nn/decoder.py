@@ -39,7 +39,7 @@ class Decoder(nnx.Module):
       >>> from flax import nnx
       >>> from capsjax.nn import Decoder
       >>> decoder = Decoder(10, 16, (28, 28, 1), rngs=nnx.Rngs(0))
-      >>> decoder(jnp.ones((2, 10, 16)), jax.nn.one_hot(jnp.array([3, 7]), 10)).shape
+      >>> jax.jit(decoder)(jnp.ones((2, 10, 16)), jax.nn.one_hot(jnp.array([3, 7]), 10)).shape
       (2, 28, 28, 1)
 
     Reference:

@@ -56,11 +56,11 @@ class GridCapsules(SharedWeights):
         ``out_features``.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from capsjax.nn import GridCapsules
       >>> layer = GridCapsules(8, 16, 10, 16, rngs=nnx.Rngs(0))
-      >>> routed = layer(jnp.ones((2, 7, 7, 8, 16)))
+      >>> routed = jax.jit(layer)(jnp.ones((2, 7, 7, 8, 16)))
       >>> routed.poses.shape, routed.activations.shape, routed.coupling.shape
       ((2, 10, 16), (2, 10), (2, 392, 10))
 

@@ -56,14 +56,14 @@ class PrimaryCapsules(nnx.Module):
       ValueError: kernel size, strides or padding are invalid.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from capsjax.nn import PrimaryCapsules
-      >>> layer = PrimaryCapsules(256, 32, 8, rngs=nnx.Rngs(0))
-      >>> layer(jnp.ones((2, 20, 20, 256))).shape
+      >>> layer = PrimaryCapsules(16, 32, 8, rngs=nnx.Rngs(0))
+      >>> jax.jit(layer)(jnp.ones((2, 20, 20, 16))).shape
       (2, 1152, 8)
       >>> layer = PrimaryCapsules(3, 2, 8, kernel_size=(9,), rngs=nnx.Rngs(0))
-      >>> layer(jnp.ones((4, 50, 3))).shape  # time series of 50 steps
+      >>> jax.jit(layer)(jnp.ones((4, 50, 3))).shape  # time series of 50 steps
       (4, 42, 8)
 
     Reference:

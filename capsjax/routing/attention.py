@@ -57,7 +57,7 @@ def attention_routing(
       >>> import jax
       >>> from capsjax import attention_routing
       >>> votes = jax.random.normal(jax.random.key(0), (1152, 10, 16))
-      >>> attention_routing(votes).poses.shape
+      >>> jax.jit(attention_routing)(votes).poses.shape
       (10, 16)
 
     Reference:

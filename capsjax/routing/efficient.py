@@ -45,7 +45,7 @@ def efficient_routing(
       >>> import jax
       >>> from capsjax import efficient_routing
       >>> votes = jax.random.normal(jax.random.key(0), (16, 10, 16))
-      >>> efficient_routing(votes).poses.shape
+      >>> jax.jit(efficient_routing)(votes).poses.shape
       (10, 16)
 
     Reference:

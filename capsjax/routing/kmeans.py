@@ -50,7 +50,7 @@ def kmeans_routing(
       >>> import jax
       >>> from capsjax import kmeans_routing
       >>> votes = jax.random.normal(jax.random.key(0), (1152, 10, 16))
-      >>> kmeans_routing(votes).poses.shape
+      >>> jax.jit(kmeans_routing)(votes).poses.shape
       (10, 16)
 
     Reference:

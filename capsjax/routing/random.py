@@ -46,7 +46,7 @@ def random_routing(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from capsjax import random_routing
-      >>> random_routing(jnp.ones((6, 4, 2)), key=jax.random.key(0)).poses.shape
+      >>> jax.jit(random_routing)(jnp.ones((6, 4, 2)), key=jax.random.key(0)).poses.shape
       (4, 2)
 
     Reference:

@@ -84,7 +84,7 @@ def variational_routing(
       >>> import jax, jax.numpy as jnp
       >>> from capsjax import variational_routing
       >>> votes = jax.random.normal(jax.random.key(0), (288, 10, 16))
-      >>> routed = variational_routing(
+      >>> routed = jax.jit(variational_routing)(
       ...     votes, jnp.ones(288), beta_a=jnp.zeros(10), beta_u=jnp.zeros(10))
       >>> routed.poses.shape, routed.activations.shape
       ((10, 16), (10,))

@@ -85,6 +85,12 @@ def dissect(network: CapsNet, image: jax.Array, *, num_iterations: int | None = 
     check_images(image, network.config.image_shape)
     if image.ndim != 3:
         raise ValueError(f"image must be one image [H, W, C], got shape {image.shape}")
+    return _dissect(network, image, num_iterations=num_iterations or network.config.num_iterations)
+
+
+# Compiled, so that a call from Python is one program and not dozens of small ones.
+@nnx.jit(static_argnames="num_iterations")
+def _dissect(network: CapsNet, image: jax.Array, *, num_iterations: int) -> Anatomy:
     config, layer = network.config, network.classes
     children = network.primary_capsules(image)
     assert layer.kernel is not None  # None only with an algorithm that computes its own votes
@@ -92,6 +98,6 @@ def dissect(network: CapsNet, image: jax.Array, *, num_iterations: int | None = 
     votes = dense_votes(children.astype(dtype), layer.kernel[...].astype(dtype))
     given = layer.router.arguments()
     arguments = algorithm(config.routing).keyword_arguments(Children(children), given)
-    arguments["num_iterations"] = num_iterations or config.num_iterations
+    arguments["num_iterations"] = num_iterations
     trace = routing_trace(votes, routing=config.routing, **arguments)
     return Anatomy(image, children, votes, trace, given.get("bias"))

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from capsjax.data import scale_pixels
 from capsjax.training import TrainedNetwork
@@ -34,8 +33,6 @@ class Live:
         self.dataset, self.test = loaded.dataset, loaded.test
         self.step = loaded.step
         self._lock = threading.Lock()
-        self._dissect = nnx.jit(dissect)
-        self._reconstruct = nnx.jit(reconstruct)
         # Compiles both functions, so that the first request is as fast as the others.
         self.look(np.zeros(self.network.config.image_shape, np.uint8))
         self.decode([0.0] * self.network.config.class_features, 0)
@@ -69,14 +66,14 @@ class Live:
         if image.shape != shape:
             got, expected = (" x ".join(map(str, s)) for s in (image.shape, shape))
             raise ValueError(f"image must be {expected} pixels, got {got}")
-        return self._dissect(self.network, scale_pixels(jnp.asarray(image)))
+        return dissect(self.network, scale_pixels(jnp.asarray(image)))
 
     def look(self, image: np.ndarray) -> dict[str, Any]:
         """Returns the network's results for an image ``[H, W, C]``, and its pixels as 0 to 255."""
         with self._lock:
             anatomy = self._anatomy(image)
             number = anatomy.poses.shape[0]
-            each = self._reconstruct(
+            each = reconstruct(
                 self.network,
                 jnp.broadcast_to(anatomy.poses, (number, *anatomy.poses.shape)),
                 jnp.arange(number),
@@ -101,7 +98,7 @@ class Live:
         poses = np.zeros((config.num_classes, config.class_features), np.float32)
         poses[parent] = values
         with self._lock:
-            image = self._reconstruct(self.network, jnp.asarray(poses), jnp.asarray(parent))
+            image = reconstruct(self.network, jnp.asarray(poses), jnp.asarray(parent))
         pixels: list[int] = _pixels(image).ravel().tolist()
         return pixels
 

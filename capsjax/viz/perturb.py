@@ -19,6 +19,7 @@ def decoder_of(network: nnx.Module) -> Decoder:
     return decoder
 
 
+@nnx.jit
 def reconstruct(network: nnx.Module, poses: jax.Array, parent: jax.Array | int) -> jax.Array:
     """Reconstructs images from one class capsule: ``[..., J, D]`` to ``[..., H, W, C]``."""
     target = jax.nn.one_hot(parent, poses.shape[-2])

@@ -275,10 +275,14 @@ def test_em_over_fields_is_em_over_all_parents_at_once():
             responsible.update({key: value / sum(mine.values()) for key, value in mine.items()})
 
 
-# Every algorithm in one layer, and every layer.
+# Every algorithm in one layer, and every layer. Those that take votes alone are one case for a
+# layer, and tests/routing has them without one.
 CONV = {"kernel_size": (2, 1), "padding": "SAME"}
 MASKED = [
-    functools.partial(ConvCapsules, 2, 4, 3, 4, routing=name, **CONV)
+    pytest.param(
+        functools.partial(ConvCapsules, 2, 4, 3, 4, routing=name, **CONV),
+        marks=pytest.mark.slow if name in ("uniform", "random", "kmeans", "efficient") else (),
+    )
     for name in routing.algorithms()
     if name != "heinsen"
 ]

@@ -129,7 +129,7 @@ def test_each_trial_is_a_run_that_other_commands_open(filled, digits):
         run = config.output / line.run
         loaded = load_network(run)
         assert loaded.step == 12
-        found = evaluate(EvaluateConfig(run_dir=run, batch_size=16), dataset=digits)
+        found = evaluate(EvaluateConfig(run_dir=run, batch_size=16, driver="jit"), dataset=digits)
         assert found.test.error == line.errors["mnist_5k"]
         assert 100 * found.test.error == rows[0].errors[line.seed]
     resumed = dataclasses.replace(RunDirectory(run).read_config().train, steps=14)

@@ -50,7 +50,7 @@ def trained(tmp_path_factory, digits, tiny):
 
 def test_what_is_given_is_used_and_recorded(trained, digits):
     config, _, result = trained
-    scores, _ = predict_test(EvaluateConfig(run_dir=config.run_dir), dataset=digits)
+    scores, _ = predict_test(EvaluateConfig(run_dir=config.run_dir, driver="jit"), dataset=digits)
     assert result.test.metrics["first"] == pytest.approx(scores[:, 0].mean(), rel=1e-5)
     lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -71,7 +71,7 @@ def test_what_is_given_is_used_and_recorded(trained, digits):
 
 def test_an_evaluation_needs_the_objective_for_the_loss_alone(trained, digits):
     config, given, result = trained
-    config = EvaluateConfig(run_dir=config.run_dir)
+    config = EvaluateConfig(run_dir=config.run_dir, driver="jit")
     without = evaluate(config, dataset=digits).test
     assert np.isnan(without.loss)
     assert (without.wrong, without.class_wrong) == (result.test.wrong, result.test.class_wrong)
@@ -148,7 +148,9 @@ def test_values_that_are_not_one_number_per_example(tmp_path, digits, tiny, give
 
 
 def test_predictions_are_written_of_the_same_metrics_alone(trained, digits, tmp_path):
-    config = EvaluateConfig(run_dir=trained[0].run_dir, predictions=tmp_path / "p.csv")
+    config = EvaluateConfig(
+        run_dir=trained[0].run_dir, predictions=tmp_path / "p.csv", driver="jit"
+    )
     with pytest.raises(ValueError, match="metric 'all' must return one value per example"):
         evaluate(config, dataset=digits, metrics={"all": scores})
     with pytest.raises(TypeError, match="objective must be a function, got 3"):
@@ -194,7 +196,7 @@ def test_numbers_are_predicted(regression, brightness, tmp_path):
     assert np.isnan(result.test.error)
     assert result.validation_error is None
     path = tmp_path / "predictions.csv"
-    again = EvaluateConfig(run_dir=config.run_dir, predictions=path)
+    again = EvaluateConfig(run_dir=config.run_dir, predictions=path, driver="jit")
     evaluated = evaluate(again, dataset=brightness)
     assert evaluated.test.loss == pytest.approx(result.test.loss, rel=1e-5)
     scores, labels = predict_test(again, dataset=brightness)
@@ -263,7 +265,7 @@ def test_numbers_survive_a_file(brightness, tmp_path):
 def test_classes_and_numbers_are_not_mixed_up(regression, brightness, digits, tmp_path, tiny):
     config, model, _ = regression
     with pytest.raises(ConfigError, match="data set mnist_5k has classes, unlike the run's data"):
-        evaluate(EvaluateConfig(run_dir=config.run_dir), dataset=digits)
+        evaluate(EvaluateConfig(run_dir=config.run_dir, driver="jit"), dataset=digits)
     for others, match in (
         ({"until_error": 0.1}, "--until-error is for classes, not for numbers to predict"),
         ({"class_weights": "balanced"}, "--class-weights is for classes, not for numbers"),
@@ -274,7 +276,7 @@ def test_classes_and_numbers_are_not_mixed_up(regression, brightness, digits, tm
     large = dataclasses.replace(
         brightness, test=brightness.test._replace(labels=10 * brightness.test.labels)
     )
-    evaluated = evaluate(EvaluateConfig(run_dir=config.run_dir), dataset=large)
+    evaluated = evaluate(EvaluateConfig(run_dir=config.run_dir, driver="jit"), dataset=large)
     assert evaluated.test.metrics["absolute_error"] > 1
     with pytest.raises(ConfigError, match="from .* scores of capsule networks lie in"):
         set_up([options(tmp_path)], model, large)

@@ -146,9 +146,16 @@ MATRIX = {
     "capsule_strides": (2,),
     "num_iterations": 1,
 }
+# Those that tests/routing lowers for every platform without a network.
+ALIKE = ("uniform", "random", "kmeans", "efficient")
 NETWORKS = [
-    *(("small", {**TINY, "routing": name}) for name in routing.algorithms()),
-    *(("small", {**TINY, "implementation": name}) for name in ("reference", "blocked", "lanes")),
+    *(
+        pytest.param(
+            "small", {**TINY, "routing": name}, marks=pytest.mark.slow if name in ALIKE else ()
+        )
+        for name in routing.algorithms()
+    ),
+    *(("small", {**TINY, "implementation": name}) for name in ("blocked", "lanes")),
     ("matrix_capsnet_small", MATRIX),
     ("efficient_capsnet", {}),
     ("baseline_small", {}),

@@ -1,6 +1,7 @@
 """Starting from trained parameters, freezing parts, ending early, another learning rate."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from runs import write_run
 
 from capsjax.data import Dataset, Split
 from capsjax.models import EfficientCapsNetConfig, build
@@ -26,6 +28,7 @@ from capsjax.training.choices import choose_class_weights, choose_model
 from capsjax.training.data_description import DataDescription
 from capsjax.training.optimizers import make_optimizer
 from capsjax.training.run_directory import RunConfig, RunDirectory
+from capsjax.training.stopping import StopRequest
 
 
 def options(run_dir, **others):
@@ -55,7 +58,7 @@ def source(tmp_path_factory, digits, tiny_with_decoder):
 
 
 def test_a_network_for_other_classes_begins_with_the_layers_of_another(
-    source, tmp_path, digits, tiny_with_decoder, capsys
+    source, tmp_path, digits, tiny_with_decoder, capsys, monkeypatch
 ):
     few = [
         Split(s.images[s.labels < 3], s.labels[s.labels < 3]) for s in (digits.train, digits.test)
@@ -75,15 +78,17 @@ def test_a_network_for_other_classes_begins_with_the_layers_of_another(
     assert 0 < np.abs(np.asarray(trained - old)).max() < 0.01  # moved by two steps
     # A run that has begun needs its source no more.
     shutil.rmtree(copy)
+    monkeypatch.setattr(StopRequest, "requested", lambda self: True)  # at the step where it resumes
     longer = dataclasses.replace(config, steps=3, resume=True)
     assert train(longer, dataset=dataset).first_step == 2
 
 
 def test_several_seeds_start_from_the_same_network(source, tmp_path, digits, tiny_with_decoder):
     configs = [
-        options(tmp_path / str(seed), init_from=source[0], freeze=("conv",), seed=seed, steps=1)
+        options(tmp_path / str(seed), init_from=source[0], freeze=("conv",), seed=seed)
         for seed in range(2)
     ]
+    configs = [dataclasses.replace(each, steps=1, validation=0) for each in configs]
     train_seeds(configs, model=tiny_with_decoder, dataset=digits)
     for config in configs:
         assert (config.run_dir / "reconstructions.png").exists()
@@ -144,22 +149,24 @@ def test_a_run_that_gets_no_better_ends_early(tmp_path, digits, tiny, capsys):
         )
 
 
-def test_a_learning_rate_that_changes_is_recorded(tmp_path, digits, tiny):
+def test_a_learning_rate_that_changes_is_recorded(tmp_path, digits, tiny, monkeypatch):
     config = options(tmp_path / "run", validation=0)
-    train(config, model=tiny, dataset=digits)
+    write_run(config.run_dir, digits, tiny)  # of two steps
     tiny_rate = {"learning_rate": 1e-30, "min_learning_rate": 1e-30}
     config = dataclasses.replace(config, resume=True, steps=3, **tiny_rate)
     before = params(config.run_dir, digits)
     train(config, dataset=digits)
-    jax.tree.map(np.testing.assert_array_equal, params(config.run_dir, digits), before)
-    config = dataclasses.replace(config, steps=4)
-    train(config, dataset=digits)
+    same = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-25)
+    jax.tree.map(same, params(config.run_dir, digits), before)
+    with monkeypatch.context() as patch:  # resumed, and stopped at once
+        patch.setattr(StopRequest, "requested", lambda self: True)
+        train(dataclasses.replace(config, steps=4), dataset=digits)
     written = json.loads((config.run_dir / "config.json").read_text())
     assert written["changes"] == [{"step": 2, **tiny_rate}]
     assert written["train"]["learning_rate"] == 1e-30
     train(dataclasses.replace(config, steps=6, schedule="cosine"), dataset=digits)
     changes = json.loads((config.run_dir / "config.json").read_text())["changes"]
-    assert changes[1:] == [{"step": 4, "schedule": "cosine", "steps": 6}]
+    assert changes[1:] == [{"step": 3, "schedule": "cosine", "steps": 6}]
     with pytest.raises(ConfigError, match="--decay-steps has no effect with --schedule constant"):
         train(dataclasses.replace(config, schedule="constant", decay_steps=5), dataset=digits)
     with pytest.raises(ConfigError, match="--weight-decay must stay 0.0 to resume the run"):

@@ -169,7 +169,10 @@ def test_the_step_is_compiled_once_in_a_run(tmp_path, digits, tiny, caplog):
     assert len(compiled) == 1
 
 
-@pytest.mark.parametrize(("driver", "stop", "steps"), [("jit", 5, 8), ("pmap", 9, 23)])
+@pytest.mark.parametrize(
+    ("driver", "stop", "steps"),
+    [pytest.param("jit", 5, 8, marks=pytest.mark.slow), ("pmap", 9, 23)],
+)
 def test_a_resumed_run_repeats_an_uninterrupted_one(request, tmp_path, digits, driver, stop, steps):
     if driver == "jit":
         whole, model = request.getfixturevalue("eight_steps").run_dir, "tiny"
@@ -215,11 +218,12 @@ def test_a_request_to_stop_saves_and_ends(tmp_path, digits, tiny, monkeypatch):
 
 
 def test_a_run_that_was_stopped_before_its_first_step_goes_on(tmp_path, digits, tiny, monkeypatch):
+    options = config(tmp_path, driver="jit", steps=3, validation=0)
     with monkeypatch.context() as patched:
         patched.setattr(StopRequest, "requested", lambda self: True)
-        stopped = train(config(tmp_path, steps=3), model=tiny, dataset=digits)
+        stopped = train(options, model=tiny, dataset=digits)
     assert stopped.step == 0
-    resumed = train(config(tmp_path, steps=3, resume=True), model=tiny, dataset=digits)
+    resumed = train(dataclasses.replace(options, resume=True), model=tiny, dataset=digits)
     assert resumed.step == 3
 
 
@@ -392,8 +396,9 @@ def test_the_result_does_not_wait_for_the_picture(tmp_path, digits, tiny_with_de
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("capsjax.training.run.draw_reconstructions", fail)
+    options = config(tmp_path, steps=1, validation=0, driver="jit")
     with pytest.raises(OSError, match="No space"):
-        train(config(tmp_path, steps=1, driver="jit"), model=tiny_with_decoder, dataset=digits)
+        train(options, model=tiny_with_decoder, dataset=digits)
     assert (tmp_path / "run" / "result.json").exists()
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,13 +40,17 @@ class Programs:
         self._evaluate = make_evaluate(
             self.apply, paper_loss, SAMPLER, self.driver, batch_size=BATCH
         )
-        self.state = self.driver.replicate(init_state(variables, optimizer))
+        self.initial = jax.device_get(init_state(variables, optimizer))
+        self.restart()
         self.train, self.test = (
             self.driver.replicate(Batch(jnp.asarray(s.images), jnp.asarray(s.labels)))
             for s in (digits.train, digits.test)
         )
         self.order = self.driver.replicate(epoch_order(jax.random.key(1), len(digits.train.labels)))
         self.key = self.driver.replicate(jax.random.key(2))
+
+    def restart(self):
+        self.state = self.driver.replicate(self.initial)
 
     def run(self, number):
         self.state, sums = self._run(self.state, self.train, self.order, self.key, np.int32(number))
@@ -56,16 +62,21 @@ class Programs:
 
 
 @pytest.fixture(scope="module")
-def one_device(digits, tiny):
-    programs = Programs("jit", digits, tiny)
-    sums = programs.run(5)
-    return programs, sums
+def compiled(digits, tiny):
+    """The programs of a driver, which tests share, before their first step."""
+    of = functools.cache(lambda name: Programs(name, digits, tiny))
+
+    def restarted(name):
+        of(name).restart()
+        return of(name)
+
+    return restarted
 
 
 @pytest.mark.parametrize("name", ["pmap", "shard"])
-def test_eight_devices_agree_with_one(digits, tiny, one_device, name):
-    expected, expected_sums = one_device
-    programs = Programs(name, digits, tiny)
+def test_eight_devices_agree_with_one(compiled, name):
+    expected, programs = compiled("jit"), compiled(name)
+    expected_sums = expected.run(5)
     assert len(programs.driver.devices) == 8
     sums = programs.run(5)
     np.testing.assert_allclose(sums.loss, expected_sums.loss, rtol=1e-5)
@@ -82,8 +93,8 @@ def test_eight_devices_agree_with_one(digits, tiny, one_device, name):
 
 
 @pytest.mark.parametrize("name", ["pmap", "shard"])
-def test_the_devices_share_the_batch_and_exchange_gradients(digits, tiny, name):
-    programs = Programs(name, digits, tiny)
+def test_the_devices_share_the_batch_and_exchange_gradients(compiled, name):
+    programs = compiled(name)
     if name == "shard":
         lowered = programs._run.lower(
             programs.state, programs.train, programs.order, programs.key, np.int32(1)
@@ -100,12 +111,11 @@ def test_the_devices_share_the_batch_and_exchange_gradients(digits, tiny, name):
 
 
 @pytest.mark.parametrize("name", ["jit", "pmap", "shard"])
-def test_how_steps_are_grouped_into_calls_changes_no_bit(digits, tiny, name):
-    programs = Programs(name, digits, tiny)
-    first = jax.tree.map(np.array, programs.state)  # copies, as the program takes its state
+def test_how_steps_are_grouped_into_calls_changes_no_bit(compiled, name):
+    programs = compiled(name)
     programs.run(4)
     together = jax.device_get(programs.state)
-    programs.state = programs.driver.replicate(jax.tree.map(jnp.asarray, first))
+    programs.restart()
     for number in (1, 2, 1):
         programs.run(number)
     jax.tree.map(np.testing.assert_array_equal, together, jax.device_get(programs.state))
@@ -118,15 +128,14 @@ def in_blocks(monkeypatch):
     monkeypatch.setattr(programs, "_BLOCK", 3)
 
 
-@pytest.mark.parametrize("name", ["jit", "pmap"])
-def test_blocks_of_steps_train_like_single_steps(digits, tiny, name, request):
-    one_by_one = Programs(name, digits, tiny)
+@pytest.mark.parametrize("name", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
+def test_blocks_of_steps_train_like_single_steps(digits, tiny, compiled, name, request):
+    one_by_one = compiled(name)
     request.getfixturevalue("in_blocks")
     blocks = Programs(name, digits, tiny)
-    first = jax.tree.map(np.array, blocks.state)
     np.testing.assert_allclose(blocks.run(7).loss, one_by_one.run(7).loss, rtol=1e-6)
     together = jax.device_get(blocks.state)
-    blocks.state = blocks.driver.replicate(jax.tree.map(jnp.asarray, first))
+    blocks.restart()
     for number in (2, 4, 1):
         blocks.run(number)
     jax.tree.map(np.testing.assert_array_equal, together, jax.device_get(blocks.state))
@@ -252,7 +261,7 @@ def test_seeds_together_see_what_each_sees_alone(digits):
 
 
 @pytest.mark.usefixtures("in_blocks")
-@pytest.mark.parametrize("name", ["jit", "pmap"])
+@pytest.mark.parametrize("name", [pytest.param("jit", marks=pytest.mark.slow), "pmap"])
 def test_a_stream_in_blocks_has_the_samples_of_images_that_stay(digits, name):
     examples = Batch(jnp.asarray(digits.train.images), jnp.arange(180))
     kept, _ = Recorder(name, BATCH, 7).record(examples, jax.random.key(7))
@@ -275,8 +284,8 @@ def test_on_an_absent_h200_steps_run_in_blocks(digits, absent_h200):
 
 
 @pytest.mark.parametrize("name", ["jit", "pmap"])
-def test_evaluation_counts_every_example_once(digits, tiny, name):
-    programs = Programs(name, digits, tiny)
+def test_evaluation_counts_every_example_once(digits, compiled, name):
+    programs = compiled(name)
     programs.run(3)
     sums = programs.evaluate()  # 101 examples in batches of 16: the last one holds 5
     images = jnp.asarray(digits.test.images, jnp.float32) / 255
@@ -291,11 +300,11 @@ def test_evaluation_counts_every_example_once(digits, tiny, name):
     assert sum(p.wrong for p in parts) == wrong
 
 
-def test_the_first_step_with_a_loss_that_is_not_finite_is_told(digits, tiny):
+def test_the_first_step_with_a_loss_that_is_not_finite_is_told(digits, tiny, compiled):
     programs = Programs("jit", digits, tiny, learning_rate=1e38)
     sums = programs.run(6)
     assert 1 < sums.bad_step <= 6
-    programs = Programs("jit", digits, tiny)
+    programs = compiled("jit")
     assert programs.run(2).bad_step == NEVER
     params = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), programs.state.params)
     programs.state = programs.state._replace(params=params)

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -24,11 +25,14 @@ SHARDS, BATCH = 8, 16
 
 def sample_of(digits, size=BATCH, max_shift=2, seed=3):
     """The sample that a step of the first images sees."""
-    split = Batch(jnp.asarray(digits.train.images[:size]), jnp.asarray(digits.train.labels[:size]))
-    sampler, positions = Sampler(Shifted(max_shift), 10), jnp.arange(size)
-    return jax.jit(lambda key: sampler.train(split, key, positions, positions))(
-        jax.random.key(seed)
-    )
+    split = Batch(digits.train.images[:size], digits.train.labels[:size])
+    return drawn(split, jax.random.key(seed), max_shift)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def drawn(split, key, max_shift):
+    positions = jnp.arange(len(split.labels))
+    return Sampler(Shifted(max_shift), 10).train(split, key, positions, positions)
 
 
 @functools.cache
@@ -36,10 +40,18 @@ def network(config):
     return split_network(models.build(config, rngs=nnx.Rngs(0)))
 
 
-def one_step(apply, variables, sample, objective=paper_loss, optimizer=None):
-    optimizer = optimizer or optax.sgd(1.0)
-    step = make_train_step(apply, optimizer, objective)
-    return jax.jit(step)(init_state(variables, optimizer), sample)
+# Plain gradient descent with rate 1: the difference of the parameters is the gradient.
+DESCENT = optax.sgd(1.0)
+
+
+@functools.cache
+def compiled(apply, objective, optimizer):
+    return jax.jit(make_train_step(apply, optimizer, objective))
+
+
+def one_step(apply, variables, sample, objective=paper_loss, optimizer=DESCENT):
+    step = compiled(apply, objective, optimizer)
+    return step(init_state(variables, optimizer), sample)
 
 
 def test_a_step_subtracts_the_gradient_of_the_mean_loss(digits, tiny):
@@ -139,17 +151,15 @@ def test_pmapped_gradients_equal_those_of_one_device(digits, tiny, kind):
         config = NORMALISED
     apply, variables = network(config)
     sample = sample_of(digits)
-    # Plain gradient descent with rate 1: the difference of the parameters is the gradient.
-    optimizer = optax.sgd(1.0)
-    whole, metrics = one_step(apply, variables, sample, objective, optimizer)
+    whole, metrics = one_step(apply, variables, sample, objective)
     mapped = jax.pmap(
-        make_train_step(apply, optimizer, objective, axis_name="batch"),
+        make_train_step(apply, DESCENT, objective, axis_name="batch"),
         axis_name="batch",
         in_axes=(None, 0),
         out_axes=(None, None),
     )
     parts = jax.tree.map(lambda x: x.reshape(SHARDS, BATCH // SHARDS, *x.shape[1:]), sample)
-    state, mapped_metrics = mapped(init_state(variables, optimizer), parts)
+    state, mapped_metrics = mapped(init_state(variables, DESCENT), parts)
     moved = jax.tree.map(lambda p, q: float(np.abs(p - q).max()), variables.params, state.params)
     assert max(jax.tree.leaves(moved)) > 1e-4
     jax.tree.map(
@@ -195,12 +205,12 @@ def test_an_objective_with_a_step_is_told_it(digits, tiny):
 
 def test_the_step_runs_under_vmap_as_under_pmap(digits, tiny):
     apply, variables = network(tiny)
-    optimizer, sample = optax.sgd(1.0), sample_of(digits)
-    whole, _ = one_step(apply, variables, sample, optimizer=optimizer)
-    step = make_train_step(apply, optimizer, paper_loss, axis_name="batch")
+    sample = sample_of(digits)
+    whole, _ = one_step(apply, variables, sample)
+    step = make_train_step(apply, DESCENT, paper_loss, axis_name="batch")
     mapped = jax.jit(jax.vmap(step, axis_name="batch", in_axes=(None, 0), out_axes=(0, 0)))
     parts = jax.tree.map(lambda x: x.reshape(4, 4, *x.shape[1:]), sample)
-    state, _ = mapped(init_state(variables, optimizer), parts)
+    state, _ = mapped(init_state(variables, DESCENT), parts)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-4, atol=1e-6),
         state.params,
@@ -208,13 +218,11 @@ def test_the_step_runs_under_vmap_as_under_pmap(digits, tiny):
     )
 
 
-def test_bfloat16_computes_with_float32_parameters(digits):
-    config = models.configure("small", dtype="bfloat16", conv_features=8, primary_types=1)
-    apply, variables = network(config)
+def test_bfloat16_computes_with_float32_parameters(digits, tiny):
+    apply, variables = network(dataclasses.replace(tiny, dtype="bfloat16"))
     state, metrics = one_step(apply, variables, sample_of(digits), optimizer=paper_optimizer())
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
-    exact = network(models.configure("small", conv_features=8, primary_types=1))
-    _, exact_metrics = one_step(*exact, sample_of(digits), optimizer=paper_optimizer())
+    _, exact_metrics = one_step(*network(tiny), sample_of(digits))
     np.testing.assert_allclose(metrics.loss, exact_metrics.loss, rtol=2e-2)
     lowered = jax.jit(apply).lower(variables, jnp.zeros((1, 28, 28, 1))).as_text()
     assert "bf16" in lowered

@@ -86,11 +86,16 @@ def test_the_drivers_agree_on_pairs(
     np.testing.assert_allclose(result.test.loss, pairs_run[1].test.loss, rtol=1e-3)
 
 
-@pytest.mark.parametrize("task", [Placed(32), Distorted(32)], ids=["placed", "distorted"])
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(Placed(32), marks=pytest.mark.slow), Distorted(32)],
+    ids=["placed", "distorted"],
+)
 def test_a_network_is_trained_and_tested_on_a_larger_canvas(tmp_path, digits, tiny, task):
     dataset = made(digits, task)
     model = dataclasses.replace(tiny, image_shape=dataset.image_shape)
-    result = train(options(tmp_path), model=model, dataset=dataset)
+    config = options(tmp_path, driver="jit", validation=0)
+    result = train(config, model=model, dataset=dataset)
     assert result.test.count == len(digits.test.labels)
     assert np.isfinite(result.test.loss)
 
