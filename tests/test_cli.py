@@ -221,9 +221,10 @@ def test_a_disk_without_space(options, tmp_path):
     if mounted.returncode:
         pytest.skip(f"no small disk can be mounted: {mounted.stderr.strip()}")
     try:
-        failed = script("train", *options, "--steps", 1, "--run-dir", disk / "run")
-        assert failed.returncode in (1, 2)
-        assert "No space left on device" in one_line(failed.stderr, "capsjax train")
+        command = ["train", *options, "--steps", 1, "--run-dir", disk / "run"]
+        with forked(tmp_path, "-m", "capsjax", *command) as failed:
+            assert failed.wait()[0] in (1, 2)
+        assert "No space left on device" in one_line(failed[0].err, "capsjax train")
     finally:
         subprocess.run(["umount", disk], check=True)
 

@@ -111,6 +111,7 @@ def test_slurm_queues_no_job_again_whose_options_are_invalid(commands, tmp_path)
     assert not (tmp_path / "requeued").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs Open MPI's mpirun")
 def test_open_mpi_starts_processes_that_join_and_save_together(commands, options, tmp_path):
     run = tmp_path / "run"
