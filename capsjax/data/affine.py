@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
 from capsjax.data.transforms import check_keys
+from capsjax.ops._checks import as_integer
 
 
 class AffineRanges(NamedTuple):
@@ -65,10 +66,10 @@ def random_affine(
       Tieleman, *affNIST*, 2013, a data set.
     """
     check_keys(keys, images)
-    drawn = AffineRanges() if ranges is None else ranges
+    drawn = AffineRanges() if ranges is None else AffineRanges(*map(float, ranges))
     if size < 1:
         raise ValueError(f"size must be positive, got {size}")
-    return _transform(keys, images, size=size, ranges=drawn)
+    return _transform(keys, images, size=as_integer("size", size), ranges=drawn)
 
 
 # Compiled, so that a call from Python is one program and not dozens of small ones.

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from capsjax.ops._checks import as_integer
+
 Fill = float | Literal["edge"]
 Flip = Literal["horizontal", "vertical", "both"]
 
@@ -112,6 +114,7 @@ def random_shift(
 
     Raises:
       ValueError: `max_shift` is negative, or there is not one key per image.
+      TypeError: `max_shift` is not an integer.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -129,7 +132,8 @@ def random_shift(
     if max_shift == 0:
         return images
     rows, columns = images.shape[1:3]
-    return _cut(keys, images, margins=(max_shift,) * 2, sizes=(rows, columns), fill=fill)
+    margin = as_integer("max_shift", max_shift)  # hashable, if it was a scalar array
+    return _cut(keys, images, margins=(margin, margin), sizes=(rows, columns), fill=fill)
 
 
 def random_placement(keys: jax.Array, images: jax.Array, *, size: int) -> jax.Array:
@@ -147,6 +151,7 @@ def random_placement(keys: jax.Array, images: jax.Array, *, size: int) -> jax.Ar
 
     Raises:
       ValueError: `size` is too small, or there is not one key per image.
+      TypeError: `size` is not an integer.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -159,6 +164,7 @@ def random_placement(keys: jax.Array, images: jax.Array, *, size: int) -> jax.Ar
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 5.1.
     """
     check_keys(keys, images)
+    size = as_integer("size", size, least=0)
     rows, columns = (size - n for n in images.shape[1:3])
     if min(rows, columns) < 0:
         raise ValueError(
@@ -182,6 +188,7 @@ def crop_images(images: jax.Array, size: int, keys: jax.Array | None = None) -> 
 
     Raises:
       ValueError: `size` is too large, or there is not one key per image.
+      TypeError: `size` is not an integer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -190,6 +197,7 @@ def crop_images(images: jax.Array, size: int, keys: jax.Array | None = None) -> 
       [[ 5  6]
        [ 9 10]]
     """
+    size = as_integer("size", size, least=0)
     room = [n - size for n in images.shape[1:3]]
     if min(room) < 0:
         raise ValueError(

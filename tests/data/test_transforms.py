@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from capsjax.data import epoch_order, random_flip, random_shift, scale_pixels
+from capsjax.data import (
+    AffineRanges,
+    epoch_order,
+    random_affine,
+    random_flip,
+    random_placement,
+    random_shift,
+    scale_pixels,
+)
 
 
 def test_epochs_visit_every_example_once_each_in_an_order_of_its_own():
@@ -118,3 +126,16 @@ def test_bad_arguments_are_named():
         ValueError, match="direction must be one of vertical, horizontal, both, got"
     ):
         random_flip(keys, images, direction="up")
+
+
+def test_scalar_arrays_are_sizes_too():
+    keys, images = jax.random.split(jax.random.key(0), 2), jnp.ones((2, 4, 4, 1))
+    for transform, name in ((random_shift, "max_shift"), (random_placement, "size")):
+        expected = transform(keys, images, **{name: 6})
+        np.testing.assert_array_equal(transform(keys, images, **{name: jnp.int32(6)}), expected)
+        with pytest.raises(TypeError, match=f"{name} must be a Python integer, got 6.5"):
+            transform(keys, images, **{name: 6.5})
+    ranges = (20, jnp.float32(0.5), 1, 1)
+    expected = random_affine(keys, images, size=6, ranges=AffineRanges(20, 0.5, 1, 1))
+    drawn = random_affine(keys, images, size=jnp.int32(6), ranges=AffineRanges(*ranges))
+    np.testing.assert_array_equal(drawn, expected)

@@ -155,7 +155,7 @@ NETWORKS = [
         )
         for name in routing.algorithms()
     ),
-    *(("small", {**TINY, "implementation": name}) for name in ("blocked", "lanes")),
+    *(("small", {**TINY, "implementation": name}) for name in ("reference", "blocked", "lanes")),
     ("matrix_capsnet_small", MATRIX),
     ("efficient_capsnet", {}),
     ("baseline_small", {}),

@@ -66,12 +66,12 @@ def test_seeds_trained_together_are_what_each_is_alone(together, digits, tiny, t
 def test_each_directory_is_that_of_an_ordinary_run(together, digits, monkeypatch, tmp_path):
     configs, results = together
     monkeypatch.setattr("capsjax.training.inputs.load", lambda *_, **__: digits)
-    assert [load_network(each.run_dir).step for each in configs] == [14, 14]
-    # The second of them, to which the first's parameters would not give its result.
-    each, result = configs[1], results[1]
-    found = evaluate(EvaluateConfig(run_dir=each.run_dir, batch_size=16, driver="jit"))
-    assert (found.step, found.test.wrong) == (14, result.test.wrong)
-    np.testing.assert_allclose(found.test.loss, result.test.loss, rtol=1e-5)
+    for each, result in zip(configs, results, strict=True):
+        found = evaluate(EvaluateConfig(run_dir=each.run_dir, batch_size=16, driver="jit"))
+        assert (found.step, found.test.wrong) == (14, result.test.wrong)
+        # The other's parameters would not give this loss.
+        np.testing.assert_allclose(found.test.loss, result.test.loss, rtol=1e-5)
+        assert load_network(each.run_dir).step == 14
     copy = tmp_path / "copy"
     shutil.copytree(configs[1].run_dir, copy)
     longer = dataclasses.replace(configs[1], run_dir=copy, resume=True, steps=16)

@@ -95,7 +95,7 @@ def test_a_stream_trains_the_same_network_on_eight_devices(tmp_path, digits, tin
 
 
 def test_a_run_goes_on_within_an_epoch_and_a_chunk(tmp_path, digits, tiny, resident):
-    for name, steps in (("resident", 7), ("stream", 9), ("stream", 13)):
+    for name, steps in (("resident", 7), ("stream", 9), ("stream", 11), ("resident", 13)):
         options = config(tmp_path / "run", steps=steps, input=name, resume=steps > 7)
         train(options, model=tiny, dataset=digits)
     assert_same_bits(tmp_path / "run", resident.run_dir)
