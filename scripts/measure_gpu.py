@@ -59,13 +59,15 @@ def make_items(options: argparse.Namespace) -> list[Item]:
     names = implementations("convolution", options)
     convolution = {**network, **dtypes, "implementation": names}
     peer = {**network, **dtypes, "implementation": ["default", *options.peers]}
+    peer_seconds = 4 * options.peer_seconds
     epoch = {"examples": [EPOCH], "steps": [EPOCH // options.batch], "seeds": [1, 3]}
     return [
         Item("routing", "routing", routing, check=True),
         Item("primary", "convolution", {"layer": ["primary"], **convolution}, check=True),
         Item("steps", "train_steps", {**network, "steps": [32], **dtypes}, "dtype"),
         Item("step", "train_step", {**network, "implementation": ["default"], **dtypes}, "dtype"),
-        Item("peer", "train_step", peer, seconds=4 * options.peer_seconds, profile=False),
+        Item("peer", "train_steps", {"steps": [32], **peer}, seconds=peer_seconds, profile=False),
+        Item("call", "train_step", peer, seconds=peer_seconds, profile=False),
         Item("epoch", "train_steps", {**network, **epoch, **dtypes}, "dtype", profile=False),
         Item("conv", "convolution", {"layer": ["conv"], **convolution}, check=True),
     ]
@@ -113,14 +115,14 @@ def describe(row: Row) -> str:
 
 
 def ratio_to_best(rows: Sequence[Row]) -> str:
-    """Compares the step with the fastest one of PyTorch."""
+    """Compares steps with the fastest ones of PyTorch."""
     runs = {row.parameters["implementation"]: row.run for row in rows if row.run is not None}
     torch = [name for name in runs if name.startswith("torch")]
     if not torch or "default" not in runs:
-        return "no ratio: PyTorch or the step was not timed"
+        return "no ratio: PyTorch or capsjax was not timed"
     best = min(torch, key=lambda name: runs[name].median_seconds)
     ratio = Times(runs["default"].calls[0]).ratio(Times(runs[best].calls[0]))
-    return f"the step takes {ratio:.2f} of the time of {best}"
+    return f"default takes {ratio:.2f} of the time of {best}"
 
 
 def measure(
@@ -142,7 +144,7 @@ def measure(
     run_cells(group, plan, on_row=rows.append)
     for row in rows:
         print(describe(row), flush=True)
-    if item.name == "peer":
+    if item.name in ("peer", "call"):
         print(ratio_to_best(rows), flush=True)
     return rows
 

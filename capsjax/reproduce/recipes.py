@@ -95,7 +95,7 @@ class Recipe:
                 "until_error": self.until_error,
                 "validation": min(_HELD_OUT, train_images // 10) if ends_early else 0,
                 # None means once per epoch, for rows that stop at an error.
-                "checkpoint_every": None if ends_early else 2000,
+                "checkpoint_every": None if ends_early else 5000,
                 "log_every": 500,
                 "driver": "jit",
                 "tensorboard": False,

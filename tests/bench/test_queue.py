@@ -132,7 +132,7 @@ def test_the_ratio_is_to_the_fastest_of_pytorch(queue):
         made("torch.graph", (2.0, 4.0, 4.0)),
         made("torch.compile", error=Failure("compile", "TimeoutError", "no")),
     ]
-    assert queue.ratio_to_best(rows) == "the step takes 0.50 of the time of torch.graph"
+    assert queue.ratio_to_best(rows) == "default takes 0.50 of the time of torch.graph"
     assert queue.ratio_to_best(rows[:1]).startswith("no ratio")
 
 

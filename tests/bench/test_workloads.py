@@ -198,15 +198,11 @@ def test_a_missing_pytorch_is_named(monkeypatch):
         step.build(jax.devices())
 
 
-COMPILED = [
-    pytest.param(name, "float32", marks=pytest.mark.slow)
-    for name in ("torch.compile", "torch.max-autotune", "torch.graph")
-]
-
-
-def test_a_cuda_graph_is_for_gpus(monkeypatch):
+@pytest.mark.parametrize("workload", ["train_step", "train_steps"])
+@pytest.mark.parametrize("name", ["torch.compile-graph", "torch.graph"])
+def test_a_cuda_graph_is_for_gpus(monkeypatch, workload, name):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    step = make_workload("train_step", {"implementation": "torch.graph"})
+    step = make_workload(workload, {"implementation": name})
     with pytest.raises(NotImplementedError, match="CUDA graphs need a gpu"):
         step.build(jax.devices())
 
@@ -247,7 +243,7 @@ def copy_weights(params, network):
 
 COMPILED = [
     pytest.param(name, "float32", marks=pytest.mark.slow)
-    for name in ("torch.compile", "torch.max-autotune", "torch.graph")
+    for name in ("torch.compile", "torch.max-autotune", "torch.compile-graph", "torch.graph")
 ]
 
 
@@ -260,7 +256,7 @@ def test_every_step_in_pytorch_is_the_step_in_jax(first_steps, name, dtype):
     from capsjax.bench.workloads import torch_step
 
     device = "cuda" if torch_step.torch.cuda.is_available() else "cpu"
-    if name == "torch.graph" and device == "cpu":
+    if name.endswith("graph") and device == "cpu":
         pytest.skip("CUDA graphs need a GPU")
     params, images, losses = first_steps
     network = torch_step.CapsNet(models.configure("small", dtype=dtype))
@@ -271,3 +267,22 @@ def test_every_step_in_pytorch_is_the_step_in_jax(first_steps, name, dtype):
     np.testing.assert_allclose(found[0], losses[0], rtol=tolerance)
     # Adam's first updates have the size of the learning rate even where gradients are rounding.
     np.testing.assert_allclose(found[1:], losses[1:], rtol=max(tolerance, 1e-3))
+
+
+def test_pytorch_trains_one_network_at_a_time():
+    steps = make_workload("train_steps", {"implementation": "torch", "seeds": 2})
+    with pytest.raises(NotImplementedError, match="networks do not train together"):
+        steps.build(jax.devices())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch")
+def test_many_steps_in_pytorch_are_steps_one_by_one(first_steps):
+    from capsjax.bench.workloads import torch_step
+
+    params, images, losses = first_steps
+    network = torch_step.CapsNet(models.configure("small"))
+    copy_weights(params, network)
+    call = torch_step.make_step(
+        network, images, np.arange(4), device="cpu", implementation="torch", steps=3
+    )
+    np.testing.assert_allclose(call(), losses[-1], rtol=1e-3)

@@ -14,8 +14,9 @@ from capsjax import models
 from capsjax.bench.workloads.capsules import implementations
 from capsjax.bench.workloads.workload import Dtype, JaxFunction, Peer, placed
 
-# Plain steps in PyTorch, for comparison with the train step.
-_TORCH = ("torch", "torch.compile", "torch.max-autotune", "torch.graph")
+# Plain steps in PyTorch, for comparison with train steps.
+_GRAPHS = ("torch.compile-graph", "torch.graph")
+_TORCH = ("torch", "torch.compile", "torch.max-autotune", *_GRAPHS)
 
 
 def _step_implementations() -> tuple[str, ...]:
@@ -64,8 +65,8 @@ class TrainingStep(_Network):
     Implementations whose names begin with ``torch`` are the paper's network as usually written in
     PyTorch, without the image shifts of the others. ``torch`` is eager. ``torch.compile`` and
     ``torch.max-autotune`` are compiled in PyTorch's mode of this name, the latter with CUDA graphs
-    of the forward and of the backward pass. ``torch.graph`` is tuned too, and captured with its
-    optimizer in one CUDA graph.
+    of the forward and of the backward pass. ``torch.compile-graph`` and ``torch.graph`` are
+    captured with their optimizer in one CUDA graph, the latter tuned by ``max-autotune``.
     """
 
     implementation: Annotated[str, _step_implementations] = "default"
@@ -73,32 +74,8 @@ class TrainingStep(_Network):
     def build(self, devices: Sequence[jax.Device]) -> JaxFunction | Peer:
         """Makes the function."""
         if self.implementation in _TORCH:
-            return self._torch(devices[0])
+            return _torch_steps(self, devices[0], steps=1)
         return _compiled_step(self, "jit", devices[:1])
-
-    def _torch(self, device: jax.Device) -> Peer:
-        config, name = self.configure(), {"cpu": "cpu", "gpu": "cuda"}.get(device.platform)
-        if importlib.util.find_spec("torch") is None:
-            raise NotImplementedError("needs PyTorch, which is not installed: pip install torch")
-        if name is None or not isinstance(config, models.CapsNetConfig):
-            raise NotImplementedError("PyTorch runs on cpu and gpu only, with presets of CapsNet")
-        if self.implementation == "torch.graph" and name != "cuda":
-            raise NotImplementedError("CUDA graphs need a gpu")
-        from capsjax.bench.workloads.torch_step import CapsNet, make_step
-
-        images, labels = (np.asarray(x) for x in _make_batch(self.batch, config))
-
-        def compile_step() -> Callable[[], float]:
-            network = CapsNet(config)
-            step = make_step(
-                network, images, labels, implementation=self.implementation, device=name
-            )
-            # PyTorch compiles in the first call and records CUDA graphs in the next two.
-            for _ in range(3):
-                step()
-            return step
-
-        return Peer(compile_step)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,14 +83,20 @@ class TrainingSteps(_Network):
     """Many train steps in one call, as in training on images that stay on the device.
 
     ``examples`` is the number of images, ``seeds`` the number of networks that train together.
+    In PyTorch, where nothing waits for the device between steps, all steps see the same batch.
     """
 
+    implementation: Annotated[str, _step_implementations] = "default"
     steps: int = 32
     examples: int = 6000
     seeds: int = 1
 
-    def build(self, devices: Sequence[jax.Device]) -> JaxFunction:
+    def build(self, devices: Sequence[jax.Device]) -> JaxFunction | Peer:
         """Makes the function."""
+        if self.implementation in _TORCH:
+            if self.seeds > 1:
+                raise NotImplementedError("in PyTorch, networks do not train together")
+            return _torch_steps(self, devices[0], steps=self.steps)
         from capsjax.data import Batch
         from capsjax.training.programs import make_run_steps
 
@@ -144,6 +127,36 @@ class PmappedTrainingStep(_Network):
     def build(self, devices: Sequence[jax.Device]) -> JaxFunction:
         """Makes the function."""
         return _compiled_step(self, "pmap", devices)
+
+
+def _torch_steps(workload: _Network, device: jax.Device, *, steps: int) -> Peer:
+    """Returns train steps in PyTorch on a random batch."""
+    config, name = workload.configure(), {"cpu": "cpu", "gpu": "cuda"}.get(device.platform)
+    if importlib.util.find_spec("torch") is None:
+        raise NotImplementedError("needs PyTorch, which is not installed: pip install torch")
+    if name is None or not isinstance(config, models.CapsNetConfig):
+        raise NotImplementedError("PyTorch runs on cpu and gpu only, with presets of CapsNet")
+    if workload.implementation in _GRAPHS and name != "cuda":
+        raise NotImplementedError("CUDA graphs need a gpu")
+    from capsjax.bench.workloads.torch_step import CapsNet, make_step
+
+    images, labels = (np.asarray(x) for x in _make_batch(workload.batch, config))
+
+    def compile_steps() -> Callable[[], float]:
+        call = make_step(
+            CapsNet(config),
+            images,
+            labels,
+            implementation=workload.implementation,
+            device=name,
+            steps=steps,
+        )
+        # PyTorch compiles in the first step and records CUDA graphs in the next two.
+        for _ in range(-(-3 // steps)):
+            call()
+        return call
+
+    return Peer(compile_steps)
 
 
 def _abstract(config: models.ModelConfig) -> Any:

@@ -4,8 +4,8 @@ It is compared with the workload ``train_step``. Votes are stored, logits are up
 loop, and all gradients are PyTorch's own. Images are not shifted, which favours PyTorch.
 
 Everything that makes PyTorch fast and changes results only by rounding is enabled: channels last,
-TF32, tuned cuDNN convolutions, a fused optimizer. A step ends when its loss is read, as a step in
-JAX ends when its result is ready. Nothing waits for the device before that.
+TF32, tuned cuDNN convolutions, a fused optimizer. A call ends when the loss of its last step is
+read, as a call in JAX ends when its result is ready. Nothing waits for the device before that.
 """
 
 import itertools
@@ -23,8 +23,10 @@ _MODES = {
     "torch": None,
     "torch.compile": "default",
     "torch.max-autotune": "max-autotune",
+    "torch.compile-graph": "default",
     "torch.graph": "max-autotune-no-cudagraphs",
 }
+_CAPTURED = ("torch.compile-graph", "torch.graph")
 
 
 def squash(s: torch.Tensor) -> torch.Tensor:
@@ -97,8 +99,9 @@ def make_step(
     *,
     implementation: str,
     device: str,
+    steps: int = 1,
 ) -> Callable[[], float]:
-    """Makes a step on one batch, which updates the network and returns the loss.
+    """Makes a call that takes steps on one batch, updates the network and returns the last loss.
 
     Sets process-wide options of PyTorch: TF32, and cuDNN's choice of algorithms by timing.
 
@@ -108,9 +111,11 @@ def make_step(
       images: uint8 ``[B, H, W, C]``.
       labels: ``[B]``.
       implementation: ``"torch"``, which is eager; ``"torch.compile"`` or ``"torch.max-autotune"``,
-        which compile the loss and its gradients; or, on ``"cuda"`` only, ``"torch.graph"``, which
-        captures the compiled step and its optimizer in one CUDA graph.
+        which compile the loss and its gradients; or, on ``"cuda"`` only, ``"torch.compile-graph"``
+        or ``"torch.graph"``, which capture the compiled step and its optimizer in one CUDA graph,
+        the latter after tuning.
       device: name of the device, ``"cpu"`` or ``"cuda"``.
+      steps: number of steps of a call.
     """
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
@@ -118,7 +123,7 @@ def make_step(
     config = network.to(device).config
     nn.utils.convert_conv2d_weight_memory_format(network, torch.channels_last)
     # A captured optimizer counts its steps on the device.
-    capturable = implementation == "torch.graph"
+    capturable = implementation in _CAPTURED
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True, capturable=capturable)
     x = torch.from_numpy(images.copy()).to(device)
     y = torch.from_numpy(labels.astype(np.int64)).to(device)
@@ -143,8 +148,14 @@ def make_step(
         optimizer.step()
         return loss.detach()
 
-    run = _Captured(step) if implementation == "torch.graph" else step
-    return lambda: float(run())
+    run = _Captured(step) if implementation in _CAPTURED else step
+
+    def call() -> float:
+        for _ in range(steps - 1):
+            run()
+        return float(run())
+
+    return call
 
 
 class _Captured:
