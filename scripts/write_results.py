@@ -1,7 +1,8 @@
 r"""Fills RESULTS.md from docs/results and draws its learning curves: ``write_results.py``.
 
 To record results of ``capsjax reproduce``, copy results.jsonl from its output directory to a folder
-of docs/results for the machine, and each run's metrics.jsonl as ROW-seed-N.metrics.jsonl.
+of docs/results for the machine, and each run's metrics.jsonl as ROW-seed-N.metrics.jsonl. Where the
+folder has that of another length, name it ROW-seed-N.STEPS.metrics.jsonl.
 """
 
 import re
@@ -36,10 +37,7 @@ NAMES = {
 }
 # Pictures of learning curves, each with a table, its rows, and their labels.
 CURVES = {
-    "mnist": (
-        "mnist",
-        {"paper-3-reconstruction": "paper", "official-3-reconstruction": "official"},
-    ),
+    "mnist": ("mnist", {"official-3-reconstruction": "official"}),
     "small": ("small", {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}),
     "pairs": (
         "small",
@@ -80,17 +78,21 @@ def filled(page: str, found: Sequence[Line]) -> str:
 
 
 def curve(of_table: str, row: str) -> list[Record]:
-    """Returns the metrics of a row's first trial, with a test error for each data set."""
-    trials = {x.seed: x for x in records() if (x.table, x.recipe) == (of_table, row)}
+    """Returns the metrics of a row's longest trial, with a test error for each data set."""
+    trials = {(x.seed, x.steps): x for x in records() if (x.table, x.recipe) == (of_table, row)}
+    found: list[tuple[Line, list[Record]]] = []
     # Rows of several tables may have this name; the right one ends at the trial's last step.
     for path in sorted(RECORDS.glob(f"*/{row}-seed-*.metrics.jsonl")):
         metrics = [r for r in read_json_lines(path, Record) if r["split"] != "test"]
-        trial = trials.get(int(path.name.split("-seed-")[1].split(".")[0]))
-        if trial is not None and trial.steps == metrics[-1]["step"]:
-            return metrics + [
-                {"split": "test", "step": trial.steps, "loss": None, "error": error}
-                for error in trial.errors.values()
-            ]
+        seed = int(path.name.split("-seed-")[1].split(".")[0])
+        if trial := trials.get((seed, metrics[-1]["step"])):
+            found.append((trial, metrics))
+    if found:
+        trial, metrics = max(found, key=lambda each: each[0].steps)
+        return metrics + [
+            {"split": "test", "step": trial.steps, "loss": None, "error": error}
+            for error in trial.errors.values()
+        ]
     raise FileNotFoundError(f"no metrics of row {row} of table {of_table} in {RECORDS}")
 
 

@@ -212,26 +212,27 @@ def measured(recipe: Recipe, lines: Sequence[Line], names: Mapping[str, str] = {
 
     Args:
       recipe: the row.
-      lines: results. Only those of the row in float32 count: with the recipe's number of steps if
-        there are any, otherwise with the largest number.
+      lines: results. Those of the row count that were trained longest, all steps first, and among
+        them those in float32 if there are any.
       names: names to print for data sets.
     """
-    own = [
-        x for x in lines if (x.table, x.recipe, x.dtype) == (recipe.table, recipe.name, "float32")
-    ]
-    lengths = {line.asked_steps for line in own if line.seed is not None}
-    asked = None if None in lengths else max((n for n in lengths if n), default=None)
-    own = [line for line in own if line.asked_steps == asked]
-    rows = rows_of(recipe, own)
-    if not rows:
+    own = [line for line in lines if (line.table, line.recipe) == (recipe.table, recipe.name)]
+    trials = [line for line in own if line.seed is not None]
+    if not trials:
         return "not run"
+    best = max(
+        trials, key=lambda x: (x.asked_steps is None, x.asked_steps or 0, x.dtype == "float32")
+    )
+    own = [line for line in own if line.same_row(best)]
+    rows = rows_of(recipe, own)
     single = [row for row in rows if not row.ensemble]
     texts = [f"{row.mean} as an ensemble of {row.ensemble}" for row in rows if row.ensemble][-1:]
     for row in single:
         several = f" on {names.get(row.dataset, row.dataset)}" if len(single) > 1 else ""
         texts.append(row.mean + several)
-    steps = f"{single[0].steps:,}" + (f" of {recipe.steps:,}" if asked is not None else "")
+    steps = f"{single[0].steps:,}" + (f" of {recipe.steps:,}" if best.asked_steps else "")
+    steps += " steps" + ("" if best.dtype == "float32" else f" in {best.dtype}")
     seconds = {line.seed: line.seconds for line in own if line.seed is not None}
     minutes = statistics.mean(seconds.values()) / 60
     trials = f"{len(seconds)} seed{'s' if len(seconds) > 1 else ''}"
-    return f"{', '.join(texts)} ({trials}, {steps} steps, {minutes:.0f} min)"
+    return f"{', '.join(texts)} ({trials}, {steps}, {minutes:.0f} min)"

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from jax.typing import ArrayLike
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from capsjax.viz._checks import Array, as_array, as_names
 from capsjax.viz.theme import THEMES, ThemeName, drawable, new_figure, show_image, themed
@@ -176,13 +176,17 @@ def training_curves(
                             gid=f"{name}-{split}-{key}",
                             **style,
                         )
-            ax.set_yscale("log" if key in ("loss", "error") else "linear")
             ax.set_title(key, loc="left")
             ax.set_xlabel("step")
-            if key == "error":
+            ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            ax.xaxis.set_major_formatter("{x:,.0f}")
+            if key in ("loss", "error"):
+                ax.set_yscale("log")
                 ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
                 ax.yaxis.set_minor_locator(NullLocator())
+                ax.yaxis.set_major_formatter(
+                    (lambda value, _: f"{100 * value:g} %") if key == "error" else "{x:g}"
+                )
         # Beside the axes, where no curve can cross it.
         handles = {h.get_label(): h for a in figure.axes for h in a.get_legend_handles_labels()[0]}
         figure.axes[-1].legend(

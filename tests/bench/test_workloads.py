@@ -13,7 +13,7 @@ from flax import nnx
 from capsjax import models, routing, training
 from capsjax.bench import CAPSULE_SIZES, make_workload, parse_target, read_program, suite_cells
 from capsjax.bench.config import Suite
-from capsjax.bench.workloads import UserFunction, choices, parse_shape
+from capsjax.bench.workloads import UserFunction, choices, convolutions, parse_shape
 from capsjax.data import Batch, Sampler, Shifted
 from capsjax.errors import ConfigError
 from capsjax.ops import squash
@@ -286,3 +286,16 @@ def test_many_steps_in_pytorch_are_steps_one_by_one(first_steps):
         network, images, np.arange(4), device="cpu", implementation="torch", steps=3
     )
     np.testing.assert_allclose(call(), losses[-1], rtol=1e-3)
+
+
+def test_only_the_layer_that_is_measured_has_the_implementation(monkeypatch):
+    original, found = convolutions.conv_general_dilated, []
+
+    def convolve(images, kernel, *others, implementation, **more):
+        found.append((kernel.shape[2], implementation))
+        return original(images, kernel, *others, implementation="xla", **more)
+
+    monkeypatch.setattr(convolutions, "conv_general_dilated", convolve)
+    settings = {"layer": "primary", "implementation": "mosaic_gpu", "batch": 2}
+    make_workload("convolution", settings).build(jax.devices())
+    assert found == [(1, "xla"), (256, "mosaic_gpu")]

@@ -42,11 +42,12 @@ class Convolution:
         kernel = jax.ShapeDtypeStruct((size, size, channels, config.conv_features), jnp.float32)
         strides = config.conv_strides
         if self.layer == "primary":
-            images = jax.eval_shape(self._convolution(strides, config.padding), images, kernel)
+            first = _convolution(strides, config.padding, implementation="xla")
+            images = jax.eval_shape(first, images, kernel)
             size, features = config.primary_kernel, config.primary_types * config.primary_features
             kernel = jax.ShapeDtypeStruct((size, size, images.shape[-1], features), jnp.float32)
             strides = config.primary_strides
-        convolve = self._convolution(strides, config.padding)
+        convolve = _convolution(strides, config.padding, implementation=self.implementation)
         result = jax.eval_shape(convolve, images, kernel)
 
         def with_gradients(images: jax.Array, kernel: jax.Array, gradient: jax.Array) -> Any:
@@ -59,13 +60,14 @@ class Convolution:
         shapes = (images.shape, kernel.shape, result.shape)
         return on_one_device(with_gradients, devices, shapes, self.dtype)
 
-    def _convolution(self, stride: int, padding: str) -> Any:
-        name: Any = None if self.implementation == "default" else self.implementation
-        return lambda images, kernel: conv_general_dilated(
-            images,
-            kernel,
-            (stride, stride),
-            padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            implementation=name,
-        )
+
+def _convolution(stride: int, padding: str, *, implementation: str) -> Any:
+    name: Any = None if implementation == "default" else implementation
+    return lambda images, kernel: conv_general_dilated(
+        images,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        implementation=name,
+    )
