@@ -202,7 +202,7 @@ def _batch(arguments: Any, axes: Any, *, result: Result, **options: Any) -> Any:
 
 _product = Primitive("capsjax_gathered_product")
 _product.def_abstract_eval(_abstract)
-_product.def_impl(lambda *xs, **options: jax.jit(partial(_product.bind, **options))(*xs))
+_product.def_impl(jax.jit(_product.bind, static_argnames=("fields", "result", "otherwise")))
 ad.defbilinear(_product, _transpose_first, _transpose_second)
 batching.primitive_batchers[_product] = _batch
 _hopper.register(_product, _choose)

@@ -220,19 +220,19 @@ def measured(recipe: Recipe, lines: Sequence[Line], names: Mapping[str, str] = {
     trials = [line for line in own if line.seed is not None]
     if not trials:
         return "not run"
-    best = max(
+    longest = max(
         trials, key=lambda x: (x.asked_steps is None, x.asked_steps or 0, x.dtype == "float32")
     )
-    own = [line for line in own if line.same_row(best)]
+    own = [line for line in own if line.same_row(longest)]
     rows = rows_of(recipe, own)
     single = [row for row in rows if not row.ensemble]
     texts = [f"{row.mean} as an ensemble of {row.ensemble}" for row in rows if row.ensemble][-1:]
     for row in single:
         several = f" on {names.get(row.dataset, row.dataset)}" if len(single) > 1 else ""
         texts.append(row.mean + several)
-    steps = f"{single[0].steps:,}" + (f" of {recipe.steps:,}" if best.asked_steps else "")
-    steps += " steps" + ("" if best.dtype == "float32" else f" in {best.dtype}")
+    steps = f"{single[0].steps:,}" + (f" of {recipe.steps:,}" if longest.asked_steps else "")
+    steps += " steps" + ("" if longest.dtype == "float32" else f" in {longest.dtype}")
     seconds = {line.seed: line.seconds for line in own if line.seed is not None}
     minutes = statistics.mean(seconds.values()) / 60
-    trials = f"{len(seconds)} seed{'s' if len(seconds) > 1 else ''}"
-    return f"{', '.join(texts)} ({trials}, {steps}, {minutes:.0f} min)"
+    seeds = f"{len(seconds)} seed{'s' if len(seconds) > 1 else ''}"
+    return f"{', '.join(texts)} ({seeds}, {steps}, {minutes:.0f} min)"

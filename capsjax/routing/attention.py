@@ -8,11 +8,13 @@ from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
 from capsjax.ops._checks import check_number
+from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.routing._passes import Passes, as_parameter, inputs, layer_norm, not_folded
 from capsjax.routing.record import Algorithm, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
 
 
+@compiled_outside_jit
 def attention_routing(
     votes: ArrayLike,
     *,

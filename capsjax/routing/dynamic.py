@@ -6,12 +6,14 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
+from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.routing._passes import Inputs, Passes, as_logits, inputs, not_folded
 from capsjax.routing.fused import dense_capsules
 from capsjax.routing.record import Algorithm, register
 from capsjax.routing.routed import Routed
 
 
+@compiled_outside_jit
 def dynamic_routing(
     votes: ArrayLike,
     *,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from capsjax.ops._checks import check_number
+from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.routing._passes import Passes, as_activations, as_parameter, inputs, per_mass
 from capsjax.routing.record import Algorithm, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
@@ -14,6 +15,7 @@ from capsjax.routing.routed import Routed
 Normalize = Callable[[jax.Array], jax.Array]
 
 
+@compiled_outside_jit
 def em_routing(
     votes: ArrayLike,
     activations: ArrayLike,

@@ -16,6 +16,7 @@ from capsjax.ops._checks import (
     taking_part,
     zeros,
 )
+from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.routing._passes import layer_norm, not_folded
 from capsjax.routing.record import Algorithm, Children, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
@@ -75,6 +76,7 @@ export.register_namedtuple_serialization(
 )
 
 
+@compiled_outside_jit
 def heinsen_routing(
     poses: ArrayLike,
     parameters: HeinsenParameters,

@@ -4,12 +4,14 @@ import jax
 from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
+from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.ops.capsule import unit
 from capsjax.routing._passes import Passes, inputs, not_folded
 from capsjax.routing.record import Algorithm, register
 from capsjax.routing.routed import Routed
 
 
+@compiled_outside_jit
 def kmeans_routing(
     votes: ArrayLike,
     *,

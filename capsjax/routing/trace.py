@@ -8,6 +8,7 @@ from jax import export, lax
 from jax.typing import ArrayLike
 
 from capsjax.ops._checks import as_integer
+from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.routing.record import algorithm, algorithms
 
 
@@ -45,6 +46,7 @@ def traced() -> tuple[str, ...]:
     return tuple(name for name in algorithms() if algorithm(name).passes)
 
 
+@compiled_outside_jit
 def routing_trace(
     votes: ArrayLike,
     *args: Any,

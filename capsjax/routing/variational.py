@@ -8,12 +8,14 @@ from jax.scipy.special import digamma
 from jax.typing import ArrayLike
 
 from capsjax.ops._checks import check_number
+from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.routing._passes import Passes, as_activations, as_parameter, inputs
 from capsjax.routing.em import Normalize, beta_parameters
 from capsjax.routing.record import Algorithm, register
 from capsjax.routing.routed import Routed
 
 
+@compiled_outside_jit
 def variational_routing(
     votes: ArrayLike,
     activations: ArrayLike,

@@ -121,8 +121,6 @@ def test_values_and_gradients_with_any_options(implementation, case):
 def check_against_reference(
     implementation, leading, sizes, num_iterations, dtype, leaky, stop_gradient, biased, masked
 ):
-    # Of some of its products XLA:CPU knows no 16-bit factors.
-    dtype = "float32" if implementation == "lanes" else dtype
     poses, weights = arguments(*leading, shape=sizes, dtype=dtype)
     bias = bias_of(*sizes[2:]) if biased else None
     options = {"num_iterations": num_iterations, "leaky": leaky, "stop_gradient": stop_gradient}
@@ -520,9 +518,7 @@ def test_bfloat16_is_the_float32_result_rounded():
     wide = (np.asarray(x, np.float32) for x in (poses, weights))
     exact = routed_by(*wide, implementation="reference")
     for implementation in ("reference", *FAST):
-        # As one program, XLA:CPU knows no product of it in bfloat16.
-        function = dense_capsules if implementation == "lanes" else routed_by
-        routed = function(poses, weights, implementation=implementation)
+        routed = routed_by(poses, weights, implementation=implementation)
         assert routed.poses.dtype == jnp.bfloat16
         assert_close(routed.poses, exact.poses, terms=CHILDREN, scale=1.0)
 

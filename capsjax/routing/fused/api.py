@@ -20,6 +20,7 @@ from capsjax.ops._checks import (
     is_constant,
     taking_part,
 )
+from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.ops.votes import check_dense
 from capsjax.routing.fused.blocked import Blocks
 from capsjax.routing.fused.hopper_sizes import TILE
@@ -40,6 +41,7 @@ _MOST_STORED_ON_GPU = 2**25
 _MOST_BY_KERNEL = 2**27
 
 
+@compiled_outside_jit
 def dense_capsules(
     poses: ArrayLike,
     weights: ArrayLike,

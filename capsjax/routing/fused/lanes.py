@@ -107,7 +107,7 @@ class Lanes:
             projected = self._product("jtrd,jdb->jtrb", weights, query.astype(dtype))
             coupling = self._couple(self._contract(projected, u))
             weighed = self._weigh(coupling, u)
-            return sums + self._product("jtrd,jtrb->jdb", weights, weighed)
+            return sums + self._sums(weights, weighed)
 
         first = zeros(query.shape, query.dtype, query, *packed)
         return lax.fori_loop(0, self.count, block, first).transpose(0, 2, 1)
@@ -137,7 +137,7 @@ class Lanes:
                 mean = jnp.sum(coupling * d_coupling, axis=0)
                 d_logits = coupling * (d_coupling - mean[None])
                 weighed = self._weigh(d_logits, u)
-                d_query = d_query + self._product("jtrd,jtrb->jdb", weights, weighed)
+                d_query = d_query + self._sums(weights, weighed)
                 d_u = d_u + self._rows(d_logits) * from_query
                 d_w = d_w + self._product("jtrb,jdb->jtrd", weighed, factors[0])
             d_u = self._over_parents(d_u.astype(_wide(dtype)))
@@ -149,6 +149,20 @@ class Lanes:
 
     def _product(self, axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
         return product(axes, a, b, self.precision)
+
+    def _sums(self, weights: jax.Array, weighed: jax.Array) -> jax.Array:
+        """Sums of the votes, of which ``[J, tiles, rows, B]`` are the factors of the weights."""
+
+        def sums(weights: jax.Array, weighed: jax.Array) -> jax.Array:
+            return self._product("jtrd,jtrb->jdb", weights, weighed)
+
+        def on_cpu(weights: jax.Array, weighed: jax.Array) -> jax.Array:
+            # XLA:CPU accepts this product of bfloat16 factors, but cannot run it.
+            return sums(weights.astype(jnp.float32), weighed.astype(jnp.float32))
+
+        if weights.dtype != jnp.bfloat16:
+            return sums(weights, weighed)
+        return lax.platform_dependent(weights, weighed, cpu=on_cpu, default=sums)
 
     def _contract(self, projected: jax.Array, u: jax.Array) -> jax.Array:
         """Scalar products over K of ``[J, tiles, rows, B]`` and ``[tiles, rows, B]``."""

@@ -68,8 +68,9 @@ def _shapes(
     return [jax.core.ShapedArray(shape, jnp.float32) for shape in (queries[0].shape, *pairs)]
 
 
-def _run(*arguments: jax.Array, **options: Any) -> list[jax.Array]:
-    results: list[jax.Array] = jax.jit(functools.partial(_sweep.bind, **options))(*arguments)
+@functools.partial(jax.jit, static_argnames=("leaky", "required"))
+def _run(*arguments: jax.Array, leaky: bool, required: bool) -> list[jax.Array]:
+    results: list[jax.Array] = _sweep.bind(*arguments, leaky=leaky, required=required)
     return results
 
 

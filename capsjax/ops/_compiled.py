@@ -1,0 +1,61 @@
+"""Calls of pure functions outside of ``jax.jit``."""
+
+import enum
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.extend.core import concrete_or_error
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_OPTIONS = (bool, int, float, str, enum.Enum, np.bool_, np.number)
+
+
+def compiled_outside_jit(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorates a function, so that calls outside of ``jax.jit`` compile it once.
+
+    JAX otherwise compiles a loop in every such call, because its body is a new function each time.
+    Calls with arrays of the same shapes, and equal options, share a program, and so do their
+    gradients. Within ``jit`` or ``vmap``, and if an argument is a list or a function, it is called
+    as it is.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def program(fixed: tuple[Any, ...], arrays: list[jax.Array]) -> Any:
+        tree, options = fixed
+        remaining = iter(arrays)
+        leaves = [next(remaining) if kind is None else value for kind, value in options]
+        args, kwargs = jax.tree.unflatten(tree, leaves)
+        return function(*args, **kwargs)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda x: isinstance(x, list))
+        arrays = [x for x in leaves if _is_array(x)]
+        # With their types, because 1, 1.0 and True are equal.
+        options = tuple((None, None) if _is_array(x) else (type(x), x) for x in leaves)
+        if all(kind is None or issubclass(kind, _OPTIONS) for kind, _ in options):
+            result: T = program((tree, options), arrays)
+            return result
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value is an array whose elements are known, also where it is differentiated."""
+    if isinstance(value, Tracer):
+        try:
+            concrete_or_error(None, value)
+        except jax.errors.ConcretizationTypeError:
+            return False
+        return True
+    if isinstance(value, np.ndarray):
+        return value.dtype == bool or jnp.issubdtype(value.dtype, np.number)
+    return isinstance(value, jax.Array)
