@@ -21,6 +21,8 @@ from capsjax.version import __version__
 if TYPE_CHECKING:
     from capsjax.training import Evaluation, Result
 
+_BATCHED = ("capsjax train", "capsjax evaluate")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs ``capsjax``, by default with the arguments of the process."""
@@ -46,6 +48,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         where = f": {error.filename}" if error.filename else ""
         _report(prog, f"{error.strerror or error}{where}")
         _exit(error, 1, at_once="://" in where)  # Orbax may still be waiting for the storage
+    except RuntimeError as error:
+        # XLA's error where the memory of the devices does not suffice.
+        kind, _, reason = str(error).partition(": ")
+        if kind != "RESOURCE_EXHAUSTED":
+            raise
+        advice = "; a smaller --batch-size takes less" if prog in _BATCHED else ""
+        _report(prog, f"too little memory: {reason.splitlines()[0].rstrip('.')}{advice}")
+        _exit(error, 1)
     except KeyboardInterrupt as interrupt:
         _report(prog, "interrupted")
         # XLA may still be compiling in another thread, which must not run while Python shuts down.

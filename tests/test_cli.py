@@ -14,16 +14,18 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jobs import WAITING, Launched, saved
 from PIL import Image
 
-from capsjax import cli
+from capsjax import cli, training
 from capsjax.cli import main
 from capsjax.data import Split, load, save_npz
 from capsjax.process import interruptible
+from capsjax.viz import draw
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -243,6 +245,29 @@ def test_a_loss_that_is_not_finite_is_one_line(options, tmp_path, capsys):
     )
     assert failed.returncode == 1
     assert "the loss is not finite at step" in one_line(failed.stderr, "capsjax train")
+
+
+@pytest.mark.parametrize(("command", "advice"), [("train", True), ("draw", False)])
+def test_too_little_memory_is_one_line(command, advice, monkeypatch, capsys):
+    def allocate(*_):
+        return jnp.zeros((10**5, 10**5, 10**4)).block_until_ready()
+
+    monkeypatch.setattr(training, "train", allocate)
+    monkeypatch.setattr(draw, "draw", allocate)
+    failed = call(capsys, command, *(["confusion", "mnist_small"] if command == "draw" else []))
+    assert failed.returncode == 1
+    line = one_line(failed.stderr, f"capsjax {command}")
+    assert "too little memory: Out of memory allocating 400000000000000 bytes" in line
+    assert ("a smaller --batch-size takes less" in line) == advice
+
+
+def test_another_error_of_the_runtime_is_not_hidden(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(training, "train", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["train"])
 
 
 def test_images_of_another_size_than_the_run_s_are_one_line(uninterrupted, tmp_path, capsys):

@@ -1,9 +1,10 @@
 """Checkpoints: asynchronous, the latest few and the best, through Orbax."""
 
 import contextlib
+import logging
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Self, cast
@@ -122,16 +123,17 @@ class Checkpoints:
         metric = _METRICS[self._regression]
         metrics = None if score is None else {metric: score}
         about = {"checksums": _checksums(snapshot), metric: score, "run": self._run}
-        self._guard(
-            step,
-            lambda: self._manager.save(
+        with _without_warnings():  # Orbax's, that a checkpoint has no metrics
+            self._guard(
                 step,
-                args=ocp.args.StandardSave(snapshot),
-                metrics=metrics,
-                force=True,
-                custom_metadata=about,
-            ),
-        )
+                lambda: self._manager.save(
+                    step,
+                    args=ocp.args.StandardSave(snapshot),
+                    metrics=metrics,
+                    force=True,
+                    custom_metadata=about,
+                ),
+            )
 
     def forget_after(self, step: int) -> None:
         """Deletes the checkpoints of later steps.
@@ -307,6 +309,17 @@ def _check_metric_files(folders: Iterable[Path]) -> None:
                 read_json(file, _Metrics)
             except ConfigError as error:
                 raise CheckpointError(f"{error}; move {folder} away to use the others") from None
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _this_process() -> ocp.options.MultiprocessingOptions:

@@ -145,10 +145,11 @@ def test_no_checkpoint_at_all(tmp_path):
     checkpoints.close()
 
 
-def test_without_validation_there_is_no_best(tmp_path, tiny):
+def test_without_validation_there_is_no_best(tmp_path, tiny, caplog):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state_of(tiny), 1, None)
     checkpoints.finish()
+    assert not caplog.records
     with pytest.raises(CheckpointError, match="was validated"):
         checkpoints.choose("best")
     checkpoints.close()
