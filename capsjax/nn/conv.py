@@ -164,7 +164,10 @@ class ConvCapsules(SharedWeights):
         def collect(x: jax.Array, *trailing: int) -> jax.Array:
             """Gathers positions of a field and types into one axis of children."""
             x = fields.gather(jax.lax.collapse(x, x.ndim - 1 - len(trailing)))
-            return x.reshape(*x.shape[:-2], self.sizes.in_capsules, *trailing)
+            # In two steps, which explicit sharding needs.
+            x = x.reshape(*x.shape[:-1], self.in_types, *trailing)
+            end = x.ndim - len(trailing)
+            return jax.lax.collapse(x, end - 2, end)
 
         field_poses = collect(poses, poses.shape[-1])
         inside = jnp.broadcast_to(
@@ -194,16 +197,17 @@ class ConvCapsules(SharedWeights):
 
 def _softmax_over_fields(fields: ReceptiveFields, logits: jax.Array) -> jax.Array:
     """Softmax of ``[..., P, Q, KH * KW * I, J]`` over each child's parents at all positions."""
-    leading, children = logits.shape[:-2], logits.shape[-2]
 
     def per_place(x: jax.Array) -> jax.Array:
-        return x.reshape(*leading, fields.size, children // fields.size)
+        return x.reshape(*x.shape[:-1], fields.size, x.shape[-1] // fields.size)
+
+    def per_child(x: jax.Array) -> jax.Array:
+        return jax.lax.collapse(x, x.ndim - 2)[..., None]
 
     highest = fields.max(per_place(jax.lax.stop_gradient(jnp.max(logits, axis=-1))))
     # Positions in no field have no logits, and are not used.
     highest = jnp.where(jnp.isfinite(highest), highest, 0)
-    shifted = logits - fields.gather(highest).reshape(*leading, children, 1)
+    shifted = logits - per_child(fields.gather(highest))
     exponentials = jnp.exp(shifted)
     total = fields.sum(per_place(jnp.sum(exponentials, axis=-1)))
-    totals = fields.gather(total, fill=1).reshape(*leading, children, 1)
-    return exponentials / totals
+    return exponentials / per_child(fields.gather(total, fill=1))

@@ -1,7 +1,6 @@
 """Argument checks and numerics shared by the pure functions; errors name the argument."""
 
 import math
-import numbers
 import operator
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -125,13 +124,18 @@ def check_sizes(**sizes: Any) -> None:
 
 def check_number(name: str, value: Any, *, least: float = -math.inf) -> None:
     """Raises unless an option is a finite number of at least `least`, or an array of numbers."""
-    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or hasattr(value, "dtype")):
+    if hasattr(value, "dtype") and not isinstance(value, np.generic):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if isinstance(value, numbers.Real):
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least:g}, got {value}")
+    try:
+        is_finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of floats
+        is_finite = False
+    if not is_finite:
+        raise ValueError(f"{name} must be finite, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least:g}, got {value}")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
@@ -171,6 +175,11 @@ def alike(*arrays: jax.Array) -> list[jax.Array]:
 def is_constant(shape: tuple[Any, ...]) -> bool:
     """Whether all sizes are constant; those of an exported function may be symbolic."""
     return all(isinstance(size, int) for size in shape)
+
+
+def is_sharded(*arrays: jax.Array) -> bool:
+    """Whether the type of an array says how it is divided among devices."""
+    return any(any(jax.typeof(array).sharding.spec) for array in arrays)
 
 
 def is_integer(value: Any) -> bool:

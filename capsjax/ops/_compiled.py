@@ -18,12 +18,12 @@ _OPTIONS = (bool, int, float, str, enum.Enum, np.bool_, np.number)
 
 
 def compiled_outside_jit(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorates a function, so that calls outside of ``jax.jit`` compile it once.
+    """Decorates a function with loops, so that calls outside of ``jax.jit`` compile it once.
 
     JAX otherwise compiles a loop in every such call, because its body is a new function each time.
     Calls with arrays of the same shapes, and equal options, share a program, and so do their
-    gradients. Within ``jit`` or ``vmap``, and if an argument is a list or a function, it is called
-    as it is.
+    gradients. Within ``jit`` or ``vmap``, with arguments of other kinds, and for an error, the
+    function itself is called.
     """
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -38,24 +38,37 @@ def compiled_outside_jit(function: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda x: isinstance(x, list))
         arrays = [x for x in leaves if _is_array(x)]
-        # With their types, because 1, 1.0 and True are equal.
-        options = tuple((None, None) if _is_array(x) else (type(x), x) for x in leaves)
-        if all(kind is None or issubclass(kind, _OPTIONS) for kind, _ in options):
-            result: T = program((tree, options), arrays)
-            return result
+        others = [x for x in leaves if not _is_array(x)]
+        if arrays and all(map(_is_option, others)):
+            # With their types, because 1, 1.0 and True are equal.
+            options = tuple((None, None) if _is_array(x) else (type(x), x) for x in leaves)
+            try:
+                result: T = program((tree, options), arrays)
+                return result
+            except Exception:
+                pass  # The function's own error speaks of its own arguments.
         return function(*args, **kwargs)
 
     return call
 
 
 def _is_array(value: Any) -> bool:
-    """Whether a value is an array whose elements are known, also where it is differentiated."""
+    """Whether a value is an array whose elements are known, also where it is differentiated.
+
+    Numbers that are stored as arrays may be options, which the function has to see.
+    """
     if isinstance(value, Tracer):
         try:
             concrete_or_error(None, value)
         except jax.errors.ConcretizationTypeError:
             return False
-        return True
-    if isinstance(value, np.ndarray):
-        return value.dtype == bool or jnp.issubdtype(value.dtype, np.number)
-    return isinstance(value, jax.Array)
+        return value.ndim > 0
+    if type(value) is np.ndarray:  # not a subclass, of which JAX would drop what it adds
+        known = value.dtype == bool or jnp.issubdtype(value.dtype, np.number)
+        return value.ndim > 0 and value.dtype.isnative and known
+    return isinstance(value, jax.Array) and value.ndim > 0
+
+
+def _is_option(value: Any) -> bool:
+    """Whether a value can be a constant of a program; XLA computes wrongly with a constant NaN."""
+    return isinstance(value, _OPTIONS) and value == value

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from capsjax.ops._checks import is_sharded
 from capsjax.ops.fields import Padding, ReceptiveFields, channels_last
 from capsjax.ops.fourier import conv_by_fourier, gains_by_fourier
 from capsjax.ops.gathered import conv_by_gathering, why_not_by_gathering
@@ -212,6 +213,8 @@ def _why_only_xla(
         )
     if out_sharding is not None:
         return f"supports no explicit sharding, got out_sharding={out_sharding}"
+    if is_sharded(lhs, rhs):
+        return f"supports no explicit sharding, got {jax.typeof(lhs)} and {jax.typeof(rhs)}"
     if lhs.shape[-1] != rhs.shape[-2] or lhs.dtype != rhs.dtype:
         return (
             f"needs images and kernel of the same channels and dtype, got"

@@ -53,7 +53,9 @@ class Inputs(NamedTuple):
 
     def zeros(self) -> jax.Array:
         """Logits of zero, ``[..., I, J]``, usable as the initial carry of a loop."""
-        return zeros(self.votes.shape[:-1], self.wide, *self)
+        # Of the votes, whose type may say how they are divided among devices.
+        logits = jnp.zeros_like(jnp.sum(self.votes, axis=-1), self.wide)
+        return logits + zeros((), self.wide, self.bias, self.where)
 
     def routed(self, poses: jax.Array, activations: jax.Array, coupling: jax.Array) -> Routed:
         """The result, in the dtype of the votes."""

@@ -7,14 +7,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from capsjax.ops import length
-from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.ops.capsule import exponential_squash
 from capsjax.routing._passes import as_logits, inputs
 from capsjax.routing.record import Algorithm, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
 
 
-@compiled_outside_jit
 def efficient_routing(
     votes: ArrayLike, *, prior: ArrayLike | None = None, where: ArrayLike | None = None
 ) -> Routed:

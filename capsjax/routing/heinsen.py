@@ -181,7 +181,8 @@ def heinsen_routing(
             fit * like(p.score_scale, *per_pair) + like(p.score_bias, *per_pair)
         )
 
-    first = not_folded(zeros((*leading, *per_pair), wide, x, *p))
+    pairs = jnp.broadcast_to(jnp.sum(x, axis=-1, keepdims=True), (*leading, *per_pair))
+    first = not_folded(jnp.zeros_like(pairs) + zeros((), wide, *p))
     y, coupling = gather(lax.fori_loop(0, iterations - 1, update, first))
     if mask is not None:
         coupling = jnp.where(mask, coupling, 0)

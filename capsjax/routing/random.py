@@ -8,13 +8,11 @@ from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
 from capsjax.ops._checks import as_integer
-from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.routing._passes import inputs
 from capsjax.routing.record import Algorithm, Children, register
 from capsjax.routing.routed import Routed
 
 
-@compiled_outside_jit
 def random_routing(
     votes: ArrayLike,
     *,

@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.ops.capsule import unit
 from capsjax.routing._passes import as_activations, as_logits, inputs, per_mass
 from capsjax.routing.record import Algorithm, Children, Parameter, Sizes, register
 from capsjax.routing.routed import Routed
 
 
-@compiled_outside_jit
 def self_routing(
     votes: ArrayLike,
     activations: ArrayLike,

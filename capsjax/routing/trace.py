@@ -1,5 +1,7 @@
 """Traces of iterative routing."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +11,7 @@ from jax.typing import ArrayLike
 
 from capsjax.ops._checks import as_integer
 from capsjax.ops._compiled import compiled_outside_jit
+from capsjax.routing._passes import Passes
 from capsjax.routing.record import algorithm, algorithms
 
 
@@ -46,7 +49,6 @@ def traced() -> tuple[str, ...]:
     return tuple(name for name in algorithms() if algorithm(name).passes)
 
 
-@compiled_outside_jit
 def routing_trace(
     votes: ArrayLike,
     *args: Any,
@@ -93,16 +95,26 @@ def routing_trace(
     make_passes = algorithm(routing).passes if routing in algorithms() else None
     if make_passes is None:
         raise ValueError(f"routing must be one of {', '.join(traced())}, got {routing!r}")
-    passes = make_passes(votes, *args, **options)
+    return _traced(make_passes, iterations)(votes, *args, **options)
 
-    def one_pass(carry: jax.Array, number: jax.Array) -> tuple[jax.Array, Any]:
-        routed, logits = passes.finish(number, carry)
-        return passes.update(number, carry), (*routed, logits)
 
-    _, (poses, activations, coupling, logits) = lax.scan(
-        one_pass, passes.first, jnp.arange(iterations)
-    )
-    agreement = jnp.einsum(
-        "...ijd,t...jd->t...ij", passes.votes.astype(logits.dtype), poses.astype(logits.dtype)
-    )
-    return RoutingTrace(poses, activations, coupling, logits, agreement)
+@functools.lru_cache(maxsize=64)
+def _traced(make_passes: Callable[..., Passes], iterations: int) -> Callable[..., RoutingTrace]:
+    """Returns the trace of an algorithm as a function of its arguments."""
+
+    @compiled_outside_jit
+    def trace(*args: Any, **options: Any) -> RoutingTrace:
+        passes = make_passes(*args, **options)
+
+        def one_pass(carry: jax.Array, number: jax.Array) -> tuple[jax.Array, Any]:
+            routed, logits = passes.finish(number, carry)
+            return passes.update(number, carry), (*routed, logits)
+
+        _, (poses, activations, coupling, logits) = lax.scan(
+            one_pass, passes.first, jnp.arange(iterations)
+        )
+        votes = passes.votes.astype(logits.dtype)
+        agreement = jnp.einsum("...ijd,t...jd->t...ij", votes, poses.astype(logits.dtype))
+        return RoutingTrace(poses, activations, coupling, logits, agreement)
+
+    return trace

@@ -4,13 +4,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
-from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.routing._passes import inputs
 from capsjax.routing.record import Algorithm, register
 from capsjax.routing.routed import Routed
 
 
-@compiled_outside_jit
 def uniform_routing(
     votes: ArrayLike, *, bias: ArrayLike | None = None, where: ArrayLike | None = None
 ) -> Routed:

@@ -1,5 +1,6 @@
 """Calls outside of jit compile once."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 
 import capsjax
 from capsjax.ops._compiled import compiled_outside_jit
-from capsjax.routing import algorithm, algorithms
+from capsjax.routing import algorithm, algorithms, register, unregister
 
 X = jnp.arange(3.0)
 
@@ -72,8 +73,64 @@ def test_other_arguments_reach_the_function_as_they_are(function):
         np.testing.assert_array_equal(jax.vmap(scaled)(X), 2 * X)
         assert scaled([1.0], 2) == [1.0, 1.0]
         assert scaled(np.asarray(["a"], object)).tolist() == ["aa"]
-    assert len(executions) == 8
-    np.testing.assert_array_equal(scaled(nnx.Param(X)), 2 * X)
+        scaled(X, jnp.float32(3))
+        scaled(X, np.array(3))
+        scaled(X, float("nan"))
+    assert len(executions) == 14
+    assert isinstance(executions[5][0], np.ndarray)
+    for mask in (np.ones(1), np.zeros(1)):  # equal types with metadata that cannot be compared
+        np.testing.assert_array_equal(scaled(nnx.Param(X, mask=mask)), 2 * X)
+
+
+ARRAY = np.random.default_rng(0).normal(size=(6, 4, 5)).astype("f4")
+
+
+@pytest.mark.parametrize(
+    ("votes", "options"),
+    [
+        (ARRAY.astype(">f4"), {}),
+        (np.ma.masked_array(ARRAY, ARRAY > 1), {}),
+        (ARRAY.astype("S"), {}),
+        (ARRAY, {"where": np.ma.masked_array(np.ones(6, bool), np.ones(6, bool))}),
+        (ARRAY, {"where": np.ones(6)}),
+        (ARRAY, {"num_iterations": np.array([3])}),
+        (ARRAY, {"num_iterations": jnp.float32(3)}),
+        (ARRAY, {"iterations": 3}),
+    ],
+)
+def test_errors_are_those_of_the_function(votes, options):
+    capsjax.dynamic_routing(ARRAY)  # a program of this shape exists
+    with pytest.raises(TypeError) as expected:
+        capsjax.dynamic_routing.__wrapped__(votes, **options)
+    with pytest.raises(TypeError) as got:
+        capsjax.dynamic_routing(votes, **options)
+    assert str(got.value) == str(expected.value)
+
+
+def test_nan_is_passed_on():
+    routed = capsjax.dynamic_routing(ARRAY, logits=float("nan"))
+    assert all(np.isnan(x).all() for x in routed)
+
+
+def test_a_trace_is_that_of_the_registered_algorithm():
+    dynamic = algorithm("dynamic")
+
+    def times(factor):
+        def passes(votes, **options):
+            return dynamic.passes(votes * factor, **options)
+
+        return dataclasses.replace(dynamic, name="mine", passes=passes, fused=None)
+
+    for factor in (1.0, 10.0):
+        register(times(factor))
+        try:
+            found = capsjax.routing_trace(ARRAY, routing="mine")
+        finally:
+            unregister("mine")
+        expected = capsjax.dynamic_routing(factor * ARRAY)
+        np.testing.assert_allclose(found.poses[-1], expected.poses, rtol=1e-5)
+    with pytest.raises(ValueError, match="routing must be one of"):
+        capsjax.routing_trace(ARRAY, routing="mine")
 
 
 def test_no_routing_function_compiles_twice():

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -517,6 +518,14 @@ BAD = [
         "must be at most 21474",
     ),
     ("attention_routing", {"epsilon": None}, TypeError, "epsilon must be a number, got None"),
+    (
+        "attention_routing",
+        {"epsilon": Fraction(1, 2)},
+        TypeError,
+        "epsilon must be a number, got F",
+    ),
+    ("attention_routing", {"epsilon": 10**400}, ValueError, "epsilon must be finite, got 1000"),
+    ("attention_routing", {"epsilon": np.float32("nan")}, ValueError, "epsilon must be finite"),
     ("random_routing", {"key": 0}, TypeError, "key must be a single jax.random.key, got int"),
     ("attention_routing", {"scale": jnp.ones(3)}, ValueError, r"scale must have shape \[D\] = \(5"),
     ("uniform_routing", {"bias": jnp.ones(3)}, ValueError, r"bias must have shape \[J, D\]"),

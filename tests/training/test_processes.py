@@ -100,8 +100,7 @@ def test_process_0_alone_writes_and_speaks(whole):
     assert {path.name for path in run.iterdir()} >= {"config.json", "metrics.jsonl", "result.json"}
     assert job[0].out.startswith("test error: ")
     assert job[1].out == ""
-    (line,) = job[1].err.splitlines()
-    assert re.fullmatch(r"process 1 of 2 on \S+: 2 of 4 cpu devices", line)
+    assert re.fullmatch(r"process 1 of 2 on \S+: 2 of 4 cpu devices\n", job[1].err)
     assert "pmap on 4 cpu devices of 2 processes" in job[0].err
 
 

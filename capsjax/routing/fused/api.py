@@ -18,6 +18,7 @@ from capsjax.ops._checks import (
     as_floating,
     as_integer,
     is_constant,
+    is_sharded,
     taking_part,
 )
 from capsjax.ops._compiled import compiled_outside_jit
@@ -109,8 +110,8 @@ def dense_capsules(
       ValueError: an argument has the wrong shape, ``num_iterations`` is below 1, or
         ``implementation`` is unknown.
       NotImplementedError: ``implementation`` is ``"blocked"`` or ``"lanes"``, and the sizes of the
-        weights are symbolic; or it is ``"mosaic_gpu"``, and device, sizes, dtype or precision are
-        not supported.
+        weights are symbolic; it is ``"mosaic_gpu"``, and device, sizes, dtype or precision are not
+        supported; or it is not ``"reference"``, and an argument is explicitly sharded.
 
     Example:
       >>> import jax
@@ -194,6 +195,8 @@ def _sweep(
         raise NotImplementedError(
             f"weights must have constant sizes unless votes are stored, got shape {weights.shape}"
         )
+    if is_sharded(poses, weights):
+        raise NotImplementedError("explicitly sharded arrays need implementation 'reference'")
     if 0 in (*poses.shape, *weights.shape):  # nothing to sweep over
         return _store(options, poses, weights)._replace(coupling=None)
     parents, dtype = weights.shape[2:], jnp.promote_types(poses.dtype, weights.dtype)

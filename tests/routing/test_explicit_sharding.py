@@ -1,0 +1,145 @@
+"""Arrays whose types say how they are divided among devices (JAX's explicit sharding)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import capsjax
+from capsjax import models, nn
+from capsjax.routing import algorithm, algorithms
+
+PRESETS = ("small", "baseline", "efficient_capsnet", "matrix_capsnet")
+BATCH, CHILDREN, PARENTS, FEATURES = 8, 6, 4, 5
+random = np.random.default_rng(0)
+VOTES = random.normal(size=(BATCH, CHILDREN, PARENTS, FEATURES)).astype(np.float32)
+POSES = random.normal(size=(BATCH, CHILDREN, FEATURES)).astype(np.float32)
+PRESENT = np.full((BATCH, CHILDREN), 0.5, np.float32)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((4, 2), ("batch", "more"), axis_types=(AxisType.Explicit,) * 2)
+
+
+def arguments(name):
+    """Votes or poses, further positional arguments, and options."""
+    betas = {"beta_a": jnp.ones(PARENTS), "beta_u": jnp.ones(PARENTS)}
+    shapes = capsjax.HeinsenParameters.shapes(CHILDREN, FEATURES, PARENTS, FEATURES).values()
+    noise = np.random.default_rng(1)
+    heinsen = capsjax.HeinsenParameters(*(noise.normal(size=s).astype("f4") for s in shapes))
+    return {
+        "em": (VOTES, (PRESENT,), betas),
+        "heinsen": (POSES, (heinsen,), {}),
+        "random": (VOTES, (), {"key": jax.random.key(0)}),
+        "self": (VOTES, (PRESENT, VOTES[..., 0]), {}),
+        "variational": (VOTES, (PRESENT,), betas),
+    }.get(name, (VOTES, (), {}))
+
+
+@pytest.mark.parametrize("name", algorithms())
+def test_routing_keeps_the_sharding_of_the_batch(name, mesh):
+    children, others, options = arguments(name)
+    function = functools.partial(algorithm(name).function, **options)
+
+    def loss(children, *others):
+        return jnp.sum(function(children, *others).poses[..., 0] ** 2)
+
+    expected = function(children, *others)
+    d_expected = jax.grad(loss)(children, *others)
+    batch = NamedSharding(mesh, PartitionSpec("batch"))
+    with jax.set_mesh(mesh):
+        children = jax.device_put(children, batch)
+        others = [jax.device_put(x, batch) if x is PRESENT else x for x in others]
+        for call in (function, jax.jit(function)):
+            routed = call(children, *others)
+            assert jax.typeof(routed.poses).sharding.spec[0] == "batch"
+            np.testing.assert_allclose(routed.poses, expected.poses, rtol=1e-4, atol=1e-6)
+        gradient = jax.jit(jax.grad(loss))(children, *others)
+    np.testing.assert_allclose(gradient, d_expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", range(4))
+def test_any_axis_may_be_sharded(axis, mesh):
+    votes = random.normal(size=(4, 4, 4, 4)).astype(np.float32)
+    expected = capsjax.dynamic_routing(votes)
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, "more"))
+        routed = capsjax.dynamic_routing(jax.device_put(votes, sharding))
+    np.testing.assert_allclose(routed.poses, expected.poses, rtol=1e-5, atol=1e-6)
+
+
+def test_votes_are_stored_however_many_they_are(mesh):
+    poses, weights = jnp.full((8, 400, 3), 0.1), jnp.full((400, 3, 32, 12), 0.1)
+    assert 8 * 400 * 32 * 12 > 2**20
+    expected = capsjax.dense_capsules(poses, weights)
+    with jax.set_mesh(mesh):
+        poses = jax.device_put(poses, NamedSharding(mesh, PartitionSpec("batch")))
+        routed = capsjax.dense_capsules(poses, weights)
+        np.testing.assert_allclose(routed.poses, expected.poses, rtol=1e-4)
+        with pytest.raises(NotImplementedError, match="explicitly sharded arrays need"):
+            capsjax.dense_capsules(poses, weights, implementation="blocked")
+
+
+@pytest.mark.parametrize(
+    "preset",
+    ["small", *(pytest.param(p, marks=pytest.mark.slow) for p in PRESETS if p != "small")],
+)
+def test_a_network_predicts(preset, mesh):
+    # JAX itself has no gradient of a convolution's kernel here.
+    network = models.create(preset, rngs=nnx.Rngs(0))
+    network.eval()
+    images = random.random((8, 28, 28, 1), np.float32)
+    predict = jax.jit(lambda images: network(images).scores)
+    expected = predict(images)
+    with jax.set_mesh(mesh):
+        images = jax.device_put(images, NamedSharding(mesh, PartitionSpec("batch")))
+        scores = predict(images)
+        assert jax.typeof(scores).sharding.spec[0] == "batch"
+    np.testing.assert_allclose(scores, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("routing", ["dynamic", "em"])
+def test_layers_of_grids_keep_the_sharding_of_the_batch(routing, mesh):
+    rngs = nnx.Rngs(0)
+    layers = [
+        nn.ConvCapsules(2, 4, 3, 4, kernel_size=3, strides=2, routing=routing, rngs=rngs),
+        nn.GridCapsules(3, 4, 5, 4, routing=routing, rngs=rngs),
+    ]
+    poses = random.normal(size=(8, 5, 5, 2, 4)).astype(np.float32)
+    activations = jnp.full(poses.shape[:-1], 0.5)
+
+    @jax.jit
+    @jax.grad
+    def gradient(poses, activations):
+        for layer in layers:
+            poses, activations, _ = layer(poses, activations=activations)
+        return jnp.sum(poses[..., 0])
+
+    expected = gradient(poses, activations)
+    with jax.set_mesh(mesh):
+        batch = NamedSharding(mesh, PartitionSpec("batch"))
+        got = gradient(*(jax.device_put(x, batch) for x in (poses, activations)))
+        assert jax.typeof(got).sharding.spec[0] == "batch"
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_convolution_that_is_named_says_what_came(mesh):
+    images, kernel = jnp.ones((8, 12, 12, 1)), jnp.ones((3, 3, 1, 4))
+    convolve = functools.partial(
+        capsjax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding="VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    with jax.set_mesh(mesh):
+        images = jax.device_put(images, NamedSharding(mesh, PartitionSpec("batch")))
+        assert jax.typeof(convolve(images, kernel)).sharding.spec[0] == "batch"
+        with pytest.raises(
+            NotImplementedError, match=r"no explicit sharding, got float32\[8@batch"
+        ):
+            convolve(images, kernel, implementation="patches")
