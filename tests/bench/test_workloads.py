@@ -13,6 +13,7 @@ from flax import nnx
 from capsjax import models, routing, training
 from capsjax.bench import CAPSULE_SIZES, make_workload, parse_target, read_program, suite_cells
 from capsjax.bench.config import Suite
+from capsjax.bench.processes import measure
 from capsjax.bench.workloads import UserFunction, choices, convolutions, parse_shape
 from capsjax.data import Batch, Sampler, Shifted
 from capsjax.errors import ConfigError
@@ -286,6 +287,13 @@ def test_many_steps_in_pytorch_are_steps_one_by_one(first_steps):
         network, images, np.arange(4), device="cpu", implementation="torch", steps=3
     )
     np.testing.assert_allclose(call(), losses[-1], rtol=1e-3)
+
+
+def test_arguments_have_the_dtypes_of_the_workload():
+    # NumPy's products of Python numbers and bfloat16 are float32 with ml_dtypes 0.6.
+    for dtype in ("float32", "bfloat16"):
+        built = make_workload("routing", {"dtype": dtype, **SMALL}).build(jax.devices())
+        assert {x.dtype for x in measure._arguments(built)} == {jnp.dtype(dtype)}
 
 
 def test_only_the_layer_that_is_measured_has_the_implementation(monkeypatch):

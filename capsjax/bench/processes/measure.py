@@ -307,7 +307,7 @@ def _arguments(built: JaxFunction) -> tuple[Any, ...]:
     def make(shape: jax.ShapeDtypeStruct) -> Any:
         if not jnp.issubdtype(shape.dtype, jnp.floating):
             return np.zeros(shape.shape, shape.dtype)
-        return 0.1 * random.random(shape.shape, np.float32).astype(shape.dtype)
+        return (0.1 * random.random(shape.shape, np.float32)).astype(shape.dtype)
 
     if built.make_arguments is not None:
         values = jax.jit(built.make_arguments)()
