@@ -37,11 +37,11 @@ def compiled_outside_jit(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda x: isinstance(x, list))
-        arrays = [x for x in leaves if _is_array(x)]
-        others = [x for x in leaves if not _is_array(x)]
-        if arrays and all(map(_is_option, others)):
+        pairs = [(x, _is_array(x)) for x in leaves]
+        arrays = [x for x, is_array in pairs if is_array]
+        if arrays and all(is_array or _is_option(x) for x, is_array in pairs):
             # With their types, because 1, 1.0 and True are equal.
-            options = tuple((None, None) if _is_array(x) else (type(x), x) for x in leaves)
+            options = tuple((None, None) if is_array else (type(x), x) for x, is_array in pairs)
             try:
                 result: T = program((tree, options), arrays)
                 return result
