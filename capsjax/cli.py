@@ -53,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         kind, _, reason = str(error).partition(": ")
         if kind != "RESOURCE_EXHAUSTED":
             raise
+        reason = reason.partition("\n")[0].rstrip(".")
         advice = "; a smaller --batch-size takes less" if prog in _BATCHED else ""
-        _report(prog, f"too little memory: {reason.splitlines()[0].rstrip('.')}{advice}")
+        _report(prog, f"too little memory: {reason}{advice}")
         _exit(error, 1)
     except KeyboardInterrupt as interrupt:
         _report(prog, "interrupted")

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from capsjax.data.absl_log import without_warnings
 from capsjax.data.dataset import Dataset, Split
 from capsjax.data.decoded_cache import cached
 from capsjax.data.originals import ORIGINALS
@@ -101,13 +102,8 @@ def _expect_format(name: str, prepared: Path) -> None:
 
 
 def _decode(builder: Any) -> tuple[Split, Split]:
-    absl = logging.getLogger("absl")
-    level = absl.level
-    absl.setLevel(max(level, logging.ERROR))  # TFDS logs advice to install OpenCV
-    try:
+    with without_warnings():  # TFDS logs advice to install OpenCV
         train, test = (_decode_split(builder, split) for split in ("train", "test"))
-    finally:
-        absl.setLevel(level)
     return train, test
 
 

@@ -177,7 +177,8 @@ class EfficientCapsNet(CapsuleNetwork):
         x = images
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = norm(relu(conv(x)))
-        x = jax.lax.collapse(self.primary(x), images.ndim - 3)
+        x = self.primary(x)
+        x = jax.lax.collapse(x, x.ndim - 3)
         capsules = (self.config.num_primary, self.config.primary_features)
         primary = exponential_squash(x.reshape(*x.shape[:-1], *capsules))
         routed: Routed = self.classes(primary, implementation=implementation)

@@ -163,6 +163,14 @@ def zeros(shape: tuple[int, ...], dtype: jnp.dtype, *like: jax.Array | None) -> 
     return result
 
 
+def zeros_of(array: jax.Array, dtype: jnp.dtype, *like: jax.Array | None) -> jax.Array:
+    """Returns zeros of the shape of an array, divided among devices as its type says.
+
+    Like :func:`zeros`, they vary over the mesh axes of all the arrays.
+    """
+    return jnp.zeros_like(array, dtype) + zeros((), dtype, *like)
+
+
 def alike(*arrays: jax.Array) -> list[jax.Array]:
     """Returns the arrays, all varying over every mesh axis over which one of them varies.
 

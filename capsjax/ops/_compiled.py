@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.extend.core import concrete_or_error
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -22,7 +21,7 @@ def compiled_outside_jit(function: Callable[P, T]) -> Callable[P, T]:
 
     JAX otherwise compiles a loop in every such call, because its body is a new function each time.
     Calls with arrays of the same shapes, and equal options, share a program, and so do their
-    gradients. Within ``jit`` or ``vmap``, with arguments of other kinds, and for an error, the
+    gradients. Within ``jit`` or ``vmap``, with arguments of other kinds, and after an error, the
     function itself is called.
     """
 
@@ -58,11 +57,8 @@ def _is_array(value: Any) -> bool:
     Numbers that are stored as arrays may be options, which the function has to see.
     """
     if isinstance(value, Tracer):
-        try:
-            concrete_or_error(None, value)
-        except jax.errors.ConcretizationTypeError:
-            return False
-        return value.ndim > 0
+        # Not `concrete_or_error`, whose error searches the program that is being traced.
+        return value.ndim > 0 and value.to_concrete_value() is not None
     if type(value) is np.ndarray:  # not a subclass, of which JAX would drop what it adds
         known = value.dtype == bool or jnp.issubdtype(value.dtype, np.number)
         return value.ndim > 0 and value.dtype.isnative and known

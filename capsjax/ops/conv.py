@@ -63,7 +63,8 @@ def conv_general_dilated(
       batch_group_count: as in ``lax``; values other than 1 need XLA.
       precision: as in ``lax``.
       preferred_element_type: as in ``lax``.
-      out_sharding: as in ``lax``; values other than None need XLA.
+      out_sharding: as in ``lax``; values other than None, and explicitly sharded arguments, need
+        XLA.
       implementation: one of the following, or None for the fastest that supports the arguments on
         the platform that the program is compiled for.
 

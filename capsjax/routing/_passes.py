@@ -14,7 +14,7 @@ from capsjax.ops._checks import (
     as_integer,
     broadcast,
     taking_part,
-    zeros,
+    zeros_of,
 )
 from capsjax.routing.routed import Routed
 
@@ -53,9 +53,7 @@ class Inputs(NamedTuple):
 
     def zeros(self) -> jax.Array:
         """Logits of zero, ``[..., I, J]``, usable as the initial carry of a loop."""
-        # Of the votes, whose type may say how they are divided among devices.
-        logits = jnp.zeros_like(jnp.sum(self.votes, axis=-1), self.wide)
-        return logits + zeros((), self.wide, self.bias, self.where)
+        return zeros_of(jnp.sum(self.votes, axis=-1), self.wide, self.bias, self.where)
 
     def routed(self, poses: jax.Array, activations: jax.Array, coupling: jax.Array) -> Routed:
         """The result, in the dtype of the votes."""

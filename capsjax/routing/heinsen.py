@@ -14,7 +14,7 @@ from capsjax.ops._checks import (
     as_integer,
     check_number,
     taking_part,
-    zeros,
+    zeros_of,
 )
 from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.routing._passes import layer_norm, not_folded
@@ -182,7 +182,7 @@ def heinsen_routing(
         )
 
     pairs = jnp.broadcast_to(jnp.sum(x, axis=-1, keepdims=True), (*leading, *per_pair))
-    first = not_folded(jnp.zeros_like(pairs) + zeros((), wide, *p))
+    first = not_folded(zeros_of(pairs, wide, *p))
     y, coupling = gather(lax.fori_loop(0, iterations - 1, update, first))
     if mask is not None:
         coupling = jnp.where(mask, coupling, 0)

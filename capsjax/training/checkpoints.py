@@ -1,10 +1,9 @@
 """Checkpoints: asynchronous, the latest few and the best, through Orbax."""
 
 import contextlib
-import logging
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Self, cast
@@ -15,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from capsjax.data.absl_log import without_warnings
 from capsjax.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from capsjax.files import absolute, is_local, is_lost, remove_tree
 from capsjax.training.files import read_json
@@ -123,7 +123,7 @@ class Checkpoints:
         metric = _METRICS[self._regression]
         metrics = None if score is None else {metric: score}
         about = {"checksums": _checksums(snapshot), metric: score, "run": self._run}
-        with _without_warnings():  # Orbax's, that a checkpoint has no metrics
+        with without_warnings():  # Orbax's, that a checkpoint has no metrics
             self._guard(
                 step,
                 lambda: self._manager.save(
@@ -309,17 +309,6 @@ def _check_metric_files(folders: Iterable[Path]) -> None:
                 read_json(file, _Metrics)
             except ConfigError as error:
                 raise CheckpointError(f"{error}; move {folder} away to use the others") from None
-
-
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(max(level, logging.ERROR))
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _this_process() -> ocp.options.MultiprocessingOptions:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from calls import arguments
 from flax import nnx
 
 import capsjax
@@ -134,21 +135,11 @@ def test_a_trace_is_that_of_the_registered_algorithm():
 
 
 def test_no_routing_function_compiles_twice():
-    votes, poses, present = jnp.ones((2, 6, 4, 5)), jnp.ones((2, 6, 5)), jnp.ones((2, 6))
-    betas = {"beta_a": jnp.ones(4), "beta_u": jnp.ones(4)}
-    shapes = capsjax.HeinsenParameters.shapes(6, 5, 4, 5).values()
-    arguments = {
-        "em": ((votes, present), betas),
-        "heinsen": ((poses, capsjax.HeinsenParameters(*map(jnp.ones, shapes))), {}),
-        "random": ((votes,), {"key": jax.random.key(0)}),
-        "self": ((votes, present, jnp.ones((2, 6, 4))), {}),
-        "variational": ((votes, present), betas),
-    }
-    calls = {
-        name: functools.partial(algorithm(name).function, *args, **options)
-        for name in algorithms()
-        for args, options in [arguments.get(name, ((votes,), {}))]
-    }
+    calls = {}
+    for name in algorithms():
+        arrays, options = arguments(name, 2)
+        calls[name] = functools.partial(algorithm(name).function, *arrays, **options)
+    votes, poses = jnp.ones((2, 6, 4, 5)), jnp.ones((2, 6, 5))
     calls["dense"] = functools.partial(capsjax.dense_capsules, poses, jnp.ones((6, 5, 4, 5)))
     calls["trace"] = functools.partial(capsjax.routing_trace, votes)
     compiled = []

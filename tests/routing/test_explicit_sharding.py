@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from calls import arguments
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -14,11 +15,7 @@ from capsjax import models, nn
 from capsjax.routing import algorithm, algorithms
 
 PRESETS = ("small", "baseline", "efficient_capsnet", "matrix_capsnet")
-BATCH, CHILDREN, PARENTS, FEATURES = 8, 6, 4, 5
 random = np.random.default_rng(0)
-VOTES = random.normal(size=(BATCH, CHILDREN, PARENTS, FEATURES)).astype(np.float32)
-POSES = random.normal(size=(BATCH, CHILDREN, FEATURES)).astype(np.float32)
-PRESENT = np.full((BATCH, CHILDREN), 0.5, np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -26,40 +23,23 @@ def mesh():
     return jax.make_mesh((4, 2), ("batch", "more"), axis_types=(AxisType.Explicit,) * 2)
 
 
-def arguments(name):
-    """Votes or poses, further positional arguments, and options."""
-    betas = {"beta_a": jnp.ones(PARENTS), "beta_u": jnp.ones(PARENTS)}
-    shapes = capsjax.HeinsenParameters.shapes(CHILDREN, FEATURES, PARENTS, FEATURES).values()
-    noise = np.random.default_rng(1)
-    heinsen = capsjax.HeinsenParameters(*(noise.normal(size=s).astype("f4") for s in shapes))
-    return {
-        "em": (VOTES, (PRESENT,), betas),
-        "heinsen": (POSES, (heinsen,), {}),
-        "random": (VOTES, (), {"key": jax.random.key(0)}),
-        "self": (VOTES, (PRESENT, VOTES[..., 0]), {}),
-        "variational": (VOTES, (PRESENT,), betas),
-    }.get(name, (VOTES, (), {}))
-
-
 @pytest.mark.parametrize("name", algorithms())
 def test_routing_keeps_the_sharding_of_the_batch(name, mesh):
-    children, others, options = arguments(name)
+    arrays, options = arguments(name, 8)
     function = functools.partial(algorithm(name).function, **options)
 
-    def loss(children, *others):
-        return jnp.sum(function(children, *others).poses[..., 0] ** 2)
+    def loss(*arrays):
+        return jnp.sum(function(*arrays).poses[..., 0] ** 2)
 
-    expected = function(children, *others)
-    d_expected = jax.grad(loss)(children, *others)
-    batch = NamedSharding(mesh, PartitionSpec("batch"))
+    expected = function(*arrays)
+    d_expected = jax.grad(loss)(*arrays)
     with jax.set_mesh(mesh):
-        children = jax.device_put(children, batch)
-        others = [jax.device_put(x, batch) if x is PRESENT else x for x in others]
+        arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("batch")))
         for call in (function, jax.jit(function)):
-            routed = call(children, *others)
+            routed = call(*arrays)
             assert jax.typeof(routed.poses).sharding.spec[0] == "batch"
             np.testing.assert_allclose(routed.poses, expected.poses, rtol=1e-4, atol=1e-6)
-        gradient = jax.jit(jax.grad(loss))(children, *others)
+        gradient = jax.jit(jax.grad(loss))(*arrays)
     np.testing.assert_allclose(gradient, d_expected, rtol=1e-3, atol=1e-6)
 
 

@@ -14,9 +14,9 @@ from capsjax import models
 from capsjax.bench.workloads.capsules import implementations
 from capsjax.bench.workloads.workload import Dtype, JaxFunction, Peer, placed
 
-# Plain steps in PyTorch, for comparison with train steps.
-_GRAPHS = ("torch.compile-graph", "torch.graph")
-_TORCH = ("torch", "torch.compile", "torch.max-autotune", *_GRAPHS)
+# Plain steps in PyTorch, for comparison with train steps; some are captured in one CUDA graph.
+CAPTURED = ("torch.compile-graph", "torch.graph")
+_TORCH = ("torch", "torch.compile", "torch.max-autotune", *CAPTURED)
 
 
 def _step_implementations() -> tuple[str, ...]:
@@ -136,7 +136,7 @@ def _torch_steps(workload: _Network, device: jax.Device, *, steps: int) -> Peer:
         raise NotImplementedError("needs PyTorch, which is not installed: pip install torch")
     if name is None or not isinstance(config, models.CapsNetConfig):
         raise NotImplementedError("PyTorch runs on cpu and gpu only, with presets of CapsNet")
-    if workload.implementation in _GRAPHS and name != "cuda":
+    if workload.implementation in CAPTURED and name != "cuda":
         raise NotImplementedError("CUDA graphs need a gpu")
     from capsjax.bench.workloads.torch_step import CapsNet, make_step
 

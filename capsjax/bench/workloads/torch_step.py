@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from capsjax.bench.workloads.networks import CAPTURED
 from capsjax.models import CapsNetConfig
 
 # Modes of torch.compile; None for no compilation.
@@ -26,7 +27,6 @@ _MODES = {
     "torch.compile-graph": "default",
     "torch.graph": "max-autotune-no-cudagraphs",
 }
-_CAPTURED = ("torch.compile-graph", "torch.graph")
 
 
 def squash(s: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ def make_step(
     config = network.to(device).config
     nn.utils.convert_conv2d_weight_memory_format(network, torch.channels_last)
     # A captured optimizer counts its steps on the device.
-    capturable = implementation in _CAPTURED
+    capturable = implementation in CAPTURED
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True, capturable=capturable)
     x = torch.from_numpy(images.copy()).to(device)
     y = torch.from_numpy(labels.astype(np.int64)).to(device)
@@ -148,7 +148,7 @@ def make_step(
         optimizer.step()
         return loss.detach()
 
-    run = _Captured(step) if implementation in _CAPTURED else step
+    run = _Captured(step) if implementation in CAPTURED else step
 
     def call() -> float:
         for _ in range(steps - 1):

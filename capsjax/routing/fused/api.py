@@ -97,7 +97,8 @@ def dense_capsules(
         fewer than 2²⁰ numbers in the votes of the batch, on CPUs if votes have fewer dimensions
         than the children's poses, and on NVIDIA GPUs up to 2²⁵ numbers. Before these, GPUs take
         the kernel if it supports the arguments, up to 2²⁷ numbers and with B of at least 32; not
-        in programs that are exported or partitioned by XLA.
+        in programs that are exported or partitioned by XLA. Votes of explicitly sharded arguments
+        are always stored.
 
     Returns:
       :class:`Routed`: poses :math:`v` ``[..., J, D]`` and activations :math:`\|v\|` ``[..., J]`` in
