@@ -14,6 +14,7 @@ Fill = float | Literal["edge"]
 Flip = Literal["horizontal", "vertical", "both"]
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def epoch_order(key: jax.Array, num_examples: int) -> jax.Array:
     """Returns a random order of the examples of an epoch, int32 ``[num_examples]``.
 

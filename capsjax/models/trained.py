@@ -92,7 +92,8 @@ def load_pretrained(name: str = "mnist_small") -> Network:
       [7 2 1 0 4 1 4 9] [7 2 1 0 4 1 4 9]
     """
     about, arrays = _read(name)
-    network = build(configure(about.preset, **about.overrides), rngs=nnx.Rngs(0))
+    config = configure(about.preset, **about.overrides)
+    network: Network = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
     state = nnx.state(network)
     for path, variable in nnx.to_flat_state(state):
         variable.set_value(np.asarray(arrays[".".join(map(str, path))], np.float32))

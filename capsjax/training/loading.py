@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -69,7 +70,7 @@ def load_network(
     """
     run = read_run(run_dir)
     dataset = load_images(run, dataset, data_dir=data_dir)
-    network = models.build(run.model, rngs=nnx.Rngs(0))
+    network = nnx.eval_shape(lambda: models.build(run.model, rngs=nnx.Rngs(0)))
     driver = choices.choose_driver("jit", None)
     step, variables = restore(run_dir, checkpoint, run, driver)
     for values in variables:
@@ -93,7 +94,7 @@ def _as_shown(dataset: Dataset) -> Split:
             f"networks for {dataset.name} take standardised images, which figures cannot show"
         )
     sampler = Sampler(dataset.task, dataset.num_classes)
-    sample = sampler.test(as_batch(test), jnp.arange(len(labels)))
+    sample = jax.jit(lambda *given: sampler.test(*given))(as_batch(test), np.arange(len(labels)))
     return Split(np.asarray(sample.images), np.asarray(sample.labels))
 
 

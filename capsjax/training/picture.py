@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from capsjax.data import Sampler, StoredSplit
+from capsjax.data import Batch, Sampler, StoredSplit
 from capsjax.data.dataset import AnySplit
 from capsjax.files import replacing
 from capsjax.models import ModelConfig
@@ -65,25 +65,29 @@ def draw_reconstructions(
     except ImportError:  # Pillow is optional in training
         return
     chosen = np.linspace(0, len(test.labels) - 1, min(_PICTURED, len(test.labels))).astype(int)
-    numbers = jnp.asarray(chosen)
-    if isinstance(test, StoredSplit):
-        sample = sampler.test_batch(as_batch(test.take(chosen).read()), numbers)
-    else:
-        sample = sampler.test(as_batch(test), numbers)
-    prediction, _ = jax.jit(apply)(variables, sample.images)
-    if test.labels.ndim > 1:  # any number of classes: the present ones together
-        masks = sample.masks[:, None]
-    else:
-        # As many predicted classes as the image shows.
-        _, predicted = jax.lax.top_k(prediction.scores, sampler.task.classes_per_image)
-        masks = jax.nn.one_hot(predicted, sampler.num_classes)
-    drawn, _ = jax.jit(apply)(variables, sample.images, target=masks)
-    # Pairs are shown as they are; for other tasks the target, which is not standardised.
-    is_pair = sample.drawings.ndim > sample.images.ndim
-    rows = [
-        sample.images if is_pair else sample.drawings,
-        *jnp.moveaxis(drawn.reconstruction, 1, 0),
-    ]
-    picture = Image.fromarray(reconstruction_grid([np.asarray(row) for row in rows]))
+    shown = test.take(chosen).read() if isinstance(test, StoredSplit) else test
+    select = sampler.test if shown is test else sampler.test_batch
+
+    @jax.jit
+    def draw(variables: Variables, examples: Batch, numbers: jax.Array) -> list[jax.Array]:
+        sample = select(examples, numbers)
+        if test.labels.ndim > 1:  # any number of classes: the present ones together
+            masks = sample.masks[:, None]
+        else:
+            # As many predicted classes as the image shows.
+            prediction, _ = apply(variables, sample.images)
+            _, predicted = jax.lax.top_k(prediction.scores, sampler.task.classes_per_image)
+            masks = jax.nn.one_hot(predicted, sampler.num_classes)
+        drawn, _ = apply(variables, sample.images, target=masks)
+        # Pairs are shown as they are; for other tasks the target, which is not standardised.
+        is_pair = sample.drawings.ndim > sample.images.ndim
+        assert drawn.reconstruction is not None
+        return [
+            sample.images if is_pair else sample.drawings,
+            *jnp.moveaxis(drawn.reconstruction, 1, 0),
+        ]
+
+    rows = jax.device_get(draw(variables, as_batch(shown), chosen))
+    picture = Image.fromarray(reconstruction_grid(rows))
     with replacing(path) as file:
         picture.save(file, format="png")

@@ -8,7 +8,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from capsjax import models
 from capsjax.data import Batch, Dataset, Sampler
@@ -40,8 +39,9 @@ from capsjax.training.step import (
     Variables,
     check_optimizer,
     init_state,
+    initial_variables,
     make_train_step,
-    split_network,
+    split_abstract,
 )
 from capsjax.training.transfer import transfer
 
@@ -207,22 +207,18 @@ def set_up(
         reading = pool if workers else "threads of this process"
         say(f"input: streamed by {reading}, {streamed}")
     keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
-    networks = [
-        split_network(models.build(model, rngs=nnx.Rngs(init)), frozen=config.freeze or ())
-        for init, _, _ in keys
-    ]
-    apply, variables = networks[0]
+    apply, shapes = split_abstract(model, frozen=config.freeze or ())
     optimizer = custom.optimizer or make_optimizer(config, total_steps)
     if config.freeze:
-        optimizer = choices.freeze_parts(optimizer, variables.params, config.freeze)
-    state = jax.eval_shape(optimizer.init, variables.params)
+        optimizer = choices.freeze_parts(optimizer, shapes.params, config.freeze)
+    state = jax.eval_shape(optimizer.init, shapes.params)
     if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(state)):
         raise ConfigError("optimizer must not keep a random key, which checkpoints do not store")
-    first = [variables for _, variables in networks]
+    first = [initial_variables(model, key) for key, _, _ in keys]
     if config.init_from is not None and initialise:
         first = _transferred(config, first, driver)
     if custom.objective is not None or custom.metrics is not None:
-        _try(apply, first[0], objective, metrics, sampler, train)
+        _try(apply, shapes, objective, metrics, sampler, train)
     steps = make_run_steps(
         make_train_step(
             apply,

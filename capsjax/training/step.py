@@ -1,5 +1,6 @@
 """The train step: one pure function of state and sample."""
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -119,9 +120,18 @@ def split_network(
     return apply, Variables(*map(nnx.to_pure_dict, states))
 
 
-def split_abstract(config: models.ModelConfig) -> tuple[Apply, Variables]:
+def split_abstract(
+    config: models.ModelConfig, *, frozen: Sequence[str] = ()
+) -> tuple[Apply, Variables]:
     """Like :func:`split_network`, with shapes instead of arrays: the network is not built."""
-    return split_network(nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0))))
+    network = nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
+    return split_network(network, frozen=frozen)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def initial_variables(config: models.ModelConfig, key: jax.Array) -> Variables:
+    """Returns the arrays of a new network; one program is compiled instead of one per operation."""
+    return split_network(models.build(config, rngs=nnx.Rngs(key)))[1]
 
 
 def init_state(variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
