@@ -68,7 +68,7 @@ def as_given(children: Children, given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Algorithm:
     """The record of a routing algorithm. Calling it calls its function.
 

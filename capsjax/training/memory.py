@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from capsjax import models
 from capsjax.training.drivers import Driver
-from capsjax.training.step import Variables, split_abstract
+from capsjax.training.step import Apply, Variables, split_abstract
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 # A float32 parameter, its gradient, and Adam's two moments.
@@ -90,7 +90,9 @@ def estimate_memory(
       (469312, 7508992)
     """
     devices = len(driver.devices)
-    num_parameters, activations = _network(model, -(-batch_size // devices))
+    apply, shapes = split_abstract(model)
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+    activations = _activations(apply, model, -(-batch_size // devices))
     # Virtual CPU devices share the machine's memory.
     here = driver.local_devices
     share = len(here) if here[0].platform == "cpu" else 1
@@ -104,9 +106,9 @@ def estimate_memory(
 
 
 @functools.lru_cache(maxsize=64)
-def _network(model: models.ModelConfig, batch_size: int) -> tuple[int, int]:
-    """Number of parameters, and bytes that the forward pass keeps for the backward pass."""
-    apply, (params, batch_stats) = split_abstract(model)
+def _activations(apply: Apply, model: models.ModelConfig, batch_size: int) -> int:
+    """Bytes that the forward pass keeps for the backward pass."""
+    _, (params, batch_stats) = split_abstract(model)
 
     def kept(params: chex.ArrayTree, batch_stats: chex.ArrayTree, images: jax.Array) -> object:
         def forward(params: chex.ArrayTree) -> list[jax.Array]:
@@ -121,8 +123,7 @@ def _network(model: models.ModelConfig, batch_size: int) -> tuple[int, int]:
     images = jax.ShapeDtypeStruct((batch_size, *model.image_shape), jnp.float32)
     leaves = jax.tree.leaves(jax.eval_shape(kept, params, batch_stats, images))
     shapes = {leaf.shape for leaf in jax.tree.leaves(params)}  # also kept, but not copied
-    activations = sum(x.size * x.dtype.itemsize for x in leaves if x.shape not in shapes)
-    return sum(leaf.size for leaf in jax.tree.leaves(params)), activations
+    return sum(x.size * x.dtype.itemsize for x in leaves if x.shape not in shapes)
 
 
 def device_memory(device: jax.Device) -> int | None:

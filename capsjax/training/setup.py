@@ -1,6 +1,7 @@
 """Builds what runs compute from options: programs, data and the initial state."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from capsjax.training.memory import estimate_memory
 from capsjax.training.objectives import Metric, Objective, weigh_classes
 from capsjax.training.optimizers import make_optimizer
 from capsjax.training.programs import (
+    Evaluate,
+    RunSteps,
     StepSums,
     as_batch,
     make_evaluate,
@@ -79,6 +82,18 @@ class Custom(NamedTuple):
 
 
 _NONE = Custom()
+# Options that no compiled program depends on, and their values in the key of shared programs.
+_NOT_COMPILED: dict[str, Any] = {
+    field.name: field.default
+    for field in dataclasses.fields(TrainConfig)
+    if field.name
+    in (
+        *("run_dir", "resume", "auto_resume", "init_from", "init_checkpoint"),
+        *("data_dir", "input", "workers", "test_size", "validation", "seed"),
+        *("epochs", "steps", "until_error", "patience", "steps_per_dispatch"),
+        *("log_every", "checkpoint_every", "keep", "tensorboard"),
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,9 +223,22 @@ def set_up(
         say(f"input: streamed by {reading}, {streamed}")
     keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
     apply, shapes = split_abstract(model, frozen=config.freeze or ())
-    optimizer = custom.optimizer or make_optimizer(config, total_steps)
-    if config.freeze:
-        optimizer = choices.freeze_parts(optimizer, shapes.params, config.freeze)
+    # Given functions may do something else in the next call.
+    given = any(part is not None for part in custom)
+    optimizer, steps, evaluate = (_make_programs if given else _shared_programs)(
+        dataclasses.replace(config, **_NOT_COMPILED),
+        custom.optimizer,
+        apply,
+        model,
+        objective,
+        weights,
+        tuple(metrics.items()),
+        sampler,
+        driver,
+        several_seeds=several,
+        streamed=streamed is not None,
+        total_steps=total_steps if config.schedule == "cosine" else 0,
+    )
     state = jax.eval_shape(optimizer.init, shapes.params)
     if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(state)):
         raise ConfigError("optimizer must not keep a random key, which checkpoints do not store")
@@ -219,29 +247,6 @@ def set_up(
         first = _transferred(config, first, driver)
     if custom.objective is not None or custom.metrics is not None:
         _try(apply, shapes, objective, metrics, sampler, train)
-    steps = make_run_steps(
-        make_train_step(
-            apply,
-            optimizer,
-            objective if weights is None else weigh_classes(objective, weights),
-            axis_name=driver.axis_name,
-        ),
-        sampler,
-        driver,
-        batch_size=batch_size,
-        several_seeds=several,
-        streamed=streamed is not None,
-    )
-    evaluate = make_evaluate(
-        apply,
-        objective,
-        sampler,
-        driver,
-        batch_size=batch_size,
-        metrics=metrics,
-        several_seeds=several,
-        streamed=streamed is not None,
-    )
     order_keys = [key for _, key, _ in keys]
     step_key = driver.replicate(stack([key for _, _, key in keys]))
     feed: Feed
@@ -278,6 +283,52 @@ def set_up(
         num_parameters=memory.num_parameters,
         is_regression=dataset.is_regression,
     )
+
+
+def _make_programs(
+    config: TrainConfig,
+    optimizer: optax.GradientTransformation | None,
+    apply: Apply,
+    model: models.ModelConfig,
+    objective: Objective,
+    weights: tuple[float, ...] | None,
+    metrics: tuple[tuple[str, Metric], ...],
+    sampler: Sampler,
+    driver: Driver,
+    *,
+    several_seeds: bool,
+    streamed: bool,
+    total_steps: int,
+) -> tuple[optax.GradientTransformation, RunSteps, Evaluate]:
+    """Returns the optimizer and the programs, which are compiled when they are first called."""
+    optimizer = optimizer or make_optimizer(config, total_steps)
+    if config.freeze:
+        _, (params, _) = split_abstract(model)
+        optimizer = choices.freeze_parts(optimizer, params, config.freeze)
+    weighed = objective if weights is None else weigh_classes(objective, weights)
+    steps = make_run_steps(
+        make_train_step(apply, optimizer, weighed, axis_name=driver.axis_name),
+        sampler,
+        driver,
+        batch_size=config.batch_size,
+        several_seeds=several_seeds,
+        streamed=streamed,
+    )
+    evaluate = make_evaluate(
+        apply,
+        objective,
+        sampler,
+        driver,
+        batch_size=config.batch_size,
+        metrics=dict(metrics),
+        several_seeds=several_seeds,
+        streamed=streamed,
+    )
+    return optimizer, steps, evaluate
+
+
+# Runs with the same programs, such as those of a sweep over seeds, compile them once.
+_shared_programs = functools.lru_cache(maxsize=8)(_make_programs)
 
 
 def _try(

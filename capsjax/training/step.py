@@ -15,6 +15,7 @@ from flax import nnx
 from capsjax import models
 from capsjax.data import Sample, is_right
 from capsjax.ops._checks import check_callable
+from capsjax.routing import Algorithm, algorithm
 from capsjax.training.objectives import Objective
 
 
@@ -123,14 +124,37 @@ def split_network(
 def split_abstract(
     config: models.ModelConfig, *, frozen: Sequence[str] = ()
 ) -> tuple[Apply, Variables]:
-    """Like :func:`split_network`, with shapes instead of arrays: the network is not built."""
+    """Like :func:`split_network`, with shapes instead of arrays: the network is not built.
+
+    Equal arguments give the same function.
+    """
+    return _split_abstract(config, _algorithm(config), tuple(frozen))
+
+
+def _algorithm(config: models.ModelConfig) -> Algorithm | None:
+    """The record of the routing algorithm, whose name may be another's by the next call."""
+    return None if isinstance(config, models.BaselineConfig) else algorithm(config.routing)
+
+
+@functools.lru_cache(maxsize=64)
+def _split_abstract(
+    config: models.ModelConfig, record: Algorithm | None, frozen: tuple[str, ...]
+) -> tuple[Apply, Variables]:
+    del record  # part of the key
     network = nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
     return split_network(network, frozen=frozen)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def initial_variables(config: models.ModelConfig, key: jax.Array) -> Variables:
     """Returns the arrays of a new network; one program is compiled instead of one per operation."""
+    return _initial_variables(config, _algorithm(config), key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _initial_variables(
+    config: models.ModelConfig, record: Algorithm | None, key: jax.Array
+) -> Variables:
+    del record  # part of the key
     return split_network(models.build(config, rngs=nnx.Rngs(key)))[1]
 
 
