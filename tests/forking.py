@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +43,22 @@ class Forked:
         while self.poll() is None:
             time.sleep(0.01)
         return self._code
+
+
+def run(*arguments, folder, env=None, timeout=300):
+    """As ``subprocess.run`` of Python with ``-m`` or ``-c`` in a folder, where its streams go."""
+    streams = [folder / name for name in ("stdout.txt", "stderr.txt")]
+    with open(streams[0], "wb") as out, open(streams[1], "wb") as err:
+        command = [sys.executable, *map(str, arguments)]
+        env = {**os.environ, **(env or {})}
+        process = Forked(command, cwd=folder, env=env, stdout=out, stderr=err)
+    end = time.monotonic() + timeout
+    while process.poll() is None:
+        if time.monotonic() > end:
+            os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(0.02)
+    texts = (stream.read_text() for stream in streams)
+    return subprocess.CompletedProcess(command, process.poll(), *texts)
 
 
 @functools.cache

@@ -13,12 +13,13 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
+import forking
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jobs import WAITING, Launched, saved
+from jobs import NETWORK, WAITING, Launched, saved
 from PIL import Image
 
 from capsjax import cli, training
@@ -36,8 +37,8 @@ def environment():
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "COLUMNS": "80"}
 
 
-def script(name, *arguments, before=(), **variables):
-    command = [*before, sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
+def script(name, *arguments, **variables):
+    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
     return subprocess.run(
         command, env={**environment(), **variables}, capture_output=True, text=True, timeout=300
     )
@@ -131,10 +132,13 @@ def stop(run, step, how, *arguments):
     return job[0].out
 
 
-def test_a_run_that_was_stopped_resumes_to_the_same_bits(uninterrupted, options, tmp_path):
-    whole, _ = uninterrupted
-    run = tmp_path / "run"
-    told = stop(run, 20, signal.SIGTERM, *options, "--steps", "40", "--checkpoint-every", "10")
+def test_a_run_that_was_stopped_resumes_to_the_same_bits(options, tmp_path):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    quick = [*options[: options.index("--override")], *NETWORK]
+    quick += ["--steps", "40", "--checkpoint-every", "10"]
+    with forked(tmp_path, "-m", "capsjax", "train", *quick, "--run-dir", whole) as job:
+        assert job.wait() == [0], job.logs()
+    told = stop(run, 20, signal.SIGTERM, *quick)
     assert "stopped by SIGTERM at step" in told
     assert f"--resume {run}\n" in told
     stop(run, 30, signal.SIGKILL, "--resume")
@@ -203,8 +207,14 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_complete(uninterrupted, tmp_
     run = tmp_path / "copy"
     shutil.copytree(uninterrupted[0], run)
 
-    arguments = ["--resume", "--run-dir", run, "--steps", 60]
-    failed = script("train", *arguments, before=["sh", "-c", 'ulimit -f 100; exec "$@"', "sh"])
+    # Other tests must not read what it would write into the cache of compiled programs.
+    limited = (
+        "import resource, sys, jax; from capsjax.__main__ import main;"
+        " jax.config.update('jax_enable_compilation_cache', False);"
+        " resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); main(sys.argv[1:])"
+    )
+    arguments = ["train", "--resume", "--run-dir", run, "--steps", 60]
+    failed = forking.run("-c", limited, *arguments, folder=tmp_path)
     assert failed.returncode == 1
     line = one_line(failed.stderr, "capsjax train")
     assert "could not be written to" in line

@@ -1,8 +1,6 @@
 """To add an algorithm is to add one file: all else reads its record."""
 
-import subprocess
-import sys
-
+import forking
 import jax
 import jax.numpy as jnp
 import pytest
@@ -101,14 +99,7 @@ main(["train", "--routing", "toys"])
 
 def test_an_algorithm_in_one_file_is_known_everywhere(tmp_path):
     (tmp_path / "toy.py").write_text(TOY)
-    (tmp_path / "uses.py").write_text(USES)
-    done = subprocess.run(
-        [sys.executable, "uses.py", "run"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = forking.run("-c", USES, "run", folder=tmp_path)
     # Its last line asks for an algorithm that there is not.
     assert done.returncode == 2, done.stderr
     error = done.stderr.splitlines()[-1]

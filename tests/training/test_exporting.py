@@ -10,6 +10,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import forking
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,13 +106,8 @@ print(jax.jit(network.call).lower(images).compile().out_info["scores"].shape)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-def test_the_tpu_s_compiler_takes_it(exported):
-    done = subprocess.run(
-        [sys.executable, "-c", FOR_A_TPU, str(exported / "network.bin")],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
+def test_the_tpu_s_compiler_takes_it(exported, tmp_path):
+    done = forking.run("-c", FOR_A_TPU, exported / "network.bin", folder=tmp_path)
     assert done.stdout.splitlines()[0] == "(7, 10)", done.stderr
 
 

@@ -221,12 +221,16 @@ def test_each_process_streams_its_share_to_the_same_bits(whole, options, tmp_pat
     assert_same_bits(run, whole[0])
 
 
-def test_a_stuck_process_is_noticed(options, tmp_path):
+# One that is stuck is noticed only after the time of a heartbeat.
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
+def test_the_loss_of_process_0_is_noticed(options, tmp_path, how):
     run = tmp_path / "run"
     arguments = [*options, "--steps", 10**6, "--run-dir", run]
     with Job(tmp_path, arguments, heartbeat=10) as job:
         job.until(lambda: saved(run), "a checkpoint")
-        job[0].send(signal.SIGSTOP)
+        job[0].send(how)
         assert job.wait(1) != [0]
         (line,) = job[1].errors
         assert line == (

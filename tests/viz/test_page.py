@@ -70,6 +70,13 @@ def test_the_page(page, address):
     page.wait_for_selector("#diagram img")
     # The page does not scroll sideways.
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    # Everything has a name for those who do not see it.
+    unnamed = page.evaluate("""() =>
+        [...document.querySelectorAll("button, input, select, img, canvas, section")]
+        .filter(e => e.checkVisibility() && !(e.getAttribute("aria-label") || e.alt
+            || e.getAttribute("aria-labelledby") || e.labels?.length || e.textContent.trim()))
+        .map(e => e.outerHTML)""")
+    assert unnamed == []
 
     lengths = page.inner_text("#lengths")
     page.click("#clear")
@@ -107,17 +114,6 @@ def test_the_page(page, address):
     changes(page, "#segments", before)
 
 
-def test_everything_has_a_name(page, address):
-    page.goto(address)
-    page.wait_for_selector("#diagram img")
-    unnamed = page.evaluate("""() =>
-        [...document.querySelectorAll("button, input, select, img, canvas, section")]
-        .filter(e => e.checkVisibility() && !(e.getAttribute("aria-label") || e.alt
-            || e.getAttribute("aria-labelledby") || e.labels?.length || e.textContent.trim()))
-        .map(e => e.outerHTML)""")
-    assert unnamed == []
-
-
 def test_an_upload_that_is_no_image_shows_an_error(browser, address, tmp_path):
     wrong = tmp_path / "wrong.png"
     wrong.write_bytes(b"no image")
@@ -129,6 +125,7 @@ def test_an_upload_that_is_no_image_shows_an_error(browser, address, tmp_path):
     page.close()
 
 
+@pytest.mark.parametrize("page", [390], indirect=True)
 def test_the_exported_page(page, live, tmp_path):
     path = tmp_path / "page.html"
     path.write_text(export(live, (3, 5)), encoding="utf-8")
