@@ -197,7 +197,8 @@ def test_a_truncated_checkpoint_is_one_line_and_loses_nothing(uninterrupted, tmp
         assert "move it away to use those of step 20, 30" in line
     shutil.move(run / "checkpoints" / "40", tmp_path / "away")
     # With XLA's own flags, as a user has them.
-    assert script("evaluate", run, XLA_FLAGS="").returncode == 0
+    arguments = ("-m", "capsjax", "evaluate", run)
+    assert forking.run(*arguments, folder=tmp_path, env={"XLA_FLAGS": ""}).returncode == 0
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_complete(uninterrupted, tmp_path, capsys):

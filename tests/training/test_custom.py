@@ -24,7 +24,7 @@ from capsjax.training import (
     train,
 )
 from capsjax.training.programs import as_batch
-from capsjax.training.setup import set_up
+from capsjax.training.setup import Custom, _shared_programs, set_up
 
 
 def options(run_dir, **others):
@@ -67,6 +67,15 @@ def test_what_is_given_is_used_and_recorded(trained, digits):
     # Plain gradient descent keeps no moments.
     names = Checkpoints(config.run_dir / "checkpoints", read_only=True)._metadata(2)["opt_state"]
     assert not any(names)
+
+
+def test_what_is_given_may_have_changed_since_the_last_call(tmp_path, digits, tiny):
+    # Its program is not among those that runs share.
+    before = _shared_programs.cache_info()
+    for given in (Custom(objective=far), Custom(metrics={"first": length_of_first})):
+        programs = [set_up((options(tmp_path),), tiny, digits, given).feed for _ in range(2)]
+        assert programs[0].evaluate is not programs[1].evaluate
+    assert _shared_programs.cache_info() == before
 
 
 def test_an_evaluation_needs_the_objective_for_the_loss_alone(trained, digits):

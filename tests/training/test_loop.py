@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tensorboard_events import scalars
 
+from capsjax import random_routing, routing, uniform_routing
 from capsjax.data import Dataset, Split
 from capsjax.training import (
     Checkpoints,
@@ -28,6 +29,7 @@ from capsjax.training import (
 from capsjax.training.picture import reconstruction_grid
 from capsjax.training.reporting import Report
 from capsjax.training.run_directory import RunDirectory
+from capsjax.training.step import split_abstract
 from capsjax.training.stopping import StopRequest
 
 
@@ -162,11 +164,35 @@ def test_while_files_are_closed_a_signal_is_obeyed(tmp_path, digits, tiny, monke
         train(config(tmp_path, driver="jit", steps=1), model=tiny, dataset=digits)
 
 
-def test_the_step_is_compiled_once_in_a_run(tmp_path, digits, tiny, caplog):
-    with jax.log_compiles(), caplog.at_level("WARNING"):
-        train(config(tmp_path, driver="jit", steps_per_dispatch=3), model=tiny, dataset=digits)
-    compiled = [r for r in caplog.messages if "Finished XLA compilation" in r and "run_steps" in r]
-    assert len(compiled) == 1
+def test_the_step_is_compiled_once_in_a_run_and_for_others_like_it(tmp_path, digits, tiny, caplog):
+    # No other test has this rate, and so none has compiled the step.
+    own = {"driver": "jit", "steps_per_dispatch": 3, "learning_rate": 0.0017}
+
+    def compiled(name, **options):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            train(config(tmp_path / name, **own | options), model=tiny, dataset=digits)
+        found = [r for r in caplog.messages if "Finished XLA compilation" in r]
+        return sum("run_steps" in r for r in found), len(found)
+
+    assert compiled("first")[0] == 1
+    assert compiled("other", seed=1, steps=9, log_every=3) == (0, 0)
+    weights, other = (parameters(tmp_path / n / "run")[1]["params"] for n in ("first", "other"))
+    assert (weights["conv"]["kernel"] != other["conv"]["kernel"]).all()
+
+
+def test_an_algorithm_that_takes_the_name_of_another_shares_nothing_with_it(tiny):
+    seen, record = [], dataclasses.replace(routing.algorithm("uniform"), name="x")
+    for function in (uniform_routing, random_routing):
+        routing.register(dataclasses.replace(record, function=function))
+        try:
+            network = dataclasses.replace(tiny, routing="x")
+            seen += [split_abstract(network)[0], split_abstract(network)[0]]
+        finally:
+            routing.unregister("x")
+    assert seen[0] is seen[1]
+    assert seen[2] is seen[3]
+    assert seen[0] is not seen[2]
 
 
 @pytest.mark.parametrize(
