@@ -14,7 +14,6 @@ Fill = float | Literal["edge"]
 Flip = Literal["horizontal", "vertical", "both"]
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def epoch_order(key: jax.Array, num_examples: int) -> jax.Array:
     """Returns a random order of the examples of an epoch, int32 ``[num_examples]``.
 
@@ -24,6 +23,11 @@ def epoch_order(key: jax.Array, num_examples: int) -> jax.Array:
       >>> sorted(epoch_order(jax.random.key(0), 5).tolist())
       [0, 1, 2, 3, 4]
     """
+    return _epoch_order(key, int(num_examples))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _epoch_order(key: jax.Array, num_examples: int) -> jax.Array:
     return jax.random.permutation(key, num_examples).astype(jnp.int32)
 
 

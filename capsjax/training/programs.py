@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from capsjax.data import Batch, Sample, Sampler, Split
 from capsjax.models import Prediction
@@ -323,8 +324,9 @@ class Pace:
 
 
 def as_batch(split: Split) -> Batch:
-    """Returns a split as JAX arrays; nothing is compiled for the copy."""
-    return Batch(jax.device_put(split.images), jax.device_put(split.labels))
+    """Copies a split to a device; unlike ``jnp.array``, this compiles nothing."""
+    # On CPUs `device_put` does not copy.
+    return Batch(*(jax.device_put(np.array(x)) for x in (split.images, split.labels)))
 
 
 def stack(trees: Sequence[Tree]) -> Tree:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from capsjax import models
-from capsjax.data import Batch, Dataset, Sampler
+from capsjax.data import Batch, Dataset, Sampler, Task
 from capsjax.data.dataset import AnySplit
 from capsjax.errors import ConfigError
 from capsjax.ops._checks import check_callable
@@ -43,6 +43,7 @@ from capsjax.training.step import (
     check_optimizer,
     init_state,
     initial_variables,
+    is_ours,
     make_train_step,
     split_abstract,
 )
@@ -223,9 +224,8 @@ def set_up(
         say(f"input: streamed by {reading}, {streamed}")
     keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
     apply, shapes = split_abstract(model, frozen=config.freeze or ())
-    # Given functions may do something else in the next call.
-    given = any(part is not None for part in custom)
-    optimizer, steps, evaluate = (_make_programs if given else _shared_programs)(
+    make = _shared_programs if _can_share(custom, task) else _make_programs
+    optimizer, steps, evaluate = make(
         dataclasses.replace(config, **_NOT_COMPILED),
         custom.optimizer,
         apply,
@@ -325,6 +325,15 @@ def _make_programs(
         streamed=streamed,
     )
     return optimizer, steps, evaluate
+
+
+def _can_share(custom: Custom, task: Task) -> bool:
+    """Whether programs depend on their arguments alone: the user's functions may have changed."""
+    try:
+        hash(task)
+    except TypeError:
+        return False
+    return is_ours(type(task)) and all(part is None for part in custom)
 
 
 # Runs with the same programs, such as those of a sweep over seeds, compile them once.

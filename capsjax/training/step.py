@@ -126,36 +126,48 @@ def split_abstract(
 ) -> tuple[Apply, Variables]:
     """Like :func:`split_network`, with shapes instead of arrays: the network is not built.
 
-    Equal arguments give the same function.
+    Equal arguments give the same function, unless the routing algorithm is not the package's.
     """
-    return _split_abstract(config, _algorithm(config), tuple(frozen))
-
-
-def _algorithm(config: models.ModelConfig) -> Algorithm | None:
-    """The record of the routing algorithm, whose name may be another's by the next call."""
-    return None if isinstance(config, models.BaselineConfig) else algorithm(config.routing)
+    record = _algorithm(config)
+    split = _split_abstract if _is_fixed(record) else _split_abstract.__wrapped__
+    return split(config, record, tuple(frozen))
 
 
 @functools.lru_cache(maxsize=64)
 def _split_abstract(
     config: models.ModelConfig, record: Algorithm | None, frozen: tuple[str, ...]
 ) -> tuple[Apply, Variables]:
-    del record  # part of the key
+    del record  # part of the key: its name may be another's by the next call
     network = nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
     return split_network(network, frozen=frozen)
 
 
 def initial_variables(config: models.ModelConfig, key: jax.Array) -> Variables:
     """Returns the arrays of a new network; one program is compiled instead of one per operation."""
-    return _initial_variables(config, _algorithm(config), key)
+    record = _algorithm(config)
+    make = _make_initial if _is_fixed(record) else _make_initial.__wrapped__
+    return make(config, record)(key)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _initial_variables(
-    config: models.ModelConfig, record: Algorithm | None, key: jax.Array
-) -> Variables:
+@functools.lru_cache(maxsize=64)
+def _make_initial(
+    config: models.ModelConfig, record: Algorithm | None
+) -> Callable[[jax.Array], Variables]:
     del record  # part of the key
-    return split_network(models.build(config, rngs=nnx.Rngs(key)))[1]
+    return jax.jit(lambda key: split_network(models.build(config, rngs=nnx.Rngs(key)))[1])
+
+
+def _algorithm(config: models.ModelConfig) -> Algorithm | None:
+    return None if isinstance(config, models.BaselineConfig) else algorithm(config.routing)
+
+
+def is_ours(*functions: Callable[..., Any]) -> bool:
+    """Whether functions or classes are the package's, and so stay what they are in a notebook."""
+    return all(str(getattr(f, "__module__", "")).startswith("capsjax.") for f in functions)
+
+
+def _is_fixed(record: Algorithm | None) -> bool:
+    return record is None or is_ours(*filter(callable, vars(record).values()))
 
 
 def init_state(variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:

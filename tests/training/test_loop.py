@@ -10,12 +10,13 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboard_events import scalars
 
-from capsjax import random_routing, routing, uniform_routing
-from capsjax.data import Dataset, Split
+from capsjax import routing, uniform_routing
+from capsjax.data import Dataset, Split, Task
 from capsjax.training import (
     Checkpoints,
     ConfigError,
@@ -29,7 +30,8 @@ from capsjax.training import (
 from capsjax.training.picture import reconstruction_grid
 from capsjax.training.reporting import Report
 from capsjax.training.run_directory import RunDirectory
-from capsjax.training.step import split_abstract
+from capsjax.training.setup import set_up
+from capsjax.training.step import initial_variables, split_abstract
 from capsjax.training.stopping import StopRequest
 
 
@@ -181,18 +183,82 @@ def test_the_step_is_compiled_once_in_a_run_and_for_others_like_it(tmp_path, dig
     assert (weights["conv"]["kernel"] != other["conv"]["kernel"]).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "shared"),
+    [
+        ({"seed": 1, "steps": 9, "log_every": 2, "keep": 1, "steps_per_dispatch": 5}, True),
+        ({"schedule": "cosine"}, False),
+        ({"learning_rate": 0.002}, False),
+        ({"clip_norm": 1.0}, False),
+        ({"max_shift": 1}, False),
+        ({"fill": 0.5}, False),
+        ({"flip": "both"}, False),
+        ({"loss": "official"}, False),
+        ({"class_weights": (1.0,) * 9 + (2.0,)}, False),
+        ({"freeze": ("conv",)}, False),
+        ({"driver": "shard"}, False),
+        ({"batch_size": 8}, False),
+    ],
+)
+def test_runs_share_the_programs_that_are_the_same(tmp_path, digits, tiny, options, shared):
+    default = config(tmp_path, driver="jit")
+    feeds = [
+        set_up([each], tiny, digits).feed
+        for each in (default, dataclasses.replace(default, **options))
+    ]
+    assert (feeds[0].steps is feeds[1].steps) == shared
+    assert feeds[0].evaluate is feeds[1].evaluate or not shared
+
+
+def test_a_schedule_that_ends_with_the_run_is_another_for_each_length(tmp_path, digits, tiny):
+    feeds = [
+        set_up([config(tmp_path, driver="jit", schedule="cosine", steps=n)], tiny, digits).feed
+        for n in (9, 9, 10)
+    ]
+    assert feeds[0].steps is feeds[1].steps
+    assert feeds[0].steps is not feeds[2].steps
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Own(Task):
+    mean: np.ndarray  # which cannot be hashed
+
+
+def test_what_a_program_of_the_user_contains_is_compiled_anew(tmp_path, digits, tiny):
+    def own(votes, *, where=None):
+        return uniform_routing(votes, where=where)
+
+    options = config(tmp_path, driver="jit")
+    with registered(dataclasses.replace(routing.algorithm("uniform"), name="x", function=own)):
+        network = dataclasses.replace(tiny, routing="x")
+        setups = [set_up([options], network, digits) for _ in range(2)]
+    assert setups[0].feed.steps is not setups[1].feed.steps
+    dataset = dataclasses.replace(digits, task=Own(np.zeros(3)))
+    setups = [set_up([options], tiny, dataset) for _ in range(2)]
+    assert setups[0].feed.steps is not setups[1].feed.steps
+
+
+@contextlib.contextmanager
+def registered(record):
+    routing.register(record)
+    try:
+        yield
+    finally:
+        routing.unregister(record.name)
+
+
 def test_an_algorithm_that_takes_the_name_of_another_shares_nothing_with_it(tiny):
-    seen, record = [], dataclasses.replace(routing.algorithm("uniform"), name="x")
-    for function in (uniform_routing, random_routing):
-        routing.register(dataclasses.replace(record, function=function))
-        try:
+    applies, shapes = [], []
+    for record in map(routing.algorithm, ("uniform", "self")):
+        with registered(dataclasses.replace(record, name="x")):
             network = dataclasses.replace(tiny, routing="x")
-            seen += [split_abstract(network)[0], split_abstract(network)[0]]
-        finally:
-            routing.unregister("x")
-    assert seen[0] is seen[1]
-    assert seen[2] is seen[3]
-    assert seen[0] is not seen[2]
+            applies += [split_abstract(network)[0], split_abstract(network)[0]]
+            variables = initial_variables(network, jax.random.key(0))
+            shapes.append(jax.tree.map(jnp.shape, variables.params["classes"]))
+    assert applies[0] is applies[1]
+    assert applies[2] is applies[3]
+    assert applies[0] is not applies[2]
+    assert shapes[0] != shapes[1]  # the second one learns more
 
 
 @pytest.mark.parametrize(
