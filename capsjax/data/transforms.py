@@ -1,6 +1,7 @@
 """Transformations on the device: order of examples, flip, shift, placement, crop, scale."""
 
 import functools
+import operator
 from typing import Literal
 
 import jax
@@ -23,7 +24,7 @@ def epoch_order(key: jax.Array, num_examples: int) -> jax.Array:
       >>> sorted(epoch_order(jax.random.key(0), 5).tolist())
       [0, 1, 2, 3, 4]
     """
-    return _epoch_order(key, int(num_examples))
+    return _epoch_order(key, operator.index(num_examples))
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -119,12 +119,13 @@ SPREAD = [
 
 @pytest.mark.parametrize(("activations", "labels", "margin", "expected"), SPREAD)
 def test_spread_loss(activations, labels, margin, expected):
-    a, labels = np.array(activations, np.float32), np.array(labels)
-    loss = jax.jit(spread_loss, static_argnames="axis")
-    found = loss(a, labels, margin=margin)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
-    moved = loss(np.stack([a, a], axis=1), np.stack([labels] * 2, axis=1), margin=margin, axis=0)
-    np.testing.assert_allclose(moved, [expected] * 2, rtol=1e-5, atol=1e-7)
+    a = jnp.array(activations)
+    np.testing.assert_allclose(
+        spread_loss(a, jnp.array(labels), margin=margin), expected, rtol=1e-5, atol=1e-7
+    )
+    moved = jnp.stack([a, a], axis=1)
+    loss = spread_loss(moved, jnp.stack([jnp.array(labels)] * 2, axis=1), margin=margin, axis=0)
+    np.testing.assert_allclose(loss, [expected] * 2, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
