@@ -177,7 +177,7 @@ def test_resuming_keeps_the_run_s_options_and_may_lengthen_it(uninterrupted, tmp
     assert "--preset must stay small" in one_line(other.stderr, "capsjax train")
 
 
-def test_a_truncated_checkpoint_is_one_line_and_loses_nothing(uninterrupted, tmp_path):
+def test_a_truncated_checkpoint_is_one_line_and_loses_nothing(uninterrupted, tmp_path, capsys):
     import shutil
 
     run = tmp_path / "copy"
@@ -196,9 +196,7 @@ def test_a_truncated_checkpoint_is_one_line_and_loses_nothing(uninterrupted, tmp
         assert "checkpoints/40 is damaged or truncated" in line
         assert "move it away to use those of step 20, 30" in line
     shutil.move(run / "checkpoints" / "40", tmp_path / "away")
-    # With XLA's own flags, as a user has them.
-    arguments = ("-m", "capsjax", "evaluate", run)
-    assert forking.run(*arguments, folder=tmp_path, env={"XLA_FLAGS": ""}).returncode == 0
+    assert call(capsys, "evaluate", run).returncode == 0
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_complete(uninterrupted, tmp_path, capsys):
@@ -437,7 +435,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 @pytest.mark.parametrize(
-    "bad", [pytest.param(BAD, marks=pytest.mark.slow), BAD[::4]], ids=["all", "some"]
+    "bad", [pytest.param(BAD, marks=pytest.mark.slow), BAD[::8]], ids=["all", "some"]
 )
 def test_on_a_terminal_an_error_is_the_same_line(tmp_path, bad):
     terminal, there = pty.openpty()

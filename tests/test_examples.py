@@ -70,6 +70,8 @@ def check_text_classification(folder, *arguments, timeout=180):
     return errors, words
 
 
+# The other two compile for half a minute; their full runs are below.
+@pytest.mark.slow
 def test_vit_pooling(tmp_path):
     check_vit_pooling(tmp_path, "--steps", 3)
 
@@ -90,6 +92,7 @@ def check_object_discovery(folder, *arguments, timeout=180):
     return float(error), slots, halves
 
 
+@pytest.mark.slow
 def test_object_discovery(tmp_path):
     error, _, _ = check_object_discovery(tmp_path, "--steps", 3)
     assert 0 < error < 0.2

@@ -390,7 +390,8 @@ def test_coordinates_are_added_to_the_first_two_components():
     np.testing.assert_allclose(shift[:, 0], [[0.5 / 2, 0.5 / 3], [1.5 / 2, 2.5 / 3]], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [pytest.param("dynamic", marks=pytest.mark.slow), "em"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dynamic", "em"])
 def test_three_stacked_capsule_layers_train_without_nan(name):
     class Stack(nnx.Module):
         def __init__(self):

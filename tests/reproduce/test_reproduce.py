@@ -347,6 +347,8 @@ print(row.text)
 """
 
 
+# In the gate, test_sources.py loads data and test_floors.py imports the package without them.
+@pytest.mark.slow
 def test_a_bare_machine_will_do(digits, tmp_path):
     save_npz(dataclasses.replace(digits, name="mnist"), tmp_path / "digits.npz")
     run = subprocess.run(

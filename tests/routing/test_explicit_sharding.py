@@ -82,7 +82,7 @@ def test_a_network_predicts(preset, mesh):
     np.testing.assert_allclose(scores, expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("routing", ["dynamic", "em"])
+@pytest.mark.parametrize("routing", ["dynamic", pytest.param("em", marks=pytest.mark.slow)])
 def test_layers_of_grids_keep_the_sharding_of_the_batch(routing, mesh):
     rngs = nnx.Rngs(0)
     layers = [

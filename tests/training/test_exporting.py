@@ -105,6 +105,8 @@ print(jax.jit(network.call).lower(images).compile().out_info["scores"].shape)
 """
 
 
+# In the gate, networks of every kind are lowered for TPUs (below).
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_the_tpu_s_compiler_takes_it(exported, tmp_path):
     done = forking.run("-c", FOR_A_TPU, exported / "network.bin", folder=tmp_path)

@@ -77,8 +77,10 @@ def test_a_stream_trains_the_same_network(tmp_path, digits, tiny, resident, caps
     assert "input: streamed by threads of this process, as requested" in capsys.readouterr().err
 
 
-# Of the samples of a stream, test_programs.py has those that pmap's devices see.
-@pytest.mark.parametrize("driver", [pytest.param("pmap", marks=pytest.mark.slow), "shard"])
+# In the gate, test_programs.py has the samples that pmap's devices see, test_processes.py a stream
+# that processes share.
+@pytest.mark.slow
+@pytest.mark.parametrize("driver", ["pmap", "shard"])
 def test_a_stream_trains_the_same_network_on_eight_devices(tmp_path, digits, tiny, driver):
     results = [
         train(

@@ -88,11 +88,9 @@ def test_the_drivers_agree_on_pairs(
     np.testing.assert_allclose(result.test.loss, pairs_run[1].test.loss, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "task",
-    [pytest.param(Placed(32), marks=pytest.mark.slow), Distorted(32)],
-    ids=["placed", "distorted"],
-)
+# In the gate, tests/data/test_tasks.py has the images, the test above a run on larger ones.
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [Placed(32), Distorted(32)], ids=["placed", "distorted"])
 def test_a_network_is_trained_and_tested_on_a_larger_canvas(tmp_path, digits, tiny, task):
     dataset = made(digits, task)
     model = dataclasses.replace(tiny, image_shape=dataset.image_shape)
