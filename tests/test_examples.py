@@ -117,6 +117,7 @@ def test_full_runs_reach_what_the_examples_claim(check, tmp_path):
         assert slots > halves + 0.03
 
 
+@pytest.mark.slow
 def test_photographs_are_of_all_kinds_and_some_broken(tmp_path, shared, caplog):
     printed = run("photographs/make", tmp_path, "photos", "--data-dir", shared / "tfds")
     assert "460 photographs and 6 broken or other files in photos" in printed

@@ -197,7 +197,9 @@ def make_train_step(
 
     Args:
       apply: the network as a pure function, from :func:`split_network`.
-      optimizer: an optax transformation.
+      optimizer: an optax transformation. One that takes further arguments, as
+        ``optax.contrib.reduce_on_plateau`` does, receives the loss of the batch as ``value`` and
+        the gradients as ``grad``.
       objective: ``(prediction, target, images) -> losses``, one per example, such as
         :func:`paper_loss`. If it has a parameter ``step``, it receives the number of steps taken;
         evaluations do not pass it.
@@ -233,6 +235,7 @@ def make_train_step(
     """
     check_callable(apply=apply, objective=objective)
     check_optimizer(optimizer)
+    update = optax.with_extra_args_support(optimizer).update
     takes_step = "step" in inspect.signature(objective).parameters
 
     def train_step(state: TrainState, sample: Sample) -> tuple[TrainState, StepMetrics]:
@@ -261,7 +264,9 @@ def make_train_step(
         metrics = StepMetrics(loss, error)
         if axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = update(
+            grads, state.opt_state, state.params, value=metrics.loss, grad=grads
+        )
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 

@@ -119,12 +119,10 @@ SPREAD = [
 
 @pytest.mark.parametrize(("activations", "labels", "margin", "expected"), SPREAD)
 def test_spread_loss(activations, labels, margin, expected):
-    a = jnp.array(activations)
-    np.testing.assert_allclose(
-        spread_loss(a, jnp.array(labels), margin=margin), expected, rtol=1e-5, atol=1e-7
-    )
-    moved = jnp.stack([a, a], axis=1)
-    loss = spread_loss(moved, jnp.stack([jnp.array(labels)] * 2, axis=1), margin=margin, axis=0)
+    a, labels = np.array(activations, np.float32), np.array(labels)
+    of = jax.jit(functools.partial(spread_loss, margin=margin), static_argnames="axis")
+    np.testing.assert_allclose(of(a, labels), expected, rtol=1e-5, atol=1e-7)
+    loss = of(np.stack([a, a], axis=1), np.stack([labels] * 2, axis=1), axis=0)
     np.testing.assert_allclose(loss, [expected] * 2, rtol=1e-5, atol=1e-7)
 
 

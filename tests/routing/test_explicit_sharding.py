@@ -14,6 +14,7 @@ import capsjax
 from capsjax import models, nn
 from capsjax.routing import algorithm, algorithms
 
+LONG = {"efficient", "heinsen", "variational"}  # compiles as long as all others together
 PRESETS = ("small", "baseline", "efficient_capsnet", "matrix_capsnet")
 random = np.random.default_rng(0)
 
@@ -23,7 +24,9 @@ def mesh():
     return jax.make_mesh((4, 2), ("batch", "more"), axis_types=(AxisType.Explicit,) * 2)
 
 
-@pytest.mark.parametrize("name", algorithms())
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in algorithms()]
+)
 def test_routing_keeps_the_sharding_of_the_batch(name, mesh):
     arrays, options = arguments(name, 8)
     function = functools.partial(algorithm(name).function, **options)

@@ -81,6 +81,8 @@ def test_a_network_for_other_classes_begins_with_the_layers_of_another(
     assert train(longer, dataset=dataset).first_step == 2
 
 
+# In the gate, test_seeds.py trains several seeds, and the test above starts one from a run.
+@pytest.mark.slow
 def test_several_seeds_start_from_the_same_network(source, tmp_path, digits, tiny_with_decoder):
     configs = [
         options(tmp_path / str(seed), init_from=source[0], freeze=("conv",), seed=seed)
@@ -155,9 +157,9 @@ def test_a_learning_rate_that_changes_is_recorded(tmp_path, digits, tiny, monkey
     before = params(config.run_dir, digits)
     train(config, dataset=digits)
     jax.tree.map(np.testing.assert_array_equal, params(config.run_dir, digits), before)
-    with monkeypatch.context() as patch:  # resumed, and stopped at once
-        patch.setattr(StopRequest, "requested", lambda self: True)
-        train(dataclasses.replace(config, steps=4), dataset=digits)
+    # From here on, each run is stopped where it resumes.
+    monkeypatch.setattr(StopRequest, "requested", lambda self: True)
+    train(dataclasses.replace(config, steps=4), dataset=digits)
     written = json.loads((config.run_dir / "config.json").read_text())
     assert written["changes"] == [{"step": 2, **tiny_rate}]
     assert written["train"]["learning_rate"] == 1e-30

@@ -1,5 +1,6 @@
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_the_margin_of_the_spread_loss_grows(case):
     a, right = np.asarray(prediction.scores), np.asarray(target, bool)
     for step, margin in ((None, 0.9), (0, 0.2), (1000, 0.55), (10**6, 0.9)):
         shortfall = np.maximum(0, margin - (a[right][:, None] - a)) ** 2 * ~right
-        loss = spread_objective(prediction, target, images, step=step)
+        loss = jax.jit(spread_objective)(prediction, target, images, step=step)
         np.testing.assert_allclose(loss, shortfall.sum(1) + 0.0005 * squared, rtol=1e-5)
 
 

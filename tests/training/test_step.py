@@ -112,6 +112,31 @@ def test_labels_that_are_no_class_make_the_loss_nan():
         step(jnp.array([0.0, 2.0]))
 
 
+def test_an_optimizer_may_ask_for_the_loss_and_the_gradients():
+    """Those of the whole batch, on each of two shards."""
+
+    def apply(variables, images, **_):
+        return models.Prediction(images[:, 0, 0] * variables.params), {}
+
+    optimizer = optax.GradientTransformationExtraArgs(
+        lambda params: (0.0, params),
+        lambda grads, _, params, *, value, grad: (grads, (value, grad)),
+    )
+    step = make_train_step(
+        apply, optimizer, lambda p, *_: jnp.sum(p.scores, axis=-1), axis_name="shard"
+    )
+    state = init_state(Variables(jnp.array([[1.0, 10.0]]), {}), optimizer)
+    images = jnp.arange(8.0).reshape(2, 2, 1, 1, 2)
+    target = jnp.ones((2, 2, 2))
+    sample = Sample(images, jnp.zeros((2, 2), int), target, target, None, None)
+    mapped = jax.jit(jax.vmap(step, in_axes=(None, 0), axis_name="shard"))
+    state, metrics = mapped(state, sample)
+    value, grad = state.opt_state
+    np.testing.assert_array_equal(metrics.loss, [43.0, 43.0])
+    np.testing.assert_array_equal(value, metrics.loss)
+    np.testing.assert_array_equal(grad, [[[3.0, 4.0]]] * 2)
+
+
 @pytest.mark.parametrize("bad", [None, 0, "paper"])
 def test_bad_arguments_are_named(bad):
     apply, optimizer = (lambda *_, **__: None), optax.sgd(0.1)
