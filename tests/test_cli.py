@@ -26,6 +26,7 @@ from capsjax import cli, training
 from capsjax.cli import main
 from capsjax.data import Split, load, save_npz
 from capsjax.process import interruptible
+from capsjax.training.stopping import StopRequest
 from capsjax.viz import draw
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -199,7 +200,9 @@ def test_a_truncated_checkpoint_is_one_line_and_loses_nothing(uninterrupted, tmp
     assert call(capsys, "evaluate", run).returncode == 0
 
 
-def test_a_full_disk_is_one_line_and_keeps_what_was_complete(uninterrupted, tmp_path, capsys):
+def test_a_full_disk_is_one_line_and_keeps_what_was_complete(
+    uninterrupted, tmp_path, capsys, monkeypatch
+):
     """A limit on the size of a file stands in for a disk without space: both refuse the write."""
     import shutil
 
@@ -218,8 +221,10 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_complete(uninterrupted, tmp_
     line = one_line(failed.stderr, "capsjax train")
     assert "could not be written to" in line
     assert "complete up to step 40" in line
+    monkeypatch.setattr(StopRequest, "requested", lambda self: True)  # where it resumes
     again = call(capsys, "train", "--resume", "--run-dir", run, "--steps", 44)
     assert again.returncode == 0, again.stderr
+    assert "from step 40" in again.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

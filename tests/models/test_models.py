@@ -325,6 +325,7 @@ def test_large_images_have_as_many_capsules_as_small_ones(size, grid):
     assert (prediction.scores.shape, prediction.poses.shape) == ((2, 5), (2, 5, 16))
 
 
+@pytest.mark.slow
 def test_large_images_train():
     fields = {"image_shape": (64, 64, 1), "num_classes": 2, "conv_features": (2, 2, 2, 8)}
 

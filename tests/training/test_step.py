@@ -166,7 +166,14 @@ NORMALISED = models.EfficientCapsNetConfig(
 )
 
 
-@pytest.mark.parametrize("kind", ["capsnet", "baseline with dropout", "batch normalisation"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "capsnet",
+        pytest.param("baseline with dropout", marks=pytest.mark.slow),
+        "batch normalisation",
+    ],
+)
 def test_pmapped_gradients_equal_those_of_one_device(digits, tiny, kind):
     config, objective = tiny, paper_loss
     if kind == "baseline with dropout":
