@@ -96,8 +96,9 @@ def _become(command, cwd, env, files):
     os.setsid()
     print(os.getpid(), flush=True)  # only now can it be killed with all that it starts
     for number, path in enumerate(files):
-        with open(path, "r+b", buffering=0) as file:
-            os.dup2(file.fileno(), number)
+        opened = os.open(path, os.O_RDWR | os.O_NOCTTY)  # a terminal is not to end it
+        os.dup2(opened, number)
+        os.close(opened)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

@@ -70,12 +70,13 @@ def check_text_classification(folder, *arguments, timeout=180):
     return errors, words
 
 
-# The other two compile for half a minute; their full runs are below.
+# Each imports and compiles for ten seconds and more. docs/examples has what they print.
 @pytest.mark.slow
 def test_vit_pooling(tmp_path):
     check_vit_pooling(tmp_path, "--steps", 3)
 
 
+@pytest.mark.slow
 def test_text_classification(tmp_path):
     errors, _ = check_text_classification(tmp_path, "--steps", 100)
     assert errors["capsules"] < errors["most frequent"]

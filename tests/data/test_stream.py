@@ -154,7 +154,10 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     ("how", "code", "text"),
-    [("killed", -9, ""), ("worker", 1, "--workers 0 reads in this process")],
+    [
+        ("killed", -9, ""),
+        pytest.param("worker", 1, "--workers 0 reads in this process", marks=pytest.mark.slow),
+    ],
 )
 def test_no_process_and_no_memory_is_left_behind(folder, tmp_path, how, code, text):
     script = tmp_path / "script.py"

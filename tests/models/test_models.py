@@ -247,7 +247,11 @@ def test_every_network_takes_every_routing(preset, name):
         assert prediction.reconstruction.shape == (2, 28, 28, 1)
 
 
-@pytest.mark.parametrize("preset", [*SMALLEST, "baseline"])
+@pytest.mark.parametrize(
+    "preset",
+    [pytest.param(p, marks=[pytest.mark.slow] * p.startswith("matrix")) for p in SMALLEST]
+    + ["baseline"],
+)
 def test_an_empty_batch_gives_empty_predictions(preset):
     def scores_and_gradient(x):
         network = models.create(preset, rngs=nnx.Rngs(0), **SMALLEST.get(preset, {}))

@@ -281,7 +281,7 @@ CONV = {"kernel_size": (2, 1), "padding": "SAME"}
 MASKED = [
     pytest.param(
         functools.partial(ConvCapsules, 2, 4, 3, 4, routing=name, **CONV),
-        marks=() if name in ("dynamic", "em", "self") else pytest.mark.slow,
+        marks=() if name in ("dynamic", "em") else pytest.mark.slow,
     )
     for name in routing.algorithms()
     if name != "heinsen"

@@ -138,8 +138,12 @@ def check_against_reference(
 
 @pytest.mark.parametrize(
     ("implementation", "kind", "sizes"),
-    [("blocked", Blocks, {"block": n}) for n in (7, 16)]
-    + [("lanes", Lanes, {"tiles": n, "group": 8}) for n in (1, 2)],
+    [
+        ("blocked", Blocks, {"block": 7}),
+        pytest.param("blocked", Blocks, {"block": 16}, marks=pytest.mark.slow),
+        pytest.param("lanes", Lanes, {"tiles": 1, "group": 8}, marks=pytest.mark.slow),
+        ("lanes", Lanes, {"tiles": 2, "group": 8}),
+    ],
 )
 def test_in_blocks_of_any_size_to_the_last_digits(implementation, kind, sizes, monkeypatch):
     made = []

@@ -144,12 +144,12 @@ MATRIX = {
     "capsule_strides": (2,),
     "num_iterations": 1,
 }
-# Those that tests/routing lowers for every platform without a network.
-ALIKE = ("uniform", "random", "kmeans", "efficient")
+# tests/routing lowers the others for every platform, without a network.
+IN_GATE = ("dynamic", "em", "self")
 NETWORKS = [
     *(
         pytest.param(
-            "small", {**TINY, "routing": name}, marks=pytest.mark.slow if name in ALIKE else ()
+            "small", {**TINY, "routing": name}, marks=[pytest.mark.slow] * (name not in IN_GATE)
         )
         for name in routing.algorithms()
     ),

@@ -262,7 +262,12 @@ def other(number, name, value):
         ),
         (lambda n: [], {"devices": (2, 3)}, "number of devices: process 0 has 2, process 1 has 3"),
         (lambda n: [], {"told": (2, 3)}, "--num-processes is 3 in process 1 and 2 in process 0"),
-        (lambda n: ["--learning-rate", "1e30"], {}, "the loss is not finite at step 2"),
+        pytest.param(
+            lambda n: ["--learning-rate", "1e30"],
+            {},
+            "the loss is not finite at step 2",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line_from_every_process(options, tmp_path, own, settings, expected):

@@ -65,6 +65,8 @@ def changes(page, selector, before):
     )
 
 
+# A phone's width in the gate: the page as it is exported, below.
+@pytest.mark.parametrize("page", [1280, pytest.param(390, marks=pytest.mark.slow)], indirect=True)
 def test_the_page(page, address):
     page.goto(address)
     page.wait_for_selector("#diagram img")
