@@ -21,6 +21,7 @@ from capsjax.training import processes
 from capsjax.training.checkpoints import Checkpoints
 from capsjax.training.config import TrainConfig, check_together
 from capsjax.training.counting import Evaluation
+from capsjax.training.custom import Custom
 from capsjax.training.drivers import local
 from capsjax.training.files import write_json
 from capsjax.training.loop import Progress, Run, begin, train_and_test
@@ -29,7 +30,7 @@ from capsjax.training.picture import draw_reconstructions
 from capsjax.training.programs import unstack
 from capsjax.training.reporting import Report, say
 from capsjax.training.run_directory import RunConfig, RunDirectory
-from capsjax.training.setup import Custom, Setup
+from capsjax.training.setup import Setup
 from capsjax.training.starting import check_unfinished, resume, start
 from capsjax.training.stopping import StopRequest
 

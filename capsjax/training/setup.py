@@ -2,21 +2,20 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 import optax
 
 from capsjax import models
 from capsjax.data import Batch, Dataset, Sampler, Task
 from capsjax.data.dataset import AnySplit
 from capsjax.errors import ConfigError
-from capsjax.ops._checks import check_callable
 from capsjax.training import choices, processes
-from capsjax.training.config import OF_LEARNING_RATE, TrainConfig
+from capsjax.training.config import TrainConfig
+from capsjax.training.custom import Custom, try_evaluation, try_optimizer
 from capsjax.training.drivers import Driver, local
 from capsjax.training.feeding import CHUNKS, Feed, Resident, Streamed, steps_per_chunk
 from capsjax.training.holdout import hold_out
@@ -32,7 +31,6 @@ from capsjax.training.programs import (
     as_batch,
     make_evaluate,
     make_run_steps,
-    measure,
     stack,
 )
 from capsjax.training.reporting import say
@@ -40,7 +38,6 @@ from capsjax.training.step import (
     Apply,
     TrainState,
     Variables,
-    check_optimizer,
     init_state,
     initial_variables,
     is_ours,
@@ -50,36 +47,6 @@ from capsjax.training.step import (
 from capsjax.training.transfer import transfer
 
 _EPOCHS = 20
-
-
-class Custom(NamedTuple):
-    """What is given in Python, replacing what the options choose.
-
-    Attributes:
-      objective: loss per example; see :func:`make_train_step`.
-      optimizer: an optax transformation.
-      metrics: other values per example, by name; see :func:`make_evaluate`.
-    """
-
-    objective: Objective | None = None
-    optimizer: optax.GradientTransformation | None = None
-    metrics: Mapping[str, Metric] | None = None
-
-    def check(self, config: TrainConfig) -> None:
-        """Raises a TypeError or ConfigError if it is unusable, or an option has no effect."""
-        if self.objective is not None:
-            check_callable(objective=self.objective)
-            config.check_default("when an objective is given", "loss", "class_weights")
-        if self.optimizer is not None:
-            check_optimizer(self.optimizer)
-            names = (*OF_LEARNING_RATE, "weight_decay", "clip_norm")
-            config.check_default("when an optimizer is given", *names)
-
-    @property
-    def shaping(self) -> tuple[str, ...]:
-        """Names of the given parts that affect the parameters."""
-        given = {"objective": self.objective, "optimizer": self.optimizer}
-        return tuple(name for name, value in given.items() if value is not None)
 
 
 _NONE = Custom()
@@ -239,14 +206,13 @@ def set_up(
         streamed=streamed is not None,
         total_steps=total_steps if config.schedule == "cosine" else 0,
     )
-    state = jax.eval_shape(optimizer.init, shapes.params)
-    if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(state)):
-        raise ConfigError("optimizer must not keep a random key, which checkpoints do not store")
+    if custom.optimizer is not None:
+        try_optimizer(optimizer, shapes.params)
     first = [initial_variables(model, key) for key, _, _ in keys]
     if config.init_from is not None and initialise:
         first = _transferred(config, first, driver)
     if custom.objective is not None or custom.metrics is not None:
-        _try(apply, shapes, objective, metrics, sampler, train)
+        try_evaluation(apply, shapes, objective, metrics, sampler, train)
     order_keys = [key for _, key, _ in keys]
     step_key = driver.replicate(stack([key for _, _, key in keys]))
     feed: Feed
@@ -338,25 +304,6 @@ def _can_share(custom: Custom, task: Task) -> bool:
 
 # Runs with the same programs, such as those of a sweep over seeds, compile them once.
 _shared_programs = functools.lru_cache(maxsize=8)(_make_programs)
-
-
-def _try(
-    apply: Apply,
-    variables: Variables,
-    objective: Objective,
-    metrics: Mapping[str, Metric],
-    sampler: Sampler,
-    train: AnySplit,
-) -> None:
-    """Traces the objective and metrics given in Python, to find errors before the run begins."""
-
-    def evaluate(variables: Variables, batch: Batch) -> object:
-        sample = sampler.test(batch, jnp.arange(2))
-        prediction, _ = apply(variables, sample.images, target=sample.masks)
-        return measure(prediction, sample, objective, metrics)
-
-    shapes: Any = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (train.images, train.labels))
-    jax.eval_shape(evaluate, variables, Batch(*shapes))
 
 
 def _transferred(

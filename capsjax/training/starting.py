@@ -8,13 +8,14 @@ from capsjax.data import Dataset
 from capsjax.errors import ConfigError
 from capsjax.training import choices
 from capsjax.training.config import OF_LEARNING_RATE, TrainConfig
+from capsjax.training.custom import Custom
 from capsjax.training.data_description import DataDescription
 from capsjax.training.inputs import load_dataset
 from capsjax.training.loading import load_own
 from capsjax.training.loop import is_over, read_history
 from capsjax.training.reporting import say
 from capsjax.training.run_directory import RunConfig, RunDirectory
-from capsjax.training.setup import Custom, Setup, set_up
+from capsjax.training.setup import Setup, set_up
 
 
 def start(

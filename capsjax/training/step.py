@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import chex
 import jax
@@ -175,12 +175,21 @@ def init_state(variables: Variables, optimizer: optax.GradientTransformation) ->
     if not isinstance(variables, Variables):
         raise TypeError(f"variables must be Variables, as of split_network, got {variables!r}")
     check_optimizer(optimizer)
-    return TrainState(
-        jnp.zeros((), jnp.int32),
-        variables.params,
-        variables.batch_stats,
-        optimizer.init(variables.params),
-    )
+    opt_state = optimizer.init(variables.params)
+    return _copy_repeated(TrainState(jnp.zeros((), jnp.int32), *variables, opt_state))
+
+
+def _copy_repeated(state: TrainState) -> TrainState:
+    """Copies arrays that occur again: a state in which one occurs twice cannot be donated."""
+    seen: set[int] = set()
+
+    def copy_if_seen(x: Any) -> Any:
+        if id(x) in seen and isinstance(x, jax.Array):
+            return jnp.copy(x)
+        seen.add(id(x))
+        return x
+
+    return jax.tree.map(copy_if_seen, state)
 
 
 def make_train_step(
@@ -198,8 +207,9 @@ def make_train_step(
     Args:
       apply: the network as a pure function, from :func:`split_network`.
       optimizer: an optax transformation. One that takes further arguments, as
-        ``optax.contrib.reduce_on_plateau`` does, receives the loss of the batch as ``value`` and
-        the gradients as ``grad``.
+        ``optax.contrib.reduce_on_plateau`` and ``optax.lbfgs`` do, receives the loss of the batch
+        as ``value``, the gradients as ``grad``, and as ``value_fn`` the loss as a function of the
+        parameters.
       objective: ``(prediction, target, images) -> losses``, one per example, such as
         :func:`paper_loss`. If it has a parameter ``step``, it receives the number of steps taken;
         evaluations do not pass it.
@@ -235,7 +245,6 @@ def make_train_step(
     """
     check_callable(apply=apply, objective=objective)
     check_optimizer(optimizer)
-    update = optax.with_extra_args_support(optimizer).update
     takes_step = "step" in inspect.signature(objective).parameters
 
     def train_step(state: TrainState, sample: Sample) -> tuple[TrainState, StepMetrics]:
@@ -255,22 +264,57 @@ def make_train_step(
             error = jnp.mean(is_wrong(prediction, sample), dtype=jnp.float32)
             return jnp.mean(losses), (error, batch_stats)
 
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (error, batch_stats)), grads = grad_fn(state.params)
-        # Labels cannot be checked in tracing; a wrong one would give a target of no class.
-        if jnp.issubdtype(sample.labels.dtype, jnp.integer):
-            known = (sample.labels >= 0) & (sample.labels < sample.target.shape[-1])
-            loss = jnp.where(jnp.all(known), loss, jnp.nan)
-        metrics = StepMetrics(loss, error)
-        if axis_name is not None:
-            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-        updates, opt_state = update(
-            grads, state.opt_state, state.params, value=metrics.loss, grad=grads
+        def differentiate(
+            params: chex.ArrayTree,
+        ) -> tuple[StepMetrics, chex.ArrayTree, chex.ArrayTree]:
+            """Metrics, batch statistics and gradients, over all shards."""
+            (loss, (error, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+            # Labels cannot be checked in tracing; a wrong one would give a target of no class.
+            if jnp.issubdtype(sample.labels.dtype, jnp.integer):
+                known = (sample.labels >= 0) & (sample.labels < sample.target.shape[-1])
+                loss = jnp.where(jnp.all(known), loss, jnp.nan)
+            metrics = StepMetrics(loss, error)
+            if axis_name is not None:
+                grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+            return metrics, batch_stats, grads
+
+        metrics, batch_stats, grads = differentiate(state.params)
+        updates, opt_state = update_with(
+            optimizer, grads, state.opt_state, state.params, metrics.loss, _loss_of(differentiate)
         )
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return train_step
+
+
+def _loss_of(differentiate: Callable[[chex.ArrayTree], Any]) -> Callable[[Any], jax.Array]:
+    """The loss as a function of the parameters, whose gradient is that of all shards, too."""
+
+    @jax.custom_vjp
+    def loss(params: chex.ArrayTree) -> jax.Array:
+        metrics, _, _ = differentiate(params)
+        return cast(jax.Array, metrics.loss)
+
+    def forward(params: chex.ArrayTree) -> tuple[jax.Array, chex.ArrayTree]:
+        metrics, _, grads = differentiate(params)
+        return metrics.loss, grads
+
+    loss.defvjp(forward, lambda grads, d: (jax.tree.map(lambda g: d * g, grads),))
+    return cast(Callable[[Any], jax.Array], loss)
+
+
+def update_with(
+    optimizer: optax.GradientTransformation,
+    grads: chex.ArrayTree,
+    state: chex.ArrayTree,
+    params: chex.ArrayTree,
+    value: jax.Array,
+    value_fn: Callable[[Any], jax.Array],
+) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    """Returns updates and next state, with the further arguments that optimizers may take."""
+    update = optax.with_extra_args_support(optimizer).update
+    return update(grads, state, params, value=value, grad=grads, value_fn=value_fn)
 
 
 def is_part(name: str, parts: Sequence[str]) -> bool:

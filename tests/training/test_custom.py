@@ -100,6 +100,13 @@ def test_a_run_goes_on_with_the_same(trained, digits):
     assert train(longer, dataset=digits, **given).first_step == 2
 
 
+def stateful(first, change):
+    def update(grads, state, params):
+        return grads, {"count": change(state["count"])}
+
+    return optax.GradientTransformation(lambda params: {"count": first}, update)
+
+
 @pytest.mark.parametrize(
     ("given", "others", "match"),
     [
@@ -112,6 +119,16 @@ def test_a_run_goes_on_with_the_same(trained, digits):
             {"optimizer": optax.add_noise(0.1, 0.5, jax.random.key(0))},
             {},
             "must not keep a random key",
+        ),
+        (
+            {"optimizer": stateful(np.int32(0), lambda state: state + 0.5)},
+            {},
+            r"optimizer must keep the shapes .* \['count'\] from int32 \[\] to float32 \[\]",
+        ),
+        (
+            {"optimizer": stateful((), lambda state: (*state, 1))},
+            {},
+            "keep the structure of its st",
         ),
         ({"optimizer": "adam"}, {}, "optimizer must be an optax.GradientTransformation, got 'adam"),
         ({"metrics": {"first": 3}}, {}, r"metrics\['first'\] must be a function, got 3"),

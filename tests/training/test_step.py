@@ -118,10 +118,11 @@ def test_an_optimizer_may_ask_for_the_loss_and_the_gradients():
     def apply(variables, images, **_):
         return models.Prediction(images[:, 0, 0] * variables.params), {}
 
-    optimizer = optax.GradientTransformationExtraArgs(
-        lambda params: (0.0, params),
-        lambda grads, _, params, *, value, grad: (grads, (value, grad)),
-    )
+    def update(grads, state, params, *, value, grad, value_fn):
+        return grads, ((value, grad), jax.value_and_grad(value_fn)(params))
+
+    first = ((0.0, jnp.zeros((1, 2))),) * 2
+    optimizer = optax.GradientTransformationExtraArgs(lambda params: first, update)
     step = make_train_step(
         apply, optimizer, lambda p, *_: jnp.sum(p.scores, axis=-1), axis_name="shard"
     )
@@ -131,10 +132,25 @@ def test_an_optimizer_may_ask_for_the_loss_and_the_gradients():
     sample = Sample(images, jnp.zeros((2, 2), int), target, target, None, None)
     mapped = jax.jit(jax.vmap(step, in_axes=(None, 0), axis_name="shard"))
     state, metrics = mapped(state, sample)
-    value, grad = state.opt_state
     np.testing.assert_array_equal(metrics.loss, [43.0, 43.0])
-    np.testing.assert_array_equal(value, metrics.loss)
-    np.testing.assert_array_equal(grad, [[[3.0, 4.0]]] * 2)
+    for value, grad in state.opt_state:
+        np.testing.assert_array_equal(value, metrics.loss)
+        np.testing.assert_array_equal(grad, [[[3.0, 4.0]]] * 2)
+
+
+def test_an_optimizer_may_keep_the_first_parameters(digits, tiny):
+    """As prodigy does: the state holds them twice and is donated."""
+    optimizer = optax.GradientTransformation(
+        lambda params: (params, params),
+        lambda grads, state, params: (grads, state),
+    )
+    apply, variables = network(tiny)
+    first = jax.device_get(variables.params)
+    state = init_state(jax.tree.map(jnp.copy, variables), optimizer)
+    step = jax.jit(make_train_step(apply, optimizer, paper_loss), donate_argnums=0)
+    state, _ = step(state, sample_of(digits))
+    for kept in state.opt_state:
+        jax.tree.map(np.testing.assert_array_equal, kept, first)
 
 
 @pytest.mark.parametrize("bad", [None, 0, "paper"])
