@@ -8,14 +8,13 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 
 from capsjax import models
 from capsjax.training.drivers import Driver
 from capsjax.training.step import Apply, Variables, split_abstract
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
-# A float32 parameter, its gradient, and Adam's two moments.
-_BYTES_PER_PARAMETER = 16
 
 
 class Memory(NamedTuple):
@@ -25,7 +24,7 @@ class Memory(NamedTuple):
 
     Attributes:
       num_parameters: number of parameters of one network.
-      state: bytes of parameters, gradients and the optimiser's moments.
+      state: bytes of parameters, gradients and the optimizer's state.
       activations: bytes that the forward pass keeps for the backward pass.
       examples: bytes of the training images.
       limit: bytes available, or None if unknown.
@@ -52,8 +51,8 @@ class Memory(NamedTuple):
         limit = "" if self.limit is None else f" of {_gigabytes(self.limit)}"
         line = (
             f"{self.num_parameters:,} parameters; training takes about {_gigabytes(self.total)}"
-            f"{limit} of memory, estimated from shapes: parameters, gradients and moments"
-            f" {_gigabytes(self.state)}, activations {_gigabytes(self.activations)}, training"
+            f"{limit} of memory, estimated from shapes: parameters, gradients and optimizer"
+            f" state {_gigabytes(self.state)}, activations {_gigabytes(self.activations)}, training"
             f" images {_gigabytes(self.examples)}"
         )
         if not self.fits:
@@ -71,6 +70,7 @@ def estimate_memory(
     batch_size: int,
     examples: int = 0,
     num_seeds: int = 1,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> Memory:
     """Estimates the memory of training by tracing the network, without computing anything.
 
@@ -80,6 +80,7 @@ def estimate_memory(
       batch_size: examples per step, over all devices.
       examples: bytes of the training images.
       num_seeds: number of runs that train together.
+      optimizer: an optax transformation; when None, Adam.
 
     Example:
       >>> from capsjax import models
@@ -87,18 +88,20 @@ def estimate_memory(
       >>> model = models.configure("large_images", image_shape=(224, 224, 3))
       >>> memory = estimate_memory(model, make_driver("jit"), batch_size=32)
       >>> memory.num_parameters, memory.state
-      (469312, 7508992)
+      (469312, 7508996)
     """
     devices = len(driver.devices)
     apply, shapes = split_abstract(model)
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+    kept = jax.eval_shape((optimizer or optax.adam(0.0)).init, shapes.params)
+    state = 2 * _bytes(shapes.params) + _bytes(kept)
     activations = _activations(apply, model, -(-batch_size // devices))
     # Virtual CPU devices share the machine's memory.
     here = driver.local_devices
     share = len(here) if here[0].platform == "cpu" else 1
     return Memory(
         num_parameters,
-        share * num_seeds * num_parameters * _BYTES_PER_PARAMETER,
+        share * num_seeds * state,
         share * num_seeds * activations,
         share * examples,
         device_memory(here[0]),
@@ -123,7 +126,11 @@ def _activations(apply: Apply, model: models.ModelConfig, batch_size: int) -> in
     images = jax.ShapeDtypeStruct((batch_size, *model.image_shape), jnp.float32)
     leaves = jax.tree.leaves(jax.eval_shape(kept, params, batch_stats, images))
     shapes = {leaf.shape for leaf in jax.tree.leaves(params)}  # also kept, but not copied
-    return sum(x.size * x.dtype.itemsize for x in leaves if x.shape not in shapes)
+    return _bytes([x for x in leaves if x.shape not in shapes])
+
+
+def _bytes(arrays: chex.ArrayTree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
 def device_memory(device: jax.Device) -> int | None:

@@ -182,6 +182,7 @@ def set_up(
         if streamed is None
         else CHUNKS * chunk * batch_size * image // len(driver.devices),
         num_seeds=len(configs),
+        optimizer=custom.optimizer,
     )
     say(f"{config.preset}: {memory}")
     workers = choose_workers(config.workers, train)

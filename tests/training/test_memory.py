@@ -3,6 +3,7 @@
 import io
 
 import jax
+import optax
 import pytest
 from rich.console import Console
 
@@ -17,11 +18,14 @@ def test_memory_is_that_of_parameters_and_of_what_the_backward_pass_needs(tiny):
         estimate_memory(tiny, make_driver("jit"), batch_size=batch, examples=100)
         for batch in (1, 4)
     )
-    assert one.state == one.num_parameters * 16
+    # Adam keeps two moments and counts its steps.
+    assert one.state == one.num_parameters * 16 + 4
     assert one.state == four.state
     assert 3 < four.activations / one.activations < 4.1
     assert one.total == one.state + one.activations + 100
     assert one.fits
+    plain = estimate_memory(tiny, make_driver("jit"), batch_size=1, optimizer=optax.sgd(0.1))
+    assert plain.state == one.num_parameters * 8
     # Two devices of a CPU have copies of all but the batch.
     two = estimate_memory(
         tiny,
