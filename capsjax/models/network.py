@@ -12,7 +12,7 @@ from flax.typing import Dtype
 from capsjax.nn import Decoder
 from capsjax.nn._checks import check_rngs
 from capsjax.ops import conv_general_dilated, length
-from capsjax.ops._checks import as_array, as_integer, as_integers, check_number
+from capsjax.ops._checks import as_array, as_integer, as_integers, check_flags, check_number
 from capsjax.routing import Routed, algorithm
 from capsjax.routing.fused import check_implementation
 
@@ -69,8 +69,8 @@ def _check_field(field: "dataclasses.Field[Any]", value: Any) -> None:
         as_integer(name, value)
     elif kind is float:
         check_number(name, value)
-    elif kind is bool and not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+    elif kind is bool:
+        check_flags(**{name: value})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

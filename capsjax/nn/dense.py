@@ -44,8 +44,8 @@ class DenseCapsules(nnx.Module):
       **options: options of the routing function, such as ``num_iterations``.
 
     Raises:
-      TypeError: a size is not an integer, an initialiser is not a function, or ``rngs`` is not an
-        ``nnx.Rngs``.
+      TypeError: a size is not an integer, a switch is not a bool, an initialiser is not a function,
+        or ``rngs`` is not an ``nnx.Rngs``.
       ValueError: the algorithm, one of its options or the implementation is unknown, or a size is
         not positive.
 

@@ -12,7 +12,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.typing import ArrayLike
 
 from capsjax.nn.shared import SharedWeights, kernel_init_per_child
-from capsjax.ops._checks import check_sizes
+from capsjax.ops._checks import check_flags, check_sizes
 from capsjax.routing import Children, Routed, Sizes
 from capsjax.routing.fused import Implementation
 
@@ -49,8 +49,8 @@ class GridCapsules(SharedWeights):
       **options: options of the routing function, such as ``num_iterations``.
 
     Raises:
-      TypeError: a size is not an integer, an initialiser is not a function, or ``rngs`` is not an
-        ``nnx.Rngs``.
+      TypeError: a size is not an integer, a switch is not a bool, an initialiser is not a function,
+        or ``rngs`` is not an ``nnx.Rngs``.
       ValueError: the algorithm, one of its options or the implementation is unknown, the algorithm
         makes its own votes, a size is not positive, or there are more coordinates than
         ``out_features``.
@@ -95,6 +95,7 @@ class GridCapsules(SharedWeights):
             out_features=out_features,
             num_spatial_dims=num_spatial_dims,
         )
+        check_flags(coordinates=coordinates)
         self.coordinates = coordinates
         super().__init__(
             in_types,

@@ -13,6 +13,7 @@ from capsjax.ops import conv_general_dilated, squash
 from capsjax.ops._checks import (
     as_array,
     check_callable,
+    check_flags,
     check_number,
     check_sizes,
     spatial_axes,
@@ -92,6 +93,7 @@ class PrimaryCapsules(nnx.Module):
         check_callable(kernel_init=kernel_init, bias_init=bias_init)
         check_sizes(in_features=in_features, num_types=num_types, features=features)
         check_number("coupling", coupling)
+        check_flags(keep_grid=keep_grid)
         self.conv = make_conv(
             in_features,
             num_types * features,

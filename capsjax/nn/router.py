@@ -9,7 +9,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from capsjax.nn._checks import check_rngs
-from capsjax.ops._checks import check_callable, check_sizes
+from capsjax.ops._checks import check_callable, check_flags, check_sizes
 from capsjax.routing import Children, Parameter, Routed, Sizes, algorithm
 from capsjax.routing.fused import Implementation, check_implementation
 
@@ -48,6 +48,7 @@ class Router(nnx.Module):
         record = algorithm(name)
         check_rngs(rngs)
         check_sizes(**Sizes(*sizes)._asdict())
+        check_flags(use_bias=use_bias)
         record.check_options(options, use_bias=use_bias)
         self.name = name
         learned = dict(record.parameters(sizes))

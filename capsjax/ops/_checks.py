@@ -138,6 +138,13 @@ def check_number(name: str, value: Any, *, least: float = -math.inf) -> None:
         raise ValueError(f"{name} must be at least {least:g}, got {value}")
 
 
+def check_flags(**flags: Any) -> None:
+    """Raises a TypeError unless these options are bools, which are not traced."""
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raises a ValueError unless an option is one of these names."""
     if not isinstance(value, str) or value not in choices:

@@ -6,6 +6,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
+from capsjax.ops._checks import check_flags
 from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.routing._passes import Inputs, Passes, as_logits, inputs, not_folded
 from capsjax.routing.fused import dense_capsules
@@ -57,8 +58,8 @@ def dynamic_routing(
       the coupling of the last pass ``[..., I, J]``.
 
     Raises:
-      TypeError: votes, logits or bias are not floating point, ``where`` is not bool, or
-        ``num_iterations`` is not an integer.
+      TypeError: votes, logits or bias are not floating point, ``where`` is not bool,
+        ``num_iterations`` is not an integer, or ``leaky`` or ``stop_gradient`` is not a bool.
       ValueError: an argument has the wrong shape, or ``num_iterations`` is below 1.
 
     Example:
@@ -88,6 +89,7 @@ def dynamic_passes(
     stop_gradient: bool = False,
 ) -> Passes:
     """The passes of :func:`dynamic_routing`, whose carry is the sum of agreements."""
+    check_flags(leaky=leaky, stop_gradient=stop_gradient)
     given = inputs(votes, bias=bias, where=where)
     prior = given.zeros()
     if logits is not None:

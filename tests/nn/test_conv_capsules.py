@@ -381,7 +381,8 @@ def test_a_grid_layer_s_routing_parameters_are_shared_between_places(name):
 
 def test_coordinates_are_added_to_the_first_two_components():
     plain, moved = (
-        GridCapsules(1, 2, 1, 2, routing="em", coordinates=c, rngs=nnx.Rngs(0)) for c in (0, 1)
+        GridCapsules(1, 2, 1, 2, routing="em", coordinates=c, rngs=nnx.Rngs(0))
+        for c in (False, True)
     )
     # With one place at a time, the parent is its child's vote.
     poses, one = normal(2, 2, 3, 1, 2), np.zeros((2, 2, 3, 1), bool)

@@ -299,6 +299,20 @@ def test_sizes_are_positive_integers(name):
             MADE[name](value)
 
 
+SWITCHED = {
+    "use_bias": functools.partial(DenseCapsules, 6, 4, 3, 5),
+    "coordinates": functools.partial(GridCapsules, 2, 4, 3, 5),
+    "keep_grid": functools.partial(PrimaryCapsules, 3, 2, 4),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_switches_are_bools(name):
+    for value in (None, 1, "no"):
+        with pytest.raises(TypeError, match=f"^{name} must be True or False, got {value!r}"):
+            SWITCHED[name](**{name: value}, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -399,6 +399,8 @@ def test_pmapped_gradients_are_those_of_the_whole_batch():
 
 
 BAD = [
+    ({"leaky": "no"}, TypeError, "leaky must be True or False, got 'no'"),
+    ({"stop_gradient": None}, TypeError, "stop_gradient must be True or False, got None"),
     ({"num_iterations": 0}, ValueError, "num_iterations must be at least 1, got 0"),
     ({"num_iterations": 2.0}, TypeError, "num_iterations must be a Python integer, got 2.0"),
     ({"logits": jnp.zeros((2, 3))}, ValueError, r"logits must broadcast to \(6, 4\), got .*2, 3"),

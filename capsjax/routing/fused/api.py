@@ -17,6 +17,7 @@ from capsjax.ops._checks import (
     alike,
     as_floating,
     as_integer,
+    check_flags,
     is_constant,
     is_sharded,
     taking_part,
@@ -107,7 +108,7 @@ def dense_capsules(
 
     Raises:
       TypeError: poses, weights or bias are not floating point, ``where`` is not bool, or
-        ``num_iterations`` is not an integer.
+        ``num_iterations`` is not an integer, or ``leaky`` or ``stop_gradient`` is not a bool.
       ValueError: an argument has the wrong shape, ``num_iterations`` is below 1, or
         ``implementation`` is unknown.
       NotImplementedError: ``implementation`` is ``"blocked"`` or ``"lanes"``, and the sizes of the
@@ -130,6 +131,7 @@ def dense_capsules(
     check_implementation(implementation)
     poses, weights = check_dense(poses, weights)
     iterations = as_integer("num_iterations", num_iterations)
+    check_flags(leaky=leaky, stop_gradient=stop_gradient)
     if where is not None:
         _, poses = taking_part(where, poses)
     if bias is not None:
@@ -137,7 +139,7 @@ def dense_capsules(
         if bias.shape != weights.shape[2:]:
             raise ValueError(f"bias must have shape [J, D] = {weights.shape[2:]}, got {bias.shape}")
     named = implementation is not None
-    options = _Options(iterations, bias, where, bool(leaky), bool(stop_gradient), precision, named)
+    options = _Options(iterations, bias, where, leaky, stop_gradient, precision, named)
     if implementation is not None:
         return _IMPLEMENTATIONS[implementation](options, poses, weights)
     preferred = {platform: _prefer(platform, poses, weights) for platform in ("cpu", "cuda", "tpu")}
