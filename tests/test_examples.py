@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,11 @@ def test_an_example_is_short_and_tells_how_it_is_run(path):
     text = path.read_text()
     assert len(text.splitlines()) < 80
     assert f"python examples/{path.name}" in text
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_imports_what_there_is(path):
+    runpy.run_path(str(path), run_name="imported")
 
 
 def test_there_are_three():

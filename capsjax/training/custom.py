@@ -1,7 +1,7 @@
 """Objectives, optimizers and metrics that are given in Python, and how they are tried."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import chex
 import jax
@@ -67,28 +67,33 @@ def try_evaluation(
     jax.eval_shape(evaluate, variables, Batch(*shapes))
 
 
-def try_optimizer(optimizer: optax.GradientTransformation, params: chex.ArrayTree) -> None:
+def try_optimizer(
+    optimizer: optax.GradientTransformation, params: chex.ArrayTree, axis_name: str | None
+) -> None:
     """Traces an update, to find errors before the run begins.
 
     Raises:
       ConfigError: the state cannot be stored or carried from step to step.
     """
 
-    def update(params: chex.ArrayTree, state: chex.ArrayTree) -> object:
+    def update(params: chex.ArrayTree, state: chex.ArrayTree) -> chex.ArrayTree:
         value = jnp.zeros(())
-        return update_with(optimizer, params, state, params, value, lambda _: value)
+        return update_with(optimizer, params, state, params, value, lambda _: value)[1]
 
     state = jax.eval_shape(optimizer.init, params)
     if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(state)):
         raise ConfigError("optimizer must not keep a random key, which checkpoints do not store")
-    before, after = (
-        jax.tree_util.tree_leaves_with_path(tree)
-        for tree in (state, jax.eval_shape(update, params, state)[1])
-    )
-    if [path for path, _ in before] != [path for path, _ in after]:
+    if axis_name is None:
+        after = jax.eval_shape(update, params, state)
+    else:  # on one of the devices; all results have its axis in front
+        several = jax.vmap(update, in_axes=None, axis_name=axis_name, axis_size=1)
+        after = jax.eval_shape(lambda *x: jax.tree.map(lambda y: y[0], several(*x)), params, state)
+    if cast(Any, jax.tree.structure(after)) != jax.tree.structure(state):
         raise ConfigError("optimizer must keep the structure of its state, but update changes it")
-    for (path, old), (_, new) in zip(before, after, strict=True):
-        if (old.shape, old.dtype) != (new.shape, new.dtype):
+    before = jax.tree_util.tree_leaves_with_path(state)
+    for (path, old), new in zip(before, jax.tree.leaves(after), strict=True):
+        # Loops promote numbers of Python.
+        if old.shape != new.shape or (old.dtype != new.dtype and not old.weak_type):
             raise ConfigError(
                 "optimizer must keep the shapes and dtypes of its state, but update changes"
                 f" {jax.tree_util.keystr(path)} from {old.dtype} {list(old.shape)} to"

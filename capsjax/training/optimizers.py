@@ -133,4 +133,29 @@ def freeze(
     if all(frozen):
         raise ValueError(f"freeze must leave something to train, got {', '.join(parts)}")
     labels = jax.tree.unflatten(structure, ["frozen" if f else "trained" for f in frozen])
-    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+    both = optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+
+    def update(
+        updates: chex.ArrayTree, state: chex.ArrayTree, params: chex.ArrayTree, **given: Any
+    ) -> Any:
+        """Hides the frozen parts in further arguments as well, which partition does not."""
+        if "grad" in given:
+            given["grad"] = jax.tree.map(
+                lambda x, label: optax.MaskedNode() if label == "frozen" else x,
+                given["grad"],
+                labels,
+            )
+        if (value_fn := given.get("value_fn")) is not None:
+            given["value_fn"] = lambda masked: value_fn(_filled(masked, params))
+        return both.update(updates, state, params, **given)
+
+    return optax.GradientTransformationExtraArgs(both.init, update)
+
+
+def _filled(masked: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
+    """Parameters, where they are not masked those of the first tree."""
+
+    def is_masked(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    return jax.tree.map(lambda x, p: p if is_masked(x) else x, masked, params, is_leaf=is_masked)

@@ -208,7 +208,7 @@ def set_up(
         total_steps=total_steps if config.schedule == "cosine" else 0,
     )
     if custom.optimizer is not None:
-        try_optimizer(optimizer, shapes.params)
+        try_optimizer(optimizer, shapes.params, driver.axis_name)
     first = [initial_variables(model, key) for key, _, _ in keys]
     if config.init_from is not None and initialise:
         first = _transferred(config, first, driver)

@@ -312,9 +312,13 @@ def update_with(
     value: jax.Array,
     value_fn: Callable[[Any], jax.Array],
 ) -> tuple[chex.ArrayTree, chex.ArrayTree]:
-    """Returns updates and next state, with the further arguments that optimizers may take."""
-    update = optax.with_extra_args_support(optimizer).update
-    return update(grads, state, params, value=value, grad=grads, value_fn=value_fn)
+    """Returns updates and next state; the optimizer receives those further arguments it takes."""
+    given: dict[str, Any] = {"value": value, "grad": grads, "value_fn": value_fn}
+    parameters = inspect.signature(optimizer.update).parameters
+    if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+        given = {name: given[name] for name in given if name in parameters}
+    update: Callable[..., tuple[chex.ArrayTree, chex.ArrayTree]] = optimizer.update
+    return update(grads, state, params, **given)
 
 
 def is_part(name: str, parts: Sequence[str]) -> bool:

@@ -347,7 +347,7 @@ print(row.text)
 """
 
 
-# In the gate, test_sources.py loads data and test_floors.py imports the package without them.
+# In the gate, test_sources.py loads data without them, and test_floors.py imports layers.
 @pytest.mark.slow
 def test_a_bare_machine_will_do(digits, tmp_path):
     save_npz(dataclasses.replace(digits, name="mnist"), tmp_path / "digits.npz")

@@ -19,12 +19,16 @@ from capsjax.training import (
     EvaluateConfig,
     TrainConfig,
     evaluate,
+    load_network,
     make_train_step,
     predict_test,
+    split_network,
     train,
 )
+from capsjax.training.custom import Custom, try_optimizer
 from capsjax.training.programs import as_batch
-from capsjax.training.setup import Custom, _shared_programs, set_up
+from capsjax.training.setup import _shared_programs, set_up
+from capsjax.training.step import initial_variables
 
 
 def options(run_dir, **others):
@@ -100,6 +104,34 @@ def test_a_run_goes_on_with_the_same(trained, digits):
     assert train(longer, dataset=digits, **given).first_step == 2
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.GradientTransformationExtraArgs(
+            lambda _: (), lambda grads, state, params, *, scale=1.0: (grads, state)
+        ),
+        optax.GradientTransformation(
+            lambda _: (), lambda grads, state, params: (jax.lax.pmean(grads, "batch"), state)
+        ),
+        optax.GradientTransformation(
+            lambda _: 0, lambda grads, state, params: (grads, state + jnp.float32(0.5))
+        ),
+    ],
+    ids=["another argument", "the axis of the devices", "promoted state"],
+)
+def test_what_an_optimizer_may_do(optimizer):
+    try_optimizer(optimizer, {"kernel": jnp.ones(2)}, "batch")
+
+
+def test_a_line_search_leaves_frozen_parts(tmp_path, digits, tiny):
+    config = options(tmp_path / "run", steps=1, validation=0, freeze=("conv",))
+    train(config, model=tiny, dataset=digits, optimizer=optax.lbfgs())
+    found = split_network(load_network(config.run_dir, dataset=digits).network)[1].params
+    first = initial_variables(tiny, jax.random.split(jax.random.key(0), 3)[0]).params
+    jax.tree.map(np.testing.assert_array_equal, found["conv"], first["conv"])
+    assert np.abs(found["classes"]["kernel"] - first["classes"]["kernel"]).max() > 0
+
+
 def stateful(first, change):
     def update(grads, state, params):
         return grads, {"count": change(state["count"])}
@@ -130,6 +162,7 @@ def stateful(first, change):
             {},
             "keep the structure of its st",
         ),
+        ({"optimizer": stateful((0,), list)}, {}, "keep the structure of its state"),
         ({"optimizer": "adam"}, {}, "optimizer must be an optax.GradientTransformation, got 'adam"),
         ({"metrics": {"first": 3}}, {}, r"metrics\['first'\] must be a function, got 3"),
         ({"metrics": [length_of_first]}, {}, "metrics must be a dict of functions by name, got "),
