@@ -136,7 +136,10 @@ def freeze(
     both = optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
 
     def update(
-        updates: chex.ArrayTree, state: chex.ArrayTree, params: chex.ArrayTree, **given: Any
+        updates: chex.ArrayTree,
+        state: chex.ArrayTree,
+        params: chex.ArrayTree | None = None,
+        **given: Any,
     ) -> Any:
         """Hides the frozen parts in further arguments as well, which partition does not."""
         if "grad" in given:

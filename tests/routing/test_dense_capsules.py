@@ -35,9 +35,9 @@ from capsjax.routing.fused.blocked import Blocks
 from capsjax.routing.fused.lanes import Lanes
 
 # Those that store no votes and run everywhere; test_mosaic_gpu.py has the other one.
+FAST = tuple(name for name in get_args(Implementation) if name not in ("reference", "mosaic_gpu"))
 # Where the two have most of their code in common, one is in the gate.
 ONE = ["blocked", pytest.param("lanes", marks=pytest.mark.slow)]
-FAST = tuple(name for name in get_args(Implementation) if name not in ("reference", "mosaic_gpu"))
 
 
 # One program for each shape, which all tests share.
