@@ -91,3 +91,16 @@ def absent_h200():
         platform="cuda", topology="1x1x1", target_config=GPUS["h200"].target_config
     )
     return NamedSharding(topologies.make_mesh(topology, (1,), ("device",)), PartitionSpec())
+
+
+@pytest.fixture
+def as_on_tpu(monkeypatch):
+    """What depends on the platform is computed as on a TPU."""
+
+    def choose(*arguments, default=None, tpu=None, **_):
+        return (tpu or default)(*arguments)
+
+    jax.clear_caches()
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+    yield
+    jax.clear_caches()

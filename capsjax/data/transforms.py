@@ -263,16 +263,27 @@ def _slice(
     images: jax.Array, offsets: jax.Array, margin: int, size: int, axis: int, fill: Fill
 ) -> jax.Array:
     """Pads an axis and slices `size` positions from each image's offset."""
-    # Selects among all slices: slicing each image at its offset would be a loop on TPUs.
     padding = [(0, 0)] * images.ndim
     padding[axis] = (margin, margin)
     if fill == "edge":
         padded = jnp.pad(images, padding, mode="edge")
     else:
         padded = jnp.pad(images, padding, constant_values=fill)
-    shifted = [
-        jax.lax.slice_in_dim(padded, offset, offset + size, axis=axis)
-        for offset in range(padded.shape[axis] - size + 1)
-    ]
-    which = jnp.broadcast_to(offsets[:, None, None, None], shifted[0].shape)
-    return jax.lax.select_n(which, *shifted)
+
+    def select(padded: jax.Array, offsets: jax.Array, axis: int = axis) -> jax.Array:
+        # Selects among all slices: slicing each image at its offset would be a loop on TPUs.
+        shifted = [
+            jax.lax.slice_in_dim(padded, offset, offset + size, axis=axis)
+            for offset in range(padded.shape[axis] - size + 1)
+        ]
+        return jax.lax.select_n(jnp.broadcast_to(offsets, shifted[0].shape), *shifted)
+
+    def select_along_lanes(padded: jax.Array, offsets: jax.Array) -> jax.Array:
+        selected = select(jnp.moveaxis(padded, 0, -1), offsets.reshape(-1), axis - 1)
+        return jnp.moveaxis(selected, -1, 0)
+
+    offsets = offsets[:, None, None, None]
+    sliced: jax.Array = jax.lax.platform_dependent(
+        padded, offsets, tpu=select_along_lanes, default=select
+    )
+    return sliced

@@ -11,7 +11,8 @@ from flax.typing import Dtype
 
 from capsjax.nn import Decoder
 from capsjax.nn._checks import check_rngs
-from capsjax.ops import conv_general_dilated, length
+from capsjax.nn._convolution import Convolution
+from capsjax.ops import length
 from capsjax.ops._checks import as_array, as_integer, as_integers, check_flags, check_number
 from capsjax.routing import Routed, algorithm
 from capsjax.routing.fused import check_implementation
@@ -207,16 +208,15 @@ def make_conv(
     rngs: nnx.Rngs,
     padding: str = "VALID",
     **options: Any,
-) -> nnx.Conv:
+) -> Convolution:
     """Makes a convolution with fast gradients on every platform."""
-    return nnx.Conv(
+    return Convolution(
         in_features,
         out_features,
         (kernel, kernel) if isinstance(kernel, int) else kernel,
         strides,
         padding=padding,
         dtype=dtype,
-        conv_general_dilated=conv_general_dilated,
         rngs=rngs,
         **options,
     )

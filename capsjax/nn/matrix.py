@@ -10,9 +10,9 @@ from flax import nnx
 from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
 from capsjax.nn._checks import check_rngs
+from capsjax.nn._convolution import convolve, make_conv
 from capsjax.nn.conv import ConvCapsules
 from capsjax.nn.grid import GridCapsules
-from capsjax.nn.primary import convolve, make_conv
 from capsjax.nn.shared import SharedWeights
 from capsjax.ops import matrix_votes
 from capsjax.ops._checks import check_callable, check_sizes

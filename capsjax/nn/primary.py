@@ -1,7 +1,6 @@
 """Primary capsules, the first capsule layer after feature maps."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +8,10 @@ from flax import nnx
 from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
 from capsjax.nn._checks import check_rngs
-from capsjax.ops import conv_general_dilated, squash
-from capsjax.ops._checks import (
-    as_array,
-    check_callable,
-    check_flags,
-    check_number,
-    check_sizes,
-    spatial_axes,
-    spatial_padding,
-    spatial_sizes,
-)
+from capsjax.nn._convolution import convolve, make_conv
+from capsjax.ops._checks import check_callable, check_flags, check_number, check_sizes
+from capsjax.ops.bias import add_bias
+from capsjax.ops.capsule import squash_channels
 
 
 class PrimaryCapsules(nnx.Module):
@@ -129,51 +121,12 @@ class PrimaryCapsules(nnx.Module):
         channels = convolve(self.conv, inputs)
         if self.coupling != 1:
             channels = channels * self.coupling
-        bias = self.bias[...].astype(channels.dtype)
-        channels = channels + jnp.broadcast_to(bias, channels.shape)
+        channels = add_bias(channels, self.bias[...])
+        return squash_channels(channels, self.features, self._arrange)
+
+    def _arrange(self, channels: jax.Array) -> jax.Array:
         types = channels.shape[-1] // self.features
         capsules = channels.reshape(*channels.shape[:-1], types, self.features)
-        if not self.keep_grid:
-            capsules = jax.lax.collapse(capsules, -2 - len(self.conv.kernel_size), -1)
-        return squash(capsules)
-
-
-def make_conv(
-    in_features: int,
-    out_features: int,
-    kernel_size: int | Sequence[int],
-    strides: int | Sequence[int],
-    padding: PaddingLike,
-    **options: Any,
-) -> nnx.Conv:
-    """Makes a convolution along the axes of its kernel."""
-    size = spatial_sizes("kernel_size", kernel_size)
-    names = ["VALID", "SAME", "SAME_LOWER", "CIRCULAR", "REFLECT", *["CAUSAL"] * (len(size) == 1)]
-    return nnx.Conv(
-        in_features,
-        out_features,
-        size,
-        spatial_sizes("strides", strides, size),
-        padding=spatial_padding(padding, size, names),
-        conv_general_dilated=conv_general_dilated,
-        **options,
-    )
-
-
-def convolve(conv: nnx.Conv, inputs: jax.Array) -> jax.Array:
-    """Convolves ``[..., H, W, C]``, or raises a ValueError."""
-    inputs = as_array("inputs", inputs)
-    rank, channels = len(conv.kernel_size), conv.in_features
-    if inputs.ndim <= rank or inputs.shape[-1] != channels:
-        axes = spatial_axes(rank)
-        raise ValueError(
-            f"inputs must have shape [..., {axes}, C] = [..., {axes}, {channels}], got shape"
-            f" {inputs.shape}"
-        )
-    outputs: jax.Array = conv(inputs)
-    if 0 in outputs.shape[-1 - rank : -1]:
-        raise ValueError(
-            f"inputs must be at least as large as the kernel {conv.kernel_size}, got"
-            f" {inputs.shape[-1 - rank : -1]}"
-        )
-    return outputs
+        if self.keep_grid:
+            return capsules
+        return jax.lax.collapse(capsules, -2 - len(self.conv.kernel_size), -1)

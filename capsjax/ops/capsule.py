@@ -1,7 +1,10 @@
 """Squashing functions and the length of capsules."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from capsjax.ops._checks import (
@@ -9,8 +12,12 @@ from capsjax.ops._checks import (
     as_axis,
     as_floating,
     check_number,
+    is_sharded,
     safe_sqrt,
 )
+
+# Numbers in a matrix of zeros and ones that is a constant of the program.
+_MOST = 2**18
 
 
 def squash(s: ArrayLike, axis: int = -1, *, epsilon: float = 0.0) -> jax.Array:
@@ -52,11 +59,48 @@ def squash(s: ArrayLike, axis: int = -1, *, epsilon: float = 0.0) -> jax.Array:
     check_number("epsilon", epsilon, least=0)
     wide = s.astype(accumulator(s.dtype))
     squared = jnp.sum(wide * wide, axis=axis, keepdims=True)
+    return (wide * _scale(squared, epsilon)).astype(s.dtype)
+
+
+def squash_channels(
+    channels: jax.Array, features: int, arrange: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """Squashes capsules of `features` neighbouring channels each, ``[..., T * K]``.
+
+    On TPUs, sums over K and their repetition are products with a matrix of zeros and ones, and the
+    channels keep their layout; a NaN or an overflow spreads to all capsules at its position.
+
+    Args:
+      channels: ``[..., T * K]``.
+      features: K.
+      arrange: reshapes channels to capsules, ``[..., K]``.
+
+    Returns:
+      The capsules.
+    """
+    types = channels.shape[-1] // features
+
+    def by_sums(channels: jax.Array) -> jax.Array:
+        return squash(arrange(channels))
+
+    def by_products(channels: jax.Array) -> jax.Array:
+        wide = channels.astype(accumulator(channels.dtype))
+        belongs = jnp.asarray(np.repeat(np.eye(types), features, axis=0), wide.dtype)
+        squared = jnp.matmul(wide * wide, belongs, precision=jax.lax.Precision.HIGHEST)
+        scale = jnp.matmul(_scale(squared), belongs.T, precision=jax.lax.Precision.HIGHEST)
+        return arrange((wide * scale).astype(channels.dtype))
+
+    if features == 1 or types * types * features > _MOST or is_sharded(channels):
+        return by_sums(channels)
+    capsules: jax.Array = jax.lax.platform_dependent(channels, tpu=by_products, default=by_sums)
+    return capsules
+
+
+def _scale(squared: jax.Array, epsilon: float = 0.0) -> jax.Array:
+    """The factor of a vector, given its squared length."""
     if epsilon:
-        scale = squared / (1 + squared) / jnp.sqrt(squared + epsilon)
-    else:
-        scale = safe_sqrt(squared) / (1 + squared)
-    return (wide * scale).astype(s.dtype)
+        return squared / (1 + squared) / jnp.sqrt(squared + epsilon)
+    return safe_sqrt(squared) / (1 + squared)
 
 
 def length(v: ArrayLike, axis: int = -1) -> jax.Array:

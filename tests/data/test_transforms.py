@@ -68,6 +68,16 @@ def test_all_25_shifts_are_made_equally_often_and_no_other():
     assert max(counts.values()) < 283
 
 
+@pytest.mark.parametrize("fill", [0, 3, "edge"])
+def test_shifts_are_the_same_on_tpus(request, fill):
+    images = jnp.arange(5 * 6 * 7 * 2, dtype=jnp.uint8).reshape(5, 6, 7, 2)
+    keys = jax.random.split(jax.random.key(0), 5)
+    here = random_shift(keys, images, max_shift=2, fill=fill)
+    assert (here != images).any()
+    request.getfixturevalue("as_on_tpu")
+    np.testing.assert_array_equal(random_shift(keys, images, max_shift=2, fill=fill), here)
+
+
 def test_an_image_s_shift_is_its_own():
     keys = jax.random.split(jax.random.key(1), 4)
     images = jax.random.normal(jax.random.key(2), (4, 8, 8, 1))

@@ -355,3 +355,18 @@ def test_an_empty_batch_of_grids_gives_an_empty_result(kind, routing):
     places = (2, 2) if kind is ConvCapsules else ()
     routed = jax.eval_shape(lambda x: layer(x), shape)
     assert (routed.poses.shape, routed.activations.shape) == ((0, *places, 3, 5), (0, *places, 3))
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_grid": True, "coupling": 0.5}, {"padding": "SAME"}])
+def test_primary_capsules_are_the_same_on_tpus(request, options):
+    layer, images = primary(bias_init=bias_init, **options), normal(2, 9, 8, 3)
+
+    def loss(layer, images):
+        capsules = layer(images)
+        return jnp.sum(jnp.sin(3 * capsules)), capsules
+
+    run = nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    here = run(layer, images)
+    request.getfixturevalue("as_on_tpu")
+    on_tpu = run(layer, images)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), here, on_tpu)

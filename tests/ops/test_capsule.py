@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from capsjax import exponential_squash, length, squash
+from capsjax.ops.capsule import squash_channels
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -159,3 +160,41 @@ def test_float64_stays_float64():
         s = np.random.default_rng(3).normal(size=(2, 8))
         np.testing.assert_allclose(squash(s), references.squash(s), rtol=1e-14)
         assert length(s).dtype == np.float64
+
+
+def squashed(channels):
+    """Capsules of three neighbouring channels each."""
+    return squash_channels(channels, 3, lambda x: x.reshape(*x.shape[:-1], x.shape[-1] // 3, 3))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(12,), (2, 5, 12), (0, 2, 2, 12), (3, 2, 2, 3)])
+def test_channels_are_squashed_as_capsules_by_products(as_on_tpu, shape, dtype):
+    channels = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+    d_out = jnp.asarray(
+        np.random.default_rng(1).normal(size=(*shape[:-1], shape[-1] // 3, 3)), dtype
+    )
+    out, pull_back = jax.vjp(squashed, channels)
+    expected, pull_back_expected = jax.vjp(squash, channels.reshape(d_out.shape))
+    assert out.dtype == dtype
+    assert_close(out, expected, terms=3)
+    assert_close(pull_back(d_out)[0].reshape(d_out.shape), pull_back_expected(d_out)[0], terms=12)
+
+
+def test_derivatives_of_squashed_channels(as_on_tpu):
+    channels = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6)))
+    check_grads(squashed, (channels,), order=2, modes=("fwd", "rev"))
+    zero = jnp.zeros((2, 6)).at[0, :3].set(1.0)
+    assert all_finite(jax.grad(lambda x: jnp.sum(squashed(x)))(zero))
+
+
+@pytest.mark.parametrize(("platform", "products"), [("cpu", 0), ("cuda", 0), ("tpu", 2)])
+def test_only_tpus_squash_channels_by_products(platform, products):
+    traced = jax.jit(squashed).trace(jnp.ones((2, 4, 4, 12)))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.dot_general") == products
+
+
+def test_a_matrix_of_many_types_is_not_made():
+    traced = jax.jit(squashed).trace(jnp.ones((2, 3 * 1024)))
+    assert "dot_general" not in traced.lower(lowering_platforms=("tpu",)).as_text()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from capsjax.ops._checks import zeros
-from capsjax.routing.fused.recurrence import product
+from capsjax.routing.fused.recurrence import add_at, product
 
 # Approximate numbers in an array of a block, J·B·K times its children: caches hold a few of them.
 _BLOCK = 2**17
@@ -131,7 +131,7 @@ class Blocks:
             weighed = (factors[:, :, :, None] * u[None, None]).astype(dtype).reshape(flat.shape)
             d_query = d_query + self._product("jbn,jdn->jbd", weighed[:, batch:], weights)
             d_w = self._product("jbd,jbn->jdn", with_poses, weighed)
-            return d_query, d_poses.at[n].add(d_u), d_weights.at[n].add(d_w)
+            return d_query, add_at(d_poses, n, d_u), add_at(d_weights, n, d_w)
 
         first = zeros(query.shape, wide, query, d_sums, *packed)
         d_query, d_poses, d_weights = lax.fori_loop(0, self.count, block, (first, *grads))

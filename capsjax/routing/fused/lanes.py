@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from capsjax.ops._checks import zeros
-from capsjax.routing.fused.recurrence import product
+from capsjax.routing.fused.recurrence import add_at, product
 
 # A tile has about _ROWS rows, children times dimensions, and a multiple of _SUBLANES children.
 _ROWS, _SUBLANES = 128, 8
@@ -77,7 +77,8 @@ class Lanes:
     def pack(self, poses: jax.Array, weights: jax.Array) -> Packed:
         """Returns poses ``[N, tiles, rows, B]`` and weights ``[N, J, tiles, rows, D]``."""
         missing = self.count * self.tiles * self.group - self.children
-        poses = jnp.pad(poses, ((0, 0), (0, missing), (0, 0)))
+        # Without a barrier, XLA would compute the poses once more in this layout.
+        poses = jnp.pad(lax.optimization_barrier(poses), ((0, 0), (0, missing), (0, 0)))
         weights = jnp.pad(weights, ((0, missing), (0, 0), (0, 0), (0, 0)))
         tiles = (self.count, self.tiles, self.group)
         poses = poses.reshape(poses.shape[0], *tiles, -1).transpose(1, 2, 4, 3, 0)
@@ -141,7 +142,7 @@ class Lanes:
                 d_u = d_u + self._rows(d_logits) * from_query
                 d_w = d_w + self._product("jtrb,jdb->jtrd", weighed, factors[0])
             d_u = self._over_parents(d_u.astype(_wide(dtype)))
-            return d_query, d_poses.at[n].add(d_u), d_weights.at[n].add(d_w)
+            return d_query, add_at(d_poses, n, d_u), add_at(d_weights, n, d_w)
 
         first = zeros(query.shape, query.dtype, query, d_sums, *packed)
         d_query, *d_arguments = lax.fori_loop(0, self.count, block, (first, *grads))
@@ -191,10 +192,10 @@ class Lanes:
         if self.leaky:
             highest = jnp.maximum(highest, 0)
         exponentials = jnp.exp(logits - highest[None])
-        total = jnp.sum(exponentials, axis=0)
+        total = self._over_parents(exponentials)
         if self.leaky:
             total = total + jnp.exp(-highest)
-        return exponentials / total[None]
+        return exponentials * (1 / total)[None]
 
 
 def _wide(dtype: jnp.dtype) -> jnp.dtype:

@@ -201,6 +201,13 @@ def product(axes: str, a: jax.Array, b: jax.Array, precision: lax.PrecisionLike)
     return jnp.einsum(axes, a, b, precision=precision, preferred_element_type=wide)
 
 
+def add_at(x: jax.Array, n: jax.Array | int, term: jax.Array) -> jax.Array:
+    """Adds to ``x[n]``, in place in a loop. ``x.at[n].add`` would check the index each time."""
+    start = (n, *[0] * term.ndim)
+    old = lax.dynamic_slice(x, start, (1, *term.shape), allow_negative_indices=False)
+    return lax.dynamic_update_slice(x, old + term[None], start, allow_negative_indices=False)
+
+
 def _cast(grads: Arguments, like: Arguments) -> Arguments:
     first, second, third = (g.astype(x.dtype) for g, x in zip(grads, like, strict=True))
     return first, second, third

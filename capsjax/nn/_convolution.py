@@ -1,0 +1,68 @@
+"""Convolutions of feature maps, whose gradients are fast on every platform."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.typing import PaddingLike
+
+from capsjax.ops import conv_general_dilated
+from capsjax.ops._checks import as_array, spatial_axes, spatial_padding, spatial_sizes
+from capsjax.ops.bias import add_bias
+
+
+class Convolution(nnx.Conv):
+    """``nnx.Conv`` with fast gradients of images, kernel and bias on every platform."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, conv_general_dilated=conv_general_dilated, **options)
+        # The bias is added here instead.
+        self.use_bias = False
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Convolves feature maps ``[..., H, W, C]``."""
+        outputs: jax.Array = super().__call__(inputs, out_sharding)
+        if self.bias is None:
+            return outputs
+        return add_bias(outputs, self.bias[...])
+
+
+def make_conv(
+    in_features: int,
+    out_features: int,
+    kernel_size: int | Sequence[int],
+    strides: int | Sequence[int],
+    padding: PaddingLike,
+    **options: Any,
+) -> Convolution:
+    """Makes a convolution along the axes of its kernel."""
+    size = spatial_sizes("kernel_size", kernel_size)
+    names = ["VALID", "SAME", "SAME_LOWER", "CIRCULAR", "REFLECT", *["CAUSAL"] * (len(size) == 1)]
+    return Convolution(
+        in_features,
+        out_features,
+        size,
+        spatial_sizes("strides", strides, size),
+        padding=spatial_padding(padding, size, names),
+        **options,
+    )
+
+
+def convolve(conv: Convolution, inputs: jax.Array) -> jax.Array:
+    """Convolves ``[..., H, W, C]``, or raises a ValueError."""
+    inputs = as_array("inputs", inputs)
+    rank, channels = len(conv.kernel_size), conv.in_features
+    if inputs.ndim <= rank or inputs.shape[-1] != channels:
+        axes = spatial_axes(rank)
+        raise ValueError(
+            f"inputs must have shape [..., {axes}, C] = [..., {axes}, {channels}], got shape"
+            f" {inputs.shape}"
+        )
+    outputs = conv(inputs)
+    if 0 in outputs.shape[-1 - rank : -1]:
+        raise ValueError(
+            f"inputs must be at least as large as the kernel {conv.kernel_size}, got"
+            f" {inputs.shape[-1 - rank : -1]}"
+        )
+    return outputs
