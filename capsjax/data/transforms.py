@@ -263,14 +263,14 @@ def _slice(
     images: jax.Array, offsets: jax.Array, margin: int, size: int, axis: int, fill: Fill
 ) -> jax.Array:
     """Pads an axis and slices `size` positions from each image's offset."""
-    padding = [(0, 0)] * images.ndim
-    padding[axis] = (margin, margin)
-    if fill == "edge":
-        padded = jnp.pad(images, padding, mode="edge")
-    else:
-        padded = jnp.pad(images, padding, constant_values=fill)
 
-    def select(padded: jax.Array, offsets: jax.Array, axis: int = axis) -> jax.Array:
+    def cut(images: jax.Array, offsets: jax.Array, axis: int = axis) -> jax.Array:
+        padding = [(0, 0)] * images.ndim
+        padding[axis] = (margin, margin)
+        if fill == "edge":
+            padded = jnp.pad(images, padding, mode="edge")
+        else:
+            padded = jnp.pad(images, padding, constant_values=fill)
         # Selects among all slices: slicing each image at its offset would be a loop on TPUs.
         shifted = [
             jax.lax.slice_in_dim(padded, offset, offset + size, axis=axis)
@@ -278,12 +278,10 @@ def _slice(
         ]
         return jax.lax.select_n(jnp.broadcast_to(offsets, shifted[0].shape), *shifted)
 
-    def select_along_lanes(padded: jax.Array, offsets: jax.Array) -> jax.Array:
-        selected = select(jnp.moveaxis(padded, 0, -1), offsets.reshape(-1), axis - 1)
-        return jnp.moveaxis(selected, -1, 0)
+    def cut_along_lanes(images: jax.Array, offsets: jax.Array) -> jax.Array:
+        return jnp.moveaxis(cut(jnp.moveaxis(images, 0, -1), offsets.reshape(-1), axis - 1), -1, 0)
 
-    offsets = offsets[:, None, None, None]
     sliced: jax.Array = jax.lax.platform_dependent(
-        padded, offsets, tpu=select_along_lanes, default=select
+        images, offsets[:, None, None, None], tpu=cut_along_lanes, default=cut
     )
     return sliced
