@@ -13,11 +13,14 @@ from capsjax.ops.bias import add_bias
 
 
 class Convolution(nnx.Conv):
-    """``nnx.Conv`` with fast gradients of images, kernel and bias on every platform."""
+    """``nnx.Conv`` with fast gradients of images, kernel and bias on every platform.
+
+    ``use_bias`` is False, because the bias is not added by ``nnx.Conv``; without one, ``bias`` is
+    None.
+    """
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, conv_general_dilated=conv_general_dilated, **options)
-        # The bias is added here instead.
         self.use_bias = False
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:

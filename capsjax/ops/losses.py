@@ -15,6 +15,7 @@ from capsjax.ops._checks import (
     as_one_hot,
     broadcast,
     check_number,
+    is_sharded,
 )
 
 
@@ -185,9 +186,13 @@ def reconstruction_loss(
             f"target must have the shape of reconstruction, {reconstruction.shape}, got"
             f" shape {target.shape}"
         )
+    axes = tuple(map(as_axis, axis)) if isinstance(axis, Sequence) else as_axis(axis)
+    if axes == (-3, -2, -1) and where is None and not is_sharded(reconstruction, target):
+        # TPUs would fill rows and columns of 28 pixels up to 32 and 128.
+        reconstruction, target = (jax.lax.collapse(x, -3) for x in (reconstruction, target))
+        axes = -1
     wide = accumulator(reconstruction.dtype)
     difference = reconstruction.astype(wide) - target.astype(wide)
-    axes = tuple(map(as_axis, axis)) if isinstance(axis, Sequence) else as_axis(axis)
     return _sum_of(jnp.square, difference, axes, where).astype(reconstruction.dtype)
 
 

@@ -287,8 +287,6 @@ def _labels(prediction: Prediction, target: jax.Array) -> jax.Array:
 def _weighed_reconstruction(prediction: Prediction, images: jax.Array) -> jax.Array:
     if prediction.reconstruction is None:
         return jnp.zeros(prediction.scores.shape[:-1], prediction.scores.dtype)
-    # One axis of pixels: TPUs would fill two of 28 up to 32 and 128.
-    both = prediction.reconstruction, images
-    losses = reconstruction_loss(*(jax.lax.collapse(pixels, -3) for pixels in both))
+    losses = reconstruction_loss(prediction.reconstruction, images, axis=(-3, -2, -1))
     several = tuple(range(prediction.scores.ndim - 1, losses.ndim))
     return RECONSTRUCTION_WEIGHT * jnp.sum(losses, axis=several)

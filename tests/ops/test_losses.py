@@ -167,3 +167,6 @@ def test_bad_arguments_are_named_while_tracing():
         jax.jit(reconstruction_loss)(lengths, jnp.ones((2, 3), jnp.uint8))
     with pytest.raises(ValueError, match=r"target must have the shape of reconstruction, \(2, 3\)"):
         reconstruction_loss(lengths, jnp.ones((2, 1)))
+    images = jnp.ones((2, 4, 6, 1))
+    with pytest.raises(ValueError, match=r"\(2, 4, 6, 1\), got shape \(2, 6, 4, 1\)"):
+        reconstruction_loss(images, images.swapaxes(1, 2), axis=(-3, -2, -1))

@@ -125,3 +125,14 @@ def test_a_convolution_that_is_named_says_what_came(mesh):
             NotImplementedError, match=r"no explicit sharding, got float32\[8@batch"
         ):
             convolve(images, kernel, implementation="patches")
+
+
+@pytest.mark.parametrize("spec", [("batch",), (None, None, "more")])
+def test_the_reconstruction_loss_of_sharded_images(spec, mesh):
+    images, targets = random.random((2, 8, 6, 8, 1)).astype(np.float32)
+    loss = functools.partial(capsjax.reconstruction_loss, axis=(-3, -2, -1))
+    expected = loss(images, targets)
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        losses = loss(*jax.device_put((images, targets), sharding))
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)

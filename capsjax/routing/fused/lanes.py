@@ -141,7 +141,7 @@ class Lanes:
                 d_query = d_query + self._sums(weights, weighed)
                 d_u = d_u + self._rows(d_logits) * from_query
                 d_w = d_w + self._product("jtrb,jdb->jtrd", weighed, factors[0])
-            d_u = self._over_parents(d_u.astype(_wide(dtype)))
+            d_u = self._over_parents(d_u.astype(_wide(dtype)), self.precision)
             return d_query, add_at(d_poses, n, d_u), add_at(d_weights, n, d_w)
 
         first = zeros(query.shape, query.dtype, query, d_sums, *packed)
@@ -171,11 +171,11 @@ class Lanes:
         same_child = np.tile(np.eye(self.group), (1, self.in_features))
         return self._product("gr,jtrb->jtgb", jnp.asarray(same_child, terms.dtype), terms)
 
-    def _over_parents(self, terms: jax.Array) -> jax.Array:
+    def _over_parents(self, terms: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
         """Sums of ``[J, tiles, rows, B]`` over the parents."""
         size = terms.shape[2]
         same_row = np.broadcast_to(np.eye(size)[:, None], (size, self.parents, size))
-        return self._product("pjr,jtrb->tpb", jnp.asarray(same_row, terms.dtype), terms)
+        return product("pjr,jtrb->tpb", jnp.asarray(same_row, terms.dtype), terms, precision)
 
     def _rows(self, x: jax.Array) -> jax.Array:
         """Repeats ``[J, tiles, group, B]`` for each dimension: ``[J, tiles, rows, B]``."""
@@ -192,7 +192,7 @@ class Lanes:
         if self.leaky:
             highest = jnp.maximum(highest, 0)
         exponentials = jnp.exp(logits - highest[None])
-        total = self._over_parents(exponentials)
+        total = self._over_parents(exponentials, lax.Precision.HIGHEST)
         if self.leaky:
             total = total + jnp.exp(-highest)
         return exponentials * (1 / total)[None]
