@@ -22,7 +22,8 @@ class PrimaryCapsules(nnx.Module):
 
     The components of one capsule are neighbouring channels at one position. There is no ReLU, and
     the convolution is VALID by default. The length of ``kernel_size`` sets the number of spatial
-    axes: one for series, two for images, three for volumes.
+    axes: one for series, two for images, three for volumes. On TPUs a NaN or an overflow in one
+    capsule spreads to the others at its position.
 
     Args:
       in_features: channels of the input.
