@@ -187,7 +187,8 @@ def reconstruction_loss(
             f" shape {target.shape}"
         )
     axes = tuple(map(as_axis, axis)) if isinstance(axis, Sequence) else as_axis(axis)
-    if axes == (-3, -2, -1) and where is None and not is_sharded(reconstruction, target):
+    images = axes == (-3, -2, -1) and reconstruction.ndim > 2
+    if images and where is None and not is_sharded(reconstruction, target):
         # TPUs would fill rows and columns of 28 pixels up to 32 and 128.
         reconstruction, target = (jax.lax.collapse(x, -3) for x in (reconstruction, target))
         axes = -1

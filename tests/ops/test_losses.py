@@ -170,3 +170,5 @@ def test_bad_arguments_are_named_while_tracing():
     images = jnp.ones((2, 4, 6, 1))
     with pytest.raises(ValueError, match=r"\(2, 4, 6, 1\), got shape \(2, 6, 4, 1\)"):
         reconstruction_loss(images, images.swapaxes(1, 2), axis=(-3, -2, -1))
+    with pytest.raises(ValueError, match="axis -3 is out of bounds for array of dimension 2"):
+        reconstruction_loss(lengths, lengths, axis=(-3, -2, -1))
