@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from capsjax.models.network import NetworkConfig, Prediction, check_build, check_images, make_conv
+from capsjax.models.network import NetworkConfig, Prediction, check_build, check_images
+from capsjax.nn._convolution import make_conv
 from capsjax.ops.relu import relu
 
 

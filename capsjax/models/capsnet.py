@@ -11,10 +11,10 @@ from capsjax.models.network import (
     CapsuleNetwork,
     CapsuleNetworkConfig,
     check_build,
-    make_conv,
     make_decoder,
 )
 from capsjax.nn import DenseCapsules, PrimaryCapsules
+from capsjax.nn._convolution import make_conv
 from capsjax.ops.relu import relu
 from capsjax.routing import Routed, algorithm
 from capsjax.routing.fused import Implementation

@@ -12,10 +12,10 @@ from capsjax.models.network import (
     CapsuleNetworkConfig,
     check_build,
     grid_after,
-    make_conv,
     make_decoder,
 )
 from capsjax.nn import DenseCapsules
+from capsjax.nn._convolution import make_conv
 from capsjax.ops import exponential_squash
 from capsjax.ops.relu import relu
 from capsjax.routing import Routed

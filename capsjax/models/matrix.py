@@ -12,10 +12,10 @@ from capsjax.models.network import (
     CapsuleNetworkConfig,
     check_build,
     grid_after,
-    make_conv,
     make_decoder,
 )
 from capsjax.nn import MatrixConvCapsules, MatrixGridCapsules, MatrixPrimaryCapsules
+from capsjax.nn._convolution import make_conv
 from capsjax.nn.shared import check_shares_weights
 from capsjax.ops.relu import relu
 from capsjax.routing import Routed

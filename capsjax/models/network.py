@@ -11,7 +11,6 @@ from flax.typing import Dtype
 
 from capsjax.nn import Decoder
 from capsjax.nn._checks import check_rngs
-from capsjax.nn._convolution import Convolution
 from capsjax.ops import length
 from capsjax.ops._checks import as_array, as_integer, as_integers, check_flags, check_number
 from capsjax.routing import Routed, algorithm
@@ -196,30 +195,6 @@ def grid_after(grid: tuple[int, int], layers: Iterable[tuple[int, int]]) -> tupl
         if min(rows, columns) < 1:
             return 0, 0
     return rows, columns
-
-
-def make_conv(
-    in_features: int,
-    out_features: int,
-    kernel: int | tuple[int, int],
-    strides: int = 1,
-    *,
-    dtype: Dtype,
-    rngs: nnx.Rngs,
-    padding: str = "VALID",
-    **options: Any,
-) -> Convolution:
-    """Makes a convolution with fast gradients on every platform."""
-    return Convolution(
-        in_features,
-        out_features,
-        (kernel, kernel) if isinstance(kernel, int) else kernel,
-        strides,
-        padding=padding,
-        dtype=dtype,
-        rngs=rngs,
-        **options,
-    )
 
 
 def make_decoder(

@@ -35,8 +35,8 @@ def make_conv(
     in_features: int,
     out_features: int,
     kernel_size: int | Sequence[int],
-    strides: int | Sequence[int],
-    padding: PaddingLike,
+    strides: int | Sequence[int] = 1,
+    padding: PaddingLike = "VALID",
     **options: Any,
 ) -> Convolution:
     """Makes a convolution along the axes of its kernel."""

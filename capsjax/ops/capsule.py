@@ -16,8 +16,8 @@ from capsjax.ops._checks import (
     safe_sqrt,
 )
 
-# Numbers in a matrix of zeros and ones that is a constant of the program.
-_MOST = 2**18
+# In numbers; the matrix is a constant of the program.
+_LARGEST_MATRIX = 2**18
 
 
 def squash(s: ArrayLike, axis: int = -1, *, epsilon: float = 0.0) -> jax.Array:
@@ -90,7 +90,7 @@ def squash_channels(
         scale = jnp.matmul(_scale(squared), belongs.T, precision=jax.lax.Precision.HIGHEST)
         return arrange((wide * scale).astype(channels.dtype))
 
-    if features == 1 or types * types * features > _MOST or is_sharded(channels):
+    if features == 1 or types * types * features > _LARGEST_MATRIX or is_sharded(channels):
         return by_sums(channels)
     capsules: jax.Array = jax.lax.platform_dependent(channels, tpu=by_products, default=by_sums)
     return capsules
