@@ -94,11 +94,13 @@ def _serve():
 
 def _become(command, cwd, env, files):
     os.setsid()
-    print(os.getpid(), flush=True)  # only now can it be killed with all that it starts
-    for number, path in enumerate(files):
-        opened = os.open(path, os.O_RDWR | os.O_NOCTTY)  # a terminal is not to end it
-        os.dup2(opened, number)
-        os.close(opened)
+    # A terminal must neither end this process nor be gone, as one that nobody holds open is: only
+    # with the files open, and its own session, may it be killed and its files be closed elsewhere.
+    opened = [os.open(path, os.O_RDWR | os.O_NOCTTY) for path in files]
+    print(os.getpid(), flush=True)
+    for number, file in enumerate(opened):
+        os.dup2(file, number)
+        os.close(file)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
