@@ -104,7 +104,8 @@ class Sampler:
 
     def _augmented(self, keys: jax.Array, batch: Batch) -> Sample:
         """Makes training samples from selected images."""
-        task_keys, network_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        split_keys = jax.vmap(jax.random.split)(keys)
+        task_keys, network_keys = split_keys[:, 0], split_keys[:, 1]
         if self.flip is not None:
             flip_keys = jax.vmap(lambda key: jax.random.fold_in(key, _FLIP))(keys)
             flipped = random_flip(flip_keys, batch.images, direction=self.flip)

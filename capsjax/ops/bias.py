@@ -1,6 +1,5 @@
 """Adding a bias to feature maps, with a fast gradient on every platform."""
 
-import functools
 import math
 
 import jax
@@ -19,27 +18,30 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 
     On TPUs this sum is a product with ones: matrix units add faster than the other units.
     """
-    bias = bias.astype(x.dtype)
     if x.ndim < 3 or is_sharded(x, bias):
-        return x + jnp.broadcast_to(bias, x.shape)
-    return x + _broadcast(bias, x.shape)
+        return _sum(x, bias)
+    return _add(x, bias)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _broadcast(bias: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.broadcast_to(bias, shape)
+def _sum(x: jax.Array, bias: jax.Array) -> jax.Array:
+    # Rounded once: a bias in float32 is not rounded to bfloat16 first.
+    return (x + jnp.broadcast_to(bias, x.shape)).astype(x.dtype)
 
 
-@_broadcast.defjvp
-def _broadcast_jvp(
-    shape: tuple[int, ...], primals: tuple[jax.Array], tangents: tuple[jax.Array]
+_add = jax.custom_jvp(_sum)
+
+
+@_add.defjvp
+def _add_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    tangent = lax.platform_dependent(
-        *tangents,
-        tpu=lambda tangent: _convolve_ones(tangent, shape),
-        default=lambda tangent: jnp.broadcast_to(tangent, shape),
+    (x, bias), (d_x, d_bias) = primals, tangents
+    spread = lax.platform_dependent(
+        d_bias.astype(x.dtype),
+        tpu=lambda d_bias: _convolve_ones(d_bias, x.shape),
+        default=lambda d_bias: jnp.broadcast_to(d_bias, x.shape),
     )
-    return _broadcast(*primals, shape), tangent
+    return _add(x, bias), d_x + spread
 
 
 def _convolve_ones(bias: jax.Array, shape: tuple[int, ...]) -> jax.Array:

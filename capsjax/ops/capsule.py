@@ -14,6 +14,7 @@ from capsjax.ops._checks import (
     check_number,
     is_sharded,
     safe_sqrt,
+    selection_precision,
 )
 
 # In numbers; the matrix is a constant of the program.
@@ -86,8 +87,9 @@ def squash_channels(
     def by_products(channels: jax.Array) -> jax.Array:
         wide = channels.astype(accumulator(channels.dtype))
         belongs = jnp.asarray(np.repeat(np.eye(types), features, axis=0), wide.dtype)
-        squared = jnp.matmul(wide * wide, belongs, precision=jax.lax.Precision.HIGHEST)
-        scale = jnp.matmul(_scale(squared), belongs.T, precision=jax.lax.Precision.HIGHEST)
+        precision = selection_precision(channels.dtype)
+        squared = jnp.matmul(wide * wide, belongs, precision=precision)
+        scale = jnp.matmul(_scale(squared), belongs.T, precision=precision)
         return arrange((wide * scale).astype(channels.dtype))
 
     if features == 1 or types * types * features > _LARGEST_MATRIX or is_sharded(channels):

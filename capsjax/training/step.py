@@ -250,7 +250,9 @@ def make_train_step(
     def train_step(state: TrainState, sample: Sample) -> tuple[TrainState, StepMetrics]:
         options = {"step": state.step} if takes_step else {}
 
-        def loss_fn(params: chex.ArrayTree) -> tuple[jax.Array, tuple[jax.Array, chex.ArrayTree]]:
+        def loss_fn(
+            params: chex.ArrayTree,
+        ) -> tuple[jax.Array, tuple[StepMetrics, chex.ArrayTree]]:
             prediction, batch_stats = apply(
                 Variables(params, state.batch_stats),
                 sample.images,
@@ -262,18 +264,14 @@ def make_train_step(
             losses = objective(prediction, sample.target, sample.drawings, **options)
             check_per_example("objective", losses, sample)
             error = jnp.mean(is_wrong(prediction, sample), dtype=jnp.float32)
-            return jnp.mean(losses), (error, batch_stats)
+            metrics = StepMetrics(jnp.mean(_nan_if_unknown(losses, sample)), error)
+            return jnp.mean(losses), (metrics, batch_stats)
 
         def differentiate(
             params: chex.ArrayTree,
         ) -> tuple[StepMetrics, chex.ArrayTree, chex.ArrayTree]:
             """Metrics, batch statistics and gradients, over all shards."""
-            (loss, (error, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-            # Labels cannot be checked in tracing; a wrong one would give a target of no class.
-            if jnp.issubdtype(sample.labels.dtype, jnp.integer):
-                known = (sample.labels >= 0) & (sample.labels < sample.target.shape[-1])
-                loss = jnp.where(jnp.all(known), loss, jnp.nan)
-            metrics = StepMetrics(loss, error)
+            (_, (metrics, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
             if axis_name is not None:
                 grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
             return metrics, batch_stats, grads
@@ -286,6 +284,14 @@ def make_train_step(
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return train_step
+
+
+def _nan_if_unknown(losses: jax.Array, sample: Sample) -> jax.Array:
+    """Losses ``[B]``, NaN where a label is no class, which tracing cannot refuse."""
+    if not jnp.issubdtype(sample.labels.dtype, jnp.integer):
+        return losses
+    known = (sample.labels >= 0) & (sample.labels < sample.target.shape[-1])
+    return jnp.where(jnp.all(known, axis=tuple(range(losses.ndim, known.ndim))), losses, jnp.nan)
 
 
 def _loss_of(differentiate: Callable[[chex.ArrayTree], Any]) -> Callable[[Any], jax.Array]:

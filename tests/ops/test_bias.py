@@ -38,6 +38,14 @@ def test_under_vmap(as_on_tpu):
     np.testing.assert_allclose(d_biases, d_out.sum((1, 2, 3)), rtol=1e-5, atol=1e-6)
 
 
+def test_a_bias_is_not_rounded_before_it_is_added(as_on_tpu):
+    x, bias = normal(2, 3, 5, 64, dtype=jnp.bfloat16), normal(64, seed=1)
+    out = add_bias(x, bias)
+    expected = (np.asarray(x, np.float32) + np.asarray(bias)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(out, expected)
+    assert jnp.any(out != x + jnp.broadcast_to(bias.astype(x.dtype), x.shape))
+
+
 def test_a_sum_in_bfloat16_is_rounded_once(as_on_tpu):
     # Added one by one in bfloat16, ones stay at 256.
     d_out = jnp.ones((8, 20, 20, 2), jnp.bfloat16)

@@ -195,6 +195,13 @@ def test_only_tpus_squash_channels_by_products(platform, products):
     assert text.count("stablehlo.dot_general") == products
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "HIGH"), ("float32", "HIGHEST")])
+def test_products_with_ones_keep_more_digits_than_the_channels(dtype, precision):
+    traced = jax.jit(squashed).trace(jnp.ones((2, 4, 4, 12), dtype))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count(f"precision = [{precision}, {precision}]") == 2
+
+
 def test_a_matrix_of_many_types_is_not_made():
     traced = jax.jit(squashed).trace(jnp.ones((2, 3 * 1024)))
     assert "dot_general" not in traced.lower(lowering_platforms=("tpu",)).as_text()

@@ -285,6 +285,16 @@ def test_what_is_chosen(batch, sizes, platform, stored):
     assert stores_votes(None, batch, sizes, platform, gradient=False) == stored
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "HIGH"), ("float32", "HIGHEST")])
+def test_the_softmax_is_more_precise_than_the_poses(dtype, precision):
+    poses, weights = (jnp.ones(shape, dtype) for shape in ((2, 16, 4), (16, 4, 10, 16)))
+    function = functools.partial(
+        dense_capsules, implementation="lanes", precision=jax.lax.Precision.DEFAULT
+    )
+    text = jax.jit(function).trace(poses, weights).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count(f"precision = [{precision}, {precision}]") == 1
+
+
 def test_the_program_does_not_grow_with_the_iterations():
     sizes = (256, 4, 10, 16)
     few, many = (compiled("blocked", 2, sizes, n).as_text().splitlines() for n in (3, 30))

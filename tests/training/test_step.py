@@ -99,14 +99,15 @@ def test_labels_that_are_no_class_make_the_loss_nan():
         return models.Prediction(target + variables.params), {}
 
     def step(labels):
-        target = jax.nn.one_hot(labels.astype(int), 3)
+        target = jax.nn.one_hot(labels.astype(int), 3).reshape(2, -1, 3).sum(1)
         sample = Sample(jnp.zeros((2, 1, 1, 1)), labels, target, target, None, None)
         optimizer = optax.sgd(0.0)
         train_step = make_train_step(apply, optimizer, lambda p, *_: jnp.sum(p.scores, axis=-1))
         return train_step(init_state(Variables(jnp.zeros((2, 3)), {}), optimizer), sample)[1]
 
     assert step(jnp.array([0, 2])).loss == 1
-    for labels in ([0, 3], [-1, 2]):
+    assert step(jnp.array([[0, 2], [0, 1]])).loss == 2
+    for labels in ([0, 3], [-1, 2], [[0, 3], [0, 1]]):
         assert jnp.isnan(step(jnp.array(labels)).loss)
     with pytest.raises(TypeError, match="labels must be class numbers, .* got dtype float32"):
         step(jnp.array([0.0, 2.0]))

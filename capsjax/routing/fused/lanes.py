@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from capsjax.ops._checks import zeros
+from capsjax.ops._checks import selection_precision, zeros
 from capsjax.routing.fused.recurrence import add_at, product
 
 # A tile has about _ROWS rows, children times dimensions, and a multiple of _SUBLANES children.
@@ -106,7 +106,7 @@ class Lanes:
         def block(n: jax.Array | int, sums: jax.Array) -> jax.Array:
             u, weights = packed[0][n], packed[1][n]
             projected = self._product("jtrd,jdb->jtrb", weights, query.astype(dtype))
-            coupling = self._couple(self._contract(projected, u))
+            coupling = self._couple(self._contract(projected, u), dtype)
             weighed = self._weigh(coupling, u)
             return sums + self._sums(weights, weighed)
 
@@ -129,7 +129,7 @@ class Lanes:
             from_query, from_sums = (
                 self._product("jtrd,jdb->jtrb", weights, factor) for factor in factors
             )
-            coupling = self._couple(self._contract(from_query, u))
+            coupling = self._couple(self._contract(from_query, u), dtype)
             # A vote's gradient is c · d_sums + d_logits · query.
             d_u = self._rows(coupling) * from_sums
             d_w = self._product("jtrb,jdb->jtrd", self._weigh(coupling, u), factors[1])
@@ -186,13 +186,13 @@ class Lanes:
     def _weigh(self, factors: jax.Array, u: jax.Array) -> jax.Array:
         return (self._rows(factors) * u[None].astype(factors.dtype)).astype(_wide(u.dtype))
 
-    def _couple(self, logits: jax.Array) -> jax.Array:
-        """Softmax over the parents, the first axis."""
+    def _couple(self, logits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Softmax over the parents, the first axis, of logits from poses of a dtype."""
         highest = jnp.max(logits, axis=0)
         if self.leaky:
             highest = jnp.maximum(highest, 0)
         exponentials = jnp.exp(logits - highest[None])
-        total = self._over_parents(exponentials, lax.Precision.HIGHEST)
+        total = self._over_parents(exponentials, selection_precision(dtype))
         if self.leaky:
             total = total + jnp.exp(-highest)
         return exponentials * (1 / total)[None]

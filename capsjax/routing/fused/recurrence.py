@@ -78,38 +78,46 @@ def route(sweeps: Sweeps, num_iterations: int, *arguments: jax.Array) -> jax.Arr
     Returns:
       Poses ``[J, B, D]`` in float32 or wider.
     """
-    return squash(_sums(sweeps, num_iterations, *arguments)[-1])
+    sums, _ = _sums_and_queries(sweeps, num_iterations, *arguments)
+    return squash(sums[-1])
 
 
 def _route_fwd(
     sweeps: Sweeps, num_iterations: int, *arguments: jax.Array
-) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], jax.Array]]:
-    sums = _sums(sweeps, num_iterations, *arguments)
-    return squash(sums[-1]), (arguments, sums)
+) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], jax.Array, jax.Array]]:
+    sums, queries = _sums_and_queries(sweeps, num_iterations, *arguments)
+    return squash(sums[-1]), (arguments, sums, queries)
 
 
-def _sums(
+def _sums_and_queries(
     sweeps: Sweeps, num_iterations: int, poses: jax.Array, weights: jax.Array, bias: jax.Array
-) -> jax.Array:
-    """Computes the parents' sums of every iteration, ``[r, J, B, D]``."""
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the sums of all iterations ``[r, J, B, D]``, and the queries of all but the first."""
     # All logits are zero, and so the sums are one matrix product.
     flat_poses, flat_weights = _flat(poses, weights)
     first = product("bn,nm->bm", flat_poses, flat_weights, sweeps.precision)
     first = first.reshape(poses.shape[0], *bias.shape)
     first = sweeps.share * first.transpose(1, 0, 2) + bias[:, None]
-    sums = zeros((num_iterations, *first.shape), first.dtype, first).at[0].set(first)
+    sums, queries = (
+        zeros((count, *first.shape), first.dtype, first)
+        for count in (num_iterations, num_iterations - 1)
+    )
+    sums = set_at(sums, 0, first)
     if num_iterations == 1:
-        return sums
+        return sums, queries
     packed = sweeps.pack(poses, weights)
 
     def iterate(
-        t: jax.Array | int, carry: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        query, sums = carry
+        t: jax.Array | int, carry: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        query, sums, queries = carry
         query = query + squash(sums[t - 1])
-        return query, sums.at[t].set(sweeps.forward(packed, query) + bias[:, None])
+        new = sweeps.forward(packed, query) + bias[:, None]
+        return query, set_at(sums, t, new), set_at(queries, t - 1, query)
 
-    return _loop(sweeps)(1, num_iterations, iterate, (jnp.zeros_like(first), sums))[1]
+    carry = jnp.zeros_like(first), sums, queries
+    _, sums, queries = _loop(sweeps)(1, num_iterations, iterate, carry)
+    return sums, queries
 
 
 def _loop(sweeps: Sweeps) -> Callable[..., Any]:
@@ -126,12 +134,11 @@ def _loop(sweeps: Sweeps) -> Callable[..., Any]:
 def _route_bwd(
     sweeps: Sweeps,
     num_iterations: int,
-    residuals: tuple[Arguments, jax.Array],
+    residuals: tuple[Arguments, jax.Array, jax.Array],
     d_v: jax.Array,
 ) -> Arguments:
-    (poses, weights, bias), sums = residuals
+    (poses, weights, bias), sums, queries = residuals
     last = num_iterations - 1
-    queries = jnp.cumsum(squash(sums), axis=0)
 
     def before_squash(t: jax.Array | int, d_squashed: jax.Array) -> jax.Array:
         return jax.vjp(squash, sums[t])[1](d_squashed)[0]
@@ -201,8 +208,14 @@ def product(axes: str, a: jax.Array, b: jax.Array, precision: lax.PrecisionLike)
     return jnp.einsum(axes, a, b, precision=precision, preferred_element_type=wide)
 
 
+def set_at(x: jax.Array, n: jax.Array | int, value: jax.Array) -> jax.Array:
+    """Sets ``x[n]``. ``x.at[n].set`` would check the index each time."""
+    start = (n, *[0] * value.ndim)
+    return lax.dynamic_update_slice(x, value[None], start, allow_negative_indices=False)
+
+
 def add_at(x: jax.Array, n: jax.Array | int, term: jax.Array) -> jax.Array:
-    """Adds to ``x[n]``, in place in a loop. ``x.at[n].add`` would check the index each time."""
+    """Adds to ``x[n]``, in place in a loop."""
     start = (n, *[0] * term.ndim)
     old = lax.dynamic_slice(x, start, (1, *term.shape), allow_negative_indices=False)
     return lax.dynamic_update_slice(x, old + term[None], start, allow_negative_indices=False)
