@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 from capsjax.ops._checks import alike, is_constant
 from capsjax.ops.fields import ReceptiveFields, channels_last
@@ -168,7 +169,9 @@ def _images_gradient(
     # The sizes of an exported function may be symbolic.
     size = (batch, channels, features)
     products = math.prod(size) if is_constant(size) else 0
-    result = lax.empty(split, dtype)
+    # Where types say how arrays are divided among devices: on each of them.
+    everywhere = NamedSharding(jax.typeof(d_out).sharding.mesh, PartitionSpec(*[None] * len(split)))
+    result = lax.empty(split, dtype, out_sharding=everywhere)
     for piece in _phases(fields, products):
         factor = d_out[:, *(axis.fields for axis in piece)]
         taps = kernel[*(n for axis in piece for n in (axis.taps, slice(None)))]

@@ -127,6 +127,30 @@ def test_a_convolution_that_is_named_says_what_came(mesh):
             convolve(images, kernel, implementation="patches")
 
 
+@pytest.mark.parametrize("implementation", ["patches", "lookup", "fourier", "phases", "xla"])
+def test_gradients_of_a_convolution_of_replicated_arrays(implementation, mesh):
+    arrays = random.normal(size=(2, 9, 8, 3)), random.normal(size=(3, 4, 3, 5))
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(images, kernel):
+        convolved = capsjax.conv_general_dilated(
+            images,
+            kernel,
+            window_strides=(2, 2),
+            padding="VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            implementation=implementation,
+        )
+        return jnp.sum(convolved**2)
+
+    expected = gradients(*arrays)
+    with jax.set_mesh(mesh):
+        got = gradients(*jax.device_put(arrays, NamedSharding(mesh, PartitionSpec())))
+    for gradient, value in zip(got, expected, strict=True):
+        np.testing.assert_allclose(gradient, value, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("spec", [("batch",), (None, None, "more")])
 def test_the_reconstruction_loss_of_sharded_images(spec, mesh):
     images, targets = random.random((2, 8, 6, 8, 1)).astype(np.float32)
