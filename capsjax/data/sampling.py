@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from capsjax.data.tasks import Batch, Sample, Task, has_vectors
-from capsjax.data.transforms import Flip, random_flip
+from capsjax.data.transforms import Flip, random_flip, split_each
 from capsjax.ops._checks import as_array, as_integer
 
 _TEST = 2017  # seed of the test samples
@@ -104,8 +104,7 @@ class Sampler:
 
     def _augmented(self, keys: jax.Array, batch: Batch) -> Sample:
         """Makes training samples from selected images."""
-        split_keys = jax.vmap(jax.random.split)(keys)
-        task_keys, network_keys = split_keys[:, 0], split_keys[:, 1]
+        task_keys, network_keys = split_each(keys)
         if self.flip is not None:
             flip_keys = jax.vmap(lambda key: jax.random.fold_in(key, _FLIP))(keys)
             flipped = random_flip(flip_keys, batch.images, direction=self.flip)
@@ -124,14 +123,14 @@ class Sampler:
           numbers: int32 ``[B]``.
         """
         split = Batch(*map(as_array, ("split.images", "split.labels"), split))
-        keys = jax.vmap(jax.random.split)(_fold_in(jax.random.key(_TEST), numbers))
+        select_keys, task_keys = split_each(_fold_in(jax.random.key(_TEST), numbers))
         size = split.labels.shape[0]
         indices = numbers % size
         if self.task.is_made:
             order = np.random.default_rng(_TEST).permutation(size)
             indices = jnp.asarray(order, jnp.int32)[indices]
-        batch = self.task.select(keys[:, 0], split, indices)
-        return self._sample(keys[:, 1], batch, None, train=False)
+        batch = self.task.select(select_keys, split, indices)
+        return self._sample(task_keys, batch, None, train=False)
 
     def test_batch(self, batch: Batch, numbers: jax.Array) -> Sample:
         """Makes the test samples of :meth:`test` from a batch of their images, for streams.
@@ -140,8 +139,8 @@ class Sampler:
           batch: the images of the samples; requires :attr:`takes_batches`.
           numbers: int32 ``[B]``.
         """
-        keys = jax.vmap(jax.random.split)(_fold_in(jax.random.key(_TEST), numbers))
-        return self._sample(keys[:, 1], batch, None, train=False)
+        _, task_keys = split_each(_fold_in(jax.random.key(_TEST), numbers))
+        return self._sample(task_keys, batch, None, train=False)
 
     def _sample(
         self, keys: jax.Array, batch: Batch, network_keys: jax.Array | None, *, train: bool

@@ -17,6 +17,7 @@ from capsjax.data.transforms import (
     random_placement,
     random_shift,
     scale_pixels,
+    split_each,
     white_of,
 )
 
@@ -234,9 +235,7 @@ class Cropped(_Resized):
         self, keys: jax.Array, images: jax.Array, *, train: bool
     ) -> tuple[jax.Array, jax.Array]:
         """Crops, augments and standardises images; the reconstruction target is the plain crop."""
-        crop, bright, contrast = jnp.moveaxis(
-            jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0
-        )
+        crop, bright, contrast = split_each(keys, 3)
         drawings = scale_pixels(crop_images(images, self.size, crop if train else None))
         pixels = drawings
         if train:
@@ -277,11 +276,10 @@ class Pairs(_Canvas):
     ) -> tuple[jax.Array, jax.Array]:
         """Shifts both images and adds them."""
         del train
-        both = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         parts = jnp.stack(
             [
                 random_shift(key, self.singly(images[:, n]), max_shift=self.max_shift)
-                for n, key in enumerate(both)
+                for n, key in enumerate(split_each(keys))
             ],
             axis=1,
         )

@@ -216,6 +216,13 @@ def crop_images(images: jax.Array, size: int, keys: jax.Array | None = None) -> 
     return _cut(keys, images, margins=(0, 0), sizes=(size, size))
 
 
+def split_each(keys: jax.Array, number: int = 2) -> list[jax.Array]:
+    """Splits every key of ``[B]``, and returns `number` arrays ``[B]``."""
+    parts = jax.vmap(lambda key: jax.random.split(key, number))(keys)
+    # XLA computes slices in fewer operations than a transpose.
+    return [parts[:, n] for n in range(number)]
+
+
 def check_keys(keys: jax.Array, images: jax.Array) -> None:
     """Raises a ValueError unless there is one key per image."""
     if keys.shape != images.shape[:1]:
