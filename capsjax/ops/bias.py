@@ -1,12 +1,13 @@
 """Adding a bias to feature maps, with a fast gradient on every platform."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from capsjax.ops._checks import is_sharded
+from capsjax.ops._checks import accumulator, is_sharded
 from capsjax.ops.fields import channels_last
 
 
@@ -16,32 +17,37 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     .. math::
       \bar b_c = \sum_{b,h,w} \bar y_{b,h,w,c}
 
-    On TPUs this sum is a product with ones: matrix units add faster than the other units.
+    The bias is not rounded to the dtype of the feature maps before it is added. On TPUs this sum is
+    a product with ones in that dtype: matrix units add faster than the other units.
     """
+    wide = max(accumulator(x.dtype), accumulator(bias.dtype), key=lambda dtype: dtype.itemsize)
+    bias = bias.astype(wide)
     if x.ndim < 3 or is_sharded(x, bias):
-        return _sum(x, bias)
-    return _add(x, bias)
+        spread = jnp.broadcast_to(bias, x.shape)
+    else:
+        spread = _broadcast(bias, x.shape, x.dtype)
+    return (x.astype(wide) + spread).astype(x.dtype)
 
 
-def _sum(x: jax.Array, bias: jax.Array) -> jax.Array:
-    # Rounded once: a bias in float32 is not rounded to bfloat16 first.
-    return (x + jnp.broadcast_to(bias, x.shape)).astype(x.dtype)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _broadcast(bias: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    del dtype
+    return jnp.broadcast_to(bias, shape)
 
 
-_add = jax.custom_jvp(_sum)
-
-
-@_add.defjvp
-def _add_jvp(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+@_broadcast.defjvp
+def _broadcast_jvp(
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    primals: tuple[jax.Array],
+    tangents: tuple[jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    (x, bias), (d_x, d_bias) = primals, tangents
-    spread = lax.platform_dependent(
-        d_bias.astype(x.dtype),
-        tpu=lambda d_bias: _convolve_ones(d_bias, x.shape),
-        default=lambda d_bias: jnp.broadcast_to(d_bias, x.shape),
+    tangent = lax.platform_dependent(
+        *tangents,
+        tpu=lambda tangent: _convolve_ones(tangent.astype(dtype), shape).astype(tangent.dtype),
+        default=lambda tangent: jnp.broadcast_to(tangent, shape),
     )
-    return _add(x, bias), d_x + spread
+    return _broadcast(*primals, shape, dtype), tangent
 
 
 def _convolve_ones(bias: jax.Array, shape: tuple[int, ...]) -> jax.Array:

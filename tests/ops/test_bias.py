@@ -54,6 +54,28 @@ def test_a_sum_in_bfloat16_is_rounded_once(as_on_tpu):
     np.testing.assert_array_equal(d_bias, 3200.0)
 
 
+@pytest.mark.parametrize("shape", [(1001, 2), (8, 11, 13, 2)])
+def test_a_sum_for_a_bias_in_bfloat16_is_rounded_once(shape):
+    d_out = jnp.full(shape, 1.003)
+    d_bias = jax.vjp(add_bias, d_out, jnp.zeros(2, jnp.bfloat16))[1](d_out)[1]
+    np.testing.assert_array_equal(d_bias, d_out.reshape(-1, 2).sum(0).astype(jnp.bfloat16))
+
+
+def test_a_gradient_of_one_argument_keeps_nothing():
+    x, bias = normal(2, 4, 4, 3), normal(3)
+    for function, argument in (
+        (lambda x: add_bias(x, bias), x),
+        (lambda bias: add_bias(x, bias), bias),
+    ):
+        assert jax.tree.leaves(jax.vjp(function, argument)[1]) == []
+
+
+def test_without_implicit_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        out = add_bias(normal(2, 4, 4, 3, dtype=jnp.bfloat16), normal(3))
+    assert out.dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 0), ("cuda", 0), ("tpu", 1)])
 def test_only_tpus_multiply_by_ones(platform, convolutions):
     def gradient(x, bias):

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import capsjax
 from capsjax import models, nn
+from capsjax.ops.bias import add_bias
 from capsjax.routing import algorithm, algorithms
 
 IN_GATE = {"attention", "dynamic", "em", "uniform"}
@@ -125,6 +126,17 @@ def test_a_convolution_that_is_named_says_what_came(mesh):
             NotImplementedError, match=r"no explicit sharding, got float32\[8@batch"
         ):
             convolve(images, kernel, implementation="patches")
+
+
+def test_the_gradient_of_a_bias_is_summed_in_float32(mesh):
+    channels, d_out = jnp.zeros((8, 11, 13, 2), jnp.bfloat16), jnp.ones((8, 11, 13, 2))
+    with jax.set_mesh(mesh):
+        batch = NamedSharding(mesh, PartitionSpec("batch"))
+        channels, d_out = jax.device_put((channels, d_out.astype(jnp.bfloat16)), batch)
+        d_bias = jax.jit(lambda b, d: jax.vjp(lambda b: add_bias(channels, b), b)[1](d)[0])(
+            jnp.zeros(2), d_out
+        )
+    np.testing.assert_array_equal(d_bias, 8 * 11 * 13)
 
 
 @pytest.mark.parametrize("implementation", ["patches", "lookup", "fourier", "phases", "xla"])
