@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
-from capsjax.data.transforms import check_keys
-from capsjax.ops._checks import as_integer
+from capsjax.data.transforms import as_keys_and_images
+from capsjax.ops._checks import as_integer, check_number
 
 
 class AffineRanges(NamedTuple):
@@ -53,7 +53,9 @@ def random_affine(
       ``[B, size, size, C]`` of the same dtype; uint8 is rounded.
 
     Raises:
-      ValueError: there is not one key per image, or `size` is not positive.
+      ValueError: the images do not have four axes, there is not one key per image, `size` is not
+        positive, or the ranges are empty.
+      TypeError: `size` is not an integer, or the keys are not typed keys.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -65,10 +67,15 @@ def random_affine(
     Reference:
       Tieleman, *affNIST*, 2013, a data set.
     """
-    check_keys(keys, images)
+    keys, images = as_keys_and_images(keys, images)
     drawn = AffineRanges() if ranges is None else AffineRanges(*map(float, ranges))
-    if size < 1:
-        raise ValueError(f"size must be positive, got {size}")
+    for name, value in drawn._asdict().items():
+        check_number(name, value)
+    if not 0 < drawn.least_scale <= drawn.most_scale:
+        raise ValueError(
+            "scales must be positive, the least at most the most, got"
+            f" {drawn.least_scale} and {drawn.most_scale}"
+        )
     return _transform(keys, images, size=as_integer("size", size), ranges=drawn)
 
 
@@ -88,6 +95,7 @@ def _draw_matrix(key: jax.Array, ranges: AffineRanges) -> jax.Array:
     angle, shear, across, down = jax.random.uniform(
         key,
         (4,),
+        jnp.float32,
         minval=jnp.array([-ranges.rotation, -ranges.shear, *[ranges.least_scale] * 2]),
         maxval=jnp.array([ranges.rotation, ranges.shear, *[ranges.most_scale] * 2]),
     )
@@ -122,7 +130,7 @@ def _draw_place(key: jax.Array, image: jax.Array, matrix: jax.Array, size: int) 
     middle = (low + high) / 2
     low, high = jnp.minimum(low, middle), jnp.maximum(high, middle)
     fits = -least <= size - 1 - most
-    drawn = low + (high - low) * jax.random.uniform(key, (2,))
+    drawn = low + (high - low) * jax.random.uniform(key, (2,), jnp.float32)
     return jnp.where(fits, drawn, middle)
 
 

@@ -5,6 +5,7 @@ devices or the batch size, and can have any length.
 """
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from capsjax.data.tasks import Batch, Sample, Task, has_vectors
-from capsjax.data.transforms import Flip, random_flip, split_each
-from capsjax.ops._checks import as_array, as_integer
+from capsjax.data.transforms import Flip, check_key, random_flip, split_each
+from capsjax.ops._checks import as_array, as_integer, check_choice
 
 _TEST = 2017  # seed of the test samples
 # Numbers folded into an example's key; `jax.random.split` uses 0 and 1.
@@ -32,7 +33,7 @@ class Sampler:
 
     Raises:
       TypeError: ``task`` is not a :class:`Task`, or ``num_classes`` is not an integer.
-      ValueError: ``num_classes`` is not positive.
+      ValueError: ``num_classes`` is not positive, or ``flip`` is unknown.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -55,6 +56,8 @@ class Sampler:
         if not isinstance(self.task, Task):
             raise TypeError(f"task must be a Task, got {self.task!r}")
         as_integer("num_classes", self.num_classes)
+        if self.flip is not None:
+            check_choice("flip", self.flip, get_args(Flip))
 
     def train(
         self, split: Batch, key: jax.Array, positions: jax.Array, indices: jax.Array
@@ -74,15 +77,8 @@ class Sampler:
           ValueError: the split does not have one label per image.
           TypeError: the key is not a typed key, or the labels are not integers.
         """
-        split = Batch(*map(as_array, ("split.images", "split.labels"), split))
-        images, labels = split
-        if images.shape[:-3] != labels.shape[: labels.ndim - has_vectors(labels)]:
-            raise ValueError(
-                f"split must have one label per image, shape {split.images.shape[:-3]}, got"
-                f" labels of shape {split.labels.shape}"
-            )
-        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            raise TypeError(f"key must be a typed key as of jax.random.key, got {key.dtype}")
+        split = _checked("split", split)
+        check_key("key", key)
         keys = _fold_in(key, positions)
         select_keys = jax.vmap(lambda key: jax.random.fold_in(key, _SELECT))(keys)
         return self._augmented(keys, self.task.select(select_keys, split, indices))
@@ -95,7 +91,8 @@ class Sampler:
           key: key of the step, a typed key of shape ``[]``.
           positions: positions of the examples in the global batch, int32 ``[B]``.
         """
-        return self._augmented(_fold_in(key, positions), batch)
+        check_key("key", key)
+        return self._augmented(_fold_in(key, positions), _checked("batch", batch))
 
     @property
     def takes_batches(self) -> bool:
@@ -122,7 +119,7 @@ class Sampler:
           split: the whole split of N images, on the device.
           numbers: int32 ``[B]``.
         """
-        split = Batch(*map(as_array, ("split.images", "split.labels"), split))
+        split = _checked("split", split)
         select_keys, task_keys = split_each(_fold_in(jax.random.key(_TEST), numbers))
         size = split.labels.shape[0]
         indices = numbers % size
@@ -140,7 +137,7 @@ class Sampler:
           numbers: int32 ``[B]``.
         """
         _, task_keys = split_each(_fold_in(jax.random.key(_TEST), numbers))
-        return self._sample(task_keys, batch, None, train=False)
+        return self._sample(task_keys, _checked("batch", batch), None, train=False)
 
     def _sample(
         self, keys: jax.Array, batch: Batch, network_keys: jax.Array | None, *, train: bool
@@ -152,7 +149,7 @@ class Sampler:
             masks = target if labels.dtype == bool else jnp.ones_like(target)
         else:
             labels = _as_labels(labels)
-            masks = jax.nn.one_hot(labels, self.num_classes)
+            masks = jax.nn.one_hot(labels, self.num_classes, dtype=jnp.float32)
             target = masks.sum(1) if self.task.classes_per_image > 1 else masks
         return Sample(images, labels, target, masks, drawings, network_keys)
 
@@ -195,6 +192,23 @@ def _as_labels(labels: ArrayLike) -> jax.Array:
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be class numbers, integers, got dtype {labels.dtype}")
     return labels
+
+
+def _checked(name: str, batch: Batch) -> Batch:
+    """Returns images and labels as arrays, or raises unless there is one label per image."""
+    images, labels = map(as_array, (f"{name}.images", f"{name}.labels"), batch)
+    number = images.shape[:-3]
+    if labels.dtype == bool and labels.ndim != len(number) + 1:
+        raise ValueError(
+            f"{name} must have one vector per image where labels are bool, shape"
+            f" {(*number, 'J')}, got labels of shape {labels.shape}"
+        )
+    if number != labels.shape[: labels.ndim - has_vectors(labels)]:
+        raise ValueError(
+            f"{name} must have one label per image, shape {number}, got labels of shape"
+            f" {labels.shape}"
+        )
+    return Batch(images, labels)
 
 
 def _fold_in(key: jax.Array, numbers: jax.Array) -> jax.Array:

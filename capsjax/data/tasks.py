@@ -5,6 +5,7 @@ canvas, distorted, cropped, or two in one. Samples are never stored.
 """
 
 import dataclasses
+import math
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from capsjax.data.transforms import (
     split_each,
     white_of,
 )
+from capsjax.ops._checks import as_integer, check_number
 
 
 class Batch(NamedTuple):
@@ -115,6 +117,9 @@ class _Resized(Task):
 
     size: int
 
+    def __post_init__(self) -> None:
+        as_integer("size", self.size)
+
     def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Returns `size` rows and columns."""
         return self.size, self.size, shape[2]
@@ -130,13 +135,15 @@ class Shifted(Task):
         border of the image.
 
     Raises:
-      ValueError: `fill` is invalid.
+      ValueError: `max_shift` is negative, or `fill` is invalid.
+      TypeError: `max_shift` is not an integer.
     """
 
     max_shift: int = 2
     fill: Fill = 0.0
 
     def __post_init__(self) -> None:
+        as_integer("max_shift", self.max_shift, least=0)
         if self.fill != "edge" and not (isinstance(self.fill, int | float) and 0 <= self.fill <= 1):
             raise ValueError(
                 f"fill must be 'edge' or from 0 (black) to 1 (white), got {self.fill!r}"
@@ -222,6 +229,14 @@ class Cropped(_Resized):
     brightness: float = 63 / 255
     contrast: tuple[float, float] = (0.2, 1.8)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("brightness", self.brightness, least=0)
+        if not isinstance(self.contrast, tuple) or len(self.contrast) != 2:
+            raise ValueError(f"contrast must be a smallest and a largest, got {self.contrast!r}")
+        for end in self.contrast:
+            check_number("contrast", end)
+
     def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Returns `size` rows and columns."""
         if min(shape[:2]) < self.size:
@@ -261,12 +276,16 @@ class Pairs(_Canvas):
     size: int = 36
     max_shift: int = 4
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        as_integer("max_shift", self.max_shift, least=0)
+
     def select(self, keys: jax.Array, split: Batch, indices: jax.Array) -> Batch:
         """Pairs each image with one of another class; the split must be sorted by label."""
         first = split.labels[indices]
         begin, end = (jnp.searchsorted(split.labels, first, side=s) for s in ("left", "right"))
         others = split.labels.shape[0] - (end - begin)
-        drawn = jax.vmap(lambda key, n: jax.random.randint(key, (), 0, n))(keys, others)
+        drawn = jax.vmap(lambda key, n: jax.random.randint(key, (), 0, n, jnp.int32))(keys, others)
         second = jnp.where(drawn < begin, drawn, drawn + end - begin)
         one, two = (Task.select(self, keys, split, at) for at in (indices, second))
         return Batch(*(jnp.stack(pair, axis=1) for pair in zip(one, two, strict=True)))
@@ -306,7 +325,7 @@ def has_vectors(labels: jax.Array) -> bool:
 
 def _uniform(keys: jax.Array, low: float, high: float) -> jax.Array:
     """Draws one number per image, ``[B, 1, 1, 1]``."""
-    drawn = jax.vmap(lambda key: jax.random.uniform(key, (), minval=low, maxval=high))(keys)
+    drawn = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32, low, high))(keys)
     return drawn[:, None, None, None]
 
 
@@ -314,5 +333,5 @@ def _standardised(images: jax.Array) -> jax.Array:
     axes = (1, 2, 3)
     deviation = jnp.std(images, axis=axes, keepdims=True)
     # Keeps images of a single colour finite.
-    least = 1 / jnp.sqrt(images[0].size)
+    least = 1 / math.sqrt(max(1, math.prod(images.shape[1:])))
     return (images - jnp.mean(images, axis=axes, keepdims=True)) / jnp.maximum(deviation, least)

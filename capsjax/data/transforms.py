@@ -1,15 +1,14 @@
 """Transformations on the device: order of examples, flip, shift, placement, crop, scale."""
 
 import functools
-import operator
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from capsjax.ops._checks import as_integer
+from capsjax.ops._checks import as_array, as_integer, check_choice, check_number, is_sharded
 
 Fill = float | Literal["edge"]
 Flip = Literal["horizontal", "vertical", "both"]
@@ -24,7 +23,8 @@ def epoch_order(key: jax.Array, num_examples: int) -> jax.Array:
       >>> sorted(epoch_order(jax.random.key(0), 5).tolist())
       [0, 1, 2, 3, 4]
     """
-    return _epoch_order(key, operator.index(num_examples))
+    check_key("key", key)
+    return _epoch_order(key, as_integer("num_examples", num_examples, least=0))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -44,6 +44,7 @@ def scale_pixels(images: jax.Array) -> jax.Array:
       >>> print(scale_pixels(jnp.array([0, 51, 255], jnp.uint8)))
       [0.  0.2 1. ]
     """
+    images = as_array("images", images)
     white = white_of(images.dtype)
     pixels = images.astype(jnp.float32)
     return pixels if white == 1 else pixels / white
@@ -82,7 +83,9 @@ def random_flip(keys: jax.Array, images: jax.Array, *, direction: Flip) -> jax.A
       The images, with the same shape and dtype.
 
     Raises:
-      ValueError: the direction is unknown, or there is not one key per example.
+      ValueError: the direction is unknown, the images have too few axes, or there is not one key
+        per example.
+      TypeError: the keys are not typed keys.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -91,13 +94,9 @@ def random_flip(keys: jax.Array, images: jax.Array, *, direction: Flip) -> jax.A
       >>> random_flip(keys, jnp.ones((2, 28, 28, 1)), direction="horizontal").shape
       (2, 28, 28, 1)
     """
+    check_choice("direction", direction, get_args(Flip))
+    keys, images = as_keys_and_images(keys, images, several=True)
     axes = {"vertical": (0,), "horizontal": (1,), "both": (0, 1)}
-    if direction not in axes:
-        raise ValueError(f"direction must be one of {', '.join(axes)}, got {direction!r}")
-    if keys.shape != images.shape[:1]:
-        raise ValueError(
-            f"keys must have one key per example, shape {images.shape[:1]}, got shape {keys.shape}"
-        )
     return _flip(keys, images, axes=axes[direction])
 
 
@@ -113,14 +112,15 @@ def random_shift(
       keys: one random key per image, ``[B]``.
       images: ``[B, H, W, C]``, any dtype.
       max_shift: largest shift in pixels, at least 0.
-      fill: value of uncovered pixels in the images' dtype, or ``"edge"`` to repeat the border.
+      fill: value of uncovered pixels, of the images' dtype, or ``"edge"`` to repeat the border.
 
     Returns:
       The shifted images, with the same shape and dtype.
 
     Raises:
-      ValueError: `max_shift` is negative, or there is not one key per image.
-      TypeError: `max_shift` is not an integer.
+      ValueError: `max_shift` is negative, the images do not have four axes or no value `fill`, or
+        there is not one key per image.
+      TypeError: `max_shift` is not an integer, or the keys are not typed keys.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -132,13 +132,12 @@ def random_shift(
     Reference:
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 5.
     """
-    if max_shift < 0:
-        raise ValueError(f"max_shift must not be negative, got {max_shift}")
-    check_keys(keys, images)
-    if max_shift == 0:
+    margin = as_integer("max_shift", max_shift, least=0)
+    keys, images = as_keys_and_images(keys, images)
+    _check_fill(fill, images.dtype)
+    if margin == 0:
         return images
     rows, columns = images.shape[1:3]
-    margin = as_integer("max_shift", max_shift)  # hashable, if it was a scalar array
     return _cut(keys, images, margins=(margin, margin), sizes=(rows, columns), fill=fill)
 
 
@@ -156,8 +155,9 @@ def random_placement(keys: jax.Array, images: jax.Array, *, size: int) -> jax.Ar
       ``[B, size, size, C]`` of the same dtype.
 
     Raises:
-      ValueError: `size` is too small, or there is not one key per image.
-      TypeError: `size` is not an integer.
+      ValueError: `size` is too small, the images do not have four axes, or there is not one key per
+        image.
+      TypeError: `size` is not an integer, or the keys are not typed keys.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -169,7 +169,7 @@ def random_placement(keys: jax.Array, images: jax.Array, *, size: int) -> jax.Ar
     Reference:
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 5.1.
     """
-    check_keys(keys, images)
+    keys, images = as_keys_and_images(keys, images)
     size = as_integer("size", size, least=0)
     rows, columns = (size - n for n in images.shape[1:3])
     if min(rows, columns) < 0:
@@ -193,8 +193,9 @@ def crop_images(images: jax.Array, size: int, keys: jax.Array | None = None) -> 
       ``[B, size, size, C]`` of the same dtype.
 
     Raises:
-      ValueError: `size` is too large, or there is not one key per image.
-      TypeError: `size` is not an integer.
+      ValueError: `size` is too large, the images do not have four axes, or there is not one key per
+        image.
+      TypeError: `size` is not an integer, or the keys are not typed keys.
 
     Example:
       >>> import jax.numpy as jnp
@@ -203,6 +204,10 @@ def crop_images(images: jax.Array, size: int, keys: jax.Array | None = None) -> 
       [[ 5  6]
        [ 9 10]]
     """
+    if keys is None:
+        images = as_images(images)
+    else:
+        keys, images = as_keys_and_images(keys, images)
     size = as_integer("size", size, least=0)
     room = [n - size for n in images.shape[1:3]]
     if min(room) < 0:
@@ -212,7 +217,6 @@ def crop_images(images: jax.Array, size: int, keys: jax.Array | None = None) -> 
     if keys is None:
         rows, columns = (slice(n // 2, n // 2 + size) for n in room)
         return images[:, rows, columns]
-    check_keys(keys, images)
     return _cut(keys, images, margins=(0, 0), sizes=(size, size))
 
 
@@ -223,12 +227,53 @@ def split_each(keys: jax.Array, number: int = 2) -> list[jax.Array]:
     return [parts[:, n] for n in range(number)]
 
 
-def check_keys(keys: jax.Array, images: jax.Array) -> None:
-    """Raises a ValueError unless there is one key per image."""
+def as_images(images: Any, *, several: bool = False) -> jax.Array:
+    """Returns images ``[B, H, W, C]`` as an array; `several` allows further axes after B."""
+    images = as_array("images", images)
+    if images.ndim < 4 or (images.ndim > 4 and not several):
+        axes = "[B, ..., H, W, C]" if several else "[B, H, W, C]"
+        raise ValueError(f"images must have shape {axes}, got shape {images.shape}")
+    return images
+
+
+def as_keys_and_images(
+    keys: Any, images: Any, *, several: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Returns one key per example, divided among devices as the images are, and the images."""
+    images = as_images(images, several=several)
+    check_key("keys", keys)
     if keys.shape != images.shape[:1]:
+        what = "example" if several else "image"
         raise ValueError(
-            f"keys must have one key per image, shape {images.shape[:1]}, got shape {keys.shape}"
+            f"keys must have one key per {what}, shape {images.shape[:1]}, got shape {keys.shape}"
         )
+    if is_sharded(keys, images):
+        batch = jax.typeof(images).sharding.spec[0]
+        keys = jax.sharding.reshard(keys, jax.sharding.PartitionSpec(batch))
+    return keys, images
+
+
+def check_key(name: str, key: Any) -> None:
+    """Raises a TypeError unless the argument is a typed key, or an array of them."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"{name} must be typed as by jax.random.key, got {dtype or type(key).__name__}"
+        )
+
+
+def _check_fill(fill: Any, dtype: np.dtype) -> None:
+    """Raises unless pixels can have the value."""
+    if isinstance(fill, str):
+        check_choice("fill", fill, ["edge"])
+        return
+    if isinstance(fill, jax.Array | np.ndarray):
+        raise TypeError(f"fill must be a number or 'edge', got an array of dtype {fill.dtype}")
+    check_number("fill", fill)
+    if np.dtype(dtype).kind in "iu" and not np.iinfo(dtype).min <= fill <= np.iinfo(dtype).max:
+        raise ValueError(f"fill must be a value of images of dtype {dtype}, got {fill}")
+    if np.dtype(dtype).kind in "iu" and fill != int(fill):
+        raise ValueError(f"fill must be an integer for images of dtype {dtype}, got {fill}")
 
 
 # Compiled, so that a call from Python is one program and not dozens of small ones.
@@ -257,8 +302,9 @@ def _cut(
         n + 2 * margin - size
         for n, margin, size in zip(images.shape[1:3], margins, sizes, strict=True)
     ]
-    most = jnp.array(room) + 1
-    offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, most))(keys)
+    most = jnp.array(room, jnp.int32) + 1
+    # With their dtype given, numbers do not depend on jax_enable_x64.
+    offsets = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, most, jnp.int32))(keys)
     for axis in (1, 2):
         images = _slice(
             images, offsets[:, axis - 1], margins[axis - 1], sizes[axis - 1], axis, fill

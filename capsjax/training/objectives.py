@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -33,11 +34,14 @@ def paper_loss(prediction: Prediction, target: jax.Array, images: jax.Array) -> 
     Args:
       prediction: output of a capsule network, with or without a reconstruction.
       target: one-hot or multi-hot classes, ``[..., J]``.
-      images: reconstruction targets with pixels in [0, 1], ``[..., H, W, C]``. The losses of
-        several targets, ``[..., S, H, W, C]``, are summed.
+      images: reconstruction targets with pixels in [0, 1], ``[..., H, W, C]``, or with any other
+        number of spatial axes. The losses of several targets, ``[..., S, H, W, C]``, are summed.
 
     Returns:
       Loss per example, float32, ``[...]``.
+
+    Raises:
+      ValueError: a shape does not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -192,7 +196,10 @@ def weigh_classes(objective: Objective, weights: Sequence[float]) -> Objective:
 
     Args:
       objective: loss per example, such as :func:`paper_loss`.
-      weights: one for each class.
+      weights: one for each class, ``[J]``.
+
+    Raises:
+      ValueError: the number of weights is not that of the classes; raised when it is called.
 
     Example:
       >>> import jax.numpy as jnp
@@ -208,6 +215,11 @@ def weigh_classes(objective: Objective, weights: Sequence[float]) -> Objective:
     def with_weights(
         prediction: Prediction, target: jax.Array, images: jax.Array, **options: ArrayLike
     ) -> jax.Array:
+        if np.shape(weights) != target.shape[-1:]:
+            raise ValueError(
+                f"weights must have shape [J] = {target.shape[-1:]}, one for each class, got shape"
+                f" {np.shape(weights)}"
+            )
         count = jnp.sum(target, axis=-1)
         weighed = target * jnp.broadcast_to(jnp.asarray(weights), target.shape)
         mean = jnp.sum(weighed, axis=-1) / jnp.maximum(count, 1)
@@ -287,6 +299,15 @@ def _labels(prediction: Prediction, target: jax.Array) -> jax.Array:
 def _weighed_reconstruction(prediction: Prediction, images: jax.Array) -> jax.Array:
     if prediction.reconstruction is None:
         return jnp.zeros(prediction.scores.shape[:-1], prediction.scores.dtype)
-    losses = reconstruction_loss(prediction.reconstruction, images, axis=(-3, -2, -1))
-    several = tuple(range(prediction.scores.ndim - 1, losses.ndim))
-    return RECONSTRUCTION_WEIGHT * jnp.sum(losses, axis=several)
+    examples, shape = prediction.scores.shape[:-1], prediction.reconstruction.shape
+    rank = len(shape) - len(examples)
+    if shape[: len(examples)] != examples or rank < 1:
+        raise ValueError(
+            f"reconstruction must have the axes {examples} of the scores and those of an image, got"
+            f" shape {shape}"
+        )
+    pixels = tuple(range(-min(rank, 3), 0))
+    losses = reconstruction_loss(prediction.reconstruction, images, axis=pixels)
+    # Planes of volumes, or several targets.
+    others = tuple(range(len(examples), losses.ndim))
+    return RECONSTRUCTION_WEIGHT * jnp.sum(losses, axis=others)

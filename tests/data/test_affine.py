@@ -114,8 +114,15 @@ def test_a_blank_image_and_one_that_is_too_large():
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"one key per image, shape \(2,\), got shape \(3,\)"):
         random_affine(keys(3), jnp.ones((2, 28, 28, 1)), size=40)
-    with pytest.raises(ValueError, match="size must be positive, got 0"):
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         random_affine(keys(2), jnp.ones((2, 28, 28, 1)), size=0)
+    for ranges, match in (
+        (AffineRanges(least_scale=0), "scales must be positive, .* got 0.0 and 1.2"),
+        (AffineRanges(least_scale=1.5), "the least at most the most, got 1.5 and 1.2"),
+        (AffineRanges(rotation=np.nan), "rotation must be finite, got nan"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            random_affine(keys(2), jnp.ones((2, 28, 28, 1)), size=40, ranges=ranges)
 
 
 def write_batches(folder, counts):

@@ -9,6 +9,7 @@ import pytest
 
 from capsjax.data import (
     Batch,
+    Cropped,
     Distorted,
     Pairs,
     Placed,
@@ -152,8 +153,61 @@ def test_a_split_with_other_counts_of_labels_and_images_is_refused():
     sampler, first = Sampler(Shifted(), CLASSES), jnp.arange(2)
     with pytest.raises(ValueError, match=r"one label per image, shape \(16,\), got .*\(3,\)"):
         sampler.train(digits._replace(labels=digits.labels[:3]), keys(1)[0], first, first)
-    with pytest.raises(TypeError, match="key must be a typed key"):
-        sampler.train(digits, jnp.zeros(2, jnp.uint32), first, first)
+    batch = Batch(digits.images[:2], digits.labels[:1])
+    for sample in (
+        lambda: sampler.train_batch(batch, keys(1)[0], first),
+        lambda: sampler.test(batch, first),
+        lambda: sampler.test_batch(batch, first),
+    ):
+        with pytest.raises(ValueError, match=r"one label per image, shape \(2,\), got .*\(1,\)"):
+            sample()
+    with pytest.raises(ValueError, match=r"where labels are bool, shape \(16, 'J'\), got"):
+        sampler.test(digits._replace(labels=digits.labels > 1), first)
+    for key, got in ((jnp.zeros(2, jnp.uint32), "uint32"), (3, "int")):
+        with pytest.raises(TypeError, match=f"key must be typed as by jax.random.key, got {got}"):
+            sampler.train(digits, key, first, first)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Shifted(-1), "max_shift must be at least 0, got -1"),
+        (lambda: Shifted(0.5), "max_shift must be a Python integer, got 0.5"),
+        (lambda: Placed("a"), "size must be a Python integer, got 'a'"),
+        (lambda: Pairs(36, -1), "max_shift must be at least 0, got -1"),
+        (lambda: Cropped(brightness=np.nan), "brightness must be finite, got nan"),
+        (lambda: Cropped(contrast=3), "contrast must be a smallest and a largest, got 3"),
+        (lambda: Sampler(Shifted(), 3, flip="up"), "flip must be one of horizontal, .* got 'up'"),
+    ],
+)
+def test_options_of_tasks_are_checked_when_they_are_made(make, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        make()
+
+
+@pytest.mark.parametrize("task", [Shifted(), Pairs(), Placed(), Distorted(), Cropped(4)], ids=str)
+def test_samples_do_not_depend_on_the_width_of_numbers(task):
+    first = np.arange(4, dtype=np.int32)
+
+    def samples():
+        sampler, digits = Sampler(task, CLASSES, flip="both"), split()
+        return sampler.train(digits, keys(1)[0], first, first), sampler.test(digits, first)
+
+    expected = samples()
+    with jax.enable_x64(True):
+        got = samples()
+    for sample, same in zip(got, expected, strict=True):
+        for name in ("images", "target", "masks", "drawings"):
+            x, y = getattr(sample, name), getattr(same, name)
+            assert x.dtype == y.dtype == jnp.float32
+            np.testing.assert_allclose(x, y, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", [Shifted(), Pairs(), Placed(), Distorted(), Cropped(4)], ids=str)
+def test_a_batch_without_images(task):
+    images = split().images[jnp.zeros((0, 2) if isinstance(task, Pairs) else 0, int)]
+    pixels, _ = task.render(keys(0), images, train=True)
+    assert pixels.shape[0] == 0
 
 
 def test_placing_reaches_every_place_equally_often():

@@ -1,3 +1,4 @@
+import functools
 from collections import Counter
 
 import jax
@@ -7,6 +8,7 @@ import pytest
 
 from capsjax.data import (
     AffineRanges,
+    crop_images,
     epoch_order,
     random_affine,
     random_flip,
@@ -126,16 +128,63 @@ def test_flips_are_equally_likely_and_each_image_s_own(direction, number):
 
 def test_bad_arguments_are_named():
     keys, images = jax.random.split(jax.random.key(1), 2), jnp.ones((3, 8, 8, 1))
-    with pytest.raises(ValueError, match="max_shift must not be negative, got -1"):
+    with pytest.raises(ValueError, match="max_shift must be at least 0, got -1"):
         random_shift(keys, images, max_shift=-1)
     with pytest.raises(ValueError, match=r"one key per image, shape \(3,\), got shape \(2,\)"):
         random_shift(keys, images, max_shift=2)
     with pytest.raises(ValueError, match="one key per example"):
         random_flip(keys, images, direction="both")
     with pytest.raises(
-        ValueError, match="direction must be one of vertical, horizontal, both, got"
+        ValueError, match="direction must be one of horizontal, vertical, both, got"
     ):
         random_flip(keys, images, direction="up")
+
+
+TRANSFORMS = [
+    functools.partial(random_shift, max_shift=1),
+    functools.partial(random_placement, size=9),
+    functools.partial(random_affine, size=9),
+    functools.partial(random_flip, direction="both"),
+    lambda keys, images: crop_images(images, 4, keys),
+    lambda keys, images: crop_images(images, 4),
+]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(("shape", "several"), [((2, 8, 8), False), ((2, 2, 8, 8, 1), True)])
+def test_images_have_four_axes(transform, shape, several):
+    keys, images = jax.random.split(jax.random.key(1), 2), jnp.ones(shape)
+    if several and getattr(transform, "func", None) is random_flip:
+        assert transform(keys, images).shape == shape
+        return
+    with pytest.raises(ValueError, match=r"images must have shape \[B, .*C\], got shape \(2,"):
+        transform(keys, images)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS[:-1])
+@pytest.mark.parametrize(
+    ("keys", "got"), [(jnp.arange(2), "int32"), (jax.random.PRNGKey(0), "uint32"), ([1, 2], "list")]
+)
+def test_keys_are_typed(transform, keys, got):
+    with pytest.raises(TypeError, match=f"keys must be typed as by jax.random.key, got {got}"):
+        transform(keys, jnp.ones((2, 8, 8, 1)))
+
+
+@pytest.mark.parametrize(
+    ("fill", "match"),
+    [
+        (0.5, "fill must be an integer for images of dtype uint8, got 0.5"),
+        (300, "fill must be a value of images of dtype uint8, got 300"),
+        (-1, "fill must be a value of images of dtype uint8, got -1"),
+        (np.nan, "fill must be finite, got nan"),
+        ("mirror", "fill must be one of edge, got 'mirror'"),
+        (None, "fill must be a number, got None"),
+    ],
+)
+def test_a_fill_is_a_value_of_the_images(fill, match):
+    keys = jax.random.split(jax.random.key(1), 2)
+    with pytest.raises((TypeError, ValueError), match=match):
+        random_shift(keys, jnp.ones((2, 8, 8, 1), jnp.uint8), max_shift=1, fill=fill)
 
 
 def test_scalar_arrays_are_sizes_too():

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import capsjax
 from capsjax import models, nn
+from capsjax.data import Cropped, Distorted, Pairs, Placed, Shifted
 from capsjax.ops.bias import add_bias
 from capsjax.routing import algorithm, algorithms
 
@@ -109,6 +110,23 @@ def test_layers_of_grids_keep_the_sharding_of_the_batch(routing, mesh):
         got = gradient(*(jax.device_put(x, batch) for x in (poses, activations)))
         assert jax.typeof(got).sharding.spec[0] == "batch"
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", [Shifted(), Pairs(), Placed(), Distorted(), Cropped(4)], ids=str)
+@pytest.mark.parametrize("sharded", ["keys", "images", "both"])
+def test_images_are_transformed_where_they_are(task, sharded, mesh):
+    several = (2,) if isinstance(task, Pairs) else ()
+    images = random.integers(0, 255, (8, *several, 6, 6, 1), np.uint8)
+    keys = jax.random.split(jax.random.key(0), 8)
+    render = jax.jit(functools.partial(task.render, train=True))
+    expected, _ = render(keys, images)
+    with jax.set_mesh(mesh):
+        batch = NamedSharding(mesh, PartitionSpec("batch"))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        keys = jax.device_put(keys, everywhere if sharded == "images" else batch)
+        images = jax.device_put(images, everywhere if sharded == "keys" else batch)
+        pixels, _ = render(keys, images)
+    np.testing.assert_allclose(pixels, expected, atol=1e-5)
 
 
 def test_a_convolution_that_is_named_says_what_came(mesh):

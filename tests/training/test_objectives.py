@@ -51,6 +51,24 @@ def test_without_a_decoder_only_the_margin_counts(case):
     np.testing.assert_allclose(paper_loss(bare, target, images), margin, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(16,), (8, 2), (2, 4, 2), (2, 2, 2, 2), (3, 2, 2, 2, 1)])
+def test_a_reconstruction_may_have_any_axes(case, shape):
+    prediction, target, _, margin, _ = case
+    pixels, images = np.random.default_rng(1).random((2, 3, *shape)).astype(np.float32)
+    squared = ((pixels - images) ** 2).reshape(3, -1).sum(1)
+    prediction = prediction._replace(reconstruction=jnp.asarray(pixels))
+    losses = paper_loss(prediction, target, jnp.asarray(images))
+    np.testing.assert_allclose(losses, margin + 0.0005 * squared, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 1), (3,), ()])
+def test_a_reconstruction_of_other_examples_is_refused(case, shape):
+    prediction, target, *_ = case
+    prediction = prediction._replace(reconstruction=jnp.zeros(shape))
+    with pytest.raises(ValueError, match=r"reconstruction must have the axes \(3,\) of the scores"):
+        paper_loss(prediction, target, jnp.zeros(shape))
+
+
 def test_the_margin_of_the_spread_loss_grows(case):
     prediction, target, images, _, squared = case
     a, right = np.asarray(prediction.scores), np.asarray(target, bool)
@@ -157,5 +175,8 @@ def test_classes_weigh_what_they_are_given(case):
     plain = paper_loss(prediction, jnp.asarray(target), images)
     weighed = weigh_classes(paper_loss, weights.tolist())(prediction, jnp.asarray(target), images)
     np.testing.assert_allclose(weighed / plain, [3, 2.5, 1], rtol=1e-6)
+    for wrong in ([3.0], 3.0, np.ones((number, 1)), [*weights, 1.0]):
+        with pytest.raises(ValueError, match=r"weights must have shape \[J\] = \(10,\), one for"):
+            weigh_classes(paper_loss, wrong)(prediction, jnp.asarray(target), images)
     growing = weigh_classes(spread_objective, weights.tolist())
     assert "step" in inspect.signature(growing).parameters  # which make_train_step looks for
