@@ -31,6 +31,8 @@ class Router(nnx.Module):
       rngs: random streams; uses ``params``.
 
     Raises:
+      TypeError: as :class:`capsjax.nn.DenseCapsules`, or an option is traced, or neither a number
+        nor hashable.
       ValueError: the name or an option is unknown, or the algorithm has no bias.
     """
 
@@ -60,7 +62,12 @@ class Router(nnx.Module):
             init = options.get(f"{parameter}_init", init)
             check_callable(**{f"{parameter}_init": init})
             setattr(self, parameter, nnx.Param(init(rngs.params(), shape, param_dtype)))
-        self.options = {k: v for k, v in options.items() if not k.endswith("_init")}
+        # As items, because static attributes have to be hashable.
+        self.options = tuple(
+            (option, _as_constant(option, value))
+            for option, value in sorted(options.items())
+            if not option.endswith("_init")
+        )
 
     def arguments(self, places: int = 1) -> dict[str, Any]:
         """Returns options and learned parameters by name.
@@ -71,7 +78,7 @@ class Router(nnx.Module):
         learned = {name: getattr(self, name)[...] for name in self.learned}
         for name in self.per_child:
             learned[name] = _repeat(learned[name], places)
-        return {**self.options, **learned}
+        return {**dict(self.options), **learned}
 
     def __call__(
         self,
@@ -118,6 +125,17 @@ class Router(nnx.Module):
                 f" {implementation!r}"
             )
         return record.route(make_votes(), children, self.arguments(places or 1))
+
+
+def _as_constant(option: str, value: Any) -> Any:
+    """Returns an option with a scalar array as a Python number, or raises unless it is hashable."""
+    try:
+        constant = value.item() if getattr(value, "ndim", None) == 0 else value
+        hash(constant)
+    except (TypeError, NotImplementedError):  # the latter for random keys
+        what = type(value).__name__
+        raise TypeError(f"{option} must be a number or hashable, got {what}") from None
+    return constant
 
 
 def _repeat(x: jax.Array, places: int) -> jax.Array:
