@@ -10,7 +10,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from capsjax.nn._checks import check_rngs
-from capsjax.ops._checks import as_array, as_integers, check_callable, check_sizes
+from capsjax.ops._checks import as_array, as_integers, as_sizes, check_callable
 from capsjax.ops.relu import relu
 
 
@@ -62,10 +62,10 @@ class Decoder(nnx.Module):
     ):
         check_rngs(rngs)
         check_callable(kernel_init=kernel_init, bias_init=bias_init)
-        check_sizes(in_capsules=in_capsules, in_features=in_features)
+        capsules, features = as_sizes(in_capsules=in_capsules, in_features=in_features)
         self.image_shape = as_integers("image_shape", image_shape)
         hidden_features = as_integers("hidden_features", hidden_features)
-        sizes = (in_capsules * in_features, *hidden_features, math.prod(self.image_shape))
+        sizes = (capsules * features, *hidden_features, math.prod(self.image_shape))
         self.layers = nnx.List(
             [
                 nnx.Linear(

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from capsjax.nn._checks import check_rngs
 from capsjax.nn.router import Router
 from capsjax.ops import dense_votes
-from capsjax.ops._checks import as_array, check_callable, check_sizes, taking_part
+from capsjax.ops._checks import as_array, as_sizes, check_callable, taking_part
 from capsjax.routing import Children, Routed, Sizes, algorithm
 from capsjax.routing.fused import Implementation, check_implementation
 
@@ -85,8 +85,8 @@ class DenseCapsules(nnx.Module):
     ):
         check_rngs(rngs)
         check_callable(kernel_init=kernel_init, bias_init=bias_init)
-        self.sizes = sizes = Sizes(in_capsules, in_features, out_capsules, out_features)
-        check_sizes(**sizes._asdict())
+        sizes = Sizes(in_capsules, in_features, out_capsules, out_features)
+        self.sizes = sizes = Sizes(*as_sizes(**sizes._asdict()))
         self.kernel: nnx.Param[jax.Array] | None
         if algorithm(routing).makes_votes:
             self.kernel = nnx.data(None)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 
-from capsjax.nn._checks import check_rngs
-from capsjax.ops._checks import check_callable, check_flags, check_sizes
+from capsjax.nn._checks import as_constant, check_rngs
+from capsjax.ops._checks import as_sizes, check_callable, check_flags
 from capsjax.routing import Children, Parameter, Routed, Sizes, algorithm
 from capsjax.routing.fused import Implementation, check_implementation
 
@@ -49,7 +49,7 @@ class Router(nnx.Module):
     ):
         record = algorithm(name)
         check_rngs(rngs)
-        check_sizes(**Sizes(*sizes)._asdict())
+        sizes = Sizes(*as_sizes(**Sizes(*sizes)._asdict()))
         check_flags(use_bias=use_bias)
         record.check_options(options, use_bias=use_bias)
         self.name = name
@@ -64,7 +64,7 @@ class Router(nnx.Module):
             setattr(self, parameter, nnx.Param(init(rngs.params(), shape, param_dtype)))
         # As items, because static attributes have to be hashable.
         self.options = tuple(
-            (option, _as_constant(option, value))
+            (option, as_constant(option, value))
             for option, value in sorted(options.items())
             if not option.endswith("_init")
         )
@@ -125,17 +125,6 @@ class Router(nnx.Module):
                 f" {implementation!r}"
             )
         return record.route(make_votes(), children, self.arguments(places or 1))
-
-
-def _as_constant(option: str, value: Any) -> Any:
-    """Returns an option with a scalar array as a Python number, or raises unless it is hashable."""
-    try:
-        constant = value.item() if getattr(value, "ndim", None) == 0 else value
-        hash(constant)
-    except (TypeError, NotImplementedError):  # the latter for random keys
-        what = type(value).__name__
-        raise TypeError(f"{option} must be a number or hashable, got {what}") from None
-    return constant
 
 
 def _repeat(x: jax.Array, places: int) -> jax.Array:
