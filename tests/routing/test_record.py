@@ -4,9 +4,10 @@ import forking
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import capsjax
-from capsjax import routing
+from capsjax import nn, routing
 
 TOY = '''
 import jax
@@ -117,6 +118,62 @@ def test_a_name_is_registered_once():
     finally:
         routing.unregister("once")
     assert "once" not in routing.algorithms()
+
+
+@pytest.fixture
+def register():
+    """Registers algorithms for one test."""
+    names = []
+
+    def register(**fields):
+        names.append(routing.register(routing.Algorithm(paper="", **fields)).name)
+
+    yield register
+    for name in names:
+        routing.unregister(name)
+
+
+RESULTS = {
+    "an array": (lambda v: v.sum(-3), TypeError, "must return a capsjax.Routed, got "),
+    "a tuple": (lambda v: (v.sum(-3), v[..., 0, :, 0], None), TypeError, "Routed, got tuple"),
+    "nothing": (lambda v: None, TypeError, "Routed, got NoneType"),
+    "no activations": (
+        lambda v: routing.Routed(v.sum(-3), None, None),
+        TypeError,
+        "activations of routing 'own' must be an array, got None",
+    ),
+    "children": (
+        lambda v: routing.Routed(v.sum(-2), v[..., 0, :, 0], None),
+        ValueError,
+        r"poses of routing 'own' must have shape \[..., J, D\] = \(.*, 3, 8\), got \(.*, 8\)",
+    ),
+    "one axis too many": (
+        lambda v: routing.Routed(v.sum(-3), v[..., 0, :, :1], None),
+        ValueError,
+        r"activations of routing 'own' must have shape \[..., J\] = \(.*, 3\), got \(.*, 3, 1\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("result", "error", "match"), RESULTS.values(), ids=RESULTS)
+def test_what_an_algorithm_returns_to_a_layer_is_checked(result, error, match, register):
+    register(name="own", function=lambda votes, *, where=None: result(votes))
+    dense = nn.DenseCapsules(6, 4, 3, 8, routing="own", rngs=nnx.Rngs(0))
+    conv = nn.ConvCapsules(2, 4, 3, 8, kernel_size=2, routing="own", rngs=nnx.Rngs(0))
+    grid = nn.GridCapsules(2, 4, 3, 8, routing="own", rngs=nnx.Rngs(0))
+    for layer, shape in ((dense, (5, 6, 4)), (conv, (5, 3, 3, 2, 4)), (grid, (5, 3, 3, 2, 4))):
+        with pytest.raises(error, match=match):
+            nnx.eval_shape(layer, jnp.ones(shape))
+
+
+def test_what_an_algorithm_fuses_is_checked(register):
+    def fused(poses, weights, **options):
+        return routing.Routed(jnp.einsum("...ik,ikjd->...ijd", poses, weights), poses, None)
+
+    register(name="own", function=capsjax.kmeans_routing, fused=fused)
+    layer = nn.DenseCapsules(6, 4, 3, 8, routing="own", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"poses of routing 'own' .*, got \(5, 6, 3, 8\)"):
+        nnx.eval_shape(layer, jnp.ones((5, 6, 4)))
 
 
 @pytest.mark.parametrize("name", routing.algorithms())
