@@ -148,6 +148,7 @@ class ConvCapsules(SharedWeights):
           of dynamic routing is None unless the implementation is ``"reference"``.
 
         Raises:
+          TypeError: activations are not floating point, or ``where`` is not bool.
           ValueError: an argument has the wrong shape, the kernel is larger than the grid, or the
             implementation is unknown.
         """

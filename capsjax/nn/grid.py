@@ -142,6 +142,7 @@ class GridCapsules(SharedWeights):
           ``[..., H * W * I, J]``, which is None if the votes are not stored.
 
         Raises:
+          TypeError: activations are not floating point, or ``where`` is not bool.
           ValueError: an argument has the wrong shape, or the implementation is unknown.
         """
         poses, activations, where = self._check_inputs(poses, activations, where)

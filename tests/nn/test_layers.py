@@ -177,6 +177,13 @@ def test_decoder_names_a_mask_of_the_wrong_shape():
         decoder(normal(2, 3, 4), np.ones(3))
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 3), (2, 2, 4), (12,)])  # the first of as many numbers
+def test_decoder_names_poses_of_the_wrong_shape(shape):
+    decoder = Decoder(3, 4, (2, 2, 1), hidden_features=(5,), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"poses must have .* = \[..., 3, 4\], got shape \("):
+        decoder(normal(*shape), np.ones(shape[:-1]))
+
+
 LAYERS = {
     "primary": (functools.partial(PrimaryCapsules, 3, 2, 4, kernel_size=3), (normal(2, 9, 9, 3),)),
     "dense": (functools.partial(DenseCapsules, 6, 4, 3, 5), (normal(2, 6, 4),)),
