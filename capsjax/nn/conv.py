@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from capsjax.nn.shared import SharedWeights, kernel_init_per_child
 from capsjax.ops import ReceptiveFields
-from capsjax.ops._checks import check_sizes, spatial_padding, spatial_sizes
+from capsjax.ops._checks import as_sizes, spatial_padding, spatial_sizes
 from capsjax.routing import Children, Routed, Sizes
 from capsjax.routing.fused import Implementation
 
@@ -96,7 +96,7 @@ class ConvCapsules(SharedWeights):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        check_sizes(
+        in_types, *sizes = as_sizes(
             in_types=in_types,
             in_features=in_features,
             out_types=out_types,
@@ -108,7 +108,7 @@ class ConvCapsules(SharedWeights):
         children = math.prod(self.kernel_size) * in_types
         super().__init__(
             in_types,
-            Sizes(children, in_features, out_types, out_features),
+            Sizes(children, *sizes),
             num_spatial_dims=len(self.kernel_size),
             routing=routing,
             use_bias=use_bias,
@@ -148,6 +148,7 @@ class ConvCapsules(SharedWeights):
           of dynamic routing is None unless the implementation is ``"reference"``.
 
         Raises:
+          TypeError: activations are not floating point, or ``where`` is not bool.
           ValueError: an argument has the wrong shape, the kernel is larger than the grid, or the
             implementation is unknown.
         """

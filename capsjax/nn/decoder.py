@@ -10,7 +10,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from capsjax.nn._checks import check_rngs
-from capsjax.ops._checks import as_array, as_integers, check_callable, check_sizes
+from capsjax.ops._checks import as_array, as_integers, as_sizes, check_callable
 from capsjax.ops.relu import relu
 
 
@@ -62,10 +62,12 @@ class Decoder(nnx.Module):
     ):
         check_rngs(rngs)
         check_callable(kernel_init=kernel_init, bias_init=bias_init)
-        check_sizes(in_capsules=in_capsules, in_features=in_features)
+        self.in_capsules, self.in_features = as_sizes(
+            in_capsules=in_capsules, in_features=in_features
+        )
         self.image_shape = as_integers("image_shape", image_shape)
         hidden_features = as_integers("hidden_features", hidden_features)
-        sizes = (in_capsules * in_features, *hidden_features, math.prod(self.image_shape))
+        sizes = (self.in_capsules * self.in_features, *hidden_features, math.prod(self.image_shape))
         self.layers = nnx.List(
             [
                 nnx.Linear(
@@ -93,9 +95,16 @@ class Decoder(nnx.Module):
           Pixels in [0, 1], ``[..., *image_shape]``.
 
         Raises:
-          ValueError: ``mask`` does not have the shape of ``poses`` without D.
+          ValueError: ``poses`` do not have the sizes of the decoder, or ``mask`` does not have the
+            shape of ``poses`` without D.
         """
         poses, mask = as_array("poses", poses), as_array("mask", mask)
+        capsules, features = self.in_capsules, self.in_features
+        if poses.shape[-2:] != (capsules, features):
+            raise ValueError(
+                f"poses must have shape [..., J, D] = [..., {capsules}, {features}], got shape"
+                f" {poses.shape}"
+            )
         if mask.shape != poses.shape[:-1]:
             raise ValueError(
                 f"mask must have shape [..., J] = {poses.shape[:-1]}, got {mask.shape}; for class"

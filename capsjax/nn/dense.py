@@ -12,7 +12,14 @@ from jax.typing import ArrayLike
 from capsjax.nn._checks import check_rngs
 from capsjax.nn.router import Router
 from capsjax.ops import dense_votes
-from capsjax.ops._checks import as_array, check_callable, check_sizes, taking_part
+from capsjax.ops._checks import (
+    as_array,
+    as_floating,
+    as_sizes,
+    broadcast,
+    check_callable,
+    taking_part,
+)
 from capsjax.routing import Children, Routed, Sizes, algorithm
 from capsjax.routing.fused import Implementation, check_implementation
 
@@ -85,8 +92,8 @@ class DenseCapsules(nnx.Module):
     ):
         check_rngs(rngs)
         check_callable(kernel_init=kernel_init, bias_init=bias_init)
-        self.sizes = sizes = Sizes(in_capsules, in_features, out_capsules, out_features)
-        check_sizes(**sizes._asdict())
+        sizes = Sizes(in_capsules, in_features, out_capsules, out_features)
+        self.sizes = sizes = Sizes(*as_sizes(**sizes._asdict()))
         self.kernel: nnx.Param[jax.Array] | None
         if algorithm(routing).makes_votes:
             self.kernel = nnx.data(None)
@@ -119,8 +126,8 @@ class DenseCapsules(nnx.Module):
 
         Args:
           poses: child poses, ``[..., I, K]``.
-          activations: activations of the children, ``[..., I]``, for algorithms that take them; the
-            lengths of the poses when None.
+          activations: activations of the children, broadcastable to ``[..., I]``, for algorithms
+            that take them; the lengths of the poses when None.
           logits: prior logits, broadcastable to ``[..., I, J]``, for algorithms that take them;
             votes are then stored.
           where: children that take part, bool, broadcastable to ``[..., I]``. The others have no
@@ -133,6 +140,7 @@ class DenseCapsules(nnx.Module):
           ``[..., I, J]``, which is None if the votes are not stored.
 
         Raises:
+          TypeError: activations are not floating point, or ``where`` is not bool.
           ValueError: an argument has the wrong shape, or the routing algorithm or the
             implementation does not support it.
         """
@@ -145,6 +153,9 @@ class DenseCapsules(nnx.Module):
                 f"poses must have shape [..., I, K] = [..., {children}, {features}], got shape"
                 f" {poses.shape}"
             )
+        if activations is not None:  # for an algorithm that does not take them, too
+            activations = as_floating("activations", activations)
+            activations = broadcast("activations", activations, poses.shape[:-1])
         if where is not None:
             mask, poses = taking_part(where, poses)
             where = mask[..., 0]

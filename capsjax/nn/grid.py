@@ -12,7 +12,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.typing import ArrayLike
 
 from capsjax.nn.shared import SharedWeights, kernel_init_per_child
-from capsjax.ops._checks import check_flags, check_sizes
+from capsjax.ops._checks import as_sizes, check_flags
 from capsjax.routing import Children, Routed, Sizes
 from capsjax.routing.fused import Implementation
 
@@ -88,7 +88,7 @@ class GridCapsules(SharedWeights):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        check_sizes(
+        in_types, *sizes, num_spatial_dims = as_sizes(
             in_types=in_types,
             in_features=in_features,
             out_capsules=out_capsules,
@@ -99,7 +99,7 @@ class GridCapsules(SharedWeights):
         self.coordinates = coordinates
         super().__init__(
             in_types,
-            Sizes(in_types, in_features, out_capsules, out_features),
+            Sizes(in_types, *sizes),
             num_spatial_dims=num_spatial_dims,
             routing=routing,
             use_bias=use_bias,
@@ -142,6 +142,7 @@ class GridCapsules(SharedWeights):
           ``[..., H * W * I, J]``, which is None if the votes are not stored.
 
         Raises:
+          TypeError: activations are not floating point, or ``where`` is not bool.
           ValueError: an argument has the wrong shape, or the implementation is unknown.
         """
         poses, activations, where = self._check_inputs(poses, activations, where)

@@ -15,7 +15,7 @@ from capsjax.nn.conv import ConvCapsules
 from capsjax.nn.grid import GridCapsules
 from capsjax.nn.shared import SharedWeights
 from capsjax.ops import matrix_votes
-from capsjax.ops._checks import check_callable, check_sizes
+from capsjax.ops._checks import as_integer, as_sizes, check_callable
 from capsjax.routing import Sizes
 
 
@@ -71,7 +71,9 @@ class MatrixPrimaryCapsules(nnx.Module):
     ):
         check_rngs(rngs)
         check_callable(kernel_init=kernel_init, bias_init=bias_init)
-        check_sizes(in_features=in_features, num_types=num_types, features=features)
+        in_features, num_types, features = as_sizes(
+            in_features=in_features, num_types=num_types, features=features
+        )
         self.conv = make_conv(
             in_features,
             num_types * (features + 1),
@@ -175,7 +177,7 @@ class MatrixConvCapsules(_MatrixVotes, ConvCapsules):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        check_sizes(features=features)
+        features = as_integer("features", features)
         super().__init__(
             in_types,
             features,
@@ -239,7 +241,7 @@ class MatrixGridCapsules(_MatrixVotes, GridCapsules):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        check_sizes(features=features)
+        features = as_integer("features", features)
         super().__init__(
             in_types,
             features,

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
-from capsjax.nn._checks import check_rngs
+from capsjax.nn._checks import as_constant, check_rngs
 from capsjax.nn._convolution import convolve, make_conv
-from capsjax.ops._checks import check_callable, check_flags, check_number, check_sizes
+from capsjax.ops._checks import as_sizes, check_callable, check_flags, check_number
 from capsjax.ops.bias import add_bias
 from capsjax.ops.capsule import squash_channels
 
@@ -84,7 +84,9 @@ class PrimaryCapsules(nnx.Module):
     ):
         check_rngs(rngs)
         check_callable(kernel_init=kernel_init, bias_init=bias_init)
-        check_sizes(in_features=in_features, num_types=num_types, features=features)
+        in_features, num_types, features = as_sizes(
+            in_features=in_features, num_types=num_types, features=features
+        )
         check_number("coupling", coupling)
         check_flags(keep_grid=keep_grid)
         self.conv = make_conv(
@@ -103,7 +105,7 @@ class PrimaryCapsules(nnx.Module):
         self.bias = nnx.Param(bias_init(rngs.params(), (num_types * features,), param_dtype))
         self.features = features
         self.keep_grid = keep_grid
-        self.coupling = coupling
+        self.coupling: float = as_constant("coupling", coupling)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Computes the capsules.

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 
-from capsjax.nn._checks import check_rngs
-from capsjax.ops._checks import check_callable, check_flags, check_sizes
+from capsjax.nn._checks import as_constant, check_rngs
+from capsjax.ops._checks import as_array, as_sizes, check_callable, check_flags
 from capsjax.routing import Children, Parameter, Routed, Sizes, algorithm
 from capsjax.routing.fused import Implementation, check_implementation
 
@@ -31,6 +31,8 @@ class Router(nnx.Module):
       rngs: random streams; uses ``params``.
 
     Raises:
+      TypeError: as :class:`capsjax.nn.DenseCapsules`, or an option is traced, or neither a number
+        nor hashable.
       ValueError: the name or an option is unknown, or the algorithm has no bias.
     """
 
@@ -47,7 +49,7 @@ class Router(nnx.Module):
     ):
         record = algorithm(name)
         check_rngs(rngs)
-        check_sizes(**Sizes(*sizes)._asdict())
+        self.sizes = sizes = Sizes(*as_sizes(**Sizes(*sizes)._asdict()))
         check_flags(use_bias=use_bias)
         record.check_options(options, use_bias=use_bias)
         self.name = name
@@ -60,7 +62,12 @@ class Router(nnx.Module):
             init = options.get(f"{parameter}_init", init)
             check_callable(**{f"{parameter}_init": init})
             setattr(self, parameter, nnx.Param(init(rngs.params(), shape, param_dtype)))
-        self.options = {k: v for k, v in options.items() if not k.endswith("_init")}
+        # As items, because static attributes have to be hashable.
+        self.options = tuple(
+            (option, as_constant(option, value))
+            for option, value in sorted(options.items())
+            if not option.endswith("_init")
+        )
 
     def arguments(self, places: int = 1) -> dict[str, Any]:
         """Returns options and learned parameters by name.
@@ -71,7 +78,7 @@ class Router(nnx.Module):
         learned = {name: getattr(self, name)[...] for name in self.learned}
         for name in self.per_child:
             learned[name] = _repeat(learned[name], places)
-        return {**self.options, **learned}
+        return {**dict(self.options), **learned}
 
     def __call__(
         self,
@@ -96,7 +103,9 @@ class Router(nnx.Module):
             without a grid.
 
         Raises:
-          ValueError: the algorithm or the votes do not support the implementation.
+          TypeError: the algorithm does not return a :class:`capsjax.Routed` of arrays.
+          ValueError: the algorithm or the votes do not support the implementation, or the algorithm
+            returns arrays of wrong shapes.
         """
         record = algorithm(self.name)
         check_implementation(implementation, self.name)
@@ -104,7 +113,7 @@ class Router(nnx.Module):
         fused = None if children.logits is not None else record.fused
         # Shared weights would have to be copied per position, which costs more than storing votes.
         if fused is not None and weights is not None and not (stores and places is not None):
-            return fused(
+            routed = fused(
                 children.poses,
                 _repeat(weights, places or 1),
                 where=children.where,
@@ -112,12 +121,30 @@ class Router(nnx.Module):
                 implementation=implementation,
                 **self.arguments(places or 1),
             )
+            return self._checked(routed, children)
         if not stores:
             raise ValueError(
                 "implementation must be None or 'reference' for votes that have to be stored, got"
                 f" {implementation!r}"
             )
-        return record.route(make_votes(), children, self.arguments(places or 1))
+        routed = record.route(make_votes(), children, self.arguments(places or 1))
+        return self._checked(routed, children)
+
+    def _checked(self, routed: Any, children: Children) -> Routed:
+        """Returns the result of an algorithm, or raises unless it describes the parents."""
+        if not isinstance(routed, Routed):
+            what = type(routed).__name__
+            raise TypeError(f"routing {self.name!r} must return a capsjax.Routed, got {what}")
+        parents = (*children.poses.shape[:-2], *self.sizes[2:])
+        for name, value, axes, shape in (
+            ("poses", routed.poses, "[..., J, D]", parents),
+            ("activations", routed.activations, "[..., J]", parents[:-1]),
+        ):
+            what = f"{name} of routing {self.name!r}"
+            array = as_array(what, value)
+            if array.shape != shape:
+                raise ValueError(f"{what} must have shape {axes} = {shape}, got {array.shape}")
+        return routed
 
 
 def _repeat(x: jax.Array, places: int) -> jax.Array:

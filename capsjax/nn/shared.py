@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from capsjax.nn._checks import check_rngs
 from capsjax.nn.router import Router
 from capsjax.ops import dense_votes
-from capsjax.ops._checks import as_array, check_callable, spatial_axes, taking_part
+from capsjax.ops._checks import as_array, as_floating, check_callable, spatial_axes, taking_part
 from capsjax.routing import Sizes, algorithm
 from capsjax.routing.fused import Implementation, check_implementation
 
@@ -95,7 +95,7 @@ class SharedWeights(nnx.Module):
                 f" got shape {poses.shape}"
             )
         if activations is not None:
-            activations = as_array("activations", activations)
+            activations = as_floating("activations", activations)
             if activations.shape != poses.shape[:-1]:
                 raise ValueError(
                     f"activations must have shape {poses.shape[:-1]}, got {activations.shape}"

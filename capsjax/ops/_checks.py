@@ -126,10 +126,9 @@ def as_axis(axis: Any) -> int:
     return as_integer("axis", axis, least=-_MOST)
 
 
-def check_sizes(**sizes: Any) -> None:
-    """Raises unless these options are positive integers."""
-    for name, value in sizes.items():
-        as_integer(name, value)
+def as_sizes(**sizes: Any) -> tuple[int, ...]:
+    """Returns these options as ints, in their order, or raises unless they are positive."""
+    return tuple(as_integer(name, value) for name, value in sizes.items())
 
 
 def check_number(name: str, value: Any, *, least: float = -math.inf) -> None:

@@ -9,7 +9,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike
 
 from capsjax.ops import length
-from capsjax.ops._checks import as_integer, check_choice
+from capsjax.ops._checks import as_integer, check_callable, check_choice
 from capsjax.routing._passes import Passes
 from capsjax.routing.routed import Routed
 
@@ -166,6 +166,53 @@ class Algorithm:
 
 _ALGORITHMS: dict[str, Algorithm] = {}
 
+# What layers take, set or pass on themselves: no name for an option or a learned parameter.
+_RESERVED = """
+    activations arguments bias bias_init coordinates dtype features implementation in_capsules
+    in_features in_types kernel_init kernel_size learned logits name normalize num_spatial_dims
+    options out_capsules out_features out_types padding param_dtype per_child poses precision rngs
+    routing self sizes strides use_bias votes weights where
+"""
+
+
+def _check_fields(record: Any) -> None:
+    """Raises unless `record` is one, with a new name and with fields of the right types."""
+    if not isinstance(record, Algorithm):
+        what = type(record).__name__
+        raise TypeError(f"record must be a capsjax.routing.Algorithm, got {what}")
+    if not isinstance(record.name, str) or not record.name:
+        raise ValueError(f"name must be a string that is not empty, got {record.name!r}")
+    if record.name in _ALGORITHMS:
+        raise ValueError(f"routing {record.name!r} is already registered")
+    check_callable(
+        function=record.function, parameters=record.parameters, arguments=record.arguments
+    )
+    for field in ("passes", "squash", "fused"):
+        if (function := getattr(record, field)) is not None:
+            check_callable(**{field: function})
+    options: Any = record.options
+    if not isinstance(options, tuple | list) or not all(isinstance(o, str) for o in options):
+        raise TypeError(f"options must be a tuple of names, got {options!r}")
+
+
+def _check_names(record: Algorithm) -> None:
+    """Raises if an option or a learned parameter could not reach the algorithm by its name."""
+    parameters: Any = record.parameters(Sizes(1, 1, 1, 1))
+    if not isinstance(parameters, Mapping):
+        raise TypeError(f"parameters must return a dict, got {type(parameters).__name__}")
+    reserved = _RESERVED.split()
+    for kind, names in (("option", record.options), ("parameter", parameters)):
+        for name in names:
+            if name in reserved or f"{name}_init" in reserved:
+                raise ValueError(
+                    f"routing {record.name!r} has {kind} {name!r}, a name that layers use"
+                )
+    for name in record.options:
+        if name in parameters or name.endswith("_init"):
+            raise ValueError(
+                f"routing {record.name!r} has option {name!r}, a name that its parameters may use"
+            )
+
 
 def register(record: Algorithm) -> Algorithm:
     """Registers an algorithm, so that layers, networks, commands and figures find it by its name.
@@ -177,7 +224,9 @@ def register(record: Algorithm) -> Algorithm:
       The record.
 
     Raises:
-      ValueError: the name is already registered.
+      TypeError: not a record, or a field has the wrong type.
+      ValueError: the name is empty or already registered, or an option or a parameter has a name
+        that layers use.
 
     Example:
       >>> import jax.numpy as jnp
@@ -193,14 +242,19 @@ def register(record: Algorithm) -> Algorithm:
       (2, 3, 8)
       >>> routing.unregister("first_child")
     """
-    if record.name in _ALGORITHMS:
-        raise ValueError(f"routing {record.name!r} is already registered")
+    _check_fields(record)
+    _check_names(record)
     _ALGORITHMS[record.name] = record
     return record
 
 
 def unregister(name: str) -> None:
-    """Removes an algorithm, so that another one can take its name."""
+    """Removes an algorithm, so that another one can take its name.
+
+    Raises:
+      ValueError: ``name`` is unknown.
+    """
+    check_choice("name", name, _ALGORITHMS)
     del _ALGORITHMS[name]
 
 

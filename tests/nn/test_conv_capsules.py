@@ -489,6 +489,30 @@ def test_dense_capsules_hand_activations_to_their_routing():
     assert_close(run(layer, poses).poses, explicit.poses)
 
 
+@pytest.mark.parametrize("name", ["dynamic", "kmeans", "em"])
+@pytest.mark.parametrize("kind", ["conv", "grid"])
+def test_layers_on_a_grid_check_activations_for_every_routing(kind, name):
+    layer = vector_layer(kind, routing=name)
+    for activations, got in (("no", "got str"), (jnp.ones((5, 4, 2), int), "got dtype int32")):
+        with pytest.raises(TypeError, match=f"activations must be .*, {got}"):
+            layer(normal(5, 4, 2, 4), activations=activations)
+
+
+@pytest.mark.parametrize("name", ["dynamic", "kmeans", "em"])
+def test_dense_capsules_check_activations_for_every_routing(name):
+    layer = DenseCapsules(6, 4, 3, 5, routing=name, rngs=nnx.Rngs(0))
+    poses = normal(2, 6, 4)
+    for shape in ((6,), (2, 6), (2, 1)):
+        activations = jax.ShapeDtypeStruct(shape, jnp.float32)
+        jax.eval_shape(lambda a: layer(poses, activations=a), activations)
+    for shape in ((2,), (6, 2), (2, 6, 1), (3, 2, 6)):
+        with pytest.raises(ValueError, match=r"activations must broadcast to \(2, 6\), got shape"):
+            layer(poses, activations=jnp.ones(shape))
+    for activations, got in (("no", "got str"), (jnp.ones(6, int), "got dtype int32")):
+        with pytest.raises(TypeError, match=f"activations must be .*, {got}"):
+            layer(poses, activations=activations)
+
+
 def test_options_of_routing_reach_it():
     layer = DenseCapsules(
         6,

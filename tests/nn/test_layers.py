@@ -1,4 +1,6 @@
+import copy
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +11,13 @@ from comparing import all_finite, assert_close, assert_gradients
 from flax import linen, nnx
 from flax.nnx import bridge
 
-from capsjax import dense_votes, dynamic_routing
+from capsjax import dense_votes, dynamic_routing, models
 from capsjax.nn import (
     ConvCapsules,
     Decoder,
     DenseCapsules,
     GridCapsules,
+    MatrixConvCapsules,
     MatrixGridCapsules,
     MatrixPrimaryCapsules,
     PrimaryCapsules,
@@ -62,6 +65,12 @@ def test_primary_capsules_group_channels_of_one_position(coupling):
     images = normal(2, 9, 9, 3)
     layer = primary(coupling=coupling, bias_init=bias_init)
     assert_close(run(layer, images), by_hand(layer, images), terms=27)
+
+
+def test_the_factor_of_primary_capsules_is_a_constant():
+    assert type(primary(coupling=jnp.asarray(0.25)).coupling) is float
+    with pytest.raises(TypeError, match="coupling must be a number or hashable, got ArrayImpl"):
+        primary(coupling=jnp.ones(2))
 
 
 def test_primary_capsules_are_valid_by_default_and_can_be_same():
@@ -166,6 +175,13 @@ def test_decoder_names_a_mask_of_the_wrong_shape():
     decoder = Decoder(3, 4, (2, 2, 1), hidden_features=(5,), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"mask must have shape .* = \(2, 3\), got \(3,\)"):
         decoder(normal(2, 3, 4), np.ones(3))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3), (2, 2, 4), (12,)])  # the first of as many numbers
+def test_decoder_names_poses_of_the_wrong_shape(shape):
+    decoder = Decoder(3, 4, (2, 2, 1), hidden_features=(5,), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"poses must have .* = \[..., 3, 4\], got shape \("):
+        decoder(normal(*shape), np.ones(shape[:-1]))
 
 
 LAYERS = {
@@ -297,6 +313,57 @@ def test_sizes_are_positive_integers(name):
     for value, expected in ((0, "at least 1, got 0"), (-1, "at least 1"), (2**64, "at most 21474")):
         with pytest.raises(ValueError, match=f"^{name} must be {expected}"):
             MADE[name](value)
+    for value in (jnp.asarray(4), np.int64(4)):  # a square number
+        assert hash(nnx.graphdef(MADE[name](value))) == hash(nnx.graphdef(MADE[name](4)))
+
+
+SCALARS = {
+    "inverse_temperature": functools.partial(DenseCapsules, 6, 4, 3, 5, routing="em"),
+    "seed": functools.partial(GridCapsules, 2, 4, 3, 5, routing="random"),
+    "num_iterations": functools.partial(ConvCapsules, 2, 4, 3, 5, kernel_size=3),
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_options_are_constants(name):
+    for scalar in (jnp.asarray(2), np.int32(2)):
+        ((_, option),) = SCALARS[name](**{name: scalar}, rngs=nnx.Rngs(0)).router.options
+        assert type(option) is int
+    for value in ([2], jnp.ones(2), jax.random.key(0)):
+        with pytest.raises(TypeError, match=f"^{name} must be a (number or hash|Python int)"):
+            SCALARS[name](**{name: value}, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=f"^{name} must be"):
+        jax.jit(lambda x: SCALARS[name](**{name: x}, rngs=nnx.Rngs(0)) and x)(1.0)
+
+
+HASHED = {
+    "dense": functools.partial(DenseCapsules, 6, 4, 3, 5, num_iterations=2, leaky=True),
+    "conv": functools.partial(ConvCapsules, 2, 4, 3, 5, kernel_size=3, routing="em"),
+    "grid": functools.partial(GridCapsules, 2, 4, 3, 5, routing="self"),
+    "matrix conv": functools.partial(MatrixConvCapsules, 2, 3, 4, kernel_size=3),
+    "matrix grid": functools.partial(MatrixGridCapsules, 2, 3, 4, inverse_temperature=0.5),
+    "heinsen": functools.partial(DenseCapsules, 6, 4, 3, 5, routing="heinsen"),
+    "matrix primary": functools.partial(MatrixPrimaryCapsules, 3, 2, 4),
+    "small": functools.partial(models.create, "small"),
+    "matrix_capsnet_small": functools.partial(models.create, "matrix_capsnet_small"),
+    "efficient_capsnet": functools.partial(models.create, "efficient_capsnet"),
+    **{name: make for name, (make, _) in LAYERS.items() if name != "dense"},
+}
+
+
+@pytest.mark.parametrize("name", HASHED)
+def test_graphs_are_hashable(name):
+    first, second = (nnx.eval_shape(lambda: HASHED[name](rngs=nnx.Rngs(0))) for _ in range(2))
+    assert hash(nnx.graphdef(first)) == hash(nnx.graphdef(second))
+    assert nnx.graphdef(first) == nnx.graphdef(second)
+
+
+def test_a_graph_can_be_a_static_argument_and_copied():
+    layer, poses = HASHED["dense"](rngs=nnx.Rngs(0)), normal(2, 6, 4)
+    call = jax.jit(lambda graph, state, x: nnx.merge(graph, state)(x).poses, static_argnums=0)
+    expected = call(*nnx.split(layer), poses)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        np.testing.assert_array_equal(call(*nnx.split(copied), poses), expected)
 
 
 SWITCHED = {

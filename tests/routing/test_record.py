@@ -1,12 +1,15 @@
 """To add an algorithm is to add one file: all else reads its record."""
 
+import inspect
+
 import forking
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import capsjax
-from capsjax import routing
+from capsjax import nn, routing
 
 TOY = '''
 import jax
@@ -117,6 +120,117 @@ def test_a_name_is_registered_once():
     finally:
         routing.unregister("once")
     assert "once" not in routing.algorithms()
+
+
+@pytest.fixture
+def register():
+    """Registers algorithms for one test."""
+    names = []
+
+    def register(**fields):
+        names.append(routing.register(routing.Algorithm(paper="", **fields)).name)
+
+    yield register
+    for name in names:
+        routing.unregister(name)
+
+
+def taking(*names, **fields):
+    """Fields of an algorithm with these learned parameters."""
+    parameter = routing.Parameter((), jax.nn.initializers.zeros)
+    return {"parameters": lambda sizes: dict.fromkeys(names, parameter), **fields}
+
+
+UNUSABLE = {
+    "no name": ({"name": ""}, ValueError, "name must be a string that is not empty, got ''"),
+    "number": ({"name": 1}, ValueError, "name must be a string that is not empty, got 1"),
+    "function": ({"function": None}, TypeError, "function must be a function, got None"),
+    "parameters": ({"parameters": {}}, TypeError, "parameters must be a function, got {}"),
+    "fused": ({"fused": "yes"}, TypeError, "fused must be a function, got 'yes'"),
+    "string": ({"options": "scale"}, TypeError, "options must be a tuple of names, got 'scale'"),
+    "set": ({"options": {1}}, TypeError, "options must be a tuple of names, got {1}"),
+    "not a dict": ({"parameters": lambda _: None}, TypeError, "return a dict, got NoneType"),
+    "where": (taking("where"), ValueError, "'own' has parameter 'where', a name that layers use"),
+    "options": (taking("options"), ValueError, "parameter 'options', a name that layers use"),
+    "kernel": (taking("kernel"), ValueError, "parameter 'kernel', a name that layers use"),
+    "dtype": ({"options": ("dtype",)}, ValueError, "option 'dtype', a name that layers use"),
+    "both": (taking("a", options=("a",)), ValueError, "'a', a name that its parameters may use"),
+    "initialiser": (taking(options=("a_init",)), ValueError, "option 'a_init', a name that its"),
+}
+
+
+@pytest.mark.parametrize(("fields", "error", "match"), UNUSABLE.values(), ids=UNUSABLE)
+def test_what_layers_cannot_use_is_not_registered(fields, error, match, register):
+    with pytest.raises(error, match=match):
+        register(**{"name": "own", "function": capsjax.kmeans_routing, **fields})
+    assert "own" not in routing.algorithms()
+
+
+@pytest.mark.parametrize("record", [None, {}, "em"])
+def test_only_records_are_registered(record):
+    with pytest.raises(TypeError, match=r"record must be a capsjax.routing.Algorithm, got "):
+        routing.register(record)
+    with pytest.raises(ValueError, match="name must be one of .*em, .* got 'nope'"):
+        routing.unregister("nope")
+
+
+@pytest.mark.parametrize("name", ["Dense", "Conv", "Grid", "MatrixConv", "MatrixGrid"])
+def test_no_algorithm_takes_the_name_of_an_argument_of_a_layer(name, register):
+    layer = getattr(nn, f"{name}Capsules")
+    for method in (layer.__init__, layer.__call__):
+        for argument in list(inspect.signature(method).parameters):
+            with pytest.raises(ValueError, match="a name that layers use"):
+                register(name="own", function=layer, options=(argument,))
+
+
+def test_no_parameter_takes_the_name_of_an_attribute_of_a_router(register):
+    router = nn.DenseCapsules(6, 4, 3, 8, rngs=nnx.Rngs(0)).router
+    for attribute in (name for name in vars(router) if not name.startswith("_")):
+        with pytest.raises(ValueError, match="a name that layers use"):
+            register(name="own", function=capsjax.kmeans_routing, **taking(attribute))
+
+
+RESULTS = {
+    "an array": (lambda v: v.sum(-3), TypeError, "must return a capsjax.Routed, got "),
+    "a tuple": (lambda v: (v.sum(-3), v[..., 0, :, 0], None), TypeError, "Routed, got tuple"),
+    "nothing": (lambda v: None, TypeError, "Routed, got NoneType"),
+    "no activations": (
+        lambda v: routing.Routed(v.sum(-3), None, None),
+        TypeError,
+        "activations of routing 'own' must be an array, got None",
+    ),
+    "children": (
+        lambda v: routing.Routed(v.sum(-2), v[..., 0, :, 0], None),
+        ValueError,
+        r"poses of routing 'own' must have shape \[..., J, D\] = \(.*, 3, 8\), got \(.*, 8\)",
+    ),
+    "one axis too many": (
+        lambda v: routing.Routed(v.sum(-3), v[..., 0, :, :1], None),
+        ValueError,
+        r"activations of routing 'own' must have shape \[..., J\] = \(.*, 3\), got \(.*, 3, 1\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("result", "error", "match"), RESULTS.values(), ids=RESULTS)
+def test_what_an_algorithm_returns_to_a_layer_is_checked(result, error, match, register):
+    register(name="own", function=lambda votes, *, where=None: result(votes))
+    dense = nn.DenseCapsules(6, 4, 3, 8, routing="own", rngs=nnx.Rngs(0))
+    conv = nn.ConvCapsules(2, 4, 3, 8, kernel_size=2, routing="own", rngs=nnx.Rngs(0))
+    grid = nn.GridCapsules(2, 4, 3, 8, routing="own", rngs=nnx.Rngs(0))
+    for layer, shape in ((dense, (5, 6, 4)), (conv, (5, 3, 3, 2, 4)), (grid, (5, 3, 3, 2, 4))):
+        with pytest.raises(error, match=match):
+            nnx.eval_shape(layer, jnp.ones(shape))
+
+
+def test_what_an_algorithm_fuses_is_checked(register):
+    def fused(poses, weights, **options):
+        return routing.Routed(jnp.einsum("...ik,ikjd->...ijd", poses, weights), poses, None)
+
+    register(name="own", function=capsjax.kmeans_routing, fused=fused)
+    layer = nn.DenseCapsules(6, 4, 3, 8, routing="own", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"poses of routing 'own' .*, got \(5, 6, 3, 8\)"):
+        nnx.eval_shape(layer, jnp.ones((5, 6, 4)))
 
 
 @pytest.mark.parametrize("name", routing.algorithms())
