@@ -167,6 +167,7 @@ def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
 
     Raises:
       TypeError: the labels are neither integers nor bool.
+      ValueError: a shape does not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -176,6 +177,7 @@ def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
       [ True False]
     """
     scores, labels = as_array("scores", scores), as_array("labels", labels)
+    _check_shapes(scores, labels)
     if labels.dtype == bool:
         least = jnp.min(scores, axis=-1, where=labels, initial=jnp.inf)
         return least > jnp.max(scores, axis=-1, where=~labels, initial=-jnp.inf)
@@ -185,6 +187,21 @@ def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
     _, largest = jax.lax.top_k(scores, labels.shape[1])
     right = jnp.all(jnp.sort(largest) == jnp.sort(labels), axis=-1)
     return right & ~jnp.any(jnp.isnan(scores), axis=-1)
+
+
+def _check_shapes(scores: jax.Array, labels: jax.Array) -> None:
+    """Raises unless the shapes are those of one prediction and its labels per example."""
+    batch, shape = scores.shape[:1], labels.shape
+    if scores.ndim != 2:
+        raise ValueError(f"scores must have shape [B, J], got shape {scores.shape}")
+    fits = shape[:1] == batch and (len(shape) == 1 or shape[1:] <= scores.shape[1:])
+    if labels.dtype == bool and shape != scores.shape:
+        raise ValueError(f"labels that are bool must have shape {scores.shape}, got shape {shape}")
+    if len(shape) > 2 or not fits:
+        raise ValueError(
+            f"labels must have shape [B] or [B, k] for scores of shape {scores.shape}, got shape"
+            f" {shape}"
+        )
 
 
 def _as_labels(labels: ArrayLike) -> jax.Array:

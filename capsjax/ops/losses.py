@@ -51,7 +51,8 @@ def margin_loss(
 
     Raises:
       TypeError: ``lengths`` is not floating point, or a margin or the weight is not a number.
-      ValueError: ``labels`` does not have the shape of ``lengths``.
+      ValueError: ``labels`` does not have the shape of ``lengths``, or a margin or the weight is an
+        array of several numbers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -67,6 +68,8 @@ def margin_loss(
     labels = as_one_hot("labels", labels, "lengths", lengths.shape)
     for name, value in {"m_plus": m_plus, "m_minus": m_minus, "lambda_": lambda_}.items():
         check_number(name, value)
+        if jnp.ndim(value):
+            raise ValueError(f"{name} must be one number, got shape {jnp.shape(value)}")
     wide = lengths.astype(accumulator(lengths.dtype))
     present = labels.astype(wide.dtype)
 

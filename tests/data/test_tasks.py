@@ -122,6 +122,13 @@ def test_other_bad_arguments_are_named():
         Sampler(Shifted(), True)
     with pytest.raises(TypeError, match="labels must be class numbers, .* got dtype float32"):
         is_right(jnp.ones((2, 3)), jnp.ones(2))
+    for labels in (jnp.array([0]), jnp.array([[[0]], [[1]]]), jnp.zeros((2, 4), int), jnp.array(0)):
+        with pytest.raises(ValueError, match=r"labels must have shape .* or \[B, k\] .*\(2, 3\)"):
+            is_right(jnp.ones((2, 3)), labels)
+    with pytest.raises(ValueError, match=r"labels that are bool must have shape \(2, 3\), got"):
+        is_right(jnp.ones((2, 3)), jnp.ones((2, 1), bool))
+    with pytest.raises(ValueError, match=r"scores must have shape \[B, J\], got shape \(3,\)"):
+        is_right(jnp.ones(3), jnp.zeros(3, int))
     with pytest.raises(TypeError, match="split.labels must be an array, got None"):
         Sampler(Shifted(), CLASSES).test(split()._replace(labels=None), jnp.arange(2))
 

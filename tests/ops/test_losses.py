@@ -53,6 +53,17 @@ def test_margin_loss_over_shapes_axes_and_dtypes(shape, data, dtype, label_dtype
     assert_close(loss, expected, terms=shape[axis])
 
 
+@pytest.mark.parametrize("name", ["m_plus", "m_minus", "lambda_"])
+def test_margins_and_weights_are_single_numbers(name):
+    lengths, labels = jnp.full((2, 2), 0.5), jnp.eye(2)
+    np.testing.assert_array_equal(
+        margin_loss(lengths, labels, **{name: jnp.float32(0.75)}),
+        margin_loss(lengths, labels, **{name: 0.75}),
+    )
+    with pytest.raises(ValueError, match=rf"{name} must be one number, got shape \(2,\)"):
+        margin_loss(lengths, labels, **{name: jnp.ones(2)})
+
+
 @pytest.mark.parametrize("masked", [jnp.nan, jnp.inf, 0.3])
 def test_masked_classes_have_no_loss_and_no_gradient(masked):
     where = jnp.array([True, False, True])
