@@ -118,8 +118,8 @@ def random_shift(
       The shifted images, with the same shape and dtype.
 
     Raises:
-      ValueError: `max_shift` is negative, the images do not have four axes, their pixels cannot have
-        the value `fill`, or there is not one key per image.
+      ValueError: `max_shift` is negative, the images do not have four axes, `fill` is no value that
+        their pixels can have, or there is not one key per image.
       TypeError: `max_shift` is not an integer, or the keys are not typed keys.
 
     Example:
