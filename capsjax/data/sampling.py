@@ -90,6 +90,10 @@ class Sampler:
           batch: the images of the samples; requires :attr:`takes_batches`.
           key: key of the step, a typed key of shape ``[]``.
           positions: positions of the examples in the global batch, int32 ``[B]``.
+
+        Raises:
+          ValueError: the batch does not have one label per image.
+          TypeError: the key is not a typed key, or the labels are not integers.
         """
         check_key("key", key)
         return self._augmented(_fold_in(key, positions), _checked("batch", batch))
@@ -118,6 +122,10 @@ class Sampler:
         Args:
           split: the whole split of N images, on the device.
           numbers: int32 ``[B]``.
+
+        Raises:
+          ValueError: the split does not have one label per image.
+          TypeError: the labels are not integers.
         """
         split = _checked("split", split)
         select_keys, task_keys = split_each(_fold_in(jax.random.key(_TEST), numbers))
@@ -135,6 +143,10 @@ class Sampler:
         Args:
           batch: the images of the samples; requires :attr:`takes_batches`.
           numbers: int32 ``[B]``.
+
+        Raises:
+          ValueError: the batch does not have one label per image.
+          TypeError: the labels are not integers.
         """
         _, task_keys = split_each(_fold_in(jax.random.key(_TEST), numbers))
         return self._sample(task_keys, _checked("batch", batch), None, train=False)
@@ -191,13 +203,13 @@ def is_right(scores: ArrayLike, labels: ArrayLike) -> jax.Array:
 
 def _check_shapes(scores: jax.Array, labels: jax.Array) -> None:
     """Raises unless the shapes are those of one prediction and its labels per example."""
-    batch, shape = scores.shape[:1], labels.shape
     if scores.ndim != 2:
         raise ValueError(f"scores must have shape [B, J], got shape {scores.shape}")
-    fits = shape[:1] == batch and (len(shape) == 1 or shape[1:] <= scores.shape[1:])
+    (batch, classes), shape = scores.shape, labels.shape
     if labels.dtype == bool and shape != scores.shape:
         raise ValueError(f"labels that are bool must have shape {scores.shape}, got shape {shape}")
-    if len(shape) > 2 or not fits:
+    has_several = len(shape) == 2 and shape[0] == batch and shape[1] <= classes
+    if shape != (batch,) and not has_several:
         raise ValueError(
             f"labels must have shape [B] or [B, k] for scores of shape {scores.shape}, got shape"
             f" {shape}"

@@ -180,6 +180,10 @@ class Placed(_Canvas):
 
     Attributes:
       size: rows and columns of the canvas.
+
+    Raises:
+      TypeError: `size` is not an integer.
+      ValueError: `size` is not positive.
     """
 
     is_made: ClassVar[bool] = True
@@ -200,6 +204,10 @@ class Distorted(_Resized):
 
     Attributes:
       size: rows and columns of the canvas.
+
+    Raises:
+      TypeError: `size` is not an integer.
+      ValueError: `size` is not positive.
     """
 
     is_made: ClassVar[bool] = True
@@ -223,6 +231,10 @@ class Cropped(_Resized):
       size: rows and columns of the crop.
       brightness: largest change of brightness, in both directions, where white is 1.
       contrast: smallest and largest factor of a pixel's distance from the mean of its channel.
+
+    Raises:
+      TypeError: `size` is not an integer, or an option is not a number.
+      ValueError: `size` is not positive, or `brightness` or `contrast` is invalid.
     """
 
     size: int = 24
@@ -269,6 +281,10 @@ class Pairs(_Canvas):
     Attributes:
       size: rows and columns of the canvas, on which both images are centred before the shifts.
       max_shift: largest shift in pixels along each axis.
+
+    Raises:
+      TypeError: `size` or `max_shift` is not an integer.
+      ValueError: `size` is not positive, or `max_shift` is negative.
     """
 
     classes_per_image: ClassVar[int] = 2

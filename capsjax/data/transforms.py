@@ -17,6 +17,10 @@ Flip = Literal["horizontal", "vertical", "both"]
 def epoch_order(key: jax.Array, num_examples: int) -> jax.Array:
     """Returns a random order of the examples of an epoch, int32 ``[num_examples]``.
 
+    Raises:
+      TypeError: the key is not a typed key, or `num_examples` is not an integer.
+      ValueError: `num_examples` is negative.
+
     Example:
       >>> import jax
       >>> from capsjax.data import epoch_order
@@ -270,9 +274,11 @@ def _check_fill(fill: Any, dtype: np.dtype) -> None:
     if isinstance(fill, jax.Array | np.ndarray):
         raise TypeError(f"fill must be a number or 'edge', got an array of dtype {fill.dtype}")
     check_number("fill", fill)
-    if np.dtype(dtype).kind in "iu" and not np.iinfo(dtype).min <= fill <= np.iinfo(dtype).max:
+    if np.dtype(dtype).kind not in "iu":
+        return
+    if not np.iinfo(dtype).min <= fill <= np.iinfo(dtype).max:
         raise ValueError(f"fill must be a value of images of dtype {dtype}, got {fill}")
-    if np.dtype(dtype).kind in "iu" and fill != int(fill):
+    if fill != int(fill):
         raise ValueError(f"fill must be an integer for images of dtype {dtype}, got {fill}")
 
 

@@ -216,6 +216,7 @@ def set_at(x: jax.Array, n: jax.Array | int, value: jax.Array) -> jax.Array:
 
 def add_at(x: jax.Array, n: jax.Array | int, term: jax.Array) -> jax.Array:
     """Adds to ``x[n]``, in place in a loop."""
+    # The sum has the axis of x: otherwise the TPU compiler copies the slice first.
     start = (n, *[0] * term.ndim)
     old = lax.dynamic_slice(x, start, (1, *term.shape), allow_negative_indices=False)
     return lax.dynamic_update_slice(x, old + term[None], start, allow_negative_indices=False)
