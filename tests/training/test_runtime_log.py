@@ -1,8 +1,15 @@
 """What JAX's runtime logs when it ends a process, as one line."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
+from capsjax.training import runtime_log
 from capsjax.training.runtime_log import Job, explain
+
+JOB = Job("capsjax train", 0, 4, heartbeat_timeout=60, start_timeout=40)
 
 RUNTIME = {
     "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1\n3\nThe": (
@@ -29,6 +36,40 @@ RUNTIME = {
 
 @pytest.mark.parametrize("log", RUNTIME)
 def test_the_runtime_s_log_becomes_one_line(log):
-    line = explain(log, Job("capsjax train", 0, 4, heartbeat_timeout=60, start_timeout=40))
+    line = explain(log, JOB)
     assert line.startswith(RUNTIME[log]) or RUNTIME[log] in line
     assert "\n" not in line
+
+
+def filtered(log):
+    command = [sys.executable, "-S", "-E", runtime_log.__file__, json.dumps(JOB._asdict())]
+    process = subprocess.run(command, input=log.encode(), capture_output=True, timeout=120)
+    assert process.stdout == b""
+    return process.stderr.decode()
+
+
+WRITTEN_BY_ONE = (
+    "[Gloo] Rank 0 is connected to 3 peer ranks. Expected number of connected peer ranks is : 3\n"
+)
+# As its pieces come from two threads that write at once.
+WRITTEN_BY_TWO = (
+    "[Gloo] Rank [Gloo] Rank 10 is connected to  is connected to 33 peer ranks. Expected number of"
+    " connected peer ranks is : 3\n"
+    " peer ranks. Expected number of connected peer ranks is : 3\n"
+    "[Gloo] Rank 3 is connected to 3 peer ranks. Expected number of connected peer ranks is : 2\n"
+    "3\n"
+    "\n"
+)
+
+
+@pytest.mark.parametrize("log", [WRITTEN_BY_ONE, WRITTEN_BY_TWO])
+def test_reports_of_connections_are_dropped_and_other_lines_pass(log):
+    other = "I1128 something else\n3\n\n"
+    assert filtered(log + other + log) == other
+
+
+def test_the_log_of_an_abort_is_replaced():
+    log = "terminate called after throwing an instance of 'gloo::IoException'\n"
+    line = filtered("kept\n" + WRITTEN_BY_TWO + log)
+    assert line.startswith("kept\ncapsjax train: error: the connection to another process was lost")
+    assert line.count("\n") == 2
