@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as _mosaic_gpu
 
+from capsjax.ops import _hopper
 from capsjax.ops.gathered import LINE, ROWS, Plan
 
 mosaic_gpu: Any = _mosaic_gpu  # its types differ between releases
@@ -124,7 +125,7 @@ def gathered_product(plan: Plan, x: jax.Array, y: jax.Array, *, interpret: bool)
     scratch = mosaic_gpu.SMEM(
         (_WARP_GROUPS, 2, rows, written), dtype, transforms=_swizzled(written, dtype)
     )
-    parts = mosaic_gpu.kernel(
+    call = mosaic_gpu.kernel(
         program,
         out_type=jax.ShapeDtypeStruct((plan.parts, *shape), dtype),
         scratch_types=[scratch],
@@ -134,7 +135,10 @@ def gathered_product(plan: Plan, x: jax.Array, y: jax.Array, *, interpret: bool)
         thread_name="group",
         kernel_name=f"capsjax_conv_{plan.result}",
         interpret=mosaic_gpu.InterpretGPUParams() if interpret else None,
-    )(left.array, right.array, jnp.asarray(plan.tasks), jnp.asarray(plan.pairs))
+    )
+    products = int(plan.tasks[:, 5].sum()) * plan.blocks
+    with _hopper.record_flops(2 * products * ROWS * plan.inner * plan.columns):
+        parts = call(left.array, right.array, jnp.asarray(plan.tasks), jnp.asarray(plan.pairs))
     result: jax.Array = parts[0] if plan.parts == 1 else jnp.sum(parts, axis=0)
     return result.astype(x.dtype)
 

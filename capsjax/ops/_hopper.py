@@ -5,15 +5,20 @@ traced when a program for NVIDIA GPUs is lowered; other programs import nothing 
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 # The kernels' matrix instructions exist in no earlier and no later GPU.
 _CAPABILITY = "9.0"
+
+# Attribute of a kernel's call in the text of a program, see record_flops.
+FLOPS = "capsjax_flops"
 
 Function = Callable[..., Any]
 _absent: jax.Device | None = None
@@ -51,6 +56,12 @@ def why_not_here() -> str | None:
     if jax.default_backend() == "gpu":
         return _why_not_on(jax.devices()[0])
     return _why_not_on(_absent) if _absent is not None else None
+
+
+def record_flops(flops: float) -> AbstractContextManager[None]:
+    """Writes the operations of the matrix products of kernels called here into the program."""
+    context: AbstractContextManager[None] = set_xla_metadata(**{FLOPS: f"{flops:.6g}"})
+    return context
 
 
 def compile_for(device: jax.Device) -> None:

@@ -23,7 +23,7 @@ from capsjax.bench import (
     write_report,
 )
 from capsjax.bench.programs.hlo import Module
-from capsjax.bench.programs.kernels import Work, library_work
+from capsjax.bench.programs.kernels import Work, call_work
 from capsjax.bench.results import estimates
 from capsjax.bench.results.table import rows_table
 
@@ -71,6 +71,19 @@ def test_a_kernel_that_nobody_estimates_is_named():
     assert kernels.graph_cuts == 0
     assert kernels.seconds.without_estimate == {"custom-call mosaic_gpu_v2": 1}
     assert kernels.seconds.has_kernels
+
+
+def test_a_kernel_that_records_its_operations_is_estimated():
+    text = TEXT.replace(
+        '"__cudnn$convForward"', '"mosaic_gpu_v2", frontend_attributes={capsjax_flops="9.895e+10"}'
+    )
+    assert text != TEXT
+    kernels = read_program(text, gpu=H200).kernels
+    assert kernels.launches["custom call"] == 1
+    assert not kernels.seconds.without_estimate
+    others = read_program(text.replace("capsjax_flops", "other"), gpu=H200)
+    assert kernels.seconds.total - others.kernels.seconds.total == pytest.approx(100e-6)
+    assert read_program(text).cost.flops - others.cost.flops == 9.895e10
 
 
 def test_what_stays_outside_of_fusions_is_named():
@@ -148,11 +161,17 @@ CONTRACTED = '{"lhs_batch_dimensions":["0"],"lhs_contracting_dimensions":["1"]}'
             ),
         ),
         ('f32[2] custom-call(%a, %b), custom_call_target="__cudnn$fmhaSoftmax"', None),
+        ('f32[2] custom-call(%a, %b), custom_call_target="mosaic_gpu_v2"', None),
+        (
+            '(f32[2], bf16[3,5]) custom-call(%b, %a), custom_call_target="mosaic_gpu_v2",'
+            ' frontend_attributes={capsjax_flops="3.77487e+08"}, metadata={op_name="f"}',
+            Work(3.77487e8, 2 * 5 * 64 * 24 + 4 * 5 * 64 * 16 + 4 * 2 + 2 * 3 * 5, "bf16"),
+        ),
     ],
 )
-def test_work_of_library_calls(call, work):
+def test_work_of_calls(call, work):
     part = Module(CALLS.format(call=call)).entry
-    assert library_work(part, part.root) == work
+    assert call_work(part, part.root) == work
 
 
 def test_the_least_time_is_that_of_operations_or_of_bytes():

@@ -173,6 +173,8 @@ def test_is_the_default_for_large_kernels_on_hopper_gpus(dtype):
     text = lowered(CONVOLVE, *SHAPES, dtype=dtype)
     assert "mosaic_gpu" in text
     assert "convolution" not in text
+    # The benchmark's estimate reads the operations: 81 taps of 36 fields each.
+    assert f'capsjax_flops = "{2 * 128 * 36 * 81 * 256 * 256:.6g}"' in text
     assert "mosaic_gpu" not in lowered(CONVOLVE, (128, 20, 20, 256), (3, 3, 256, 256), dtype=dtype)
 
 

@@ -1,6 +1,7 @@
 """The kernel for Hopper GPUs: interpreted on CPUs, and compiled where the compiler is installed."""
 
 import functools
+import math
 import re
 import sys
 
@@ -169,6 +170,8 @@ def test_default_of_programs_for_nvidia_gpus():
     text = program("cuda")
     # Two iterations share one kernel.
     assert text.count("@mosaic_gpu") == 1
+    # The benchmark's estimate reads the operations, those of all votes.
+    assert f'capsjax_flops = "{2 * 128 * math.prod(PAPER[1]):.6g}"' in text
     assert "@mosaic_gpu" not in program("cuda", precision="highest")
     assert "@mosaic_gpu" not in program("cuda", batch=16)
 

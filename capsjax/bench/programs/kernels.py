@@ -1,8 +1,9 @@
 """Counts the kernels that a program launches on a GPU, and estimates their time.
 
 XLA writes its own estimates into the text of each fusion if a flag asks for them. It has none for
-libraries, and its estimates of matrix products assume untuned tile sizes. For both, the least time
-of their operations and bytes at the chip's published speed is used instead.
+libraries and Pallas kernels, and its estimates of matrix products assume untuned tile sizes. For
+matrix products, convolutions and the library's own kernels, the least time of their operations and
+bytes at the chip's published speed is used instead.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from capsjax.bench.programs.estimate import (
 )
 from capsjax.bench.programs.hlo import Computation, Instruction, Module, shape_bytes
 from capsjax.bench.programs.loops import Execution, trip_count
+from capsjax.ops._hopper import FLOPS
 
 # Time of the shortest kernels: an H200 ran the 105 shortest ones of the paper's train step in 1.56
 # us each (bfloat16), 1.50 us (float32).
@@ -33,6 +35,7 @@ _FIRST_ARRAY = re.compile(r"\(?([a-z]\w*)\[([\d,]*)\]")
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)')
 _LABELS = re.compile(r"dim_labels=\w+_(\w+)->")
 _PRECISE = re.compile(r"operand_precision\W+highest", re.IGNORECASE)
+_RECORDED_FLOPS = re.compile(rf'{FLOPS}="([\d.e+]+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Kernels:
 
 
 class Work(NamedTuple):
-    """The work of a library call: operations, bytes moved, and the operands' dtype."""
+    """The work of a kernel: operations, bytes moved, and the operands' dtype."""
 
     flops: float
     bytes: float
@@ -93,9 +96,16 @@ def read_kernels(module: Module, executed: Sequence[Execution], gpu: Gpu) -> Ker
     return Kernels(descending(launches), cuts, seconds)
 
 
-def library_work(part: Computation, call: Instruction) -> Work | None:
-    """Reads a custom call of cuBLAS or cuDNN; None unless it is a product or a convolution."""
+def call_work(part: Computation, call: Instruction) -> Work | None:
+    """Reads a custom call of cuBLAS, cuDNN or a kernel of this library.
+
+    Returns:
+      None unless it is a product, a convolution or a kernel that records its operations.
+    """
     operands = [part.instructions[name] for name in call.operand_names]
+    if recorded := _RECORDED_FLOPS.search(call.attributes):
+        moved = sum(shape_bytes(each.shape) for each in (*operands, call))
+        return Work(float(recorded[1]), moved, _dtype(operands[0]))
     # The last array of the result is the library's workspace.
     result = _FIRST_ARRAY.match(call.shape)
     if result is None or len(operands) < 2:
@@ -150,7 +160,7 @@ def _seconds(module: Module, execution: Execution, kind: str, gpu: Gpu) -> float
     elif kind == "copy":
         least = 2 * shape_bytes(_copied(module, each)) / gpu.bytes_per_second
     elif each.opcode == "custom-call":
-        work = library_work(part, each)
+        work = call_work(part, each)
         least = work and work.seconds(gpu)
     elif each.opcode == "fusion":
         work = _fused_work(module, part, each)

@@ -23,7 +23,7 @@ from capsjax.bench.programs.estimate import (
     sum_estimates,
 )
 from capsjax.bench.programs.hlo import Computation, Instruction, Module, shape_bytes
-from capsjax.bench.programs.kernels import Kernels, library_work, read_kernels
+from capsjax.bench.programs.kernels import Kernels, call_work, read_kernels
 from capsjax.bench.programs.loops import Execution, executions, loops_in, trip_count
 
 _Counts = np.ndarray[Any, np.dtype[np.float64]]
@@ -232,7 +232,7 @@ def _cost(module: Module, executed: list[Execution]) -> Cost | None:
         each.times * np.array([work.flops, 0.0, work.bytes])
         for each in executed
         if each.instruction.opcode == "custom-call"
-        and (work := library_work(each.computation, each.instruction))
+        and (work := call_work(each.computation, each.instruction))
     ]
     try:
         return Cost(*sum(calls, full(module.entry)).tolist())

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
+from capsjax.ops import _hopper
 from capsjax.routing.fused.hopper_sizes import STAGES, TILE, WARPGROUPS, Sizes
 
 plgpu: Any = mosaic_gpu  # its types differ between releases
@@ -82,7 +83,7 @@ def sweep(
 
     pairs = (number * sizes.children, sizes.batch, 8 * math.ceil(parents / 8))
     partial_sums = (number * sizes.groups * WARPGROUPS, sizes.batch, columns)
-    sums, *others = plgpu.kernel(
+    call = plgpu.kernel(
         program,
         out_type=[
             jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -101,11 +102,13 @@ def sweep(
         thread_name="warpgroup",
         kernel_name="routing_backward" if backward else "routing_forward",
         interpret=interpret,
-    )(
-        poses.reshape(-1, *poses.shape[2:]),
-        weights.reshape(-1, columns, sizes.in_features),
-        *(x.reshape(-1, columns) for x in tiles),
     )
+    with _hopper.record_flops(2 * poses.size * columns):
+        sums, *others = call(
+            poses.reshape(-1, *poses.shape[2:]),
+            weights.reshape(-1, columns, sizes.in_features),
+            *(x.reshape(-1, columns) for x in tiles),
+        )
     sums = jnp.sum(sums.reshape(number, -1, sizes.batch, parents, sizes.features), axis=1)
     others = [x.reshape(number, -1, *pairs[1:])[:, :children, :batch, :parents] for x in others]
     return sums[:, :batch, :, :features], *others
