@@ -73,8 +73,8 @@ def random_affine(
         check_number(name, value)
     if not 0 < drawn.least_scale <= drawn.most_scale:
         raise ValueError(
-            "scales must be positive, the least at most the most, got"
-            f" {drawn.least_scale} and {drawn.most_scale}"
+            "least_scale must be positive and at most most_scale, got"
+            f" least_scale={drawn.least_scale} and most_scale={drawn.most_scale}"
         )
     return _transform(keys, images, size=as_integer("size", size), ranges=drawn)
 

@@ -31,6 +31,7 @@ def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
     under the set's name.
 
     Raises:
+      TypeError: `dataset` is not a :class:`Dataset`.
       ValueError: the path does not end in ``.npz``.
 
     Example:
@@ -43,6 +44,8 @@ def save_npz(dataset: Dataset, path: str | os.PathLike[str]) -> None:
       ...   load("npz", data_dir=path)
       Dataset('digits': 4000 train and 1000 test images of 28x28x1, 10 classes)
     """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"dataset must be a Dataset, got {dataset!r}")
     path = Path(os.path.expanduser(path))
     if path.suffix != ".npz":
         raise ValueError(f"path must end in .npz, got {path}")

@@ -103,6 +103,7 @@ def load(
       The data set.
 
     Raises:
+      TypeError: the name is not a string.
       DataError: the name is unknown, the data are missing, damaged or inaccessible, or
         `image_size` or `channels` is given for a set other than ``image_folder`` and ``tfds:``.
 
@@ -111,6 +112,8 @@ def load(
       >>> load().image_shape
       (28, 28, 1)
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {name!r}")
     if name in _NAMES and name != "image_folder" and (image_size or channels):
         raise DataError(
             f"--image-size and --channels are for image_folder and tfds:, not for {name}"

@@ -245,9 +245,11 @@ class Cropped(_Resized):
         super().__post_init__()
         check_number("brightness", self.brightness, least=0)
         if not isinstance(self.contrast, tuple) or len(self.contrast) != 2:
-            raise ValueError(f"contrast must be a smallest and a largest, got {self.contrast!r}")
+            raise ValueError(f"contrast must be a pair (smallest, largest), got {self.contrast!r}")
         for end in self.contrast:
             check_number("contrast", end)
+        if self.contrast[0] > self.contrast[1]:
+            raise ValueError(f"contrast must be (smallest, largest), got {self.contrast!r}")
 
     def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Returns `size` rows and columns."""

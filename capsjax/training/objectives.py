@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from capsjax.models import BaselineConfig, MatrixCapsNetConfig, ModelConfig, Prediction
 from capsjax.ops import margin_loss, reconstruction_loss, spread_loss
-from capsjax.ops._checks import as_one_hot, check_choice
+from capsjax.ops._checks import as_one_hot, check_choice, check_number
 
 RECONSTRUCTION_WEIGHT = 0.0005
 
@@ -188,7 +188,7 @@ def absolute_error(prediction: Prediction, target: jax.Array) -> jax.Array:
     return jnp.mean(jnp.abs(_difference(prediction, target)), axis=-1)
 
 
-def weigh_classes(objective: Objective, weights: Sequence[float]) -> Objective:
+def weigh_classes(objective: Objective, weights: Sequence[float] | jax.Array) -> Objective:
     """Returns an objective that multiplies each example's loss by the weight of its class.
 
     An example with several classes gets the mean of their weights, one without classes the weight
@@ -196,10 +196,11 @@ def weigh_classes(objective: Objective, weights: Sequence[float]) -> Objective:
 
     Args:
       objective: loss per example, such as :func:`paper_loss`.
-      weights: one for each class, ``[J]``.
+      weights: one for each class, ``[J]``, none of them negative.
 
     Raises:
-      ValueError: the number of weights is not that of the classes; raised when it is called.
+      ValueError: a weight is negative or not finite, or their number is not that of the classes,
+        which is known when the objective is called.
 
     Example:
       >>> import jax.numpy as jnp
@@ -210,6 +211,9 @@ def weigh_classes(objective: Objective, weights: Sequence[float]) -> Objective:
       >>> print(objective(prediction, jnp.eye(2), images) / jnp.log(2))
       [3. 1.]
     """
+    if not isinstance(weights, jax.core.Tracer):
+        for number, weight in enumerate(np.ravel(weights).tolist()):
+            check_number(f"weights[{number}]", weight, least=0)
 
     @functools.wraps(objective)
     def with_weights(

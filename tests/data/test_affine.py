@@ -117,8 +117,11 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         random_affine(keys(2), jnp.ones((2, 28, 28, 1)), size=0)
     for ranges, match in (
-        (AffineRanges(least_scale=0), "scales must be positive, .* got 0.0 and 1.2"),
-        (AffineRanges(least_scale=1.5), "the least at most the most, got 1.5 and 1.2"),
+        (AffineRanges(least_scale=0), "least_scale must be positive and .* got least_scale=0.0"),
+        (
+            AffineRanges(least_scale=1.5),
+            "at most most_scale, got least_scale=1.5 and most_scale=1.2",
+        ),
         (AffineRanges(rotation=np.nan), "rotation must be finite, got nan"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -41,6 +41,10 @@ def test_a_file_replaces_one_set_only(tmp_path):
     assert load("affnist", data_dir=path).name == "affnist"
     with pytest.raises(ValueError, match=r"path must end in \.npz, got digits"):
         save_npz(load("mnist_5k"), "digits")
+    with pytest.raises(TypeError, match="dataset must be a Dataset, got 3"):
+        save_npz(3, path)
+    with pytest.raises(TypeError, match="name must be a string, got 3"):
+        load(3)
 
 
 ARRAYS = {

@@ -183,7 +183,8 @@ def test_a_split_with_other_counts_of_labels_and_images_is_refused():
         (lambda: Placed("a"), "size must be a Python integer, got 'a'"),
         (lambda: Pairs(36, -1), "max_shift must be at least 0, got -1"),
         (lambda: Cropped(brightness=np.nan), "brightness must be finite, got nan"),
-        (lambda: Cropped(contrast=3), "contrast must be a smallest and a largest, got 3"),
+        (lambda: Cropped(contrast=3), r"contrast must be a pair \(smallest, largest\), got 3"),
+        (lambda: Cropped(contrast=(2, 1)), r"must be \(smallest, largest\), got \(2, 1\)"),
         (lambda: Sampler(Shifted(), 3, flip="up"), "flip must be one of horizontal, .* got 'up'"),
     ],
 )

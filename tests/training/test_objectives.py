@@ -178,5 +178,8 @@ def test_classes_weigh_what_they_are_given(case):
     for wrong in ([3.0], 3.0, np.ones((number, 1)), [*weights, 1.0]):
         with pytest.raises(ValueError, match=r"weights must have shape \[J\] = \(10,\), one for"):
             weigh_classes(paper_loss, wrong)(prediction, jnp.asarray(target), images)
+    for wrong in ([1.0, -1.0], [1.0, np.nan], jnp.array([1.0, np.inf]), [1.0, "2"]):
+        with pytest.raises((TypeError, ValueError), match=r"weights\[\d\] must be"):
+            weigh_classes(paper_loss, wrong)
     growing = weigh_classes(spread_objective, weights.tolist())
     assert "step" in inspect.signature(growing).parameters  # which make_train_step looks for
