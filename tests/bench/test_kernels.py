@@ -223,6 +223,17 @@ def test_the_guide_has_the_recorded_figures():
             f" | {estimate / found - 1:+.0%} |"
         )
         assert figures in guide
+    steps = read_rows(DOCS / "results" / "epyc-2-cores" / "train_steps.jsonl")
+    estimates_ms = {row.cell: f"{1e3 * row.counts['estimate'] / 17:.3f}" for row in steps}
+    lines = (DOCS / "results" / "h200" / "gpu.jsonl").read_text().splitlines()
+    profiles = [row for row in map(json.loads, lines) if row["time"] == "2026-11-27T17:20:17Z"]
+    for dtype, row in zip(("bfloat16", "float32"), profiles, strict=True):
+        estimate = estimates_ms[f"train_steps preset=paper dtype={dtype} @ h200"]
+        found = 1e3 * row["profile"]["seconds"] / 32
+        assert row["parameters"]["dtype"] == dtype
+        assert f"{estimate} ms in {dtype}" in guide
+        assert f"{found:.3f}" in guide
+        assert f"{float(estimate) / found - 1:+.0%}" in guide
     for scaling in estimate_scaling(rows.values()):
         for step in scaling.steps:
             cells = (scaling.generation, scaling.kind, *estimates.cells(scaling, step))
