@@ -16,6 +16,8 @@ Network = CapsNet | MatrixCapsNet | EfficientCapsNet | BaselineCNN
 
 _PAPER = CapsNetConfig()
 
+# The authors' code routes primary capsules once from a single child: the coupling is 1 over the
+# number of types, to which leaky routing adds one.
 _OFFICIAL = dataclasses.replace(
     _PAPER, primary_coupling=1 / 32, routing_bias=True, initialisation="official"
 )
@@ -23,6 +25,7 @@ _CIFAR10 = dataclasses.replace(
     _OFFICIAL,
     image_shape=(24, 24, 3),
     primary_types=64,
+    primary_coupling=1 / 65,
     padding="SAME",
     leaky=True,
     decoder_features=(),
@@ -45,6 +48,7 @@ _PRESETS: dict[str, ModelConfig] = {
         conv_features=64,
         primary_types=16,
         primary_features=6,
+        primary_coupling=1 / 16,
         class_features=8,
         decoder_features=(),
     ),

@@ -37,7 +37,8 @@ class PrimaryCapsules(nnx.Module):
       keep_grid: whether to return ``[..., H, W, num_types, K]``, for
         :class:`capsjax.nn.ConvCapsules`, instead of one axis of capsules.
       coupling: :math:`c`, a constant factor of the convolution: 1 in the paper; 1 / ``num_types``
-        in the authors' code, which routes these capsules from a single input capsule.
+        in the authors' code, which routes these capsules from a single input capsule, or
+        1 / (``num_types`` + 1) with its leaky routing.
       dtype: dtype of the computation; the promotion of inputs and parameters when None. Norms are
         float32.
       param_dtype: dtype of the parameters.

@@ -11,13 +11,13 @@ import signal
 import sys
 from typing import Any, NamedTuple
 
+# A line may begin in the middle of another, because threads write reports of connections in pieces.
 _FATAL = re.compile(
     rb"F\d{4} .*Terminating process because the JAX distributed service"
     rb"|terminate called after throwing an instance of 'gloo"
 )
-# Lines that announce the fatal one, and reports of connections that succeeded, which threads
-# write in pieces, so that a line may begin in the middle of another.
-_NOISE = re.compile(rb"[EW]\d{4} .*(coordination_service|add_port)|\[Gloo\] Rank|.*peer ranks")
+# Lines that announce the fatal one, and reports of connections that succeeded.
+_NOISE = re.compile(rb"[EW]\d{4} .*(coordination_service|add_port)|\[Gloo\] Rank|peer ranks")
 _CONTINUED = re.compile(
     rb"\d+$|The tasks have crashed|=== Source Location|external/xla|RPC: /xla|$"
 )
@@ -94,8 +94,8 @@ def main() -> None:
     kept: list[bytes] = []
     fatal = noise = False
     for line in sys.stdin.buffer:
-        fatal = fatal or _FATAL.match(line) is not None
-        noise = _NOISE.match(line) is not None or (noise and _CONTINUED.match(line) is not None)
+        fatal = fatal or _FATAL.search(line) is not None
+        noise = _NOISE.search(line) is not None or (noise and _CONTINUED.match(line) is not None)
         if fatal or noise:
             kept.append(line)
         else:
@@ -118,6 +118,7 @@ _running: list[Any] = []  # kept open until this process ends
 
 def start(job: Job) -> None:
     """Starts this program, and redirects what C and C++ write to the standard streams to it."""
+    import logging
     import os
     import subprocess
 
@@ -139,6 +140,9 @@ def start(job: Job) -> None:
             direct, "w", encoding=stream.encoding, errors=stream.errors, buffering=1
         )
         setattr(sys, name, text)
+        for handler in logging.getLogger("capsjax").handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+                handler.setStream(text)
     translator.stdin.close()
     _running.append(translator)
 

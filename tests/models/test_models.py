@@ -218,6 +218,14 @@ def test_official_differs_from_paper_by_what_it_says():
     assert differing == {"primary_coupling", "routing_bias", "initialisation"}
 
 
+@pytest.mark.parametrize("preset", ["official", "cifar10", "smallnorb", "svhn"])
+def test_the_authors_primary_capsules_share_a_single_child(preset):
+    config = models.configure(preset)
+    assert config.initialisation == "official"
+    # The softmax of zeros over the types, and over one more in leaky routing.
+    assert config.primary_coupling == 1 / (config.primary_types + config.leaky)
+
+
 SMALLEST = {
     "small": {"conv_features": 4, "primary_types": 1, "decoder_features": (7,)},
     "matrix_capsnet_small": {"conv_features": 4, "primary_types": 2, "capsule_types": (3, 2)},

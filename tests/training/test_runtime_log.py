@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import forking
 import pytest
 
 from capsjax.training import runtime_log
@@ -68,8 +69,45 @@ def test_reports_of_connections_are_dropped_and_other_lines_pass(log):
     assert filtered(log + other + log) == other
 
 
-def test_the_log_of_an_abort_is_replaced():
-    log = "terminate called after throwing an instance of 'gloo::IoException'\n"
-    line = filtered("kept\n" + WRITTEN_BY_TWO + log)
-    assert line.startswith("kept\ncapsjax train: error: the connection to another process was lost")
+@pytest.mark.parametrize("before", ["", WRITTEN_BY_TWO, "[Gloo] Rank 0 is connected to "])
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (
+            "terminate called after throwing an instance of 'gloo::IoException'\n",
+            "the connection to another process was lost",
+        ),
+        (
+            "F1128 10:00:00.000000 1 client.h:80] Terminating process because the JAX distributed"
+            " service detected fatal errors. absl::Status: DEADLINE_EXCEEDED\n"
+            "RPC: /xla.coordination.CoordinationService/Heartbeat\n",
+            "process 0, which coordinates the others, was lost",
+        ),
+    ],
+)
+def test_the_log_of_an_abort_is_replaced(before, log, reason):
+    line = filtered("kept\n" + before + log)
+    assert line.startswith(f"kept\ncapsjax train: error: {reason}")
     assert line.count("\n") == 2
+
+
+# The runtime has written half a line, and has ended the process, when capsjax logs.
+LOGGING = """
+import logging, os, sys
+from capsjax.process import quieten_libraries
+from capsjax.training import runtime_log
+
+quieten_libraries()
+runtime_log.start(runtime_log.Job("capsjax train", 0, 4, 60, 40))
+log = logging.getLogger("capsjax.data")
+os.write(2, b"[Gloo] Rank 0 is connected to ")
+log.warning("one")
+os.write(2, b"3 peer ranks.\\nterminate called after throwing an instance of 'gloo\\n")
+log.warning("two")
+"""
+
+
+def test_messages_of_capsjax_pass_whatever_the_runtime_writes(tmp_path):
+    done = forking.run("-c", LOGGING, folder=tmp_path)
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if "error" not in line] == ["one", "two"]
