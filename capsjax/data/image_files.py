@@ -70,10 +70,10 @@ def read_image(
             if image.mode in ("RGB", "RGBA", "LA") and ";16" in str(image.tile):
                 lost["16-bit colours as 8-bit, as Pillow does"] += 1
             return image_pixels(image, size=size, channels=channels)
-    except PermissionError:
-        raise
-    # Pillow raises any of these for a damaged file.
+    # Pillow raises any of these for a damaged file, and no OSError with a number.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(file)) from error
         raise UnreadableImageError(f"cannot read {file} as an image: {error}") from error
 
 

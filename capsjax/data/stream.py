@@ -28,6 +28,7 @@ from capsjax.errors import ConfigError, DataError, how_to_install
 
 _PIECE = 2**23  # bytes per read
 _AHEAD = 2  # pieces that each worker keeps ready
+_MOST = 32  # workers or threads, unless a number is given
 
 
 class Order(Protocol):
@@ -96,9 +97,13 @@ class InOrder:
 
 def default_workers() -> int:
     """Default number of worker processes, which leaves one processor free."""
+    return max(1, min(_MOST, _processors() - 1))
+
+
+def _processors() -> int:
+    """Number of processors that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # missing on macOS
-    processors = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(32, processors - 1))
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def is_installed() -> bool:
@@ -143,7 +148,7 @@ def open_stream(
     pieces = _Pieces.of(split, order, batches)
     if isinstance(split, Split):
         workers = 0  # sending images to other processes would cost more than reading them
-    threads = 0 if workers else (os.cpu_count() or 1)
+    threads = 0 if workers else min(_MOST, _processors())
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     data = grain.MapDataset.source(pieces).to_iter_dataset(read)
     if workers:

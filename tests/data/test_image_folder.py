@@ -1,3 +1,4 @@
+import errno
 import os
 import shutil
 
@@ -253,6 +254,22 @@ def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path, content, ca
     for file in (broken, short):
         assert f"cannot read {file} as an image" in warning
     assert "\n" not in warning
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_what_the_system_cannot_read_is_not_left_out(tmp_path, monkeypatch, in_memory):
+    """As on a failing disk or network: another run would see other images."""
+    make(tmp_path)
+    bad, opened = tmp_path / "train" / "cat" / "1.png", Image.open
+
+    def fail(file):
+        if file == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(file)
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(DataError, match=f"cannot read {bad}: Input/output error"):
+        load("image_folder", data_dir=tmp_path, in_memory=in_memory).train.read()
 
 
 def test_what_is_no_file_is_left_out(tmp_path, caplog):

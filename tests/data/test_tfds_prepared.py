@@ -97,6 +97,17 @@ def test_a_set_must_have_one_image_and_one_class(tmp_path):
     )
 
 
+@pytest.mark.parametrize("key", ["pythonClassName", "python_class_name", "type"])
+def test_a_set_executes_no_code(tmp_path, monkeypatch, key):
+    """TFDS would import the module of a feature that it does not know."""
+    (tmp_path / "payload.py").write_text("raise SystemExit('executed')")
+    monkeypatch.syspath_prepend(tmp_path)
+    write_prepared(tmp_path, {"train": TRAIN}, features={"x": {key: "payload.X", "content": {}}})
+    assert "features must be TFDS's own, got one of class payload.X" in refusal(
+        "tfds:pets", tmp_path
+    )
+
+
 def test_a_damaged_image_is_named(tmp_path):
     damaged = png(pixels(0))[:80]
     write_prepared(tmp_path, {"train": [*TRAIN[:5], (damaged, 0), *TRAIN], "test": TEST})

@@ -116,6 +116,29 @@ def test_the_page(page, address):
     changes(page, "#segments", before)
 
 
+def test_a_late_answer_erases_no_stroke(browser, address):
+    page = browser.new_page()
+    page.goto(address)
+    page.wait_for_selector("#diagram img")
+    page.evaluate("""() => {
+        const ask = window.fetch;
+        window.held = []; window.answered = 0;
+        window.fetch = (...asked) => new Promise(go => held.push(go)).then(() => ask(...asked))
+            .then(answer => { answered++; return answer; });
+    }""")
+    page.focus("#draw")
+    page.keyboard.press(" ")
+    until(page, "held.length === 1")
+    for key in ("ArrowDown", "ArrowDown", "ArrowDown", " "):
+        page.keyboard.press(key)
+    drawn = pixels(page, "#draw")
+    page.evaluate("held[0]()")
+    until(page, "answered === 1")
+    page.wait_for_timeout(300)  # for the page to use the answer
+    assert pixels(page, "#draw") == drawn
+    page.close()
+
+
 def test_an_upload_that_is_no_image_shows_an_error(browser, address, tmp_path):
     wrong = tmp_path / "wrong.png"
     wrong.write_bytes(b"no image")

@@ -104,9 +104,13 @@ def bounded(seconds: float | None) -> Iterator[None]:
         raise _Overdue
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        # The alarm may ring anywhere between its two settings, also when the block has ended.
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
     except _Overdue:
         raise TimeoutError(f"took longer than {seconds:g} seconds") from None
     finally:
