@@ -281,6 +281,7 @@ _COMMANDS = {
 
 
 def _print_result(result: "Result") -> None:
+    from capsjax.training.reporting import duration
     from capsjax.training.run_directory import RunDirectory
 
     assert result.test is not None  # a run that was not stopped has been tested
@@ -288,7 +289,7 @@ def _print_result(result: "Result") -> None:
     steps = f"{result.step:,} steps"
     if result.first_step:
         steps = f"steps {result.first_step:,} to {result.step:,}"
-    print(f"trained {steps} in {_duration(result.seconds)}; see {result.run_dir}")
+    print(f"trained {steps} in {duration(result.seconds)}; see {result.run_dir}")
     picture = RunDirectory(result.run_dir).picture
     if picture.exists():
         print(f"test images above their reconstructions: {picture}")
@@ -301,11 +302,6 @@ def _print_error(what: str, evaluation: "Evaluation") -> None:
         print(f"{what}: {evaluation.error:.2%} ({counts})")
     for name, value in evaluation.metrics.items():
         print(f"{what.removesuffix(' error')} {name}: {value:.4g} ({evaluation.count:,} images)")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _report(prog: str, message: str) -> None:

@@ -32,6 +32,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+# As in pyproject.toml, for the processes that tests start.
+os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry"
+
 import hypothesis
 import jax
 import pytest

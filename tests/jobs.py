@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import random
 import re
 import signal
 import socket
@@ -36,9 +37,12 @@ main(sys.argv[3:])
 
 
 def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port that the system gives to no connection, as it might to one of another test."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def saved(run):
@@ -86,6 +90,11 @@ class Process:
     @property
     def err(self):
         return Path(f"{self.log}.err").read_text(errors="replace")
+
+    @property
+    def messages(self):
+        """The lines of its standard error, without those of JAX's runtime."""
+        return [line for line in self.err.splitlines() if not re.match(r"[IWEF]\d{4} ", line)]
 
     @property
     def errors(self):

@@ -122,7 +122,7 @@ class Report:
         self._measured = self._measured[0] + num_steps, before + seconds
         if before < _ENOUGH_SECONDS <= self._measured[1]:
             whole = self._num_steps * self._measured[1] / self._measured[0]
-            self.say(f"training: about {_duration(whole)} for {self._num_steps:,} steps")
+            self.say(f"training: about {duration(whole)} for {self._num_steps:,} steps")
 
     @contextlib.contextmanager
     def evaluating(self, what: str) -> Iterator[None]:
@@ -231,7 +231,7 @@ class _Events:
             self._writer.write_event(Event(wall_time=time.time(), step=step, **fields))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Returns at most two units, such as 2 h 50 min or 40 s."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

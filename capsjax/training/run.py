@@ -245,18 +245,18 @@ def _run(
     # The stop request is exited first, so that a signal ends the process while files are closed.
     with contextlib.ExitStack() as opened, stop:
         pairs = zip(directories, stored, strict=True)
+        opened.callback(setup.feed.close)
         checkpoints = [
-            Checkpoints(
-                directory.checkpoints,
-                keep=config.keep,
-                regression=setup.is_regression,
-                run=each.shaping(),
+            opened.enter_context(
+                Checkpoints(
+                    directory.checkpoints,
+                    keep=config.keep,
+                    regression=setup.is_regression,
+                    run=each.shaping(),
+                )
             )
             for directory, each in (pairs if processes.is_first() else ())
         ]
-        opened.callback(setup.feed.close)
-        for saved in checkpoints:
-            opened.enter_context(saved)
         progress = begin(setup, directories, checkpoints, skip_damaged=skip_damaged)
         first_step = progress.step
         report = opened.enter_context(

@@ -4,6 +4,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from capsjax.bench import environment
 from capsjax.bench.processes import runner
 from capsjax.bench.processes.roofline import Roofline
 
@@ -13,6 +14,15 @@ CACHE = (
     "jax_persistent_cache_min_compile_time_secs",
     "jax_persistent_cache_min_entry_size_bytes",
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def of_one_commit():
+    """Rows are of one commit, whatever happens to the clone during the tests."""
+    commit = environment._commit()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "_commit", lambda: commit)
+        yield
 
 
 @pytest.fixture

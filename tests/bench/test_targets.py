@@ -130,7 +130,7 @@ def test_the_second_waits_for_the_first(tmp_path, monkeypatch):
 
     other = threading.Thread(target=hold)
     other.start()
-    entered.wait()
+    assert entered.wait(60)
     try:
         message = "another process has been using libtpu"
         with pytest.raises(ConfigError, match=message), libtpu_lock(timeout=0):

@@ -270,6 +270,21 @@ def test_every_step_in_pytorch_is_the_step_in_jax(first_steps, name, dtype):
     np.testing.assert_allclose(found[1:], losses[1:], rtol=max(tolerance, 1e-3))
 
 
+@pytest.mark.parametrize("workload", ["train_step", "train_steps"])
+@pytest.mark.parametrize(
+    ("preset", "match"),
+    [
+        ("official", "like preset 'paper', with primary_coupling=1.0, got 0.03125"),
+        ("cifar10", "like preset 'paper', with padding='VALID', got 'SAME'"),
+        ("baseline", "with presets of CapsNet"),
+    ],
+)
+def test_pytorch_is_not_compared_with_another_network(workload, preset, match):
+    step = make_workload(workload, {"implementation": "torch", "preset": preset})
+    with pytest.raises(NotImplementedError, match=match):
+        step.build(jax.devices())
+
+
 def test_pytorch_trains_one_network_at_a_time():
     steps = make_workload("train_steps", {"implementation": "torch", "seeds": 2})
     with pytest.raises(NotImplementedError, match="networks do not train together"):

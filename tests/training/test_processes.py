@@ -99,7 +99,8 @@ def test_process_0_alone_writes_and_speaks(whole):
     assert {path.name for path in run.iterdir()} >= {"config.json", "metrics.jsonl", "result.json"}
     assert job[0].out.startswith("test error: ")
     assert job[1].out == ""
-    assert re.fullmatch(r"process 1 of 2 on \S+: 2 of 4 cpu devices\n", job[1].err)
+    (message,) = job[1].messages
+    assert re.fullmatch(r"process 1 of 2 on \S+: 2 of 4 cpu devices", message)
     assert "pmap on 4 cpu devices of 2 processes" in job[0].err
 
 
@@ -220,7 +221,7 @@ def test_each_process_streams_its_share_to_the_same_bits(whole, options, tmp_pat
     with Job(tmp_path, arguments) as job:
         assert job.wait() == [0, 0], job.logs()
         assert "input: streamed" in job[0].err
-        assert "input" not in job[1].err
+        assert "input:" not in job[1].err
     assert_same_bits(run, whole[0])
 
 
@@ -236,9 +237,11 @@ def test_the_loss_of_process_0_is_noticed(options, tmp_path, how):
         job[0].send(how)
         assert job.wait(1) != [0]
         (line,) = job[1].errors
-        assert line == (
-            "capsjax train: error: process 0, which coordinates the others, was lost; start all"
-            " processes again, with --resume"
+        # What it notices first: the end of the service that process 0 runs, or of a connection.
+        assert re.fullmatch(
+            "capsjax train: error: (process 0, which coordinates the others,|the connection to"
+            " another process) was lost; start all processes again, with --resume",
+            line,
         )
 
 

@@ -188,8 +188,10 @@ def test_a_request_under_way_does_not_hold_the_server_up(live):
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
+        assert thread.is_alive()
         time.sleep(0.01)
-    with socket.create_connection(server.servers[0].sockets[0].getsockname()) as client:
+    address = server.servers[0].sockets[0].getsockname()
+    with socket.create_connection(address, timeout=60) as client:
         client.sendall(b"POST /api/look HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
         while not server.server_state.tasks:
             time.sleep(0.01)

@@ -38,7 +38,7 @@ def page(browser, request):
     errors = []
     opened.on("console", lambda entry: entry.type == "error" and errors.append(entry.text))
     opened.on("pageerror", lambda error: errors.append(str(error)))
-    opened.set_default_timeout(20_000)
+    opened.set_default_timeout(120_000)
     yield opened
     opened.close()
     assert errors == []
@@ -50,7 +50,7 @@ def pixels(page, selector):
 
 def until(page, holds, arg=None):
     """Waits for a condition; Playwright's own wait needs eval, which the page forbids."""
-    limit = time.monotonic() + 20
+    limit = time.monotonic() + 120
     while not page.evaluate(holds, arg):
         assert time.monotonic() < limit, holds
         page.wait_for_timeout(50)

@@ -17,6 +17,15 @@ from capsjax.bench.workloads.workload import Dtype, JaxFunction, Peer, placed
 # Plain steps in PyTorch, for comparison with train steps; some are captured in one CUDA graph.
 CAPTURED = ("torch.compile-graph", "torch.graph")
 _TORCH = ("torch", "torch.compile", "torch.max-autotune", *CAPTURED)
+# What the network in PyTorch has as preset "paper" has it, and no other way.
+_FIXED_IN_TORCH = (
+    "routing",
+    "padding",
+    "primary_coupling",
+    "routing_bias",
+    "leaky",
+    "stop_gradient",
+)
 
 
 def _step_implementations() -> tuple[str, ...]:
@@ -132,12 +141,21 @@ class PmappedTrainingStep(_Network):
 def _torch_steps(workload: _Network, device: jax.Device, *, steps: int) -> Peer:
     """Returns train steps in PyTorch on a random batch."""
     config, name = workload.configure(), {"cpu": "cpu", "gpu": "cuda"}.get(device.platform)
-    if importlib.util.find_spec("torch") is None:
-        raise NotImplementedError("needs PyTorch, which is not installed: pip install torch")
     if name is None or not isinstance(config, models.CapsNetConfig):
         raise NotImplementedError("PyTorch runs on cpu and gpu only, with presets of CapsNet")
+    for field in _FIXED_IN_TORCH:
+        expected, value = (getattr(each, field) for each in (models.configure("paper"), config))
+        if value != expected:
+            raise NotImplementedError(
+                f"the network in PyTorch is like preset 'paper', with {field}={expected!r}, got"
+                f" {value!r}"
+            )
+    if not config.decoder_features:
+        raise NotImplementedError("the network in PyTorch has a decoder")
     if workload.implementation in CAPTURED and name != "cuda":
         raise NotImplementedError("CUDA graphs need a gpu")
+    if importlib.util.find_spec("torch") is None:
+        raise NotImplementedError("needs PyTorch, which is not installed: pip install torch")
     from capsjax.bench.workloads.torch_step import CapsNet, make_step
 
     images, labels = (np.asarray(x) for x in _make_batch(workload.batch, config))
