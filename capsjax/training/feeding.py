@@ -97,10 +97,14 @@ class Resident:
         """Does nothing."""
 
 
+def image_bytes(split: AnySplit) -> int:
+    """Returns the size of an image in bytes."""
+    return split.images.nbytes // len(split.labels)
+
+
 def steps_per_chunk(split: AnySplit, driver: Driver, batch_size: int, most: int) -> int:
     """Returns the number of batches in a chunk, at most `most`."""
-    image = split.images.nbytes // len(split.labels)
-    on_one_device = image * batch_size // len(driver.devices)
+    on_one_device = image_bytes(split) * batch_size // len(driver.devices)
     return max(1, min(most, _CHUNK // on_one_device))
 
 

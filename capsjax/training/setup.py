@@ -17,7 +17,14 @@ from capsjax.training import choices, processes
 from capsjax.training.config import TrainConfig
 from capsjax.training.custom import Custom, try_evaluation, try_optimizer
 from capsjax.training.drivers import Driver, local
-from capsjax.training.feeding import CHUNKS, Feed, Resident, Streamed, steps_per_chunk
+from capsjax.training.feeding import (
+    CHUNKS,
+    Feed,
+    Resident,
+    Streamed,
+    image_bytes,
+    steps_per_chunk,
+)
 from capsjax.training.holdout import hold_out
 from capsjax.training.inputs import choose_stream, choose_workers
 from capsjax.training.loading import read_run, restore
@@ -136,104 +143,82 @@ def set_up(
     Raises:
       ConfigError: the options contradict each other, or do not fit this machine or these images.
     """
-    config = configs[0]
+    config, several = configs[0], len(configs) > 1
     choices.check_dataset(dataset, model)
     train, validation = hold_out(dataset.train, config.validation, stratified=stratified)
-    if config.until_error is not None and dataset.is_regression:
-        raise ConfigError("--until-error is for classes, not for numbers to predict")
-    for option in config.stopping:
-        if validation is None:
-            raise ConfigError(
-                f"{option} needs validation images, but a tenth of {len(dataset.train.labels)}"
-                " training images is none"
-            )
+    _check_stopping(config, dataset, validation)
     task = choices.choose_task(dataset, config.max_shift, config.fill)
-    objective = custom.objective
-    if objective is None:
-        choices.check_numbers(model, dataset)
-        objective = choices.choose_objective(config.loss, config.preset, model, dataset)
+    sampler = Sampler(task, model.num_classes, config.flip)
+    objective = _choose_objective(config, custom, model, dataset)
     metrics = choices.choose_metrics(custom.metrics, dataset.is_regression)
     weights = choices.choose_class_weights(config.class_weights, dataset, train)
-    driver = choices.choose_driver(config.driver, config.devices, config.batch_size)
-    if processes.number() > 1 and driver.most_devices == 1:
-        raise ConfigError(
-            f"--driver {config.driver} uses one device; several processes need pmap or shard"
-        )
+    driver = _choose_driver(config)
     choices.check_test_size(dataset, config.test_size)
-    steps_per_epoch = choices.count_batches(train, config.batch_size)
-    total_steps = config.steps or (config.epochs or _EPOCHS) * steps_per_epoch
-    if total_steps >= 2**31:
-        raise ConfigError(f"--epochs must make fewer than 2147483648 steps, got {total_steps}")
-    if config.warmup_steps >= total_steps:
-        raise ConfigError(
-            f"--warmup-steps must be less than the steps of the run, {total_steps:,}, got"
-            f" {config.warmup_steps:,}"
-        )
-    sampler = Sampler(task, model.num_classes, config.flip)
-    batch_size, several = config.batch_size, len(configs) > 1
+    steps_per_epoch, total_steps = _count_steps(config, train)
     streamed = choose_stream(config.input, dataset, sampler, several_seeds=several)
-    chunk = steps_per_chunk(train, driver, batch_size, min(config.steps_per_dispatch, total_steps))
-    image = train.images.nbytes // len(train.labels)
+    most = min(config.steps_per_dispatch, total_steps)
+    chunk = steps_per_chunk(train, driver, config.batch_size, most)
+    workers = choose_workers(config.workers, train)
     memory = estimate_memory(
         model,
         driver,
-        batch_size=batch_size,
+        batch_size=config.batch_size,
         examples=dataset.train.images.nbytes
         if streamed is None
-        else CHUNKS * chunk * batch_size * image // len(driver.devices),
+        else CHUNKS * chunk * config.batch_size * image_bytes(train) // len(driver.devices),
         num_seeds=len(configs),
         optimizer=custom.optimizer,
     )
     say(f"{config.preset}: {memory}")
-    workers = choose_workers(config.workers, train)
     if streamed is not None:
         pool = f"{workers} worker process{'es' * (workers > 1)}"
-        reading = pool if workers else "threads of this process"
-        say(f"input: streamed by {reading}, {streamed}")
-    keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
+        say(f"input: streamed by {pool if workers else 'threads of this process'}, {streamed}")
+
     apply, shapes = split_abstract(model, frozen=config.freeze or ())
-    make = _shared_programs if _can_share(custom, task) else _make_programs
-    optimizer, steps, evaluate = make(
-        dataclasses.replace(config, **_NOT_COMPILED),
-        custom.optimizer,
-        apply,
-        model,
-        objective,
-        weights,
-        tuple(metrics.items()),
-        sampler,
-        driver,
+    programs = _Programs(
+        config=dataclasses.replace(config, **_NOT_COMPILED),
+        model=model,
+        apply=apply,
+        optimizer=custom.optimizer,
+        objective=objective,
+        weights=weights,
+        metrics=tuple(metrics.items()),
+        sampler=sampler,
+        driver=driver,
         several_seeds=several,
         streamed=streamed is not None,
         total_steps=total_steps if config.schedule == "cosine" else 0,
     )
+    make = _shared_programs if _can_share(custom, task) else _Programs.make
+    optimizer, steps, evaluate = make(programs)
     if custom.optimizer is not None:
         try_optimizer(optimizer, shapes.params, driver.axis_name)
+    keys = [jax.random.split(jax.random.key(each.seed), 3) for each in configs]
     first = [initial_variables(model, key) for key, _, _ in keys]
     if config.init_from is not None and initialise:
         first = _transferred(config, first, driver)
     if custom.objective is not None or custom.metrics is not None:
         try_evaluation(apply, shapes, objective, metrics, sampler, train)
+
     order_keys = [key for _, key, _ in keys]
     step_key = driver.replicate(stack([key for _, _, key in keys]))
     feed: Feed
-    if streamed is not None:
-        (order_key,) = order_keys
-        feed = Streamed(
-            driver,
-            train,
-            order_key,
-            step_key,
-            batch_size,
-            total_steps,
-            chunk,
-            workers,
-            steps,
-            evaluate,
-        )
-    else:
+    if streamed is None:
         examples = driver.replicate(as_batch(train.read()))
         feed = Resident(driver, examples, order_keys, step_key, steps_per_epoch, steps, evaluate)
+    else:
+        feed = Streamed(
+            driver=driver,
+            train=train,
+            order_key=order_keys[0],
+            step_key=step_key,
+            batch_size=config.batch_size,
+            total_steps=total_steps,
+            size=chunk,
+            workers=workers,
+            steps=steps,
+            evaluate_chunk=evaluate,
+        )
     return Setup(
         configs=configs,
         model=model,
@@ -252,46 +237,108 @@ def set_up(
     )
 
 
-def _make_programs(
-    config: TrainConfig,
-    optimizer: optax.GradientTransformation | None,
-    apply: Apply,
-    model: models.ModelConfig,
-    objective: Objective,
-    weights: tuple[float, ...] | None,
-    metrics: tuple[tuple[str, Metric], ...],
-    sampler: Sampler,
-    driver: Driver,
-    *,
-    several_seeds: bool,
-    streamed: bool,
-    total_steps: int,
-) -> tuple[optax.GradientTransformation, RunSteps, Evaluate]:
-    """Returns the optimizer and the programs, which are compiled when they are first called."""
-    optimizer = optimizer or make_optimizer(config, total_steps)
-    if config.freeze:
-        _, (params, _) = split_abstract(model)
-        optimizer = choices.freeze_parts(optimizer, params, config.freeze)
-    weighed = objective if weights is None else weigh_classes(objective, weights)
-    steps = make_run_steps(
-        make_train_step(apply, optimizer, weighed, axis_name=driver.axis_name),
-        sampler,
-        driver,
-        batch_size=config.batch_size,
-        several_seeds=several_seeds,
-        streamed=streamed,
-    )
-    evaluate = make_evaluate(
-        apply,
-        objective,
-        sampler,
-        driver,
-        batch_size=config.batch_size,
-        metrics=dict(metrics),
-        several_seeds=several_seeds,
-        streamed=streamed,
-    )
-    return optimizer, steps, evaluate
+def _check_stopping(config: TrainConfig, dataset: Dataset, validation: AnySplit | None) -> None:
+    if config.until_error is not None and dataset.is_regression:
+        raise ConfigError("--until-error is for classes, not for numbers to predict")
+    for option in config.stopping:
+        if validation is None:
+            raise ConfigError(
+                f"{option} needs validation images, but a tenth of {len(dataset.train.labels)}"
+                " training images is none"
+            )
+
+
+def _choose_objective(
+    config: TrainConfig, custom: Custom, model: models.ModelConfig, dataset: Dataset
+) -> Objective:
+    if custom.objective is not None:
+        return custom.objective
+    choices.check_numbers(model, dataset)
+    return choices.choose_objective(config.loss, config.preset, model, dataset)
+
+
+def _choose_driver(config: TrainConfig) -> Driver:
+    driver = choices.choose_driver(config.driver, config.devices, config.batch_size)
+    if processes.number() > 1 and driver.most_devices == 1:
+        raise ConfigError(
+            f"--driver {config.driver} uses one device; several processes need pmap or shard"
+        )
+    return driver
+
+
+def _count_steps(config: TrainConfig, train: AnySplit) -> tuple[int, int]:
+    """Returns the number of steps of an epoch and of the whole run."""
+    steps_per_epoch = choices.count_batches(train, config.batch_size)
+    total_steps = config.steps or (config.epochs or _EPOCHS) * steps_per_epoch
+    if total_steps >= 2**31:
+        raise ConfigError(f"--epochs must make fewer than 2147483648 steps, got {total_steps}")
+    if config.warmup_steps >= total_steps:
+        raise ConfigError(
+            f"--warmup-steps must be less than the steps of the run, {total_steps:,}, got"
+            f" {config.warmup_steps:,}"
+        )
+    return steps_per_epoch, total_steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Programs:
+    """What the programs of runs are made from; runs with equal parts can share them.
+
+    Attributes:
+      config: the options, without those that no program depends on.
+      model: the network's configuration.
+      apply: the network as a pure function.
+      optimizer: given in Python, or None for that of the options.
+      objective: loss per example.
+      weights: of the classes, or None.
+      metrics: names and functions.
+      sampler: makes the samples.
+      driver: where the programs run.
+      several_seeds: whether several networks train together.
+      streamed: whether images are sent in chunks.
+      total_steps: steps of the run if the learning rate depends on it, otherwise 0.
+    """
+
+    config: TrainConfig
+    model: models.ModelConfig
+    apply: Apply
+    optimizer: optax.GradientTransformation | None
+    objective: Objective
+    weights: tuple[float, ...] | None
+    metrics: tuple[tuple[str, Metric], ...]
+    sampler: Sampler
+    driver: Driver
+    several_seeds: bool
+    streamed: bool
+    total_steps: int
+
+    def make(self) -> tuple[optax.GradientTransformation, RunSteps, Evaluate]:
+        """Returns the optimizer and the programs, which are compiled when they are first called."""
+        config, weights = self.config, self.weights
+        optimizer = self.optimizer or make_optimizer(config, self.total_steps)
+        if config.freeze:
+            _, (params, _) = split_abstract(self.model)
+            optimizer = choices.freeze_parts(optimizer, params, config.freeze)
+        weighed = self.objective if weights is None else weigh_classes(self.objective, weights)
+        steps = make_run_steps(
+            make_train_step(self.apply, optimizer, weighed, axis_name=self.driver.axis_name),
+            self.sampler,
+            self.driver,
+            batch_size=config.batch_size,
+            several_seeds=self.several_seeds,
+            streamed=self.streamed,
+        )
+        evaluate = make_evaluate(
+            self.apply,
+            self.objective,
+            self.sampler,
+            self.driver,
+            batch_size=config.batch_size,
+            metrics=dict(self.metrics),
+            several_seeds=self.several_seeds,
+            streamed=self.streamed,
+        )
+        return optimizer, steps, evaluate
 
 
 def _can_share(custom: Custom, task: Task) -> bool:
@@ -304,7 +351,7 @@ def _can_share(custom: Custom, task: Task) -> bool:
 
 
 # Runs with the same programs, such as those of a sweep over seeds, compile them once.
-_shared_programs = functools.lru_cache(maxsize=8)(_make_programs)
+_shared_programs = functools.lru_cache(maxsize=8)(_Programs.make)
 
 
 def _transferred(
