@@ -1,6 +1,7 @@
 """The cells of a benchmark, and suites of them."""
 
 import dataclasses
+import hashlib
 import itertools
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,8 @@ from capsjax.bench.workloads import make_workload
 Entry = tuple[str, Mapping[str, Any]]
 _LOOPS = ("fori_loop", "scan", "unrolled")
 _DIRECTIONS = ("forward", "gradient")
+# File names have at most 255 bytes, with their endings.
+_LONGEST_NAME = 180
 _PODS = ("v5e-256", "v6e-256", "v5p-128")
 
 
@@ -43,8 +46,11 @@ class Cell:
 
     @property
     def file_name(self) -> str:
-        """The key as a file name."""
-        return "".join(c if c.isalnum() or c in "=.-:" else "_" for c in self.key).strip("_")
+        """The key as a file name; if it is long, its beginning and a hash."""
+        name = "".join(c if c.isalnum() or c in "=.-:" else "_" for c in self.key).strip("_")
+        if len(name) <= _LONGEST_NAME:
+            return name
+        return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(self.key.encode()).hexdigest()[:8]}"
 
 
 def suite_cells(suite: Suite, targets: Sequence[str], flags: Sequence[str] = ()) -> list[Cell]:
@@ -63,8 +69,8 @@ def suite_cells(suite: Suite, targets: Sequence[str], flags: Sequence[str] = ())
       >>> suite_cells("pod", [])[0].key
       'pmap_train_step preset=paper dtype=bfloat16 batch=128 @ v5e-256'
     """
-    cells = []
-    for name in targets or (_PODS if suite == "pod" else ("cpu",)):
+    cells: list[Cell] = []
+    for name in dict.fromkeys(targets) or (_PODS if suite == "pod" else ("cpu",)):
         cells += make_cells(_SUITES[suite](parse_target(name)), [name], flags)
     return cells
 
@@ -72,7 +78,7 @@ def suite_cells(suite: Suite, targets: Sequence[str], flags: Sequence[str] = ())
 def make_cells(
     entries: Iterable[Entry], targets: Sequence[str], flags: Sequence[str] = ()
 ) -> list[Cell]:
-    """Returns cells for every workload, target and set of flags.
+    """Returns cells for every workload, target and set of flags, each once.
 
     Workloads that are mapped over devices get eight virtual ones if the target is one CPU.
 
@@ -88,7 +94,7 @@ def make_cells(
         if workload == "hotos_gcc" and (target != "cpu" or flag):
             continue  # gcc has neither other targets nor XLA flags
         cells.append(Cell(workload, tuple(parameters.items()), target, tuple(shlex.split(flag))))
-    return cells
+    return list({cell.key: cell for cell in cells}.values())
 
 
 def groups(cells: Iterable[Cell], alternate: str | None) -> list[list[Cell]]:

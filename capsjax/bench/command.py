@@ -13,7 +13,7 @@ from capsjax.bench.results.comparison import COUNTS, TIMES, compare_rows
 from capsjax.bench.results.page import write_report
 from capsjax.bench.results.rows import Row, read_rows
 from capsjax.bench.scaling import Scaling, estimate_scaling
-from capsjax.bench.workloads import choices, import_function
+from capsjax.bench.workloads import choices, import_function, parse_shape
 from capsjax.errors import ConfigError
 
 _WORSE = 3  # exit code of a comparison; errors have 1 and 2
@@ -81,7 +81,11 @@ def run_comparison(config: CompareConfig) -> int:
     comparison = compare_rows(old, new, measures=measures)
     if not comparison.ratios and not comparison.broken:
         raise ConfigError(f"{config.old} and {config.new} have no cell in common")
-    shown = [ratio for ratio in comparison.ratios if config.all or is_telling(ratio)]
+    shown = [
+        ratio
+        for ratio in comparison.ratios
+        if config.all or is_telling(ratio) or ratio.is_worse(config.threshold)
+    ]
     if shown:
         console().print(comparison_table(shown, config.threshold))
     for cell in comparison.broken:
@@ -108,7 +112,8 @@ def make_plan(config: BenchConfig) -> Plan:
     """Returns how to measure the cells, and where to write the rows.
 
     Raises:
-      ConfigError: the file already exists, or its directory does not.
+      ConfigError: the file already exists, or its directory does not; or the one for the programs'
+        texts is a file.
     """
     suite = config.suite or "quick"
     name = (config.workload or suite).replace(":", ".")
@@ -122,6 +127,8 @@ def make_plan(config: BenchConfig) -> Plan:
     page = _page(output)
     if config.report and page.exists() and not config.resume:
         raise ConfigError(f"--output: the report {page} exists already; --no-report writes none")
+    if config.hlo is not None and config.hlo.exists() and not config.hlo.is_dir():
+        raise ConfigError(f"--hlo must be a directory, got the file {config.hlo}")
     few = config.alternate or (config.workload is None and suite in ("quick", "pod"))
     return Plan(
         output=output,
@@ -139,18 +146,25 @@ def _named_cells(config: BenchConfig) -> list[Cell]:
     settings = dict(map(_setting, config.set))
     if ":" in config.workload:
         import_function(config.workload)
+        for shape in config.shape:
+            parse_shape(shape)
         settings["shapes"] = [" ".join(config.shape)]
     elif config.alternate is not None and config.alternate not in settings:
         settings[config.alternate] = list(choices(config.workload, config.alternate))
+        if not settings[config.alternate]:
+            raise ConfigError(
+                f"--alternate {config.alternate} needs its values: --set {config.alternate}=...,..."
+            )
     entries = sweep(config.workload, settings)
     return make_cells(entries, config.target or ("cpu",), config.xla_flag)
 
 
 def _setting(text: str) -> tuple[str, list[str]]:
     name, equals, values = text.partition("=")
-    if not equals or not values:
+    found = [value for value in values.split(",") if value]
+    if not equals or not found:
         raise ConfigError(f"--set must be like iterations=1,3, got {text!r}")
-    return name.strip(), [value for value in values.split(",") if value]
+    return name.strip(), found
 
 
 def _print_scaling(scalings: list[Scaling]) -> None:

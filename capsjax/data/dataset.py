@@ -93,6 +93,9 @@ class Dataset:
     test_files: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        names, counts = np.unique(self.class_names, return_counts=True)
+        if twice := names[counts > 1].tolist():
+            raise ValueError(f"class_names must differ, got {twice[0]!r} more than once")
         for split_name in ("train", "test"):
             images, labels = getattr(self, split_name)
             if images.dtype not in (np.uint8, np.uint16, np.float32) or images.ndim != 4:

@@ -40,6 +40,8 @@ def hold_out(
       (45, 5)
     """
     total = len(train.labels)
+    if not total:
+        raise ConfigError("the data set has no training images")
     number = total // 10 if number is None else number
     if number >= total:
         raise ConfigError(

@@ -10,6 +10,7 @@ from capsjax.routing import RoutingTrace
 from capsjax.viz.theme import drawable
 
 Array = npt.NDArray[np.float64]
+_LONGEST_NAME = 24
 
 
 def check_one_example(trace: RoutingTrace) -> None:
@@ -40,16 +41,20 @@ def as_array(name: str, value: ArrayLike, *axes: int | str) -> Array:
 def as_names(name: str, names: Sequence[str] | None, count: int) -> list[str]:
     """Returns `count` names as a list, numbers when None; raises if there are more or fewer.
 
-    Names that the font of the figures cannot show are escaped, after their number.
+    Names that the font of the figures cannot show are escaped, after their number, and long ones
+    are cut.
     """
     if names is None:
         return [str(n) for n in range(count)]
     if len(names) != count:
         raise ValueError(f"{name} must be {count} names, got {len(names)}")
     shown = [drawable(text) for text in names]
-    return [
+    numbered = [
         text if text == name else f"{n} ({text})"
         for n, (name, text) in enumerate(zip(names, shown, strict=True))
+    ]
+    return [
+        text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 1]}…" for text in numbered
     ]
 
 

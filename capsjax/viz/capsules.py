@@ -9,7 +9,14 @@ from matplotlib.figure import Figure
 
 from capsjax.routing import RoutingTrace
 from capsjax.viz._checks import Array, as_array, as_indices, as_names, check_one_example
-from capsjax.viz.theme import ThemeName, new_figure, show_image, themed
+from capsjax.viz.theme import (
+    ThemeName,
+    fitted,
+    label_classes,
+    new_figure,
+    show_image,
+    themed,
+)
 
 
 def coupling_maps(
@@ -172,7 +179,9 @@ def agreement(
             color=colours.soft,
         )
         right.set_title("entropy of a child's coupling, bits", loc="left")
-        right.margins(y=0.15)
+        # A tenth of a bit at least: what differs by less, such as rounding, looks equal.
+        low, high = min(entropy.min(), np.log2(j) - 0.1), max(entropy.max(), np.log2(j))
+        right.set_ylim(low - 0.15 * (high - low), high + 0.15 * (high - low))
         for ax in (left, right):
             ax.set_xticks(at)
             ax.set_xlabel("iteration")
@@ -216,7 +225,7 @@ def lengths(
     names = as_names("class_names", class_names, len(values))
     with themed(theme) as colours:
         if ax is None:
-            ax = new_figure(4.6, 2.8).add_subplot()
+            ax = new_figure(4.6 * max(1.0, len(values) / 12), 2.8).add_subplot()
         figure = ax.get_figure(root=True)
         assert figure is not None  # axes always belong to a figure
         bars = ax.bar(range(len(values)), values, 0.72, color=colours.accents[0], alpha=0.45)
@@ -231,8 +240,7 @@ def lengths(
                 fontsize=7.5,
                 color=colours.soft,
             )
-        # Text on the caller's axes is parsed as formulas by default.
-        ax.set_xticks(range(len(values)), names, parse_math=False)
+        label_classes(ax, names)
         if label is not None:
             ax.get_xticklabels()[label].set(weight="bold", color=colours.ink)
         ax.set_ylim(0, 1.05)
@@ -342,14 +350,16 @@ def _grid(
     number, many, height, width, _ = tiles.shape
     if len(titles) != many:
         raise ValueError(f"titles must be {many} texts, got {len(titles)}")
+    texts = [fitted(title, round(14 * size)) for title in titles]
+    top = 0.45 + 0.13 * max((text.count("\n") for text in texts), default=0)
     with themed(theme) as colours:
-        figure = new_figure(1.1 + many * size, 0.45 + number * size * height / width)
+        figure = new_figure(1.1 + many * size, top + number * size * height / width)
         figure.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
         axes = figure.subplots(number, many, squeeze=False)
         for r in range(number):
             for n in range(many):
                 show_image(axes[r, n], tiles[r, n], gid=f"tile-{r}-{n}")
             axes[r, 0].set_ylabel(rows[r], rotation=0, ha="right", va="center", fontsize=8)
-        for ax, title in zip(axes[0], titles, strict=True):
-            ax.set_title(title, fontsize=8, weight="normal", color=colours.soft, pad=3)
+        for ax, text in zip(axes[0], texts, strict=True):
+            ax.set_title(text, fontsize=8, weight="normal", color=colours.soft, pad=3)
         return figure

@@ -221,6 +221,8 @@ def overlay(first: np.ndarray, second: np.ndarray, shift: int = 4) -> np.ndarray
 def _overlaps(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
     """Pairs of overlaid images and the reconstructions from their two longest capsules."""
     test, names = loaded.test, _names(loaded)
+    if len(names) < 2:
+        raise ValueError("two capsules are reconstructed, but the network has one class")
     # Each image is paired with the next image of another class.
     pairs = []
     for a in range(config.index, len(test.labels)):

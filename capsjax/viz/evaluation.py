@@ -8,10 +8,19 @@ import numpy.typing as npt
 from jax.typing import ArrayLike
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
 from capsjax.viz._checks import Array, as_array, as_names
-from capsjax.viz.theme import THEMES, ThemeName, drawable, new_figure, show_image, themed
+from capsjax.viz.theme import (
+    THEMES,
+    ThemeName,
+    drawable,
+    fitted,
+    label_classes,
+    new_figure,
+    show_image,
+    themed,
+)
 
 
 def confusion(
@@ -50,16 +59,17 @@ def confusion(
         )
     names = as_names("class_names", class_names, values.shape[1])
     counts = confusion_matrix(truth, values)
+    growth = max(1.0, len(counts) / 16)
     with themed(theme):
         if images is None:
-            figure = new_figure(4.8, 4.4)
+            figure = new_figure(4.8 * growth, 4.4 * growth)
             _draw_counts(figure.add_subplot(), counts, names, theme)
             return figure
         shown = as_array("images", images, "N", "H", "W", "C")
-        figure = new_figure(9.6, 4.4)
+        figure = new_figure(9.6 * growth, 4.4 * growth)
         left, right = cast(Any, figure.subfigures(1, 2, width_ratios=(1.1, 1)))
         _draw_counts(left.add_subplot(), counts, names, theme)
-        right.suptitle("worst errors: true → predicted, lengths", fontsize=10, weight="bold")
+        right.suptitle("worst errors: true → predicted, scores", fontsize=10, weight="bold")
         worst = worst_errors(truth, values)[:num_worst]
         axes = right.subplots(-(-max(1, len(worst)) // 4), 4, squeeze=False).ravel()
         for ax in axes:
@@ -69,7 +79,7 @@ def confusion(
             ax.set_axis_on()
             show_image(ax, shown[n])
             ax.set_title(
-                f"{names[t]} → {names[p]}\n{values[n, t]:.2f}  {values[n, p]:.2f}",
+                f"{fitted(f'{names[t]} → {names[p]}', 16)}\n{values[n, t]:.2f}  {values[n, p]:.2f}",
                 fontsize=8,
                 weight="normal",
                 pad=3,
@@ -104,7 +114,7 @@ def _draw_counts(
             color=colour,
             weight="bold" if t == p else "normal",
         )
-    ax.set_xticks(range(number), names)
+    label_classes(ax, names)
     ax.set_yticks(range(number), names)
     ax.set_xlabel("predicted")
     ax.set_ylabel("true")
@@ -124,6 +134,20 @@ def worst_errors(labels: npt.NDArray[Any], scores: Array) -> npt.NDArray[np.int6
     margin = scores.max(axis=1) - scores[np.arange(len(labels)), labels]
     wrong = np.flatnonzero(np.argmax(scores, axis=1) != labels)
     return wrong[np.argsort(-margin[wrong], kind="stable")].astype(np.int64)
+
+
+def _set_log_scale(ax: Axes, values: Sequence[float]) -> None:
+    """Makes the vertical axis logarithmic, and linear below the least value if some are zero."""
+    positive = [value for value in values if value > 0]
+    if len(positive) == len(values):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        least = min(positive, default=1.0)
+        ax.set_yscale("symlog", linthresh=least, linscale=0.5)
+        ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=least, subs=(1, 2, 5)))
+        ax.set_ylim(bottom=-0.2 * least)
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def training_curves(
@@ -167,6 +191,8 @@ def training_curves(
                         for x in records
                         if x["split"] == split and x.get(key) is not None
                     ]
+                    if len(points) == 1 and "marker" not in style:
+                        style = {"marker": ".", **style}
                     if points:
                         label = f"{drawable(name)}, {split}" if len(runs) > 1 else split
                         ax.plot(
@@ -178,12 +204,11 @@ def training_curves(
                         )
             ax.set_title(key, loc="left")
             ax.set_xlabel("step")
-            ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
             ax.xaxis.set_major_formatter("{x:,.0f}")
             if key in ("loss", "error"):
-                ax.set_yscale("log")
-                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                ax.yaxis.set_minor_locator(NullLocator())
+                values = (x.get(key) for each in flat.values() for x in each)
+                _set_log_scale(ax, [value for value in values if value is not None])
                 ax.yaxis.set_major_formatter(
                     (lambda value, _: f"{100 * value:g} %") if key == "error" else "{x:g}"
                 )

@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -72,6 +73,22 @@ def drawable(text: str) -> str:
     if all(font.get_char_index(ord(character)) for character in text):
         return text
     return text.encode("ascii", "backslashreplace").decode()
+
+
+def fitted(text: str, width: int) -> str:
+    """Breaks a text into lines of at most this number of characters."""
+    return "\n".join(textwrap.wrap(text, width)) if len(text) > width else text
+
+
+def label_classes(ax: Axes, names: Sequence[str]) -> None:
+    """Writes the names of classes below the axes, slanted where they would overlap."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None  # axes always belong to a figure
+    # Text on the caller's axes is parsed as formulas by default.
+    ax.set_xticks(range(len(names)), names, parse_math=False)
+    if len(names) * max(map(len, names)) > 10 * figure.get_figwidth():
+        for label in ax.get_xticklabels():
+            label.set(rotation=45, ha="right", rotation_mode="anchor")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Two files beside each other: pairs, intervals, exit codes."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from capsjax.bench import Cost, Failure, Program, Row, append_rows, compare_rows
+from capsjax.bench import (
+    Cost,
+    Estimate,
+    Failure,
+    Kernels,
+    Program,
+    Row,
+    append_rows,
+    compare_rows,
+)
 from capsjax.cli import main
 
 
@@ -94,6 +104,22 @@ def test_the_command_s_exit_code_tells(tmp_path, capsys):
         main(["bench", "compare", old, broken])
     assert done.value.code == 3
     assert "now fails: squash @ cpu" in capsys.readouterr().out
+
+
+def test_all_that_is_worse_is_shown_in_its_unit(tmp_path, capsys):
+    def estimated(seconds, *compiled):
+        kernels = Kernels({"fusion": 1.0}, seconds=Estimate(seconds))
+        program = Program(cost=Cost(100.0), kernels=kernels)
+        return dataclasses.replace(row(compiled=compiled), hlo=program)
+
+    old = write(tmp_path / "old.jsonl", estimated(1.25e-3, 12e-6, 12e-6))
+    new = write(tmp_path / "new.jsonl", estimated(1.2625e-3, 36e-6, 36e-6))
+    with pytest.raises(SystemExit) as done:
+        main(["bench", "compare", old, new, "--threshold", "1.005"])
+    assert done.value.code == 3
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("1.250 ms", "1.262 ms", "1.2e-05 s", "3.6e-05 s", "2 measures worse"):
+        assert text in shown
 
 
 def test_bad_files_are_one_line(tmp_path, capsys):

@@ -12,6 +12,7 @@ from flax import nnx
 
 from capsjax import models, routing, training
 from capsjax.bench import CAPSULE_SIZES, make_workload, parse_target, read_program, suite_cells
+from capsjax.bench.cells import make_cells, sweep
 from capsjax.bench.config import Suite
 from capsjax.bench.processes import measure
 from capsjax.bench.workloads import UserFunction, choices, convolutions, parse_shape
@@ -140,10 +141,34 @@ def test_what_does_not_go_together_is_named(name, parameters, match):
         make_workload(name, parameters)
 
 
-@pytest.mark.parametrize("text", ["f32", "f32[a]", "q9[3]"])
+@pytest.mark.parametrize("text", ["f32", "f32[a]", "q9[3]", "f64[3]", "i64[3]", "u64[]"])
 def test_shapes_that_are_none_are_named(text):
     with pytest.raises(ConfigError, match="shape"):
         parse_shape(text)
+
+
+def test_numbers_of_64_bits_have_to_be_enabled():
+    with jax.enable_x64(True):
+        assert parse_shape("f64[3]").dtype == jnp.float64
+        assert parse_shape("i64[3]").dtype == jnp.int64
+
+
+def test_a_cell_that_is_named_twice_is_one():
+    entries = sweep("squash", {"batch": [4, 4, 5]})
+    cells = make_cells(entries, ["cpu", "cpu"], ["", ""])
+    assert [cell.key for cell in cells] == ["squash batch=4 @ cpu", "squash batch=5 @ cpu"]
+    assert len(suite_cells("quick", ["cpu", "cpu"])) == len(suite_cells("quick", ["cpu"]))
+
+
+def test_files_of_programs_have_names_that_any_file_system_takes():
+    one, other = (
+        make_cells([("math:exp", {"shapes": f"f32[{n}]" + 40 * " f32[64,64]"})], ["cpu"])[0]
+        for n in (1, 2)
+    )
+    assert one.file_name[:100] != one.key[:100]
+    assert max(len(cell.file_name) for cell in (one, other)) < 200
+    assert one.file_name != other.file_name
+    assert make_cells([("squash", {"batch": 4})], ["cpu"])[0].file_name == "squash_batch=4___cpu"
 
 
 def test_suites_build_and_cover_every_algorithm(toy):

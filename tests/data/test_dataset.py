@@ -66,6 +66,11 @@ def test_any_number_of_classes():
             Dataset("tiny", train, several, names, task)
 
 
+def test_names_of_classes_differ():
+    with pytest.raises(ValueError, match="class_names must differ, got 'b' more than once"):
+        Dataset("tiny", split(), split(), ("a", "b", "b"))
+
+
 def test_labels_that_are_no_array_are_named():
     with pytest.raises(TypeError, match="train.labels must be an int32 array, got list"):
         Dataset("tiny", split()._replace(labels=[0, 1]), split(), ("a", "b"))

@@ -204,6 +204,8 @@ def test_errors_by_class():
 def test_each_class_is_held_out_in_proportion(counts, number, held):
     labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     split = Split(np.zeros((len(labels), 1, 1, 1), np.uint8), labels)
+    with pytest.raises(ConfigError, match="the data set has no training images"):
+        hold_out(split.take(np.arange(0)), None)
     kept, validation = hold_out(split, number)
     found = np.bincount(validation.labels, minlength=len(counts))
     assert found.tolist() == held

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from capsjax import viz
+from capsjax import routing_trace, viz
 from capsjax.cli import main
 from capsjax.training import load_network
 from capsjax.training.run_directory import RunDirectory
@@ -125,6 +125,51 @@ def test_curves_hold_the_records(run):
     np.testing.assert_array_equal(lines["b-train-loss"].get_ydata(), losses)
     with pytest.raises(ValueError, match="got none of c"):
         viz.training_curves({"c": []})
+
+
+def test_curves_show_what_is_zero_or_single():
+    records = [
+        {"split": "train", "step": 5, "loss": 0.5, "error": 0.25},
+        *({"split": "validation", "step": n, "loss": 0.5, "error": 0.1 / n - 0.02} for n in (1, 5)),
+        {"split": "test", "step": 5, "loss": 0.5, "error": 0.0},
+    ]
+    figure = viz.training_curves({"a": [{"split": "test", "step": 5, "loss": 1.0}], "b": records})
+    loss, error = figure.axes
+    assert (loss.get_yscale(), error.get_yscale()) == ("log", "symlog")
+    bottom, top = error.get_ylim()
+    for line in error.lines:
+        assert bottom < min(line.get_ydata()) <= max(line.get_ydata()) < top
+        assert line.get_marker() != "None"
+    labels = [label.get_text() for label in error.get_xticklabels() if label.get_text()]
+    assert len(labels) == len(set(labels))
+
+
+def test_long_names_and_many_classes_can_be_read():
+    names = [f"{n} is a long name of a class" for n in range(40)]
+    labels, scores = np.arange(40), np.roll(np.eye(40), 1, axis=1)
+    figure = viz.confusion(labels, scores, images=np.zeros((40, 4, 4, 1)), class_names=names)
+    ticks = figure.axes[0].get_xticklabels()
+    assert {tick.get_rotation() for tick in ticks} == {45}
+    assert ticks[0].get_text() == "0 is a long name of a c…"
+    assert figure.get_figwidth() > viz.confusion(labels[:10], scores[:10, :12]).get_figwidth() * 2
+    assert max(len(x) for ax in figure.axes[1:] for x in ax.get_title().splitlines()) <= 16
+    (bars,), (few,) = (
+        viz.lengths(np.ones(number), class_names=given).axes
+        for number, given in ((40, names), (10, None))
+    )
+    assert {tick.get_rotation() for tick in bars.get_xticklabels()} == {45}
+    assert {tick.get_rotation() for tick in few.get_xticklabels()} == {0}
+    images = np.zeros((2, 4, 4, 1))
+    grid = viz.reconstructions(images, images, titles=["Sandal → Ankle boot", "0 → 1"])
+    assert [ax.get_title() for ax in grid.axes[:2]] == ["Sandal →\nAnkle boot", "0 → 1"]
+
+
+def test_entropies_that_differ_by_rounding_look_equal():
+    trace = routing_trace(1e-4 * np.ones((6, 10, 4), np.float32))
+    (right,) = (ax for ax in viz.agreement(trace).axes if "entropy" in ax.get_title(loc="left"))
+    bottom, top = right.get_ylim()
+    assert top - bottom > 0.1
+    assert bottom < np.log2(10) < top
 
 
 def test_curves_of_numbers_have_metrics_and_no_error():

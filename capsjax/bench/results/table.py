@@ -190,4 +190,6 @@ def summary(comparison: Comparison, threshold: float) -> str:
 
 
 def _value(ratio: Ratio, value: float) -> str:
-    return f"{value:.4f} s" if ratio.measure in TIMES else f"{value:,.0f}"
+    if ratio.measure == "estimate":
+        return f"{1e3 * value:,.3f} ms"
+    return f"{value:.4g} s" if ratio.measure in TIMES else f"{value:,.0f}"

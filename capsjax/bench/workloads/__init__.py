@@ -118,7 +118,7 @@ def parse_shape(text: str) -> jax.ShapeDtypeStruct:
     """Parses a shape such as ``float32[128,784]``, or with ``f32``, ``bf16``, ``i32`` or ``u8``.
 
     Raises:
-      ConfigError: the text is not of this form.
+      ConfigError: the text is not of this form, or has a dtype that jax does not know or enable.
 
     Example:
       >>> from capsjax.bench.workloads import parse_shape
@@ -131,9 +131,12 @@ def parse_shape(text: str) -> jax.ShapeDtypeStruct:
         raise ConfigError(f"shape must be like f32[128,784], got {text!r}")
     sizes = tuple(int(size) for size in found[2].split(",") if size)
     try:
-        return jax.ShapeDtypeStruct(sizes, jnp.dtype(found[1]))
+        dtype = jnp.dtype(found[1])
     except TypeError:
         raise ConfigError(f"shape {text!r} has no dtype that jax knows") from None
+    if (narrow := jax.dtypes.canonicalize_dtype(dtype)) != dtype:
+        raise ConfigError(f"shape {text!r} would be {narrow}: set JAX_ENABLE_X64=1 for {dtype}")
+    return jax.ShapeDtypeStruct(sizes, dtype)
 
 
 def _kind(name: str) -> type:
