@@ -1,5 +1,6 @@
 """Figures of evaluation and training: confusion, the worst errors, learning curves."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -137,7 +138,8 @@ def worst_errors(labels: npt.NDArray[Any], scores: Array) -> npt.NDArray[np.int6
 
 
 def _set_log_scale(ax: Axes, values: Sequence[float]) -> None:
-    """Makes the vertical axis logarithmic, and linear below the least value if some are zero."""
+    """Makes the vertical axis logarithmic, and linear near zero if not all values are positive."""
+    values = [value for value in values if math.isfinite(value)]
     positive = [value for value in values if value > 0]
     if len(positive) == len(values):
         ax.set_yscale("log")
@@ -146,7 +148,8 @@ def _set_log_scale(ax: Axes, values: Sequence[float]) -> None:
         least = min(positive, default=1.0)
         ax.set_yscale("symlog", linthresh=least, linscale=0.5)
         ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=least, subs=(1, 2, 5)))
-        ax.set_ylim(bottom=-0.2 * least)
+        if min(values) == 0:  # marks of zero are drawn whole
+            ax.set_ylim(bottom=-0.2 * least)
     ax.yaxis.set_minor_locator(NullLocator())
 
 

@@ -86,7 +86,7 @@ def label_classes(ax: Axes, names: Sequence[str]) -> None:
     assert figure is not None  # axes always belong to a figure
     # Text on the caller's axes is parsed as formulas by default.
     ax.set_xticks(range(len(names)), names, parse_math=False)
-    if len(names) * max(map(len, names)) > 10 * figure.get_figwidth():
+    if len(names) * max(map(len, names), default=0) > 10 * figure.get_figwidth():
         for label in ax.get_xticklabels():
             label.set(rotation=45, ha="right", rotation_mode="anchor")
 

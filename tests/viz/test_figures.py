@@ -144,6 +144,17 @@ def test_curves_show_what_is_zero_or_single():
     assert len(labels) == len(set(labels))
 
 
+@pytest.mark.parametrize("losses", [(float("nan"), 2.0), (0.0, 0.0), (-3.0, 2.0), (float("inf"),)])
+def test_curves_of_any_losses(losses):
+    records = [{"split": "train", "step": n, "loss": loss} for n, loss in enumerate(losses)]
+    figure = viz.training_curves({"a": records})
+    figure.savefig(io.BytesIO())
+    (ax,) = figure.axes
+    bottom, top = ax.get_ylim()
+    assert all(bottom < loss < top for loss in losses if np.isfinite(loss))
+    assert ax.get_yscale() == ("log" if np.nanmin(losses) > 0 else "symlog")
+
+
 def test_long_names_and_many_classes_can_be_read():
     names = [f"{n} is a long name of a class" for n in range(40)]
     labels, scores = np.arange(40), np.roll(np.eye(40), 1, axis=1)
