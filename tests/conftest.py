@@ -33,7 +33,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 # As in pyproject.toml, for the processes that tests start.
-os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry"
+os.environ["PYTHONWARNINGS"] = (
+    "ignore:Error reading persistent compilation cache entry,"
+    "ignore:Error writing persistent compilation cache entry"
+)
 
 import hypothesis
 import jax

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import shlex
+import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from capsjax.bench.workloads import make_workload
 Entry = tuple[str, Mapping[str, Any]]
 _LOOPS = ("fori_loop", "scan", "unrolled")
 _DIRECTIONS = ("forward", "gradient")
+_PLAIN = frozenset(string.ascii_letters + string.digits + "=.-:")
 # File names have at most 255 bytes, with their endings.
 _LONGEST_NAME = 180
 _PODS = ("v5e-256", "v6e-256", "v5p-128")
@@ -47,7 +49,7 @@ class Cell:
     @property
     def file_name(self) -> str:
         """The key as a file name; if it is long, its beginning and a hash."""
-        name = "".join(c if c.isalnum() or c in "=.-:" else "_" for c in self.key).strip("_")
+        name = "".join(c if c in _PLAIN else "_" for c in self.key).strip("_")
         if len(name) <= _LONGEST_NAME:
             return name
         return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(self.key.encode()).hexdigest()[:8]}"

@@ -74,8 +74,9 @@ class Dataset:
     Raises:
       TypeError: labels are not an array.
       ValueError: a split does not have the shapes, dtypes and values of :class:`Split`, the images
-        of the two splits differ in shape or do not suit the task, a label has no class name, the
-        task draws pairs and a split is not sorted by class, or a test image has no file.
+        of the two splits differ in shape or do not suit the task, a label has no class name, two
+        classes have the same name, the task draws pairs and a split is not sorted by class, or a
+        test image has no file.
 
     Example:
       >>> import numpy as np

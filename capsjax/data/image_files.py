@@ -1,5 +1,6 @@
 """Image files: which files are images, and their pixels."""
 
+import errno
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,9 +71,9 @@ def read_image(
             if image.mode in ("RGB", "RGBA", "LA") and ";16" in str(image.tile):
                 lost["16-bit colours as 8-bit, as Pillow does"] += 1
             return image_pixels(image, size=size, channels=channels)
-    # Pillow raises any of these for a damaged file, and no OSError with a number.
+    # Pillow raises any of these for a damaged file. It may seek to where no file can be.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise OSError(error.errno, error.strerror, str(file)) from error
         raise UnreadableImageError(f"cannot read {file} as an image: {error}") from error
 

@@ -36,6 +36,7 @@ _FORMAT = "array_record"
 _CHUNK = 1000
 _PROBE_SECONDS = 10.0
 
+_reading = threading.RLock()
 _log = logging.getLogger(__name__)
 
 
@@ -60,7 +61,10 @@ def load_tfds(name: str, data_dir: Path | None, *, download: bool) -> Dataset:
         raise DataError(f"data set {name}: data directory {data_dir} is a file")
     _expect_format(name, data_dir / name / str(tfds.builder_cls(name).VERSION))
     try:
-        builder = _builder_class(tfds, name)(data_dir=data_dir, file_format=_FORMAT)
+        with only_own_features(tfds):
+            builder = _builder_class(tfds, name)(data_dir=data_dir, file_format=_FORMAT)
+    except DataError:
+        raise
     except Exception as error:  # a damaged dataset_info.json raises many kinds
         raise _unreadable(name, data_dir / name, error) from None
     prepared = Path(builder.data_dir)
@@ -223,6 +227,28 @@ def import_tfds() -> Any:
             f"data set needs {error.name}, which is not installed: {how_to_install('data')}"
         ) from None
     return tfds
+
+
+@contextlib.contextmanager
+def only_own_features(tfds: Any) -> Iterator[None]:
+    """Refuses features of other packages, whose modules TFDS would import where a set names them.
+
+    The import would execute code that the set brings, or any other.
+    """
+    connector = tfds.features.FeatureConnector
+
+    def checked(cls: type, name: str) -> Any:
+        if not name.startswith("tensorflow_datasets."):
+            raise DataError(f"data set's features must be TFDS's own, got one of class {name}")
+        return original.__func__(cls, name)
+
+    with _reading:
+        original = vars(connector)["cls_from_name"]
+        connector.cls_from_name = classmethod(checked)
+        try:
+            yield
+        finally:
+            connector.cls_from_name = original
 
 
 def _unreadable(name: str, path: Path, error: Exception) -> DataError:

@@ -211,7 +211,7 @@ def weigh_classes(objective: Objective, weights: Sequence[float] | jax.Array) ->
       >>> print(objective(prediction, jnp.eye(2), images) / jnp.log(2))
       [3. 1.]
     """
-    if not isinstance(weights, jax.core.Tracer):
+    if not any(isinstance(weight, jax.core.Tracer) for weight in jax.tree.leaves(weights)):
         for number, weight in enumerate(np.ravel(weights).tolist()):
             check_number(f"weights[{number}]", weight, least=0)
 
@@ -219,13 +219,14 @@ def weigh_classes(objective: Objective, weights: Sequence[float] | jax.Array) ->
     def with_weights(
         prediction: Prediction, target: jax.Array, images: jax.Array, **options: ArrayLike
     ) -> jax.Array:
-        if np.shape(weights) != target.shape[-1:]:
+        each = jnp.asarray(weights)
+        if each.shape != target.shape[-1:]:
             raise ValueError(
                 f"weights must have shape [J] = {target.shape[-1:]}, one for each class, got shape"
-                f" {np.shape(weights)}"
+                f" {each.shape}"
             )
         count = jnp.sum(target, axis=-1)
-        weighed = target * jnp.broadcast_to(jnp.asarray(weights), target.shape)
+        weighed = target * jnp.broadcast_to(each, target.shape)
         mean = jnp.sum(weighed, axis=-1) / jnp.maximum(count, 1)
         losses = objective(prediction, target, images, **options)
         return jnp.where(count > 0, mean, 1.0) * losses

@@ -17,7 +17,9 @@ _FATAL = re.compile(
     rb"|terminate called after throwing an instance of 'gloo"
 )
 # Lines that announce the fatal one, and reports of connections that succeeded.
-_NOISE = re.compile(rb"[EW]\d{4} .*(coordination_service|add_port)|\[Gloo\] Rank|peer ranks")
+_NOISE = re.compile(
+    rb"[EW]\d{4} .*(coordination_service|add_port)|\[Gloo\] Rank|peer ranks(\. | is : )"
+)
 _CONTINUED = re.compile(
     rb"\d+$|The tasks have crashed|=== Source Location|external/xla|RPC: /xla|$"
 )

@@ -12,6 +12,7 @@ from capsjax.viz._checks import Array, as_array, as_indices, as_names, check_one
 from capsjax.viz.theme import (
     ThemeName,
     fitted,
+    growth,
     label_classes,
     new_figure,
     show_image,
@@ -225,7 +226,10 @@ def lengths(
     names = as_names("class_names", class_names, len(values))
     with themed(theme) as colours:
         if ax is None:
-            ax = new_figure(4.6 * max(1.0, len(values) / 12), 2.8).add_subplot()
+            ax = new_figure(4.6 * growth(len(values), 12), 2.8).add_subplot()
+            label_classes(ax, names)
+        else:  # whose text is parsed as formulas by default
+            ax.set_xticks(range(len(values)), names, parse_math=False)
         figure = ax.get_figure(root=True)
         assert figure is not None  # axes always belong to a figure
         bars = ax.bar(range(len(values)), values, 0.72, color=colours.accents[0], alpha=0.45)
@@ -240,7 +244,6 @@ def lengths(
                 fontsize=7.5,
                 color=colours.soft,
             )
-        label_classes(ax, names)
         if label is not None:
             ax.get_xticklabels()[label].set(weight="bold", color=colours.ink)
         ax.set_ylim(0, 1.05)

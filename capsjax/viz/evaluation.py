@@ -17,6 +17,7 @@ from capsjax.viz.theme import (
     ThemeName,
     drawable,
     fitted,
+    growth,
     label_classes,
     new_figure,
     show_image,
@@ -60,15 +61,17 @@ def confusion(
         )
     names = as_names("class_names", class_names, values.shape[1])
     counts = confusion_matrix(truth, values)
-    growth = max(1.0, len(counts) / 16)
+    larger = growth(len(counts), 16)
     with themed(theme):
         if images is None:
-            figure = new_figure(4.8 * growth, 4.4 * growth)
+            figure = new_figure(4.8 * larger, 4.4 * larger)
             _draw_counts(figure.add_subplot(), counts, names, theme)
             return figure
         shown = as_array("images", images, "N", "H", "W", "C")
-        figure = new_figure(9.6 * growth, 4.4 * growth)
-        left, right = cast(Any, figure.subfigures(1, 2, width_ratios=(1.1, 1)))
+        figure = new_figure(5.0 * larger + 4.6, 4.4 * larger)
+        left, right = cast(Any, figure.subfigures(1, 2, width_ratios=(5.0 * larger, 4.6)))
+        if larger > 1:
+            right = right.subfigures(2, 1, height_ratios=(1, larger - 1))[0]
         _draw_counts(left.add_subplot(), counts, names, theme)
         right.suptitle("worst errors: true → predicted, scores", fontsize=10, weight="bold")
         worst = worst_errors(truth, values)[:num_worst]
@@ -111,7 +114,7 @@ def _draw_counts(
             f"{counts[t, p]:,}",
             ha="center",
             va="center",
-            fontsize=7.5,
+            fontsize=7.5 * min(1, 64 / number),
             color=colour,
             weight="bold" if t == p else "normal",
         )
@@ -138,9 +141,11 @@ def worst_errors(labels: npt.NDArray[Any], scores: Array) -> npt.NDArray[np.int6
 
 
 def _set_log_scale(ax: Axes, values: Sequence[float]) -> None:
-    """Makes the vertical axis logarithmic, and linear near zero if not all values are positive."""
+    """Makes the vertical axis logarithmic, and linear near zero if some values are not positive."""
     values = [value for value in values if math.isfinite(value)]
     positive = [value for value in values if value > 0]
+    if values and not positive and min(values) < 0:
+        return
     if len(positive) == len(values):
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -16,6 +16,7 @@ from matplotlib.font_manager import findfont, get_font
 
 ThemeName = Literal["light", "dark"]
 _FONT = "DejaVu Sans"
+_CHARACTERS_PER_INCH = 11  # of labels, with space between them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +77,22 @@ def drawable(text: str) -> str:
 
 
 def fitted(text: str, width: int) -> str:
-    """Breaks a text into lines of at most this number of characters."""
-    return "\n".join(textwrap.wrap(text, width)) if len(text) > width else text
+    """Breaks lines that have more than this number of characters."""
+    return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
+
+
+def growth(classes: int, fit: int) -> float:
+    """Returns how much larger a figure has to be for more classes than fit; four times at most."""
+    return min(4.0, max(1.0, classes / fit))
 
 
 def label_classes(ax: Axes, names: Sequence[str]) -> None:
-    """Writes the names of classes below the axes, slanted where they would overlap."""
+    """Writes the names of classes below the axes of a new figure, slanted if they would overlap."""
     figure = ax.get_figure(root=True)
     assert figure is not None  # axes always belong to a figure
-    # Text on the caller's axes is parsed as formulas by default.
-    ax.set_xticks(range(len(names)), names, parse_math=False)
-    if len(names) * max(map(len, names), default=0) > 10 * figure.get_figwidth():
+    ax.set_xticks(range(len(names)), names)
+    inches = ax.get_window_extent().width / figure.dpi
+    if len(names) * max(map(len, names), default=0) > _CHARACTERS_PER_INCH * inches:
         for label in ax.get_xticklabels():
             label.set(rotation=45, ha="right", rotation_mode="anchor")
 

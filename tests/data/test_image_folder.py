@@ -1,6 +1,7 @@
 import errno
 import os
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -270,6 +271,15 @@ def test_what_the_system_cannot_read_is_not_left_out(tmp_path, monkeypatch, in_m
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(DataError, match=f"cannot read {bad}: Input/output error"):
         load("image_folder", data_dir=tmp_path, in_memory=in_memory).train.read()
+
+
+def test_a_damaged_file_that_points_beyond_its_end_is_left_out(tmp_path, caplog):
+    """Pillow seeks there, which the operating system refuses."""
+    make(tmp_path)
+    beyond = b"II+\0\x08\0\0\0" + struct.pack("<Q", 2**63 - 1) + bytes(64)
+    (tmp_path / "train" / "cat" / "beyond.tif").write_bytes(beyond)
+    assert len(load("image_folder", data_dir=tmp_path).train.labels) == 4
+    assert "leaves out 1 of 9 images" in caplog.text
 
 
 def test_what_is_no_file_is_left_out(tmp_path, caplog):

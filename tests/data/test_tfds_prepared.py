@@ -1,3 +1,6 @@
+import json
+import sys
+
 import numpy as np
 import pytest
 from stored import pixels, png, write_prepared
@@ -97,15 +100,51 @@ def test_a_set_must_have_one_image_and_one_class(tmp_path):
     )
 
 
-@pytest.mark.parametrize("key", ["pythonClassName", "python_class_name", "type"])
-def test_a_set_executes_no_code(tmp_path, monkeypatch, key):
+OWN = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+INNER = {"x": {"type": "payload.X", "content": {}}}
+LEGACY = {"features": {"x": {"pythonClassName": "payload.X", "jsonFeature": {"json": "{}"}}}}
+PAYLOADS = {
+    "feature": ("features.json", "pythonClassName", "payload.X"),
+    "proto's name": ("features.json", "python_class_name", "payload.X"),
+    "inner": ("features.json", "jsonFeature", {"json": json.dumps(INNER)}),
+    "legacy": (
+        "features.json",
+        None,
+        {
+            "type": OWN,
+            "proto_cls": "tensorflow_datasets.FeaturesDict",
+            "content": json.dumps(LEGACY),
+        },
+    ),
+    "info": (
+        "dataset_info.json",
+        "features",
+        {"pythonClassName": "payload.X", "jsonFeature": {"json": "{}"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_a_set_executes_no_code(tmp_path, monkeypatch, payload):
     """TFDS would import the module of a feature that it does not know."""
     (tmp_path / "payload.py").write_text("raise SystemExit('executed')")
     monkeypatch.syspath_prepend(tmp_path)
-    write_prepared(tmp_path, {"train": TRAIN}, features={"x": {key: "payload.X", "content": {}}})
+    folder = write_prepared(tmp_path, {"train": TRAIN, "test": TEST})
+    name, key, value = PAYLOADS[payload]
+    whole = json.loads((folder / name).read_text())
+    if key is None:
+        whole = value
+    elif name == "dataset_info.json":
+        whole[key] = value
+    else:
+        whole["featuresDict"]["features"]["x"] = {"pythonClassName": OWN, key: value}
+        if key == "python_class_name":
+            del whole["featuresDict"]["features"]["x"]["pythonClassName"]
+    (folder / name).write_text(json.dumps(whole))
     assert "features must be TFDS's own, got one of class payload.X" in refusal(
         "tfds:pets", tmp_path
     )
+    assert "payload" not in sys.modules
 
 
 def test_a_damaged_image_is_named(tmp_path):

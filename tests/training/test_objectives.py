@@ -181,5 +181,8 @@ def test_classes_weigh_what_they_are_given(case):
     for wrong in ([1.0, -1.0], [1.0, np.nan], jnp.array([1.0, np.inf]), [1.0, "2"]):
         with pytest.raises((TypeError, ValueError), match=r"weights\[\d\] must be"):
             weigh_classes(paper_loss, wrong)
+    traced = jax.jit(lambda x: weigh_classes(paper_loss, [x, *weights[1:]])(*arguments))
+    arguments = prediction, jnp.asarray(target), images
+    np.testing.assert_allclose(traced(1.0) / plain, [3, 2.5, 1], rtol=1e-6)
     growing = weigh_classes(spread_objective, weights.tolist())
     assert "step" in inspect.signature(growing).parameters  # which make_train_step looks for

@@ -65,7 +65,7 @@ WRITTEN_BY_TWO = (
 
 @pytest.mark.parametrize("log", [WRITTEN_BY_ONE, WRITTEN_BY_TWO])
 def test_reports_of_connections_are_dropped_and_other_lines_pass(log):
-    other = "I1128 something else\n3\n\n"
+    other = "I1128 something else\n3\n\nValueError: cannot reach 2 of 4 peer ranks\n"
     assert filtered(log + other + log) == other
 
 

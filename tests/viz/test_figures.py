@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from matplotlib.figure import Figure
 
 from capsjax import routing_trace, viz
 from capsjax.cli import main
@@ -55,8 +56,6 @@ def test_agreement_and_entropy(anatomy):
 
 
 def test_lengths_on_given_axes(anatomy):
-    from matplotlib.figure import Figure
-
     figure = Figure()
     ax = figure.add_subplot()
     assert viz.lengths(anatomy.lengths, label=3, ax=ax) is figure
@@ -144,15 +143,25 @@ def test_curves_show_what_is_zero_or_single():
     assert len(labels) == len(set(labels))
 
 
-@pytest.mark.parametrize("losses", [(float("nan"), 2.0), (0.0, 0.0), (-3.0, 2.0), (float("inf"),)])
-def test_curves_of_any_losses(losses):
+@pytest.mark.parametrize(
+    ("losses", "scale"),
+    [
+        ((np.nan, 2.0), "log"),
+        ((np.inf,), "log"),
+        ((0.0, 0.0), "symlog"),
+        ((-3.0, 2.0), "symlog"),
+        ((-1234.5, -1200.0, -1190.0), "linear"),
+    ],
+)
+def test_curves_of_any_losses(losses, scale):
     records = [{"split": "train", "step": n, "loss": loss} for n, loss in enumerate(losses)]
     figure = viz.training_curves({"a": records})
     figure.savefig(io.BytesIO())
     (ax,) = figure.axes
     bottom, top = ax.get_ylim()
     assert all(bottom < loss < top for loss in losses if np.isfinite(loss))
-    assert ax.get_yscale() == ("log" if np.nanmin(losses) > 0 else "symlog")
+    assert ax.get_yscale() == scale
+    assert any(bottom <= tick <= top for tick in ax.get_yticks())
 
 
 def test_long_names_and_many_classes_can_be_read():
@@ -163,6 +172,8 @@ def test_long_names_and_many_classes_can_be_read():
     assert {tick.get_rotation() for tick in ticks} == {45}
     assert ticks[0].get_text() == "0 is a long name of a c…"
     assert figure.get_figwidth() > viz.confusion(labels[:10], scores[:10, :12]).get_figwidth() * 2
+    most = viz.confusion(np.arange(200), np.eye(200)).get_size_inches()
+    assert max(most) < 20
     assert max(len(x) for ax in figure.axes[1:] for x in ax.get_title().splitlines()) <= 16
     (bars,), (few,) = (
         viz.lengths(np.ones(number), class_names=given).axes
@@ -170,9 +181,18 @@ def test_long_names_and_many_classes_can_be_read():
     )
     assert {tick.get_rotation() for tick in bars.get_xticklabels()} == {45}
     assert {tick.get_rotation() for tick in few.get_xticklabels()} == {0}
+    # With images, the matrix has half of the figure.
+    images = np.zeros((10, 4, 4, 1))
+    nine = [f"category{n}" for n in range(10)]
+    half = viz.confusion(labels[:10], scores[:10, :10], images=images, class_names=nine)
+    assert {tick.get_rotation() for tick in half.axes[0].get_xticklabels()} == {45}
+    # There may be no space below the caller's axes.
+    own = Figure().add_subplot()
+    viz.lengths(np.ones(10), class_names=nine, ax=own)
+    assert {tick.get_rotation() for tick in own.get_xticklabels()} == {0}
     images = np.zeros((2, 4, 4, 1))
-    grid = viz.reconstructions(images, images, titles=["Sandal → Ankle boot", "0 → 1"])
-    assert [ax.get_title() for ax in grid.axes[:2]] == ["Sandal →\nAnkle boot", "0 → 1"]
+    grid = viz.reconstructions(images, images, titles=["Sandal → Ankle boot", "0\n→ 1"])
+    assert [ax.get_title() for ax in grid.axes[:2]] == ["Sandal →\nAnkle boot", "0\n→ 1"]
 
 
 def test_entropies_that_differ_by_rounding_look_equal():

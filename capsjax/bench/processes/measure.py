@@ -19,7 +19,7 @@ from capsjax.bench.environment import read_environment
 from capsjax.bench.gpus import known_gpu
 from capsjax.bench.processes.checking import measure_deviation
 from capsjax.bench.processes.profile import profile_call
-from capsjax.bench.processes.timing import Times, alternate, bounded
+from capsjax.bench.processes.timing import Times, alternate, call_within
 from capsjax.bench.programs.hlo import stablehlo_opcodes
 from capsjax.bench.programs.program import Cost, Program, read_program
 from capsjax.bench.results.rows import Deviation, Failure, Memory, Profile
@@ -194,8 +194,8 @@ def _prepare(
         built = make_workload(cell.workload, dict(cell.parameters)).build(devices)
     if isinstance(built, Peer):
         pause = _PAUSE if target.platform == "cpu" else 0.0
-        with bounded(request.peer_seconds):
-            return _Program(found, _compile_peer(built, found, clock), pause)
+        call = call_within(request.peer_seconds, lambda: _compile_peer(built, found, clock))
+        return _Program(found, call, pause)
     found.processes = len({each.process_index for each in devices[: built.devices]})
     lowered, compiled = _compile(built, target, request.cache, found, clock)
     if request.analyse:

@@ -4,15 +4,16 @@ The speed of a machine drifts by more than programs differ. Programs to compare 
 turn, and ratios are taken within each round.
 """
 
-import contextlib
 import math
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+
+T = TypeVar("T")
 
 
 class Times(NamedTuple):
@@ -90,26 +91,23 @@ class _Overdue(BaseException):
     """Passes through code that catches every Exception."""
 
 
-@contextlib.contextmanager
-def bounded(seconds: float | None) -> Iterator[None]:
-    """Raises a TimeoutError in a block that takes longer; None for no limit.
+def call_within(seconds: float | None, function: Callable[[], T]) -> T:
+    """Calls a function, or raises a TimeoutError if it takes longer; None for no limit.
 
     Works only in the main thread, and interrupts only Python code.
     """
     if seconds is None:
-        yield
-        return
+        return function()
 
     def stop(*_: Any) -> None:
         raise _Overdue
 
     previous = signal.signal(signal.SIGALRM, stop)
     try:
-        # The alarm may ring anywhere between its two settings, also when the block has ended.
         try:
             signal.setitimer(signal.ITIMER_REAL, seconds)
-            yield
-        finally:
+            return function()
+        finally:  # where the alarm may still ring
             signal.setitimer(signal.ITIMER_REAL, 0)
     except _Overdue:
         raise TimeoutError(f"took longer than {seconds:g} seconds") from None
