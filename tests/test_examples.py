@@ -120,7 +120,7 @@ def test_full_runs_reach_what_the_examples_claim(check, tmp_path):
         assert errors["capsules"] < 0.15
     else:
         error, slots, halves = found
-        assert error < 0.03
+        assert error < 0.035
         assert slots > halves + 0.03
 
 

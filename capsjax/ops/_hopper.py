@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -60,6 +59,8 @@ def why_not_here() -> str | None:
 
 def record_flops(flops: float) -> AbstractContextManager[None]:
     """Writes the operations of the matrix products of kernels called here into the program."""
+    from jax.experimental.xla_metadata import set_xla_metadata
+
     context: AbstractContextManager[None] = set_xla_metadata(**{FLOPS: f"{flops:.6g}"})
     return context
 
