@@ -15,7 +15,7 @@ def test_small_reaches_one_percent(tmp_path, shared):
     options = ["--dataset", "mnist", "--data-dir", shared / "tfds", "--epochs", 14]
     command = ["-m", "capsjax", "train", *options, "--devices", 1, "--run-dir", run]
     # Compiled as for users, not quickly as for tests, which would take an hour.
-    done = forking.run(*command, folder=tmp_path, env={"XLA_FLAGS": ""}, timeout=1100)
+    done = forking.run(*command, folder=tmp_path, env={"XLA_FLAGS": ""}, timeout=3000)
     assert done.returncode == 0, done.stderr
     result = json.loads((run / "result.json").read_text())
     assert result["test_count"] == 10_000
