@@ -13,7 +13,7 @@ from capsjax.bench.results.comparison import COUNTS, TIMES, compare_rows
 from capsjax.bench.results.page import write_report
 from capsjax.bench.results.rows import Row, read_rows
 from capsjax.bench.scaling import Scaling, estimate_scaling
-from capsjax.bench.workloads import choices, import_function, parse_shape
+from capsjax.bench.workloads import choices, import_function
 from capsjax.errors import ConfigError
 
 _WORSE = 3  # exit code of a comparison; errors have 1 and 2
@@ -112,8 +112,7 @@ def make_plan(config: BenchConfig) -> Plan:
     """Returns how to measure the cells, and where to write the rows.
 
     Raises:
-      ConfigError: the file already exists, or its directory does not; or the one for the programs'
-        texts is a file.
+      ConfigError: the file already exists, its directory does not, or ``--hlo`` names a file.
     """
     suite = config.suite or "quick"
     name = (config.workload or suite).replace(":", ".")
@@ -146,8 +145,6 @@ def _named_cells(config: BenchConfig) -> list[Cell]:
     settings = dict(map(_setting, config.set))
     if ":" in config.workload:
         import_function(config.workload)
-        for shape in config.shape:
-            parse_shape(shape)
         settings["shapes"] = [" ".join(config.shape)]
     elif config.alternate is not None and config.alternate not in settings:
         settings[config.alternate] = list(choices(config.workload, config.alternate))

@@ -7,6 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+from capsjax.data.stored import processors
 from capsjax.training.memory import machine_memory
 from capsjax.version import __version__
 
@@ -83,7 +84,7 @@ def read_environment() -> Environment:
         glibc_tunables=os.environ.get("GLIBC_TUNABLES", ""),
         cpu=cpu.get("model name") or platform.processor() or platform.machine(),
         cpu_features=tuple(name for name in _FEATURES if name in features),
-        cores=_cores(),
+        cores=processors(),
         memory_bytes=machine_memory(),
         system=platform.platform(),
     )
@@ -104,12 +105,6 @@ def _cpu_information() -> dict[str, str]:
         return {}
     lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
     return {name.strip(): value.strip() for name, _, value in lines}
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _commit() -> str:

@@ -71,7 +71,7 @@ def read_image(
             if image.mode in ("RGB", "RGBA", "LA") and ";16" in str(image.tile):
                 lost["16-bit colours as 8-bit, as Pillow does"] += 1
             return image_pixels(image, size=size, channels=channels)
-    # Pillow raises any of these for a damaged file. It may seek to where no file can be.
+    # Pillow raises any of these for a damaged file; EINVAL comes from seeking to a wrong offset.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise OSError(error.errno, error.strerror, str(file)) from error

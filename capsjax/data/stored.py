@@ -13,6 +13,12 @@ import numpy.typing as npt
 _CHUNK = 64  # images per read of a thread
 
 
+def processors() -> int:
+    """Returns the number of processors that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # missing on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 class ImageSource(Protocol):
     """A store of images of one shape; must be picklable, to be sent to other processes."""
 
@@ -100,7 +106,7 @@ class StoredImages:
         """Reads the images.
 
         Args:
-          threads: number of threads; when None, the number of processors.
+          threads: number of threads; when None, that of :func:`processors`.
 
         Raises:
           DataError: an image cannot be read; the message names it.
@@ -117,7 +123,7 @@ class StoredImages:
             for first in firsts:
                 fill(first)
             return images
-        with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        with concurrent.futures.ThreadPoolExecutor(threads or processors()) as pool:
             for _ in pool.map(fill, firsts):
                 pass
         return images

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capsjax.data.dataset import AnySplit, Split
+from capsjax.data.stored import processors
 from capsjax.data.transforms import epoch_order
 from capsjax.errors import ConfigError, DataError, how_to_install
 
@@ -97,13 +98,7 @@ class InOrder:
 
 def default_workers() -> int:
     """Default number of worker processes, which leaves one processor free."""
-    return max(1, min(_MOST, _processors() - 1))
-
-
-def _processors() -> int:
-    """Number of processors that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # missing on macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(_MOST, processors() - 1))
 
 
 def is_installed() -> bool:
@@ -148,7 +143,7 @@ def open_stream(
     pieces = _Pieces.of(split, order, batches)
     if isinstance(split, Split):
         workers = 0  # sending images to other processes would cost more than reading them
-    threads = 0 if workers else min(_MOST, _processors())
+    threads = 0 if workers else min(_MOST, processors())
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     data = grain.MapDataset.source(pieces).to_iter_dataset(read)
     if workers:

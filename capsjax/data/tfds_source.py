@@ -36,7 +36,8 @@ _FORMAT = "array_record"
 _CHUNK = 1000
 _PROBE_SECONDS = 10.0
 
-_reading = threading.RLock()
+# Held while a class of TFDS is changed; see only_own_features.
+_patching = threading.RLock()
 _log = logging.getLogger(__name__)
 
 
@@ -239,10 +240,10 @@ def only_own_features(tfds: Any) -> Iterator[None]:
 
     def checked(cls: type, name: str) -> Any:
         if not name.startswith("tensorflow_datasets."):
-            raise DataError(f"data set's features must be TFDS's own, got one of class {name}")
+            raise DataError(f"the data set's features must be TFDS's own, got one of class {name}")
         return original.__func__(cls, name)
 
-    with _reading:
+    with _patching:
         original = vars(connector)["cls_from_name"]
         connector.cls_from_name = classmethod(checked)
         try:

@@ -58,7 +58,11 @@ def why_not_here() -> str | None:
 
 
 def record_flops(flops: float) -> AbstractContextManager[None]:
-    """Writes the operations of the matrix products of kernels called here into the program."""
+    """Within the context, the text of a program states how many operations a kernel's call takes.
+
+    Args:
+      flops: operations of its matrix products.
+    """
     from jax.experimental.xla_metadata import set_xla_metadata
 
     context: AbstractContextManager[None] = set_xla_metadata(**{FLOPS: f"{flops:.6g}"})

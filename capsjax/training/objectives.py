@@ -199,6 +199,7 @@ def weigh_classes(objective: Objective, weights: Sequence[float] | jax.Array) ->
       weights: one for each class, ``[J]``, none of them negative.
 
     Raises:
+      TypeError: a weight is not a number.
       ValueError: a weight is negative or not finite, or their number is not that of the classes,
         which is known when the objective is called.
 

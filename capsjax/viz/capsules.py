@@ -228,7 +228,7 @@ def lengths(
         if ax is None:
             ax = new_figure(4.6 * growth(len(values), 12), 2.8).add_subplot()
             label_classes(ax, names)
-        else:  # whose text is parsed as formulas by default
+        else:  # text on the caller's axes is parsed as formulas by default
             ax.set_xticks(range(len(values)), names, parse_math=False)
         figure = ax.get_figure(root=True)
         assert figure is not None  # axes always belong to a figure

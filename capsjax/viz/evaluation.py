@@ -153,7 +153,7 @@ def _set_log_scale(ax: Axes, values: Sequence[float]) -> None:
         least = min(positive, default=1.0)
         ax.set_yscale("symlog", linthresh=least, linscale=0.5)
         ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=least, subs=(1, 2, 5)))
-        if min(values) == 0:  # marks of zero are drawn whole
+        if min(values) == 0:  # so that markers at zero are not cut off
             ax.set_ylim(bottom=-0.2 * least)
     ax.yaxis.set_minor_locator(NullLocator())
 

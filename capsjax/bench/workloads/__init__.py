@@ -47,12 +47,17 @@ class UserFunction:
     function: str
     shapes: str = ""
 
+    def __post_init__(self) -> None:
+        self._arguments()  # raises if a shape is wrong
+
+    def _arguments(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return tuple(parse_shape(shape) for shape in self.shapes.split())
+
     def build(self, devices: Sequence[jax.Device]) -> JaxFunction:
         """Imports the function; the working directory may hold its module."""
         function = import_function(self.function)
-        arguments = tuple(parse_shape(shape) for shape in self.shapes.split())
         jitted = function if hasattr(function, "lower") else jax.jit(function)
-        return JaxFunction(jitted, placed(arguments, devices[0]))
+        return JaxFunction(jitted, placed(self._arguments(), devices[0]))
 
 
 def make_workload(name: str, parameters: Mapping[str, Any]) -> Workload:

@@ -17,7 +17,7 @@ from capsjax.bench.workloads.workload import Dtype, JaxFunction, Peer, placed
 # Plain steps in PyTorch, for comparison with train steps; some are captured in one CUDA graph.
 CAPTURED = ("torch.compile-graph", "torch.graph")
 _TORCH = ("torch", "torch.compile", "torch.max-autotune", *CAPTURED)
-# What the network in PyTorch has as preset "paper" has it, and no other way.
+# Of these, the network in PyTorch supports only the values of preset "paper".
 _FIXED_IN_TORCH = (
     "routing",
     "padding",
