@@ -106,7 +106,7 @@ class StoredImages:
         """Reads the images.
 
         Args:
-          threads: number of threads; when None, that of :func:`processors`.
+          threads: number of threads; when None, that of the processors this process may use.
 
         Raises:
           DataError: an image cannot be read; the message names it.
