@@ -9,26 +9,25 @@ from flax.typing import PaddingLike
 
 from capsjax.ops import conv_general_dilated
 from capsjax.ops._checks import as_array, spatial_axes, spatial_padding, spatial_sizes
-from capsjax.ops.bias import add_bias
 
 
 class Convolution(nnx.Conv):
     """``nnx.Conv`` with fast gradients of images, kernel and bias on every platform.
 
-    ``use_bias`` is False, because the bias is not added by ``nnx.Conv``; without one, ``bias`` is
+    ``use_bias`` is False, because ``nnx.Conv`` does not add the bias; without one, ``bias`` is
     None.
     """
 
     def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, conv_general_dilated=conv_general_dilated, **options)
+        super().__init__(*args, **options)
         self.use_bias = False
+        # Otherwise it hides the method, which knows the bias.
+        del self.conv_general_dilated
 
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Convolves feature maps ``[..., H, W, C]``."""
-        outputs: jax.Array = super().__call__(inputs, out_sharding)
-        if self.bias is None:
-            return outputs
-        return add_bias(outputs, self.bias[...])
+    def conv_general_dilated(self, *args: Any, **options: Any) -> jax.Array:
+        """Convolves and adds the bias. ``nnx.Conv`` calls it."""
+        bias = None if self.bias is None else self.bias[...]
+        return conv_general_dilated(*args, bias=bias, **options)
 
 
 def make_conv(

@@ -13,8 +13,10 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
-from capsjax.ops._checks import is_sharded
+from capsjax.ops._checks import as_array, is_sharded
+from capsjax.ops.bias import add_bias
 from capsjax.ops.fields import Padding, ReceptiveFields, channels_last
 from capsjax.ops.fourier import conv_by_fourier, gains_by_fourier
 from capsjax.ops.gathered import conv_by_gathering, why_not_by_gathering
@@ -38,12 +40,13 @@ def conv_general_dilated(
     preferred_element_type: Any = None,
     out_sharding: Any = None,
     *,
+    bias: ArrayLike | None = None,
     implementation: ConvImplementation | None = None,
 ) -> jax.Array:
     r"""Drop-in for :func:`jax.lax.conv_general_dilated` with fast gradients on every platform.
 
     .. math::
-      y_{b,p,q,o} = \sum_{h,w,c} x_{b,\, sp+h,\, sq+w,\, c} \; k_{h,w,c,o}
+      y_{b,p,q,o} = \sum_{h,w,c} x_{b,\, sp+h,\, sq+w,\, c} \; k_{h,w,c,o} + b_o
 
     The signature is that of the ``lax`` function: ``nnx.Conv`` and ``linen.Conv`` accept it as
     ``conv_general_dilated=``. Arguments that "need XLA" are passed to the ``lax`` function.
@@ -65,6 +68,8 @@ def conv_general_dilated(
       preferred_element_type: as in ``lax``.
       out_sharding: as in ``lax``; values other than None, and explicitly sharded arguments, need
         XLA.
+      bias: ``[O]``, added to each feature; or None. It is rounded only by ``"lookup"``, as the
+        kernel is.
       implementation: one of the following, or None for the fastest that supports the arguments on
         the platform that the program is compiled for.
 
@@ -94,7 +99,7 @@ def conv_general_dilated(
       ``[B, P, Q, O]``.
 
     Raises:
-      ValueError: ``implementation`` is unknown.
+      ValueError: ``implementation`` is unknown, or ``bias`` does not have one number per feature.
       NotImplementedError: the named implementation does not support the arguments, or not the
         platform.
 
@@ -112,9 +117,9 @@ def conv_general_dilated(
             f" {implementation!r}"
         )
 
-    def xla(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    def xla(lhs: jax.Array, rhs: jax.Array, *bias: jax.Array) -> jax.Array:
         sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
-        return lax.conv_general_dilated(
+        result = lax.conv_general_dilated(
             lhs,
             rhs,
             window_strides,
@@ -128,9 +133,14 @@ def conv_general_dilated(
             preferred_element_type,
             **sharding,
         )
+        if not bias:
+            return result
+        axis = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers).out_spec[1]
+        return jnp.moveaxis(add_bias(jnp.moveaxis(result, axis, -1), *bias), -1, axis)
 
+    biases = [] if bias is None else [_as_bias(bias, lhs, rhs, dimension_numbers)]
     if implementation == "xla":
-        return xla(lhs, rhs)
+        return xla(lhs, rhs, *biases)
     reason = _why_only_xla(
         lhs,
         rhs,
@@ -143,11 +153,12 @@ def conv_general_dilated(
         batch_group_count,
         preferred_element_type,
         out_sharding,
+        biases,
     )
     if reason and implementation:
         raise NotImplementedError(f"implementation={implementation!r} {reason}")
     if reason:
-        return xla(lhs, rhs)
+        return xla(lhs, rhs, *biases)
     fields = _fields(lhs, rhs, window_strides, padding)
     by_name: dict[str, Callable[..., jax.Array]]
     by_name = {
@@ -163,19 +174,28 @@ def conv_general_dilated(
         on_gpu = "lookup"
     why_not = why_not_by_gathering(lhs, rhs, fields, precision, preferred_element_type)
 
-    def products(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        if name == "mosaic_gpu":
-            otherwise = None if implementation else by_name[on_gpu]
-            return lambda lhs, rhs: conv_by_gathering(lhs, rhs, fields, otherwise)
-        return lambda lhs, rhs: by_name[name](lhs, rhs, fields, precision, preferred_element_type)
+    def products(name: str) -> Callable[..., jax.Array]:
+        def convolve(lhs: jax.Array, rhs: jax.Array, *bias: jax.Array) -> jax.Array:
+            options = fields, precision, preferred_element_type
+            if name == "lookup":
+                return conv_by_lookup(lhs, rhs, *options, *bias)
+            if name == "mosaic_gpu":
+                otherwise = None if implementation else by_name[on_gpu]
+                result = conv_by_gathering(lhs, rhs, fields, otherwise)
+            else:
+                result = by_name[name](lhs, rhs, *options)
+            return add_bias(result, *bias) if bias else result
+
+        return convolve
 
     if implementation == "mosaic_gpu" and why_not:
         raise NotImplementedError(f"implementation={implementation!r} {why_not}")
     if implementation:
-        return products(implementation)(lhs, rhs)
+        return products(implementation)(lhs, rhs, *biases)
     return lax.platform_dependent(
         lhs,
         rhs,
+        *biases,
         cpu=products("fourier" if by_fourier else "patches"),
         cuda=products("mosaic_gpu" if by_fourier and why_not is None else on_gpu),
         tpu=products("phases" if gains_by_phases(fields) else "xla"),
@@ -195,6 +215,7 @@ def _why_only_xla(
     batch_group_count: int,
     preferred_element_type: Any,
     out_sharding: Any,
+    biases: Sequence[jax.Array],
 ) -> str | None:
     """Returns why the arguments need XLA, or None. XLA itself reports invalid arguments."""
     rank = lhs.ndim - 2
@@ -214,8 +235,9 @@ def _why_only_xla(
         )
     if out_sharding is not None:
         return f"supports no explicit sharding, got out_sharding={out_sharding}"
-    if is_sharded(lhs, rhs):
-        return f"supports no explicit sharding, got {jax.typeof(lhs)} and {jax.typeof(rhs)}"
+    if is_sharded(lhs, rhs, *biases):
+        types = " and ".join(str(jax.typeof(each)) for each in (lhs, rhs, *biases))
+        return f"supports no explicit sharding, got {types}"
     if lhs.shape[-1] != rhs.shape[-2] or lhs.dtype != rhs.dtype:
         return (
             f"needs images and kernel of the same channels and dtype, got"
@@ -235,6 +257,15 @@ def _why_only_xla(
             f"sums in {lhs.dtype} or float32, got preferred_element_type={preferred_element_type}"
         )
     return None
+
+
+def _as_bias(bias: ArrayLike, lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) -> jax.Array:
+    bias = as_array("bias", bias)
+    layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    features = rhs.shape[layout.rhs_spec[0]]
+    if bias.shape != (features,):
+        raise ValueError(f"bias must have shape [O] = [{features}], got shape {bias.shape}")
+    return bias
 
 
 def _fields(

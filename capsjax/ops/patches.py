@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from capsjax.ops._checks import accumulator
+from capsjax.ops.bias import add_bias
 from capsjax.ops.fields import ReceptiveFields
 
 # Tensor cores multiply tiles: a row of 81 numbers takes longer than one of 96.
@@ -45,6 +46,7 @@ def conv_by_lookup(
     fields: ReceptiveFields,
     precision: lax.PrecisionLike,
     preferred_element_type: Any,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """As :func:`conv_by_patches`, with patches that are read by a table of positions.
 
@@ -57,6 +59,8 @@ def conv_by_lookup(
       fields: receptive fields of the kernel on the images.
       precision: precision of the matrix product; the platform's default when None.
       preferred_element_type: dtype of the result; that of the images when None.
+      bias: ``[O]``, or None. It is a row of the kernel, multiplied by a column of ones, where rows
+        are filled up anyway, and so are its gradient and an activation part of the products.
 
     Returns:
       ``[B, P, Q, O]``.
@@ -65,13 +69,20 @@ def conv_by_lookup(
     size = fields.size * images.shape[-1]
     padding = -size % _TILE
     patches = _look_up(images, fields).reshape(math.prod(grid), size)
+    weights = kernel.reshape(size, features)
+    filling = 0
+    if bias is not None and padding:
+        weights = jnp.concatenate([weights, bias[None].astype(weights.dtype)])
+        # Zeros multiply all columns of ones but the first.
+        filling, bias = 1, None
     product = jnp.matmul(
-        jnp.pad(patches, ((0, 0), (0, padding))),
-        jnp.pad(kernel.reshape(size, features), ((0, padding), (0, 0))),
+        jnp.pad(patches, ((0, 0), (0, padding)), constant_values=filling),
+        jnp.pad(weights, ((0, size + padding - len(weights)), (0, 0))),
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
-    return product.reshape(*grid, features)
+    result = product.reshape(*grid, features)
+    return result if bias is None else add_bias(result, bias)
 
 
 def gains_by_lookup(images: jax.Array, fields: ReceptiveFields, by_fourier: bool) -> bool:

@@ -224,7 +224,12 @@ def test_the_guide_has_the_recorded_figures():
         )
         assert figures in guide
     steps = read_rows(DOCS / "results" / "epyc-2-cores" / "train_steps.jsonl")
-    estimates_ms = {row.cell: f"{1e3 * row.counts['estimate'] / 17:.3f}" for row in steps}
+    estimates_ms = {
+        row.cell: f"{1e3 * row.counts['estimate'] / 17:.3f}"
+        for row in steps
+        # Later steps have other kernels than those that were measured.
+        if row.environment["capsjax"].endswith("+69ccbe7")
+    }
     lines = (DOCS / "results" / "h200" / "gpu.jsonl").read_text().splitlines()
     profiles = [row for row in map(json.loads, lines) if row["time"] == "2026-11-27T17:20:17Z"]
     for dtype, row in zip(("bfloat16", "float32"), profiles, strict=True):

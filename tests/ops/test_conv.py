@@ -1,5 +1,6 @@
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax import export, lax
 from capsjax import conv_general_dilated
 from capsjax.ops import ReceptiveFields, _hopper, phases
 from capsjax.ops.fourier import gains_by_fourier
+from capsjax.ops.patches import conv_by_lookup
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 OWN = ["patches", "lookup", "fourier", "phases"]
@@ -236,39 +238,107 @@ def test_gradients_by_lookup_read_and_add_nothing_in_memory(monkeypatch):
         assert "stablehlo.scatter" not in text
 
 
-# Like the paper's, but smaller: one channel, and a stride that does not divide the kernel.
+# Like the paper's, but smaller: one channel, and a stride that does not divide the kernel. Rows of
+# the product have room for the bias with one channel or four, but not with 32.
 @pytest.mark.parametrize("dtype", ["float64", *FLOATS])
 @pytest.mark.parametrize(
-    ("size", "stride", "padding"), [((14, 13, 1), 1, "VALID"), ((13, 12, 4), 2, ((1, 0), (0, 2)))]
+    ("size", "stride", "padding"),
+    [
+        ((14, 13, 1), 1, "VALID"),
+        ((13, 12, 4), 2, ((1, 0), (0, 2))),
+        ((10, 9, 32), 1, "VALID"),
+    ],
 )
 def test_gradients_by_lookup(size, stride, padding, dtype):
-    def all_of_them(implementation, images, kernel, cotangent):
-        def function(*x):
-            return conv(*x, (stride, stride), padding, implementation)
+    def all_of_them(implementation, images, kernel, bias, cotangent):
+        def function(images, kernel, bias):
+            return conv(images, kernel, (stride, stride), padding, implementation, bias=bias)
 
-        out, back = jax.vjp(function, images, kernel)
+        out, back = jax.vjp(function, images, kernel, bias)
         return out, *back(cotangent)
 
     with jax.enable_x64(dtype == "float64"):
         images, kernel = arrays(2, *size, 9, 9, 3, dtype)
+        bias = jnp.asarray([0.3, -20.0, 1.0], dtype)
         out = jax.eval_shape(lambda *x: conv(*x, (stride, stride), padding), images, kernel)
         cotangent = np.random.default_rng(1).normal(size=out.shape).astype(jnp.dtype(dtype))
-        results = jax.jit(functools.partial(all_of_them, "lookup"))(images, kernel, cotangent)
+        results = jax.jit(functools.partial(all_of_them, "lookup"))(images, kernel, bias, cotangent)
     with jax.enable_x64(True):
-        wide = (np.asarray(x, np.float64) for x in (images, kernel, cotangent))
+        wide = (np.asarray(x, np.float64) for x in (images, kernel, bias, cotangent))
         expected = jax.jit(functools.partial(all_of_them, "xla"))(*wide)
         for a, b in zip(results, expected, strict=True):
             assert a.dtype == dtype
             assert_close(a, b, terms=81 * size[-1], dtype=dtype)
 
 
+def test_lookup_adds_the_bias_in_the_product_where_its_rows_have_room():
+    def primitives(kernel_size):
+        images, kernel = arrays(1, 8, 8, 2, *kernel_size, 3)
+        fields = ReceptiveFields.of((8, 8), kernel_size, (1, 1), "VALID")
+        traced = jax.make_jaxpr(lambda *x: conv_by_lookup(*x[:2], fields, None, None, x[2]))(
+            images, kernel, jnp.ones(3)
+        )
+        return {equation.primitive.name for equation in traced.eqns}
+
+    assert "add" not in primitives((3, 3))
+    assert "add" in primitives((4, 4))
+
+
+@pytest.mark.parametrize("implementation", [*OWN, "xla", None])
+def test_adds_a_bias(implementation):
+    images, kernel = arrays(2, 9, 8, 3, 3, 4, 5)
+    bias = np.arange(5.0, dtype=np.float32) - 2
+
+    def function(images, kernel, bias):
+        return conv(images, kernel, (2, 1), "SAME", implementation, bias=bias)
+
+    expected = conv(images, kernel, (2, 1), "SAME", "xla") + jnp.broadcast_to(bias, (2, 5, 8, 5))
+    np.testing.assert_allclose(function(images, kernel, bias), expected, rtol=1e-4, atol=1e-4)
+    with jax.enable_x64(True):
+        assert_gradients(function, images, kernel, bias, forward=True)
+    biases = np.stack([bias, 3 * bias])
+    mapped = jax.vmap(function, (None, None, 0))(images, kernel, biases)
+    for each, one in zip(mapped, biases, strict=True):
+        np.testing.assert_allclose(each, function(images, kernel, one), rtol=1e-4, atol=1e-4)
+
+
+def test_adds_a_bias_to_the_features_of_any_layout():
+    images, kernel = arrays(2, 9, 8, 3, 3, 4, 5)
+    bias = np.arange(5.0, dtype=np.float32)
+    by_features = conv_general_dilated(
+        jnp.transpose(images, (0, 3, 1, 2)),
+        jnp.transpose(kernel, (3, 2, 0, 1)),
+        (1, 1),
+        "VALID",
+        bias=bias,
+    )
+    np.testing.assert_allclose(
+        jnp.transpose(by_features, (0, 2, 3, 1)),
+        conv(images, kernel, bias=bias),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (1, 5)])
+@pytest.mark.parametrize("implementation", [None, "lookup", "xla"])
+def test_a_bias_has_one_number_per_feature(shape, implementation):
+    images, kernel = arrays(2, 9, 8, 3, 3, 4, 5)
+    message = re.escape(f"bias must have shape [O] = [5], got shape {shape}")
+    with pytest.raises(ValueError, match=message):
+        conv(images, kernel, implementation=implementation, bias=jnp.ones(shape))
+    with pytest.raises(TypeError, match="bias must be an array, got str"):
+        conv_general_dilated(images, kernel, (1, 1), "VALID", dimension_numbers=NHWC, bias="zeros")
+
+
 def test_in_one_program_for_several_platforms():
     images, kernel = arrays(1, 9, 9, 2, 3, 3, 4)
-    function = jax.jit(lambda *x: conv(*x, (2, 2)))
-    exported = export.export(function, platforms=["cpu", "cuda", "tpu"])(images, kernel)
-    np.testing.assert_allclose(
-        exported.call(images, kernel), conv(images, kernel, (2, 2)), rtol=1e-6
-    )
+    for bias in (None, jnp.arange(4.0)):
+        function = jax.jit(lambda *x, bias=bias: conv(*x, (2, 2), bias=bias))
+        exported = export.export(function, platforms=["cpu", "cuda", "tpu"])(images, kernel)
+        np.testing.assert_allclose(
+            exported.call(images, kernel), function(images, kernel), rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize("implementation", [*OWN, "xla", None])

@@ -159,17 +159,19 @@ def test_the_gradient_of_a_bias_is_summed_in_float32(mesh):
 
 @pytest.mark.parametrize("implementation", ["patches", "lookup", "fourier", "phases", "xla"])
 def test_gradients_of_a_convolution_of_replicated_arrays(implementation, mesh):
-    arrays = random.normal(size=(2, 9, 8, 3)), random.normal(size=(3, 4, 3, 5))
+    shapes = (2, 9, 8, 3), (3, 4, 3, 5), (5,)
+    arrays = tuple(random.normal(size=shape) for shape in shapes)
 
     @jax.jit
-    @functools.partial(jax.grad, argnums=(0, 1))
-    def gradients(images, kernel):
+    @functools.partial(jax.grad, argnums=(0, 1, 2))
+    def gradients(images, kernel, bias):
         convolved = capsjax.conv_general_dilated(
             images,
             kernel,
             window_strides=(2, 2),
             padding="VALID",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            bias=bias,
             implementation=implementation,
         )
         return jnp.sum(convolved**2)
