@@ -46,7 +46,7 @@ def test_imports_go_down(path):
     for name in imports(path):
         package, *rest = name.split(".")
         if package == "capsjax":
-            assert rest[0] in {*MAY_IMPORT[room], room, "errors", "files", "version"}, (
+            assert rest[0] in {*MAY_IMPORT[room], room, "errors", "files", "machine", "version"}, (
                 f"{path} imports {name}"
             )
         elif room in PACKAGES and package not in sys.stdlib_module_names:
@@ -68,3 +68,16 @@ print(*sorted({"tensorflow_datasets", "grain", "matplotlib", "tyro", "tensorboar
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.splitlines() == ["capsjax", ""]
+
+
+def test_measuring_imports_nothing_of_training():
+    code = """
+import sys
+import capsjax.bench.processes.worker
+others = {"capsjax.training", "capsjax.data", "msgspec", "orbax.checkpoint"}
+print(*sorted(others & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "\n"

@@ -7,8 +7,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-from capsjax.data.stored import processors
-from capsjax.training.memory import machine_memory
+from capsjax.machine import machine_memory, processors
 from capsjax.version import __version__
 
 

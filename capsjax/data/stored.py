@@ -10,13 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from capsjax.machine import processors
+
 _CHUNK = 64  # images per read of a thread
-
-
-def processors() -> int:
-    """Returns the number of processors that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # missing on macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 class ImageSource(Protocol):
@@ -147,6 +143,9 @@ class Names(Sequence[str]):
         return len(self._ends) - 1
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Names(self[n] for n in range(len(self))[index])
+        index = range(len(self))[index]
         first, last = self._ends[index], self._ends[index + 1]
         return os.fsdecode(self._bytes[first:last])
 

@@ -23,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from capsjax.data.dataset import AnySplit, Split
-from capsjax.data.stored import processors
 from capsjax.data.transforms import epoch_order
 from capsjax.errors import ConfigError, DataError, how_to_install
+from capsjax.machine import processors
 
 _PIECE = 2**23  # bytes per read
 _AHEAD = 2  # pieces that each worker keeps ready

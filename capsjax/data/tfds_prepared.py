@@ -7,8 +7,10 @@ file begin; array_record has an index for that. The result of the scan is cached
 
 import dataclasses
 import functools
+import glob
 import io
 import logging
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -104,17 +106,25 @@ def _find(name: str, root: Path) -> Path:
     Raises:
       DataError: the set is not prepared, or ambiguous; the message names the prepared ones.
     """
+    if not re.fullmatch(r"\w+(/[^/:]+)?(:\d+(\.\d+)*)?", name):
+        raise DataError(f"a TFDS set must be named like NAME[/CONFIG][:VERSION], got {name!r}")
     path, _, version = name.partition(":")
-    prepared = sorted(file.parent for file in root.glob(f"{path}/**/dataset_info.json"))
+    prepared = _versions(root, f"{glob.escape(path)}/**")
     if version:
         prepared = [folder for folder in prepared if folder.name == version]
     if len({folder.parent for folder in prepared}) == 1:
         return max(prepared, key=lambda folder: [int(n) for n in folder.name.split(".")])
-    found = prepared or sorted(file.parent for file in root.glob("**/dataset_info.json"))
+    found = prepared or _versions(root, "**")
     names = ", ".join(f"{x.relative_to(root).parent.as_posix()}:{x.name}" for x in found)
     if prepared:
         raise DataError(f"data set {name} has several configurations; name one of {names}")
     raise DataError(f"data set {name} is not prepared in {root}; prepared there: {names or 'none'}")
+
+
+def _versions(root: Path, pattern: str) -> list[Path]:
+    """Folders of prepared versions; others are left by a preparation that was interrupted."""
+    folders = (file.parent for file in root.glob(f"{pattern}/dataset_info.json"))
+    return sorted(folder for folder in folders if re.fullmatch(r"\d+(\.\d+)*", folder.name))
 
 
 def _features(tfds: Any, name: str, features: Any) -> tuple[str, str]:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import signal
 import time
@@ -318,9 +317,7 @@ class _Row:
             other = self.get(self.recipe.also_tested_on)
             found = evaluate(self._evaluation(seed, self.recipe.also_tested_on), dataset=other)
             errors[other.name], counts[other.name] = found.test.error, found.test.count
-        # Time restarts at 0 after each resumption; this sums the last records of all parts.
-        times = [record.get("seconds", 0.0) for record in directory.read_metrics()] + [0.0]
-        seconds = sum(a for a, b in itertools.pairwise(times) if a > b)
+        seconds = directory.read_metrics()[-1].get("seconds", 0.0)
         line = self.line(
             seed=seed,
             steps=result.step,

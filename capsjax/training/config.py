@@ -368,6 +368,7 @@ OF_LEARNING_RATE = (
     "decay_steps",
     "min_learning_rate",
 )
+OF_OPTIMIZER = (*OF_LEARNING_RATE, "weight_decay", "clip_norm")
 _MAY_CHANGE = (
     *_OF_THE_CALL,
     *OF_LEARNING_RATE,

@@ -12,7 +12,7 @@ from capsjax.data import Batch, Sampler
 from capsjax.data.dataset import AnySplit
 from capsjax.errors import ConfigError
 from capsjax.ops._checks import check_callable
-from capsjax.training.config import OF_LEARNING_RATE, TrainConfig
+from capsjax.training.config import OF_OPTIMIZER, TrainConfig
 from capsjax.training.objectives import Metric, Objective
 from capsjax.training.programs import measure
 from capsjax.training.step import Apply, Variables, check_optimizer, update_with
@@ -38,8 +38,7 @@ class Custom(NamedTuple):
             config.check_default("when an objective is given", "loss", "class_weights")
         if self.optimizer is not None:
             check_optimizer(self.optimizer)
-            names = (*OF_LEARNING_RATE, "weight_decay", "clip_norm")
-            config.check_default("when an optimizer is given", *names)
+            config.check_default("when an optimizer is given", *OF_OPTIMIZER)
 
     @property
     def shaping(self) -> tuple[str, ...]:

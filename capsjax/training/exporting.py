@@ -72,12 +72,6 @@ class ExportConfig:
         """Checks the options that can be checked without the network."""
         check_types(self)
         expand_paths(self, "out", remote=("run_dir",))
-        for name, choices in (("platforms", Platform), ("pixels", PixelDtype)):
-            given = getattr(self, name)
-            for value in given if isinstance(given, tuple) else (given,):
-                if value not in get_args(choices):
-                    known = ", ".join(get_args(choices))
-                    raise ConfigError(f"--{name} must be one of {known}, got {value!r}")
         if not self.platforms:
             raise ConfigError(f"--platforms needs at least one of {', '.join(get_args(Platform))}")
 

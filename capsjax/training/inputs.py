@@ -10,8 +10,9 @@ from capsjax.data import Dataset, Sampler, StoredSplit, load
 from capsjax.data.dataset import AnySplit
 from capsjax.data.stream import check_installed, default_workers, is_installed
 from capsjax.errors import ConfigError
+from capsjax.machine import machine_memory
 from capsjax.training import processes
-from capsjax.training.memory import device_memory, machine_memory
+from capsjax.training.memory import device_memory
 
 InputName = Literal["resident", "stream"]
 

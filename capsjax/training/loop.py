@@ -39,6 +39,7 @@ class Progress:
       validated: last validated step.
       history: result of each validation so far, for each run: the error, or the loss for
         regression.
+      seconds: time that the steps so far took when the runs were resumed.
     """
 
     state: TrainState
@@ -46,6 +47,7 @@ class Progress:
     saved: int = 0
     validated: int = 0
     history: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +77,13 @@ class _Window:
       steps: number of steps.
       loss: sum of their losses, for each run.
       error: sum of their error rates, for each run.
-      start: time at which the first of them started.
+      seconds: time that they took, without validating and saving.
     """
 
     steps: int = 0
     loss: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(1))
     error: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(1))
-    start: float = dataclasses.field(default_factory=time.monotonic)
+    seconds: float = 0.0
 
 
 def train_and_test(run: Run, progress: Progress) -> list[Evaluation] | None:
@@ -104,7 +106,6 @@ def train_and_test(run: Run, progress: Progress) -> list[Evaluation] | None:
             window = _Window()
         if is_due(every):
             _checkpoint(run, progress)
-            window.start = time.monotonic()  # neither validation nor saving counts as training
     if config.patience is not None and _since_best(progress.history) >= config.patience:
         best = min(score for (score,) in progress.history)
         run.report.say(
@@ -144,10 +145,11 @@ def _advance(run: Run, progress: Progress, target: int, pace: Pace, window: _Win
         seconds, completed = now - completed, now
         pace.observe(number, seconds)
         if (bad_step := int(np.min(sums.bad_step))) != NEVER:
-            number = int(np.argmin(np.atleast_1d(sums.bad_step)))
+            index = int(np.argmin(np.atleast_1d(sums.bad_step)))
             jax.block_until_ready(progress.state)  # before this process leaves the others
-            _diverged(run, bad_step, "the loss is not finite", number)
+            _diverged(run, bad_step, "the loss is not finite", index)
         window.steps += number
+        window.seconds += seconds
         window.loss = window.loss + np.atleast_1d(sums.loss)
         window.error = window.error + np.atleast_1d(sums.error)
         loss, error = (float(np.mean(x)) / window.steps for x in (window.loss, window.error))
@@ -172,7 +174,7 @@ def _log(run: Run, progress: Progress, window: _Window) -> None:
     if not window.steps:
         return
     examples = window.steps * run.setup.config.batch_size
-    speed = examples / (time.monotonic() - window.start)
+    speed = examples / window.seconds
     means = zip(window.loss / window.steps, window.error / window.steps, strict=True)
     records = [
         {"loss": float(loss), "error": float(error), "examples_per_second": speed}
@@ -300,6 +302,7 @@ def begin(
         each.forget_after(step)  # steps that other runs of the group have not reached
     kept = [directory.forget_metrics_after(step) for directory in directories]
     progress.validated, progress.history = read_history(setup, kept)
+    progress.seconds = max(each[-1].get("seconds", 0.0) if each else 0.0 for each in kept)
     return progress
 
 

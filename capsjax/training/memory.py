@@ -1,8 +1,6 @@
 """Estimates the memory of training from shapes, before anything is built."""
 
 import functools
-import os
-from pathlib import Path
 from typing import NamedTuple
 
 import chex
@@ -11,10 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from capsjax import models
+from capsjax.machine import machine_memory
 from capsjax.training.drivers import Driver
 from capsjax.training.step import Apply, Variables, split_abstract
-
-_CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 class Memory(NamedTuple):
@@ -139,18 +136,6 @@ def device_memory(device: jax.Device) -> int | None:
         return machine_memory()
     limit: int | None = (device.memory_stats() or {}).get("bytes_limit")
     return limit
-
-
-def machine_memory() -> int | None:
-    """Bytes of memory of the machine or this process's container; None if unknown."""
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
-    try:
-        return min(memory, int(_CGROUP.read_text(encoding="ascii")))
-    except (ValueError, OSError):  # "max", or no such container
-        return memory
 
 
 def _gigabytes(size: int) -> str:

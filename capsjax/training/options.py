@@ -27,7 +27,6 @@ _TYPES = {
     float: "a number",
     str: "a string",
     Path: "a path",
-    tuple: "a tuple",
 }
 
 
@@ -35,10 +34,17 @@ def _expected(kind: Any) -> str:
     """Describes the type of an option."""
     kinds = (kind,) if get_origin(kind) in (None, Literal, tuple) else get_args(kind)
     texts = [x for k in kinds if get_origin(k) is Literal for x in get_args(k)]
-    others = [_TYPES[get_origin(k) or k] for k in kinds if (get_origin(k) or k) in _TYPES]
+    others = [_TYPES[k] for k in kinds if k in _TYPES]
+    others += [_tuple_of(*get_args(k)) for k in kinds if get_origin(k) is tuple]
     if others:
         return " or ".join([*map(str, texts), *others])
     return f"one of {', '.join(map(str, texts))}"
+
+
+def _tuple_of(kind: Any, *_: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"a tuple of {', '.join(get_args(kind))}"
+    return f"a tuple of {_TYPES[kind].split()[-1]}s"
 
 
 def require(config: Any, name: str, holds: bool, expected: str) -> None:

@@ -40,6 +40,7 @@ class Report:
       directories: where the metrics of each run go.
       total_steps: number of steps of the whole run.
       step: the step at which this process begins.
+      seconds: time that the steps before it took.
       tensorboard: whether to write event files too.
       console: where lines and the bar are printed; by default standard error, which leaves
         standard output to the result.
@@ -51,6 +52,7 @@ class Report:
         *,
         total_steps: int,
         step: int,
+        seconds: float = 0.0,
         tensorboard: bool,
         console: Console | None = None,
     ):
@@ -59,7 +61,8 @@ class Report:
         self._spools = [_Spool(directory) for directory in directories]
         self._num_steps = total_steps - step
         self._measured: tuple[int, float] | None = None
-        self._started = self._flushed = time.monotonic()
+        self._flushed = time.monotonic()
+        self._started = self._flushed - seconds
         written = self._spools if tensorboard else ()
         self._events = [_Events(spool.directory.tensorboard, step) for spool in written]
         self._console = console or _console()

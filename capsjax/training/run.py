@@ -264,6 +264,7 @@ def _run(
                 directories,
                 total_steps=setup.total_steps,
                 step=first_step,
+                seconds=progress.seconds,
                 tensorboard=config.tensorboard,
             )
         )

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import chex
 import jax
@@ -14,7 +13,7 @@ from capsjax.data import Batch, Dataset, Sampler, Task
 from capsjax.data.dataset import AnySplit
 from capsjax.errors import ConfigError
 from capsjax.training import choices, processes
-from capsjax.training.config import TrainConfig
+from capsjax.training.config import OF_OPTIMIZER, TrainConfig
 from capsjax.training.custom import Custom, try_evaluation, try_optimizer
 from capsjax.training.drivers import Driver, local
 from capsjax.training.feeding import (
@@ -57,18 +56,8 @@ _EPOCHS = 20
 
 
 _NONE = Custom()
-# Options that no compiled program depends on, and their values in the key of shared programs.
-_NOT_COMPILED: dict[str, Any] = {
-    field.name: field.default
-    for field in dataclasses.fields(TrainConfig)
-    if field.name
-    in (
-        *("run_dir", "resume", "auto_resume", "init_from", "init_checkpoint"),
-        *("data_dir", "input", "workers", "test_size", "validation", "seed"),
-        *("epochs", "steps", "until_error", "patience", "steps_per_dispatch"),
-        *("log_every", "checkpoint_every", "keep", "tensorboard"),
-    )
-}
+# Options that the programs of a run depend on directly, besides the parts made from others.
+_COMPILED = (*OF_OPTIMIZER, "freeze", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +165,7 @@ def set_up(
 
     apply, shapes = split_abstract(model, frozen=config.freeze or ())
     programs = _Programs(
-        config=dataclasses.replace(config, **_NOT_COMPILED),
+        config=TrainConfig(**{name: getattr(config, name) for name in _COMPILED}),
         model=model,
         apply=apply,
         optimizer=custom.optimizer,
@@ -285,7 +274,7 @@ class _Programs:
     """What the programs of runs are made from; runs with equal parts can share them.
 
     Attributes:
-      config: the options, without those that no program depends on.
+      config: the options that programs depend on directly; others have their defaults.
       model: the network's configuration.
       apply: the network as a pure function.
       optimizer: given in Python, or None for that of the options.

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from capsjax.data import Cropped, DataError, Dataset, Pairs, Placed, Shifted, Split
+from capsjax.data.stored import Names
 
 
 def split(number=2, size=4, dtype=np.uint8):
@@ -78,3 +79,13 @@ def test_labels_that_are_no_array_are_named():
 
 def test_an_error_is_one_line():
     assert str(DataError("first\n  * second\n")) == "first * second"
+
+
+def test_many_names_are_a_sequence():
+    names = Names(["cat/1.png", "döner.png", "", "dog/2.png"])
+    assert list(names) == ["cat/1.png", "döner.png", "", "dog/2.png"]
+    assert (names[-1], names[np.int64(1)]) == ("dog/2.png", "döner.png")
+    assert list(names[1::2]) == ["döner.png", "dog/2.png"]
+    for index in (4, -5):
+        with pytest.raises(IndexError):
+            names[index]

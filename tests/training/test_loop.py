@@ -1,11 +1,14 @@
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
+import types
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -284,15 +287,31 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(request, tmp_path, digits, d
 def test_metrics_of_a_resumed_run_have_no_step_twice(copied, digits):
     # As if the process had died after records that no checkpoint covers.
     path = copied.run_dir / "metrics.jsonl"
-    path.write_text(
-        path.read_text()
-        + json.dumps({"split": "train", "step": 12, "loss": 9.0, "error": 1.0})
-        + '\n{"split": "tr'
-    )
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [r for r in records if r["split"] != "test"]
+    records[-1]["seconds"] = 1000.0
+    records.append({"split": "train", "step": 12, "loss": 9.0, "error": 1.0})
+    path.write_text("".join(json.dumps(r) + "\n" for r in records) + '{"split": "tr')
     train(dataclasses.replace(copied, steps=16, resume=True), dataset=digits)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["step"] for r in records if r["split"] == "train"] == [4, 8, 12, 16]
     assert all(r["loss"] != 9.0 for r in records)
+    # The time goes on as well.
+    assert all((r["seconds"] >= 1000) == (r["step"] > 8) for r in records if r["step"] != 8)
+
+
+def test_the_throughput_is_that_of_the_steps_alone(tmp_path, digits, tiny, monkeypatch):
+    # A clock that goes on by a second whenever it is read: at the start, and after each step.
+    clock = types.SimpleNamespace(monotonic=functools.partial(next, itertools.count(0.0)))
+    monkeypatch.setattr("capsjax.training.loop.time", clock)
+    options = config(tmp_path, driver="jit", steps=8, log_every=4, steps_per_dispatch=1)
+    for interval in (3, 4):
+        directory = tmp_path / str(interval)
+        parts = dataclasses.replace(options, run_dir=directory, checkpoint_every=interval)
+        train(parts, model=tiny, dataset=digits)
+        records = RunDirectory(directory).read_metrics()
+        speeds = [r["examples_per_second"] for r in records if r["split"] == "train"]
+        assert speeds == [options.batch_size] * 2
 
 
 def test_a_request_to_stop_saves_and_ends(tmp_path, digits, tiny, monkeypatch):

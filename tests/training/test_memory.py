@@ -7,7 +7,7 @@ import optax
 import pytest
 from rich.console import Console
 
-from capsjax import models
+from capsjax import machine, models
 from capsjax.training import Memory, estimate_memory, make_driver
 from capsjax.training import memory as module
 from capsjax.training.reporting import Report
@@ -66,9 +66,9 @@ def test_the_memory_of_a_machine_is_that_of_its_container(content, expected, tmp
     limit = tmp_path / "memory.max"
     if content is not None:
         limit.write_text(content)
-    monkeypatch.setattr(module, "_CGROUP", limit)
-    monkeypatch.setattr(module.os, "sysconf", lambda name: 2**20)
-    assert module.machine_memory() == expected
+    monkeypatch.setattr(machine, "_CGROUP", limit)
+    monkeypatch.setattr(machine.os, "sysconf", lambda name: 2**20)
+    assert machine.machine_memory() == expected
 
 
 def test_the_whole_time_is_said_once_and_without_the_compilation():

@@ -113,8 +113,11 @@ def test_options_without_effect(options, match):
     [
         ({"schedule": "linear"}, "--schedule must be one of exponential, cosine, constant, got 'l"),
         ({"patience": 1.5}, "--patience must be an integer, got 1.5"),
-        ({"freeze": "conv"}, "--freeze must be a tuple, got 'conv'"),
-        ({"class_weights": "same"}, "--class-weights must be balanced or a tuple, got 'same'"),
+        ({"freeze": "conv"}, "--freeze must be a tuple of strings, got 'conv'"),
+        (
+            {"class_weights": "same"},
+            "--class-weights must be balanced or a tuple of numbers, got 'same'",
+        ),
         ({"class_weights": [-1.0]}, r"--class-weights must be positive, got \(-1.0,\)"),
         ({"run_dir": 3}, "--run-dir must be a path, got 3"),
         ({"clip_norm": 0.0}, "--clip-norm must be positive, got 0.0"),

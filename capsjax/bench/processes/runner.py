@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from capsjax.bench.cells import Cell, groups
-from capsjax.bench.environment import read_environment
+from capsjax.bench.environment import Environment, read_environment
 from capsjax.bench.processes.measure import Measurement, Request, measure_cells
 from capsjax.bench.processes.roofline import Roofline, measure_roofline
 from capsjax.bench.processes.timing import Times
@@ -23,19 +23,9 @@ from capsjax.bench.results.rows import Alternation, Bound, Failure, Row, Run, ap
 from capsjax.bench.targets import parse_target, take_libtpu
 from capsjax.errors import ConfigError, DataError
 
-_VERSIONS = (
-    "capsjax",
-    "jax",
-    "jaxlib",
-    "libtpu",
-    "cuda_plugin",
-    "flax",
-    "optax",
-    "python",
-    "cpu",
-    "xla_flags",
-    "libtpu_init_args",
-    "glibc_tunables",
+# What all rows of a file must have in common; sizes of the machine and its kernel may differ.
+_VERSIONS = {field.name for field in dataclasses.fields(Environment)}.difference(
+    ("cpu_features", "memory_bytes", "system")
 )
 
 
@@ -82,7 +72,7 @@ def remaining(cells: Sequence[Cell], plan: Plan) -> list[Cell]:
     rows = [row for row in read_rows(plan.output) if not row.error or row.error.is_unsupported]
     here = dataclasses.asdict(read_environment())
     for row in rows:
-        for name in _VERSIONS:
+        for name in sorted(_VERSIONS):
             if (there := row.base_environment.get(name)) != here[name]:
                 raise DataError(
                     f"{plan.output} was measured with {name} {there}, but here it is {here[name]}"
