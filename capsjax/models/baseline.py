@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,11 +114,13 @@ class BaselineCNN(nnx.Module):
           :class:`capsjax.models.Prediction`, whose scores are logits.
 
         Raises:
-          TypeError: the images are not floating point.
-          ValueError: ``images`` has the wrong shape.
+          TypeError: the images are not floating point, or ``keys`` are no random keys.
+          ValueError: ``images`` or ``keys`` have the wrong shape.
         """
         del target
         x = check_images(images, self.config.image_shape)
+        if keys is not None:
+            _check_keys(keys, x.shape[:-3])
         for conv in self.convs:
             x = _pool(relu(conv(x)), self.config.pooling)
         x = jax.lax.collapse(x, -3)
@@ -126,6 +129,13 @@ class BaselineCNN(nnx.Module):
         if keys is not None:
             x = _dropout(keys, x, self.config.dropout_rate)
         return Prediction(self.logits(x).astype(jnp.float32))
+
+
+def _check_keys(keys: Any, shape: tuple[int, ...]) -> None:
+    if not jnp.issubdtype(getattr(keys, "dtype", object), jax.dtypes.prng_key):
+        raise TypeError(f"keys must be random keys, such as jax.random.split(key, n), got {keys!r}")
+    if keys.shape != shape:
+        raise ValueError(f"keys must have shape [...] = {shape}, got shape {keys.shape}")
 
 
 def _pool(x: jax.Array, window: int) -> jax.Array:

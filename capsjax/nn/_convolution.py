@@ -1,6 +1,6 @@
 """Convolutions of feature maps, whose gradients are fast on every platform."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ from flax.typing import PaddingLike
 
 from capsjax.ops import conv_general_dilated
 from capsjax.ops._checks import as_array, spatial_axes, spatial_padding, spatial_sizes
+from capsjax.ops.bias import add_bias
 
 
 class Convolution(nnx.Conv):
@@ -19,15 +20,24 @@ class Convolution(nnx.Conv):
     """
 
     def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
+        super().__init__(*args, conv_general_dilated=conv_general_dilated, **options)
         self.use_bias = False
-        # Otherwise it hides the method, which knows the bias.
-        del self.conv_general_dilated
 
-    def conv_general_dilated(self, *args: Any, **options: Any) -> jax.Array:
-        """Convolves and adds the bias. ``nnx.Conv`` calls it."""
-        bias = None if self.bias is None else self.bias[...]
-        return conv_general_dilated(*args, bias=bias, **options)
+    @property
+    def conv_general_dilated(self) -> Callable[..., jax.Array]:
+        """What ``nnx.Conv`` calls; it adds the bias to the result of the function that was set."""
+        return self._convolve
+
+    @conv_general_dilated.setter
+    def conv_general_dilated(self, function: Callable[..., jax.Array]) -> None:
+        self._function = function
+
+    def _convolve(self, *args: Any, **options: Any) -> jax.Array:
+        if self.bias is None:
+            return self._function(*args, **options)
+        if self._function is conv_general_dilated:
+            return conv_general_dilated(*args, bias=self.bias[...], **options)
+        return add_bias(self._function(*args, **options), self.bias[...])
 
 
 def make_conv(

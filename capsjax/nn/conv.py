@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from capsjax.nn.shared import SharedWeights, kernel_init_per_child
 from capsjax.ops import ReceptiveFields
-from capsjax.ops._checks import as_sizes, spatial_padding, spatial_sizes
+from capsjax.ops._checks import as_sizes, is_constant, spatial_padding, spatial_sizes
 from capsjax.routing import Children, Routed, Sizes
 from capsjax.routing.fused import Implementation
 
@@ -149,12 +149,14 @@ class ConvCapsules(SharedWeights):
 
         Raises:
           TypeError: activations are not floating point, or ``where`` is not bool.
-          ValueError: an argument has the wrong shape, the kernel is larger than the grid, or the
-            implementation is unknown.
+          ValueError: an argument has the wrong shape, the kernel is larger than the grid, the size
+            of the grid is symbolic, or the implementation is unknown.
         """
         poses, activations, where = self._check_inputs(poses, activations, where)
         poses, kernel = promote_dtype((poses, self.kernel[...]), dtype=self.dtype)
         grid = self._grid(poses)
+        if not is_constant(grid):
+            raise ValueError(f"poses must have a grid of constant size, got shape {poses.shape}")
         fields = ReceptiveFields.of(grid, self.kernel_size, self.strides, self.padding)
         if min(fields.shape) < 1:
             raise ValueError(

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 
-from capsjax.nn._checks import check_rngs
-from capsjax.ops._checks import as_array, as_integers, as_sizes, check_callable
+from capsjax.nn._checks import check_numerics, check_rngs, named_inits
+from capsjax.ops._checks import as_array, as_floating, as_integers, as_sizes
 from capsjax.ops.relu import relu
 
 
@@ -61,7 +61,8 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_rngs(rngs)
-        check_callable(kernel_init=kernel_init, bias_init=bias_init)
+        check_numerics(dtype, param_dtype, precision)
+        kernel_init, bias_init = named_inits(kernel_init=kernel_init, bias_init=bias_init)
         self.in_capsules, self.in_features = as_sizes(
             in_capsules=in_capsules, in_features=in_features
         )
@@ -95,10 +96,11 @@ class Decoder(nnx.Module):
           Pixels in [0, 1], ``[..., *image_shape]``.
 
         Raises:
+          TypeError: ``poses`` are not floating point.
           ValueError: ``poses`` do not have the sizes of the decoder, or ``mask`` does not have the
             shape of ``poses`` without D.
         """
-        poses, mask = as_array("poses", poses), as_array("mask", mask)
+        poses, mask = as_floating("poses", poses), as_array("mask", mask)
         capsules, features = self.in_capsules, self.in_features
         if poses.shape[-2:] != (capsules, features):
             raise ValueError(

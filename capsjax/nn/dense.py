@@ -9,7 +9,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.typing import ArrayLike
 
-from capsjax.nn._checks import check_rngs
+from capsjax.nn._checks import check_numerics, check_rngs, named_inits
 from capsjax.nn.router import Router
 from capsjax.ops import dense_votes
 from capsjax.ops._checks import (
@@ -17,7 +17,6 @@ from capsjax.ops._checks import (
     as_floating,
     as_sizes,
     broadcast,
-    check_callable,
     taking_part,
 )
 from capsjax.routing import Children, Routed, Sizes, algorithm
@@ -91,7 +90,8 @@ class DenseCapsules(nnx.Module):
         **options: Any,
     ):
         check_rngs(rngs)
-        check_callable(kernel_init=kernel_init, bias_init=bias_init)
+        check_numerics(dtype, param_dtype, precision)
+        kernel_init, bias_init = named_inits(kernel_init=kernel_init, bias_init=bias_init)
         sizes = Sizes(in_capsules, in_features, out_capsules, out_features)
         self.sizes = sizes = Sizes(*as_sizes(**sizes._asdict()))
         self.kernel: nnx.Param[jax.Array] | None

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
-from capsjax.nn._checks import check_rngs
+from capsjax.nn._checks import check_numerics, check_rngs, named_inits
 from capsjax.nn._convolution import convolve, make_conv
 from capsjax.nn.conv import ConvCapsules
 from capsjax.nn.grid import GridCapsules
 from capsjax.nn.shared import SharedWeights
 from capsjax.ops import matrix_votes
-from capsjax.ops._checks import as_integer, as_sizes, check_callable
+from capsjax.ops._checks import as_integer, as_sizes
 from capsjax.routing import Sizes
 
 
@@ -70,7 +70,8 @@ class MatrixPrimaryCapsules(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_rngs(rngs)
-        check_callable(kernel_init=kernel_init, bias_init=bias_init)
+        check_numerics(dtype, param_dtype, precision)
+        kernel_init, bias_init = named_inits(kernel_init=kernel_init, bias_init=bias_init)
         in_features, num_types, features = as_sizes(
             in_features=in_features, num_types=num_types, features=features
         )

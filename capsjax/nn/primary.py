@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
-from capsjax.nn._checks import as_constant, check_rngs
+from capsjax.nn._checks import as_constant, check_numerics, check_rngs, named_inits
 from capsjax.nn._convolution import convolve, make_conv
-from capsjax.ops._checks import as_sizes, check_callable, check_flags, check_number
+from capsjax.ops._checks import as_sizes, check_flags, check_number
 from capsjax.ops.bias import add_bias
 from capsjax.ops.capsule import squash_channels
 
@@ -84,7 +84,8 @@ class PrimaryCapsules(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_rngs(rngs)
-        check_callable(kernel_init=kernel_init, bias_init=bias_init)
+        check_numerics(dtype, param_dtype, precision)
+        kernel_init, bias_init = named_inits(kernel_init=kernel_init, bias_init=bias_init)
         in_features, num_types, features = as_sizes(
             in_features=in_features, num_types=num_types, features=features
         )

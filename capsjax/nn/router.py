@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 
-from capsjax.nn._checks import as_constant, check_rngs
-from capsjax.ops._checks import as_array, as_sizes, check_callable, check_flags
+from capsjax.nn._checks import as_constant, check_rngs, named_inits
+from capsjax.ops._checks import as_array, as_sizes, check_flags
 from capsjax.routing import Children, Parameter, Routed, Sizes, algorithm
 from capsjax.routing.fused import Implementation, check_implementation
 
@@ -59,8 +59,8 @@ class Router(nnx.Module):
             learned["bias"] = Parameter(sizes[2:], bias_init)
         self.learned = tuple(learned)
         for parameter, (shape, init, _) in learned.items():
-            init = options.get(f"{parameter}_init", init)
-            check_callable(**{f"{parameter}_init": init})
+            option = f"{parameter}_init"
+            (init,) = named_inits(**{option: options.get(option, init)})
             setattr(self, parameter, nnx.Param(init(rngs.params(), shape, param_dtype)))
         # As items, because static attributes have to be hashable.
         self.options = tuple(

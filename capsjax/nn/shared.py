@@ -8,10 +8,10 @@ from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.typing import ArrayLike
 
-from capsjax.nn._checks import check_rngs
+from capsjax.nn._checks import check_numerics, check_rngs, named_inits
 from capsjax.nn.router import Router
 from capsjax.ops import dense_votes
-from capsjax.ops._checks import as_array, as_floating, check_callable, spatial_axes, taking_part
+from capsjax.ops._checks import as_array, as_floating, spatial_axes, taking_part
 from capsjax.routing import Sizes, algorithm
 from capsjax.routing.fused import Implementation, check_implementation
 
@@ -51,7 +51,8 @@ class SharedWeights(nnx.Module):
         options: Mapping[str, Any],
     ):
         check_rngs(rngs)
-        check_callable(kernel_init=kernel_init, bias_init=bias_init)
+        check_numerics(dtype, param_dtype, precision)
+        kernel_init, bias_init = named_inits(kernel_init=kernel_init, bias_init=bias_init)
         check_shares_weights(routing)
         check_implementation(implementation, routing)
         self.in_types = in_types

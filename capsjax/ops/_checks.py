@@ -19,7 +19,9 @@ def as_array(name: str, value: ArrayLike) -> jax.Array:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
         what = "None" if value is None else type(value).__name__
-        raise TypeError(f"{name} must be an array, got {what}") from None
+        if isinstance(value, np.ndarray):
+            what = f"one of dtype {value.dtype}"
+        raise TypeError(f"{name} must be an array of numbers, got {what}") from None
 
 
 def as_floating(name: str, value: ArrayLike) -> jax.Array:
@@ -96,6 +98,8 @@ def as_one_hot(name: str, value: ArrayLike, scores_name: str, shape: tuple[int, 
             f"{name} must be one-hot or multi-hot with the shape of {scores_name}, {shape}, got"
             f" shape {labels.shape}; for class numbers use jax.nn.one_hot({name}, num_classes)"
         )
+    if labels.dtype != bool and not is_real(labels.dtype):
+        raise TypeError(f"{name} must be real numbers or bool, got dtype {labels.dtype}")
     return labels
 
 
@@ -132,9 +136,15 @@ def as_sizes(**sizes: Any) -> tuple[int, ...]:
 
 
 def check_number(name: str, value: Any, *, least: float = -math.inf) -> None:
-    """Raises unless an option is a finite number of at least `least`, or an array of numbers."""
-    if hasattr(value, "dtype") and not isinstance(value, np.generic):
-        return
+    """Raises unless an option is a finite number of at least `least`, or traced."""
+    if isinstance(value, jax.Array | np.ndarray):
+        if not is_real(value.dtype):
+            raise TypeError(f"{name} must be a number, got an array of dtype {value.dtype}")
+        if value.ndim:
+            raise ValueError(f"{name} must be one number, got shape {value.shape}")
+        if is_traced(value):
+            return
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:
@@ -165,6 +175,16 @@ def check_callable(**functions: Any) -> None:
     for name, function in functions.items():
         if not callable(function):
             raise TypeError(f"{name} must be a function, got {function!r}")
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is only known when the program runs."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def is_real(dtype: Any) -> bool:
+    """Whether a dtype is one of real numbers, and not bool."""
+    return jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
 
 
 def zeros(shape: tuple[int, ...], dtype: jnp.dtype, *like: jax.Array | None) -> jax.Array:

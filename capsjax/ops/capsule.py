@@ -13,6 +13,7 @@ from capsjax.ops._checks import (
     as_floating,
     check_number,
     is_sharded,
+    is_traced,
     safe_sqrt,
     selection_precision,
 )
@@ -100,7 +101,7 @@ def squash_channels(
 
 def _scale(squared: jax.Array, epsilon: float = 0.0) -> jax.Array:
     """The factor of a vector, given its squared length."""
-    if epsilon:
+    if is_traced(epsilon) or epsilon:
         return squared / (1 + squared) / jnp.sqrt(squared + epsilon)
     return safe_sqrt(squared) / (1 + squared)
 

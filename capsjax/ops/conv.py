@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from capsjax.ops._checks import as_array, is_sharded
+from capsjax.ops._checks import as_array, as_floating, is_constant, is_sharded
 from capsjax.ops.bias import add_bias
 from capsjax.ops.fields import Padding, ReceptiveFields, channels_last
 from capsjax.ops.fourier import conv_by_fourier, gains_by_fourier
@@ -68,8 +68,8 @@ def conv_general_dilated(
       preferred_element_type: as in ``lax``.
       out_sharding: as in ``lax``; values other than None, and explicitly sharded arguments, need
         XLA.
-      bias: ``[O]``, added to each feature; or None. It is rounded only by ``"lookup"``, as the
-        kernel is.
+      bias: ``[O]``, added to each feature; or None. Only ``"lookup"`` rounds it and its gradient to
+        the dtype of the images, except in float16, whose range is small.
       implementation: one of the following, or None for the fastest that supports the arguments on
         the platform that the program is compiled for.
 
@@ -99,6 +99,8 @@ def conv_general_dilated(
       ``[B, P, Q, O]``.
 
     Raises:
+      TypeError: ``lhs``, ``rhs`` or ``bias`` is not an array; or there is a bias, and it or ``lhs``
+        is not floating point.
       ValueError: ``implementation`` is unknown, or ``bias`` does not have one number per feature.
       NotImplementedError: the named implementation does not support the arguments, or not the
         platform.
@@ -138,6 +140,7 @@ def conv_general_dilated(
         axis = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers).out_spec[1]
         return jnp.moveaxis(add_bias(jnp.moveaxis(result, axis, -1), *bias), -1, axis)
 
+    lhs, rhs = as_array("lhs", lhs), as_array("rhs", rhs)
     biases = [] if bias is None else [_as_bias(bias, lhs, rhs, dimension_numbers)]
     if implementation == "xla":
         return xla(lhs, rhs, *biases)
@@ -238,6 +241,11 @@ def _why_only_xla(
     if is_sharded(lhs, rhs, *biases):
         types = " and ".join(str(jax.typeof(each)) for each in (lhs, rhs, *biases))
         return f"supports no explicit sharding, got {types}"
+    if not is_constant((*lhs.shape[1:], *rhs.shape[:-1])):
+        return (
+            "needs constant sizes, except for the batch and the features, got shapes"
+            f" {lhs.shape} and {rhs.shape}"
+        )
     if lhs.shape[-1] != rhs.shape[-2] or lhs.dtype != rhs.dtype:
         return (
             f"needs images and kernel of the same channels and dtype, got"
@@ -260,7 +268,9 @@ def _why_only_xla(
 
 
 def _as_bias(bias: ArrayLike, lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) -> jax.Array:
-    bias = as_array("bias", bias)
+    bias = as_floating("bias", bias)
+    if not jnp.issubdtype(lhs.dtype, jnp.floating):
+        raise TypeError(f"lhs must be floating point for a bias, got dtype {lhs.dtype}")
     layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     features = rhs.shape[layout.rhs_spec[0]]
     if bias.shape != (features,):

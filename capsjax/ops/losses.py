@@ -15,6 +15,7 @@ from capsjax.ops._checks import (
     as_one_hot,
     broadcast,
     check_number,
+    is_real,
     is_sharded,
 )
 
@@ -68,8 +69,6 @@ def margin_loss(
     labels = as_one_hot("labels", labels, "lengths", lengths.shape)
     for name, value in {"m_plus": m_plus, "m_minus": m_minus, "lambda_": lambda_}.items():
         check_number(name, value)
-        if jnp.ndim(value):
-            raise ValueError(f"{name} must be one number, got shape {jnp.shape(value)}")
     wide = lengths.astype(accumulator(lengths.dtype))
     present = labels.astype(wide.dtype)
 
@@ -137,7 +136,10 @@ def spread_loss(
     finite = jnp.isfinite(a) & jnp.isfinite(jnp.where(counted, labels, 0).astype(a.dtype))
     finite = jnp.all(finite, axis=-1)[..., None, None]
     pairs = (right & counted)[..., :, None] & (~right & counted)[..., None, :]
-    m = broadcast("margin", as_array("margin", margin).astype(a.dtype), a.shape[:-1])
+    margin = as_array("margin", margin)
+    if not is_real(margin.dtype):
+        raise TypeError(f"margin must be real numbers, got dtype {margin.dtype}")
+    m = broadcast("margin", margin.astype(a.dtype), a.shape[:-1])
     m = jnp.where(finite, m[..., None, None], jnp.nan)
     shortfall = jnp.maximum(0, m - (a[..., :, None] - a[..., None, :]))
     total = jnp.sum(jnp.where(pairs | ~finite, shortfall * shortfall, 0), axis=(-2, -1))

@@ -59,8 +59,9 @@ def conv_by_lookup(
       fields: receptive fields of the kernel on the images.
       precision: precision of the matrix product; the platform's default when None.
       preferred_element_type: dtype of the result; that of the images when None.
-      bias: ``[O]``, or None. It is a row of the kernel, multiplied by a column of ones, where rows
-        are filled up anyway, and so are its gradient and an activation part of the products.
+      bias: ``[O]``, or None. Where rows are filled up anyway, it is a row of the kernel, multiplied
+        by a column of ones: its gradient is part of the kernel's, and an activation can be computed
+        at the end of the product. In float16, such a gradient would overflow too early.
 
     Returns:
       ``[B, P, Q, O]``.
@@ -71,7 +72,7 @@ def conv_by_lookup(
     patches = _look_up(images, fields).reshape(math.prod(grid), size)
     weights = kernel.reshape(size, features)
     filling = 0
-    if bias is not None and padding:
+    if bias is not None and padding and weights.dtype != jnp.float16:
         weights = jnp.concatenate([weights, bias[None].astype(weights.dtype)])
         # Zeros multiply all columns of ones but the first.
         filling, bias = 1, None

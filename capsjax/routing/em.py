@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from capsjax.ops._checks import check_number
+from capsjax.ops._checks import check_callable, check_number
 from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.routing._passes import Passes, as_activations, as_parameter, inputs, per_mass
 from capsjax.routing.record import Algorithm, Parameter, Sizes, register
@@ -119,6 +119,8 @@ def em_passes(
     check_number("inverse_temperature", inverse_temperature)
     check_number("epsilon", epsilon, least=0)
     given = inputs(votes, where=where)
+    if normalize is not None:
+        check_callable(normalize=normalize)
     present = as_activations(activations, given)
     parents, features = given.votes.shape[-2:]
     use = as_parameter("beta_a", beta_a, "[J]", (parents,), given)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.scipy.special import digamma
 from jax.typing import ArrayLike
 
-from capsjax.ops._checks import check_number
+from capsjax.ops._checks import check_callable, check_number, is_traced
 from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.routing._passes import Passes, as_activations, as_parameter, inputs
 from capsjax.routing.em import Normalize, beta_parameters
@@ -127,6 +127,8 @@ def variational_passes(
 ) -> Passes:
     """The passes of :func:`variational_routing`, whose carry is ln R, not normalised."""
     given = inputs(votes, where=where)
+    if normalize is not None:
+        check_callable(normalize=normalize)
     present = as_activations(activations, given)
     parents, features = given.votes.shape[-2:]
     nu = features + 1.0 if nu is None else nu
@@ -137,7 +139,7 @@ def variational_passes(
         ("psi", psi, 0),
     ):
         check_number(name, value)
-        if not value > least:
+        if not is_traced(value) and not value > least:
             raise ValueError(f"{name} must be above {least}, got {value}")
     use = as_parameter("beta_a", beta_a, "[J]", (parents,), given)
     cost = as_parameter("beta_u", beta_u, "[J]", (parents,), given)

@@ -69,7 +69,7 @@ def test_primary_capsules_group_channels_of_one_position(coupling):
 
 def test_the_factor_of_primary_capsules_is_a_constant():
     assert type(primary(coupling=jnp.asarray(0.25)).coupling) is float
-    with pytest.raises(TypeError, match="coupling must be a number or hashable, got ArrayImpl"):
+    with pytest.raises(ValueError, match=r"coupling must be one number, got shape \(2,\)"):
         primary(coupling=jnp.ones(2))
 
 
@@ -397,10 +397,46 @@ def test_streams_initialisers_and_inputs_are_named(make):
             make(rngs=rngs)
     with pytest.raises(TypeError, match="kernel_init must be a function, got None"):
         make(kernel_init=None, rngs=nnx.Rngs(0))
+    initialisers = nnx.initializers
+    for init, error, got in (
+        (initialisers.lecun_normal, TypeError, "a floating-point array, got function"),
+        (
+            lambda key, shape, dtype: np.ones(shape, int),
+            TypeError,
+            "a floating-point array, got in",
+        ),
+        (
+            lambda key, shape, dtype: jnp.ones((1,), dtype),
+            ValueError,
+            r"an array of shape .*\(1,\)",
+        ),
+    ):
+        with pytest.raises(error, match=f"kernel_init must return {got}"):
+            make(kernel_init=init, rngs=nnx.Rngs(0))
+    divided = nnx.with_partitioning(initialisers.lecun_normal(), ())
+    assert make(kernel_init=divided, rngs=nnx.Rngs(0)) is not None
+    for dtype in ("bfloat", int, complex, 3):
+        for name in ("dtype", "param_dtype"):
+            with pytest.raises(TypeError, match=f"^{name} must be a floating-point dtype, got .*"):
+                make(**{name: dtype}, rngs=nnx.Rngs(0))
+    for precision in ("higest", 3):
+        with pytest.raises(ValueError, match="precision must be None or a precision of JAX's"):
+            make(precision=precision, rngs=nnx.Rngs(0))
+    assert make(dtype="bfloat16", precision="highest", rngs=nnx.Rngs(0)) is not None
     name = "inputs" if "Primary" in make.func.__name__ else "poses"
     arguments = (None, None) if make.func is Decoder else (None,)
-    with pytest.raises(TypeError, match=f"{name} must be an array, got None"):
+    with pytest.raises(TypeError, match=f"{name} must be an array of numbers, got None"):
         make(rngs=nnx.Rngs(0))(*arguments)
+
+
+def test_the_function_of_a_convolution_can_be_replaced():
+    layer = MatrixPrimaryCapsules(3, 2, 4, bias_init=bias_init, rngs=nnx.Rngs(0))
+    inputs = jax.random.normal(jax.random.key(0), (2, 5, 6, 3))
+    expected = layer(inputs)
+    layer.conv.conv_general_dilated = jax.lax.conv_general_dilated
+    for each in (layer, nnx.clone(layer), copy.deepcopy(layer), nnx.merge(*nnx.split(layer))):
+        for a, b in zip(each(inputs), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -153,6 +153,15 @@ def test_bad_arguments_are_named_while_tracing(function):
 def test_negative_epsilon():
     with pytest.raises(ValueError, match="epsilon must be at least 0, got -1"):
         squash(jnp.ones(3), epsilon=-1)
+    with pytest.raises(ValueError, match="epsilon must be at least 0, got -1"):
+        squash(jnp.ones(3), epsilon=np.array(-1.0))
+
+
+def test_epsilon_may_be_traced():
+    s = jax.random.normal(jax.random.key(0), (3, 5))
+    for epsilon in (0.0, 0.5):
+        expected = squash(s, epsilon=epsilon)
+        np.testing.assert_allclose(jax.jit(squash)(s, epsilon=epsilon), expected, rtol=1e-6)
 
 
 def test_float64_stays_float64():

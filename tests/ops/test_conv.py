@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jax import export, lax
 
 from capsjax import conv_general_dilated
+from capsjax.nn import ConvCapsules, PrimaryCapsules
 from capsjax.ops import ReceptiveFields, _hopper, phases
 from capsjax.ops.fourier import gains_by_fourier
 from capsjax.ops.patches import conv_by_lookup
@@ -327,8 +328,49 @@ def test_a_bias_has_one_number_per_feature(shape, implementation):
     message = re.escape(f"bias must have shape [O] = [5], got shape {shape}")
     with pytest.raises(ValueError, match=message):
         conv(images, kernel, implementation=implementation, bias=jnp.ones(shape))
-    with pytest.raises(TypeError, match="bias must be an array, got str"):
+    with pytest.raises(TypeError, match="bias must be an array of numbers, got str"):
         conv_general_dilated(images, kernel, (1, 1), "VALID", dimension_numbers=NHWC, bias="zeros")
+    with pytest.raises(TypeError, match="bias must be a floating-point array, got dtype int32"):
+        conv(images, kernel, implementation=implementation, bias=np.arange(5))
+    with pytest.raises(TypeError, match="lhs must be floating point for a bias, got dtype int32"):
+        conv(
+            images.astype(int), kernel.astype(int), implementation=implementation, bias=jnp.ones(5)
+        )
+
+
+@pytest.mark.parametrize("implementation", [*OWN, "xla", None])
+def test_takes_arrays_of_numpy(implementation):
+    images, kernel = (np.asarray(x) for x in arrays(2, 9, 8, 3, 3, 4, 5))
+    options = {"dimension_numbers": NHWC, "implementation": implementation}
+    out = conv_general_dilated(images.astype(np.float64), kernel, (1, 1), "VALID", **options)
+    np.testing.assert_allclose(out, conv(images, kernel), rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_of_a_bias_does_not_overflow_in_float16():
+    images, kernel = jnp.ones((128, 14, 14, 1), jnp.float16), jnp.zeros((3, 3, 1, 2), jnp.float16)
+    for implementation in ("lookup", "patches", "xla"):
+
+        def loss(bias, implementation=implementation):
+            out = conv(images, kernel, implementation=implementation, bias=bias)
+            return 4 * jnp.sum(out.astype(jnp.float32))
+
+        np.testing.assert_array_equal(jax.grad(loss)(jnp.zeros(2)), 4 * 128 * 12 * 12)
+
+
+def test_sizes_of_images_may_be_symbolic():
+    shape = export.symbolic_shape("batch, rows, columns, 3")
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    for layer in (
+        nnx.Conv(3, 4, (3, 3), conv_general_dilated=conv_general_dilated, rngs=nnx.Rngs(0)),
+        PrimaryCapsules(3, 2, 4, kernel_size=3, keep_grid=True, rngs=nnx.Rngs(0)),
+    ):
+        exported = export.export(jax.jit(layer))(images)
+        x = jax.random.normal(jax.random.key(0), (2, 9, 8, 3))
+        np.testing.assert_allclose(exported.call(x), layer(x), rtol=1e-4, atol=1e-5)
+    grid = jax.ShapeDtypeStruct((*shape, 4), jnp.float32)
+    capsules = ConvCapsules(3, 4, 2, 5, kernel_size=3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="poses must have a grid of constant size, got shape"):
+        export.export(jax.jit(capsules))(grid)
 
 
 def test_in_one_program_for_several_platforms():

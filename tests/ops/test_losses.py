@@ -62,6 +62,26 @@ def test_margins_and_weights_are_single_numbers(name):
     )
     with pytest.raises(ValueError, match=rf"{name} must be one number, got shape \(2,\)"):
         margin_loss(lengths, labels, **{name: jnp.ones(2)})
+    with pytest.raises(ValueError, match=f"{name} must be finite, got nan"):
+        margin_loss(lengths, labels, **{name: jnp.float32(jnp.nan)})
+    for value in (jnp.array(True), np.array(1j), jax.random.key(0)):
+        with pytest.raises(TypeError, match=f"{name} must be a number, got an array of dtype"):
+            margin_loss(lengths, labels, **{name: value})
+
+
+@pytest.mark.parametrize("loss", [margin_loss, spread_loss])
+def test_labels_and_margins_are_real_numbers(loss):
+    lengths = jnp.full((2, 2), 0.5)
+    keys = jax.random.split(jax.random.key(0), (2, 2))
+    for labels in (keys, jnp.eye(2, dtype=complex)):
+        with pytest.raises(TypeError, match="labels must be real numbers or bool, got dtype"):
+            loss(lengths, labels)
+    with pytest.raises(TypeError, match="labels must be an array of numbers, got one of dtype <U1"):
+        loss(lengths, np.array([["a", "b"], ["b", "a"]]))
+    if loss is spread_loss:
+        for margin in (True, 1j, keys[0]):
+            with pytest.raises(TypeError, match="margin must be real numbers, got dtype"):
+                loss(lengths, jnp.eye(2), margin=margin)
 
 
 @pytest.mark.parametrize("masked", [jnp.nan, jnp.inf, 0.3])

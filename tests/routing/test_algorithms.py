@@ -526,6 +526,8 @@ BAD = [
     ),
     ("attention_routing", {"epsilon": 10**400}, ValueError, "epsilon must be finite, got 1000"),
     ("attention_routing", {"epsilon": np.float32("nan")}, ValueError, "epsilon must be finite"),
+    ("attention_routing", {"epsilon": jnp.float32(-1)}, ValueError, "epsilon must be at least 0"),
+    ("attention_routing", {"epsilon": jnp.ones(4)}, ValueError, r"epsilon must be one number, got"),
     ("random_routing", {"key": 0}, TypeError, "key must be a single jax.random.key, got int"),
     ("attention_routing", {"scale": jnp.ones(3)}, ValueError, r"scale must have shape \[D\] = \(5"),
     ("uniform_routing", {"bias": jnp.ones(3)}, ValueError, r"bias must have shape \[J, D\]"),
@@ -544,6 +546,27 @@ BAD = [
 def test_bad_arguments_are_named_while_tracing(function, options, error, match):
     with pytest.raises(error, match=match):
         jax.jit(lambda v: getattr(capsjax, function)(v, **options))(votes_of())
+
+
+@pytest.mark.parametrize("function", ["em_routing", "variational_routing"])
+def test_another_softmax_is_a_function(function):
+    present, beta = jnp.ones(votes_of().shape[:-2]), jnp.ones(votes_of().shape[-2])
+    with pytest.raises(TypeError, match="normalize must be a function, got 'softmax'"):
+        getattr(capsjax, function)(
+            votes_of(), present, beta_a=beta, beta_u=beta, normalize="softmax"
+        )
+
+
+def test_numbers_of_variational_routing_may_be_traced():
+    votes = votes_of()
+    present, beta = jnp.ones(votes.shape[:-2]), jnp.zeros(votes.shape[-2])
+    function = functools.partial(capsjax.variational_routing, beta_a=beta, beta_u=beta)
+    numbers = {"alpha": 0.5, "kappa": 2.0, "nu": 9.0, "psi": 1.5}
+    expected = function(votes, present, **numbers)
+    traced = jax.jit(function)(votes, present, **numbers)
+    np.testing.assert_allclose(traced.poses, expected.poses, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="psi must be above 0, got 0"):
+        function(votes, present, psi=jnp.float32(0))
 
 
 @pytest.mark.parametrize("function", ["uniform_routing", "kmeans_routing", "efficient_routing"])
