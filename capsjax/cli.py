@@ -14,7 +14,7 @@ import tyro
 
 import capsjax.process as process  # `from capsjax import process` would import JAX
 from capsjax.errors import CapsjaxError, CheckpointError, ConfigError
-from capsjax.files import expanded
+from capsjax.options import expanded
 from capsjax.parsing import Command, complete, imported, parse
 from capsjax.version import __version__
 

@@ -1,4 +1,4 @@
-"""Files: paths as options give them, and writing that never destroys a file.
+"""Files: paths of this machine or of object storage, and writing that never destroys a file.
 
 A path is a `pathlib.Path` on this machine. The path of a run may be a URL of object storage, such
 as ``gs://bucket/run``: then it is an `etils.epath.Path`, which has the methods of `pathlib.Path`
@@ -9,12 +9,11 @@ import contextlib
 import errno
 import io
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO
 
 from capsjax.errors import CapsjaxError, ConfigError, how_to_install
 
@@ -125,80 +124,3 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as file:
         file.write(text.encode(errors="surrogateescape"))
-
-
-def expand_paths(options: Any, *names: str, remote: tuple[str, ...] = ()) -> None:
-    """Expands ``~`` in these options of a frozen dataclass: paths, tuples of paths, or None.
-
-    Args:
-      options: the dataclass.
-      names: options that are paths on this machine.
-      remote: options that may also be URLs of object storage.
-
-    Raises:
-      ConfigError: a path is a URL that is not supported.
-    """
-    for name in (*names, *remote):
-        value = getattr(options, name)
-        if value is None:
-            continue
-        option = "--" + name.replace("_", "-")
-        several = isinstance(value, tuple)
-        paths = tuple(
-            expanded(option, path, remote=name in remote)
-            for path in (value if several else (value,))
-        )
-        object.__setattr__(options, name, paths if several else paths[0])
-
-
-def require_folder(options: Any, name: str) -> None:
-    """Raises a ConfigError if a file cannot be written: a directory is missing, or in its place."""
-    path, option = getattr(options, name), "--" + name.replace("_", "-")
-    if path is not None and path.is_dir():
-        raise ConfigError(f"{option} must be a file, {path} is a directory")
-    if path is not None and not path.absolute().parent.is_dir():
-        raise ConfigError(f"{option}: no directory {path.parent}")
-
-
-def expanded(option: str, path: str | os.PathLike[str], *, remote: bool = False) -> Path:
-    """Returns the path that an option gives, see :func:`expand_paths`."""
-    # pathlib takes "gs://bucket" for a folder "gs:" with a bucket in it.
-    if address := re.match(r"([a-z][a-z0-9+.-]+):/+", str(path), re.IGNORECASE):
-        scheme, rest = address[1].lower(), str(path)[address.end() :].rstrip("/")
-        if remote and scheme in _SCHEMES:
-            return _object_storage(option, scheme, rest)
-        storage = f", or on {', '.join(f'{known}://' for known in _SCHEMES)}" if remote else ""
-        raise ConfigError(
-            f"{option} must be a path on this machine{storage}, got {scheme}://{rest}; a mounted"
-            " bucket has such a path"
-        )
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ConfigError(f"{option}: no home directory is known for {path}") from None
-
-
-_SCHEMES = ("gs", "s3", "az")
-_REQUEST_SECONDS = 60.0  # gcsfs waits for ever by default
-
-
-def _object_storage(option: str, scheme: str, path: str) -> Path:
-    """Returns the path of a URL."""
-    import fsspec
-    from etils import epath
-
-    url = f"{scheme}://{path}"
-    bucket, _, folder = path.partition("/")
-    if not bucket or not folder:
-        raise ConfigError(f"{option} must name a folder in a bucket, got {url}")
-    # fsspec expands the first four, also where it deletes; TensorStore cuts a path at # and ?.
-    if found := re.search(r"[*?\[\]#]|(?<![^/])\.{0,2}(?=/)|(?<![^/])\.{1,2}$", path):
-        part = found[0] or "an empty folder name"
-        raise ConfigError(f"{option} must not contain {part}, got {url}")
-    settings = fsspec.config.conf.setdefault(scheme, {})
-    # fsspec remembers the sizes and names of objects, and would read what other processes or
-    # TensorStore have written since as missing or cut short.
-    settings.setdefault("use_listings_cache", False)
-    if scheme == "gs":
-        settings.setdefault("requests_timeout", _REQUEST_SECONDS)
-    return cast(Path, epath.Path(url))

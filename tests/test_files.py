@@ -6,15 +6,8 @@ from pathlib import Path
 import pytest
 
 from capsjax.errors import ConfigError
-from capsjax.files import (
-    absolute,
-    expand_paths,
-    expanded,
-    is_local,
-    naming,
-    replacing,
-    write_text,
-)
+from capsjax.files import absolute, is_local, naming, replacing, write_text
+from capsjax.options import expand_paths, expanded
 
 
 def write_half(path):

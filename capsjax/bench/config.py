@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from capsjax.errors import ConfigError
-from capsjax.files import expand_paths
+from capsjax.options import check_types, expand_paths, require, require_at_least
 
 Suite = Literal["quick", "routing", "hotos", "train", "pod"]
 
@@ -75,17 +75,15 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         """Checks options that depend on each other."""
+        check_types(self)
         expand_paths(self, "output", "hlo")
         if self.suite is not None and self.workload is not None:
             raise ConfigError(f"--suite {self.suite} has no effect with --workload {self.workload}")
         if self.output is not None and self.output.suffix.lower() in (".html", ".htm"):
             raise ConfigError(f"--output is for rows, not for the HTML report, got {self.output}")
-        if self.repetitions is not None and self.repetitions < 1:
-            raise ConfigError(f"--repetitions must be at least 1, got {self.repetitions}")
-        if not 0 <= self.run_seconds < math.inf:
-            raise ConfigError(f"--run-seconds must be finite, at least 0, got {self.run_seconds}")
-        if not 0 < self.timeout < math.inf:
-            raise ConfigError(f"--timeout must be finite and positive, got {self.timeout}")
+        require_at_least(self, 1, "repetitions")
+        require(self, "run_seconds", 0 <= self.run_seconds < math.inf, "finite, at least 0")
+        require(self, "timeout", 0 < self.timeout < math.inf, "finite and positive")
         if self.set and self.workload is None:
             raise ConfigError("--set needs --workload")
         if self.shape and ":" not in (self.workload or ""):
@@ -116,6 +114,7 @@ class CompareConfig:
     """Print every ratio. By default, only those beyond 2 % or the interval."""
 
     def __post_init__(self) -> None:
-        """Checks the threshold."""
-        if not 0 < self.threshold < math.inf:
-            raise ConfigError(f"--threshold must be finite and positive, got {self.threshold}")
+        """Checks types and the threshold."""
+        check_types(self)
+        expand_paths(self, "old", "new")
+        require(self, "threshold", 0 < self.threshold < math.inf, "finite and positive")

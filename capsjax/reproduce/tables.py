@@ -15,7 +15,14 @@ from filelock import FileLock, Timeout
 
 from capsjax.data import Dataset, is_right, load
 from capsjax.errors import ConfigError
-from capsjax.files import expand_paths, write_text
+from capsjax.files import write_text
+from capsjax.options import (
+    check_default,
+    check_types,
+    expand_paths,
+    require,
+    require_at_least,
+)
 from capsjax.reproduce.recipes import TABLES, Recipe
 from capsjax.reproduce.results import (
     Line,
@@ -37,7 +44,6 @@ from capsjax.training import (
     train_seeds,
 )
 from capsjax.training.data_description import DataDescription
-from capsjax.training.options import require, require_at_least
 from capsjax.training.run_directory import RunDirectory
 from capsjax.training.starting import check_same_run
 
@@ -93,6 +99,7 @@ class ReproduceConfig:
 
     def __post_init__(self) -> None:
         """Checks the options."""
+        check_types(self)
         expand_paths(self, "data_dir", "output")
         require_at_least(self, 1, "seeds", "together", "steps")
         require(self, "seconds", self.seconds is None or self.seconds > 0, "positive")
@@ -100,10 +107,7 @@ class ReproduceConfig:
             require(self, name, getattr(self, name) <= _MOST_SEEDS, f"at most {_MOST_SEEDS}")
         if self.list:
             training = ("seeds", "steps", "together", "dtype", "data_dir", "seconds")
-            for field in dataclasses.fields(self):
-                if field.name in training and getattr(self, field.name) != field.default:
-                    option = "--" + field.name.replace("_", "-")
-                    raise ConfigError(f"{option} has no effect with --list, which trains nothing")
+            check_default(self, "with --list, which trains nothing", *training)
         known = [recipe.name for recipe in TABLES[self.table]]
         for row in self.rows:
             if row not in known:
@@ -153,9 +157,7 @@ def _reproduce(config: ReproduceConfig, say: Callable[[str], None]) -> list[RowR
         say("\n\n".join(_listing(recipe, lines) for recipe in config.recipes()))
         say(f"\n'here' is {config.output}; RESULTS.md has the results of other machines")
         return []
-    options = {"--" + n.replace("_", "-"): str(v) for n, v in dataclasses.asdict(config).items()}
-    del options["--data-dir"]
-    processes.check_alike(options, what="options")
+    processes.check_options(config, "data_dir")
     processes.first(lambda: _make_folder(config), type(None))
     deadline = math.inf if config.seconds is None else time.monotonic() + config.seconds
     get = functools.cache(lambda name: load(name, data_dir=config.data_dir))

@@ -19,6 +19,7 @@ from capsjax.data.dataset import AnySplit
 from capsjax.data.transforms import Fill
 from capsjax.errors import ConfigError
 from capsjax.ops._checks import check_callable
+from capsjax.options import check_default, flag
 from capsjax.routing import algorithm
 from capsjax.training.config import ClassWeights, TrainConfig
 from capsjax.training.drivers import Driver, make_driver
@@ -46,8 +47,7 @@ def choose_model(config: TrainConfig, dataset: Dataset) -> models.ModelConfig:
             raise ConfigError("--override decoder_features has no effect without reconstruction")
     for name in overrides:
         if not hasattr(preset, name):
-            option = "--" + name.replace("_", "-")
-            raise ConfigError(f"{option} is for capsule networks, not for {config.preset}")
+            raise ConfigError(f"{flag(name)} is for capsule networks, not for {config.preset}")
     overrides |= fields
     try:
         preset = models.configure(config.preset, **overrides)
@@ -334,7 +334,7 @@ def match_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
 def check_model(config: TrainConfig, model: models.ModelConfig) -> None:
     """Raises a ConfigError if an option has no effect because the network is given."""
     where = "on a network whose configuration is given"
-    config.check_default(where, "routing", "num_iterations", "reconstruction", "override")
+    check_default(config, where, "routing", "num_iterations", "reconstruction", "override")
     if config.dtype not in ("float32", model.dtype):
         raise ConfigError(
             f"--dtype has no effect on a network whose configuration is given: that has dtype"
@@ -360,4 +360,4 @@ def check_dataset(dataset: Dataset, model: models.ModelConfig) -> None:
 
 def _option_error(error: ValueError) -> ConfigError:
     """The same error, with its first word, an argument, written as an option."""
-    return ConfigError(re.sub(r"^\w+", lambda m: "--" + m[0].replace("_", "-"), str(error)))
+    return ConfigError(re.sub(r"^\w+", lambda m: flag(m[0]), str(error)))

@@ -17,8 +17,8 @@ from capsjax.data import Cropped, Task
 from capsjax.data.image_files import CHANNELS, read_image
 from capsjax.data.sources import task_of
 from capsjax.errors import ConfigError
-from capsjax.files import expanded
 from capsjax.ops._checks import as_integer
+from capsjax.options import expanded
 from capsjax.training import choices
 from capsjax.training.loading import read_run, restore
 from capsjax.training.step import Apply, Variables, split_abstract

@@ -12,11 +12,18 @@ from typing_extensions import Doc
 from capsjax import data, models, routing
 from capsjax.data.transforms import Fill, Flip
 from capsjax.errors import ConfigError
-from capsjax.files import expand_paths, is_local
+from capsjax.files import is_local
+from capsjax.options import (
+    check_default,
+    check_types,
+    expand_paths,
+    flag,
+    require,
+    require_at_least,
+)
 from capsjax.training.drivers import DriverName
 from capsjax.training.inputs import InputName
 from capsjax.training.objectives import LossName
-from capsjax.training.options import check_types, require, require_at_least
 
 if TYPE_CHECKING:
     PresetName = str
@@ -300,23 +307,17 @@ class TrainConfig:
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(f"--epochs has no effect with --steps {self.steps}")
         if self.init_from is None:
-            self.check_default("without --init-from", "init_checkpoint")
+            check_default(self, "without --init-from", "init_checkpoint")
         self.check_learning_rate()
 
     def check_learning_rate(self) -> None:
         """Raises a ConfigError if a learning-rate option has no effect."""
         if self.schedule != "exponential":
-            self.check_default(f"with --schedule {self.schedule}", "decay_rate", "decay_steps")
+            check_default(self, f"with --schedule {self.schedule}", "decay_rate", "decay_steps")
         elif self.decay_rate == 1:
-            self.check_default("with --decay-rate 1", "decay_steps", "min_learning_rate")
+            check_default(self, "with --decay-rate 1", "decay_steps", "min_learning_rate")
         if self.schedule == "constant":
-            self.check_default("with --schedule constant", "min_learning_rate")
-
-    def check_default(self, where: str, *names: str) -> None:
-        """Raises a ConfigError if one of these options, which have no effect here, is given."""
-        for field in dataclasses.fields(self):
-            if field.name in names and getattr(self, field.name) != field.default:
-                raise ConfigError(f"--{field.name.replace('_', '-')} has no effect {where}")
+            check_default(self, "with --schedule constant", "min_learning_rate")
 
     def check_resumes(self, started: "TrainConfig", *, may_change_rate: bool = True) -> None:
         """Raises a ConfigError if an option that shapes the parameters differs from the run's.
@@ -333,9 +334,8 @@ class TrainConfig:
         for name in (*self.shaping(), *(() if may_change_rate else OF_LEARNING_RATE)):
             now, then = getattr(self, name), getattr(started, name)
             if now != then:
-                option = "--" + name.replace("_", "-")
                 raise ConfigError(
-                    f"{option} must stay {then} to resume the run in {self.run_dir}, got {now}"
+                    f"{flag(name)} must stay {then} to resume the run in {self.run_dir}, got {now}"
                 )
 
 

@@ -12,6 +12,7 @@ from capsjax.data import Batch, Sampler
 from capsjax.data.dataset import AnySplit
 from capsjax.errors import ConfigError
 from capsjax.ops._checks import check_callable
+from capsjax.options import check_default
 from capsjax.training.config import OF_OPTIMIZER, TrainConfig
 from capsjax.training.objectives import Metric, Objective
 from capsjax.training.programs import measure
@@ -35,10 +36,10 @@ class Custom(NamedTuple):
         """Raises a TypeError or ConfigError if it is unusable, or an option has no effect."""
         if self.objective is not None:
             check_callable(objective=self.objective)
-            config.check_default("when an objective is given", "loss", "class_weights")
+            check_default(config, "when an objective is given", "loss", "class_weights")
         if self.optimizer is not None:
             check_optimizer(self.optimizer)
-            config.check_default("when an optimizer is given", *OF_OPTIMIZER)
+            check_default(config, "when an optimizer is given", *OF_OPTIMIZER)
 
     @property
     def shaping(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import numpy as np
 from capsjax.data import Dataset, Split, StoredSplit
 from capsjax.data.dataset import AnySplit
 from capsjax.errors import ConfigError
+from capsjax.training import processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,12 @@ class DataDescription:
                     f"data set {found.name} is not the one that the run was started with:"
                     f" {field.name.replace('_', ' ')} were {then}, are {now}"
                 )
+
+    def check_alike(self) -> None:
+        """Raises a ConfigError in all processes unless they have the same data."""
+        values = dataclasses.asdict(self).items()
+        named = {f"data {name.replace('_', ' ')}": value for name, value in values}
+        processes.check_alike(named, what="data")
 
 
 def _crc(*arrays: np.ndarray) -> int:

@@ -15,9 +15,10 @@ import numpy as np
 from capsjax.data import Batch, Dataset, Sampler, is_right
 from capsjax.data.dataset import AnySplit
 from capsjax.data.stream import InOrder, open_stream
-from capsjax.files import expand_paths, require_folder, write_text
+from capsjax.files import write_text
 from capsjax.models import Prediction
 from capsjax.ops._checks import check_callable
+from capsjax.options import check_types, expand_paths, require_at_least, require_folder
 from capsjax.training import choices, processes
 from capsjax.training.config import ChannelsNumber, check_dataset_name
 from capsjax.training.counting import Evaluation, count_errors
@@ -27,7 +28,6 @@ from capsjax.training.feeding import StreamedEvaluate
 from capsjax.training.inputs import InputName, choose_stream
 from capsjax.training.loading import load_images, read_run, restore
 from capsjax.training.objectives import Metric, Objective
-from capsjax.training.options import check_types, require_at_least
 from capsjax.training.programs import (
     as_batch,
     make_evaluate,
@@ -314,10 +314,7 @@ def _open(
     objective: Objective | None = None,
     metrics: Mapping[str, Metric] | None = None,
 ) -> _Opened:
-    options = {"--" + n.replace("_", "-"): str(v) for n, v in dataclasses.asdict(config).items()}
-    for name in ("--data-dir", "--predictions"):
-        del options[name]
-    processes.check_alike(options, what="options")
+    processes.check_options(config, "data_dir", "predictions")
     run = read_run(config.run_dir)
     started, model = run.train, run.model
     driver = choices.choose_driver(config.driver, config.devices)
@@ -333,8 +330,7 @@ def _open(
     )
     choices.check_test_size(dataset, config.test_size)
     if processes.number() > 1:
-        about = dataclasses.asdict(DataDescription.of(dataset))
-        processes.check_alike(about, what="data")
+        DataDescription.of(dataset).check_alike()
     own = dataset.name == run.data.name
     # Pairs are shifted in tests too, as far as in the run.
     task = choices.choose_task(dataset, started.max_shift if own else None)

@@ -12,10 +12,10 @@ from jax import export as jax_export
 
 from capsjax.data import white_of
 from capsjax.errors import ConfigError, how_to_install
-from capsjax.files import expand_paths, replacing, write_text
+from capsjax.files import replacing, write_text
+from capsjax.options import check_types, expand_paths
 from capsjax.training.classifier import Classifier, load_classifier
 from capsjax.training.files import write_json
-from capsjax.training.options import check_types
 from capsjax.version import __version__
 
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ import msgspec
 
 from capsjax.errors import ConfigError
 from capsjax.files import write_text
+from capsjax.options import as_path
 
 T = TypeVar("T")
 
@@ -63,10 +63,3 @@ def finite(values: Any) -> Any:
     if isinstance(values, list | tuple):
         return [finite(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values
-
-
-def as_path(kind: type, value: Any) -> Any:
-    """Decodes a path, for msgspec."""
-    if kind is Path and isinstance(value, str | os.PathLike):
-        return Path(os.fspath(value))  # a path of epath has other parts than its text
-    raise TypeError(f"Expected a path, got {value!r}")

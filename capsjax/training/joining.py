@@ -8,8 +8,8 @@ import time
 import jax
 
 from capsjax.errors import ConfigError
+from capsjax.options import require, require_at_least
 from capsjax.training import processes, runtime_log
-from capsjax.training.options import require, require_at_least
 from capsjax.version import __version__
 
 

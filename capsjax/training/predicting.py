@@ -17,9 +17,9 @@ import numpy.typing as npt
 from capsjax.data import white_of
 from capsjax.data.image_files import list_images, widened
 from capsjax.errors import ConfigError, DataError
-from capsjax.files import expand_paths, require_folder, write_text
+from capsjax.files import write_text
+from capsjax.options import check_types, expand_paths, require, require_at_least, require_folder
 from capsjax.training.classifier import Classifier, load_classifier
-from capsjax.training.options import check_types, require, require_at_least
 
 _log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ a single process, nothing here adds any cost.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import signal
@@ -22,6 +23,7 @@ from jax.experimental import multihost_utils
 
 from capsjax import errors
 from capsjax.errors import CapsjaxError, ConfigError, ProcessError
+from capsjax.options import flag
 
 T = TypeVar("T")
 Tree = TypeVar("Tree")
@@ -152,6 +154,20 @@ def check_alike(values: Mapping[str, Any], *, what: str) -> None:
                     )
 
     first(compare, type(None))
+
+
+def check_options(config: Any, *besides: str, others: Mapping[str, Any] | None = None) -> None:
+    """Raises a ConfigError in all processes unless they were started with the same options.
+
+    Args:
+      config: a dataclass of options.
+      besides: options that may differ.
+      others: what else was given, by name.
+    """
+    options = dataclasses.asdict(config).items()
+    given = {n: None if v is None else str(v) for n, v in options if n not in besides}
+    values = {flag(name): value for name, value in given.items()}
+    check_alike({**values, **(others or {})}, what="options")
 
 
 def next_turn() -> int:

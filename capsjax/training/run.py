@@ -213,18 +213,15 @@ def _check_alike(
     custom: Custom,
 ) -> None:
     """Raises a ConfigError unless all processes were started with the same options."""
-    config = configs[0]
-    options = {**config.to_json(), "resume": config.resume, "auto_resume": config.auto_resume}
-    for name in ("data_dir", "init_from"):  # the contents are compared, paths may differ
-        del options[name]
-    values = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
-    values |= {
+    others = {
         "seeds": [c.seed for c in configs],
         "run directories": [str(c.run_dir) for c in configs],
+        "model": None if model is None else repr(model),
+        "custom": custom.shaping,
+        "a data set given in Python": dataset is not None,
     }
-    values |= {"model": None if model is None else repr(model), "custom": custom.shaping}
-    values["a data set given in Python"] = dataset is not None
-    processes.check_alike(values, what="options")
+    # Of directories, the contents are compared; paths may differ.
+    processes.check_options(configs[0], "data_dir", "init_from", "run_dir", others=others)
 
 
 def _run(
@@ -238,8 +235,7 @@ def _run(
 ) -> list[Result]:
     """Trains to the end or until the runs are stopped."""
     config = setup.config
-    data = dataclasses.asdict(stored[0].data)
-    processes.check_alike({_words(name): value for name, value in data.items()}, what="data")
+    stored[0].data.check_alike()
     initial = {"the checksum of the initial parameters": processes.checksum(setup.initial)}
     processes.check_alike(initial, what="machines and packages")
     # The stop request is exited first, so that a signal ends the process while files are closed.
@@ -286,10 +282,6 @@ def _run(
         if tests is not None and processes.is_first():
             _write_results(run, progress, results)
     return results
-
-
-def _words(name: str) -> str:
-    return "data " + name.replace("_", " ")
 
 
 def _write_results(run: Run, progress: Progress, results: Sequence[Result]) -> None:

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from capsjax import models
 from capsjax.data import Dataset, scale_pixels, white_of
-from capsjax.files import expand_paths, is_local, replacing, require_folder
+from capsjax.files import is_local, replacing
+from capsjax.options import check_default, check_types, expand_paths, require_folder
 from capsjax.training import ConfigError, TrainedNetwork, load_network
 from capsjax.training.loading import is_packaged
 from capsjax.training.run_directory import RunDirectory
@@ -340,15 +341,14 @@ class DrawConfig:
 
     def __post_init__(self) -> None:
         """Checks the options that can be checked without the run."""
+        check_types(self)
         expand_paths(self, "out", "data_dir", remote=("runs",))
         require_folder(self, "out")
         used = ["name", "runs", "out", "theme"]
         if self.name != "curves":
             used += ["checkpoint", "data_dir", *_FIGURES[self.name].options]
-        for field in dataclasses.fields(self):
-            if field.name not in used and getattr(self, field.name) != field.default:
-                option = "--" + field.name.replace("_", "-")
-                raise ConfigError(f"{option} has no effect on {self.name}")
+        unused = {field.name for field in dataclasses.fields(self)}.difference(used)
+        check_default(self, f"on {self.name}", *unused)
         if self.name == "dimensions" and self.classes is not None and len(self.classes) != 1:
             raise ConfigError(f"--classes of dimensions must be one class, got {self.classes}")
         if not self.runs:

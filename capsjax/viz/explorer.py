@@ -25,7 +25,8 @@ from starlette.routing import Route
 
 from capsjax.data import Dataset
 from capsjax.data.image_files import image_pixels
-from capsjax.files import expand_paths, require_folder, write_text
+from capsjax.files import write_text
+from capsjax.options import check_default, check_types, expand_paths, require_folder
 from capsjax.training import ConfigError, load_network
 from capsjax.viz.live import Live
 
@@ -64,12 +65,13 @@ class ExploreConfig:
 
     def __post_init__(self) -> None:
         """Checks the options that can be checked without the run."""
+        check_types(self)
         expand_paths(self, "data_dir", "export", remote=("run",))
         require_folder(self, "export")
-        if self.export is not None and self.port != 8317:
-            raise ConfigError("--port has no effect with --export, which serves nothing")
-        if self.export is None and self.examples is not None:
-            raise ConfigError("--examples has no effect without --export")
+        if self.export is None:
+            check_default(self, "without --export", "examples")
+        else:
+            check_default(self, "with --export, which serves nothing", "port")
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"--port must be from 0 to 65535, got {self.port}")
         if self.export is not None and self.export.suffix not in (".html", ".htm"):

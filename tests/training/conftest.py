@@ -13,8 +13,8 @@ import pytest
 from jobs import free_port
 
 from capsjax.data import Dataset, Split, load
-from capsjax.files import expanded
 from capsjax.models import CapsNetConfig
+from capsjax.options import expanded
 
 EMULATOR = Path(__file__).parents[1] / "storage_emulator.py"
 
