@@ -6,14 +6,15 @@ that are used here but is no subclass.
 """
 
 import contextlib
+import csv
 import errno
 import io
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from capsjax.errors import CapsjaxError, ConfigError, how_to_install
 
@@ -115,6 +116,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, heading: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Writes a table as :func:`write_text` writes a text."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(heading)
+    lines.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def write_text(path: Path, text: str) -> None:

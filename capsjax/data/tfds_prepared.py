@@ -66,7 +66,7 @@ def open_prepared(
     try:
         with only_own_features(tfds):
             info = tfds.builder_from_directory(folder).info
-            image, label = _features(tfds, name, info.features)
+            image, label = _features(name, info.features)
         splits = {
             split: _Records.make(name, split, info) for split in _SPLITS if split in info.splits
         }
@@ -127,7 +127,7 @@ def _versions(root: Path, pattern: str) -> list[Path]:
     return sorted(folder for folder in folders if re.fullmatch(r"\d+(\.\d+)*", folder.name))
 
 
-def _features(tfds: Any, name: str, features: Any) -> tuple[str, str]:
+def _features(name: str, features: Any) -> tuple[str, str]:
     """Returns the names of the features for the image and its class."""
     kinds = {key: type(feature).__name__ for key, feature in dict(features).items()}
     images = [key for key, kind in kinds.items() if kind == "Image"]

@@ -252,12 +252,8 @@ class _Row:
 
     def _checkpoints(self, seed: int) -> set[int]:
         """The steps of a run's checkpoints."""
-        return processes.first(lambda: self._find_checkpoints(seed), set[int])
-
-    def _find_checkpoints(self, seed: int) -> set[int]:
-        folder = RunDirectory(self.run_dir(seed)).checkpoints
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        return {int(name) for name in names if name.isdecimal()}
+        directory = RunDirectory(self.run_dir(seed))
+        return processes.first(lambda: set(directory.checkpoint_steps()), set[int])
 
     def _begun(self, seed: int) -> tuple[bool, bool]:
         """Whether a run has started, and whether it is finished."""

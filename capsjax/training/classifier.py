@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capsjax import models
-from capsjax.data import Cropped, Task
+from capsjax.data import Cropped, Distorted, Pairs, Placed, Shifted, Task
 from capsjax.data.image_files import CHANNELS, read_image
 from capsjax.data.sources import task_of
 from capsjax.errors import ConfigError
@@ -23,8 +23,7 @@ from capsjax.training import choices
 from capsjax.training.loading import read_run, restore
 from capsjax.training.step import Apply, Variables, split_abstract
 
-# Tasks that place whole images on a larger canvas.
-_CANVASES = ("Distorted", "Pairs", "Placed")
+_TASKS = {kind.__name__: kind for kind in (Task, Shifted, Cropped, Placed, Distorted, Pairs)}
 # Rows and columns of the whole images; networks trained on these sets see their middle.
 _UNCROPPED = {"cifar10": 32}
 
@@ -183,7 +182,7 @@ def load_classifier(
                 f"--image-size must be the size of the images of {run.data.name}, at least"
                 f" {task.size}, as the network sees only their middle; got {image_size}"
             )
-    elif name not in ("Shifted", "Task", *_CANVASES):
+    elif name not in _TASKS:
         raise ConfigError(
             f"the images of {run.data.name} are prepared by a custom task, {name}, which is not"
             " available for other images"
@@ -192,7 +191,7 @@ def load_classifier(
         raise ConfigError(
             f"--image-size has no effect on a network that sees whole images, of {rows}x{columns}"
         )
-    per_image = None if run.data.label_dtype == "bool" else 2 if name == "Pairs" else 1
+    per_image = None if run.data.label_dtype == "bool" else _TASKS[name].classes_per_image
     apply, _ = split_abstract(run.model)
     step, variables = restore(path, checkpoint, run, choices.choose_driver("jit", None))
     return Classifier(
@@ -204,6 +203,6 @@ def load_classifier(
         _apply=apply,
         _variables=variables,
         _task=task,
-        _has_canvas=name in _CANVASES,
+        _has_canvas=_TASKS[name].is_made,
         is_regression=run.data.is_regression,
     )

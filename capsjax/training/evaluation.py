@@ -1,11 +1,9 @@
 """Evaluates a run's network on a whole test set."""
 
 import contextlib
-import csv
 import dataclasses
-import io
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -15,7 +13,7 @@ import numpy as np
 from capsjax.data import Batch, Dataset, Sampler, is_right
 from capsjax.data.dataset import AnySplit
 from capsjax.data.stream import InOrder, open_stream
-from capsjax.files import write_text
+from capsjax.files import write_csv
 from capsjax.models import Prediction
 from capsjax.ops._checks import check_callable
 from capsjax.options import check_types, expand_paths, require_at_least, require_folder
@@ -269,22 +267,21 @@ def _write_predictions(
         return
     names, order = opened.class_names, np.argsort(-scores, axis=1, kind="stable")
     images = range(len(labels)) if opened.files is None else opened.files
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
     if opened.is_regression:
-        labelled = (f"{kind} of {name}" for kind in ("label", "prediction") for name in names)
-        lines.writerow(["image", *labelled])
-        for n, label in enumerate(labels):
-            lines.writerow([images[n], *label.tolist(), *scores[n].tolist()])
-        write_text(path, text.getvalue())
+        numbers = (f"{kind} of {name}" for kind in ("label", "prediction") for name in names)
+        lines = zip(images, labels.tolist(), scores.tolist(), strict=True)
+        write_csv(path, ["image", *numbers], ([image, *x, *y] for image, x, y in lines))
         return
-    lines.writerow(["image", "label", "prediction", *(f"score of {name}" for name in names)])
-    for n, label in enumerate(labels):
+
+    def classes(n: int) -> Iterator[str]:
+        label = labels[n]
         true = np.flatnonzero(label) if labels.dtype == bool else np.atleast_1d(label)
-        predicted = order[n, : len(true)]
-        classes = ("+".join(names[c] for c in sorted(some)) for some in (true, predicted))
-        lines.writerow([images[n], *classes, *scores[n].tolist()])
-    write_text(path, text.getvalue())
+        for some in (true, order[n, : len(true)]):
+            yield "+".join(names[c] for c in sorted(some))
+
+    heading = ["image", "label", "prediction", *(f"score of {name}" for name in names)]
+    rows = ([image, *classes(n), *scores[n].tolist()] for n, image in enumerate(images))
+    write_csv(path, heading, rows)
 
 
 @dataclasses.dataclass(frozen=True)

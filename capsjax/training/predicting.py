@@ -1,8 +1,6 @@
 """``capsjax predict``: predicts the classes of image files."""
 
-import csv
 import dataclasses
-import io
 import itertools
 import logging
 import math
@@ -17,7 +15,7 @@ import numpy.typing as npt
 from capsjax.data import white_of
 from capsjax.data.image_files import list_images, widened
 from capsjax.errors import ConfigError, DataError
-from capsjax.files import write_text
+from capsjax.files import write_csv
 from capsjax.options import check_types, expand_paths, require, require_at_least, require_folder
 from capsjax.training.classifier import Classifier, load_classifier
 
@@ -221,14 +219,12 @@ class _Reader:
 
 def _write(path: Path, predictions: Predictions) -> None:
     """Writes a CSV line for each image."""
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    names = predictions.class_names
+    names, scores = predictions.class_names, predictions.scores.tolist()
     if predictions.classes is None:
-        lines.writerow(["image", *(f"prediction of {name}" for name in names)])
+        heading = ["image", *(f"prediction of {name}" for name in names)]
+        rows = ([name, *values] for name, values in zip(predictions.names, scores, strict=True))
     else:
-        lines.writerow(["image", "prediction", *(f"score of {name}" for name in names)])
-    for n, (name, scores) in enumerate(zip(predictions.names, predictions.scores, strict=True)):
-        label = [] if predictions.classes is None else [predictions.label(n)]
-        lines.writerow([name, *label, *scores.tolist()])
-    write_text(path, text.getvalue())
+        heading = ["image", "prediction", *(f"score of {name}" for name in names)]
+        lines = enumerate(zip(predictions.names, scores, strict=True))
+        rows = ([name, predictions.label(n), *values] for n, (name, values) in lines)
+    write_csv(path, heading, rows)

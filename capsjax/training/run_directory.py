@@ -234,14 +234,16 @@ class RunDirectory:
 
     def last_checkpoint(self) -> int:
         """Returns the last step that has a checkpoint; 0 without any."""
-        return self._first(self._last_checkpoint, int)
+        return self._first(lambda: max(self.checkpoint_steps(), default=0), int)
 
     def holds_run(self) -> bool:
         """Returns whether a run has begun in the directory."""
         return self._first(self.config.exists, bool)
 
-    def _last_checkpoint(self) -> int:
-        return max(checkpoint_steps(self.checkpoints), default=0)
+    def checkpoint_steps(self) -> list[int]:
+        """Returns the steps that have a checkpoint, as this process finds them."""
+        steps: list[int] = checkpoint_steps(self.checkpoints)
+        return steps
 
     def remove_unless_begun(self) -> None:
         """Removes a run that failed before its first checkpoint and record."""
@@ -249,7 +251,7 @@ class RunDirectory:
             return  # the other processes may be gone: nothing is shared
         with contextlib.suppress(OSError, ProcessError), naming(self.path):
             self.lock.check()
-            if self._last_checkpoint() or (self.metrics.exists() and self.metrics.read_bytes()):
+            if self.checkpoint_steps() or (self.metrics.exists() and self.metrics.read_bytes()):
                 return
             for folder in (self.checkpoints, self.tensorboard):
                 remove_tree(folder)

@@ -208,15 +208,11 @@ def _dimensions(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:
     return capsules.dimensions(images, OFFSETS, theme=config.theme)
 
 
-def overlay(first: np.ndarray, second: np.ndarray, shift: int = 4) -> np.ndarray:
-    """Overlays two images ``[H, W, C]``, moved apart by twice `shift` pixels."""
-
-    def moved(image: np.ndarray, by: int) -> np.ndarray:
-        padded = np.pad(image, ((shift, shift), (shift, shift), (0, 0)))
-        height, width = image.shape[:2]
-        return padded[shift - by : shift - by + height, shift - by : shift - by + width]
-
-    return np.maximum(moved(first, -shift), moved(second, shift))
+def overlay(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Overlays images ``[H, W, C]``, one moved up and left by 4 pixels, one down and right."""
+    height, width = second.shape[:2]
+    upper, lower = (np.pad(image, ((4, 4), (4, 4), (0, 0))) for image in (first, second))
+    return np.maximum(upper[8:, 8:], lower[:height, :width])
 
 
 def _overlaps(config: "DrawConfig", loaded: TrainedNetwork) -> Figure:

@@ -23,6 +23,7 @@ from capsjax.bench.results.rows import Alternation, Bound, Failure, Row, Run, ap
 from capsjax.bench.targets import parse_target, take_libtpu
 from capsjax.errors import ConfigError, DataError
 
+_TARGET_SECONDS = 300  # to look a target up
 # What all rows of a file must have in common; sizes of the machine and its kernel may differ.
 _VERSIONS = {field.name for field in dataclasses.fields(Environment)}.difference(
     ("cpu_features", "memory_bytes", "system")
@@ -131,7 +132,7 @@ def run_cells(
             on_row(row)
 
 
-def check_targets(cells: Sequence[Cell], *, timeout: float = 300) -> None:
+def check_targets(cells: Sequence[Cell]) -> None:
     """Raises a ConfigError if this machine cannot serve one of the targets.
 
     Each is looked up in a separate process, which may need other settings than this one.
@@ -139,7 +140,7 @@ def check_targets(cells: Sequence[Cell], *, timeout: float = 300) -> None:
     for name in dict.fromkeys(cell.target for cell in cells):
         if parse_target(name).platform == "cpu":
             continue
-        found = _call(_missing_devices, name, _environment(name), timeout)
+        found = _call(_missing_devices, name, _environment(name), _TARGET_SECONDS)
         if message := found.message if isinstance(found, Failure) else found:
             raise ConfigError(message)
 
