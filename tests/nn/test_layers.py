@@ -419,7 +419,7 @@ def test_streams_initialisers_and_inputs_are_named(make):
         for name in ("dtype", "param_dtype"):
             with pytest.raises(TypeError, match=f"^{name} must be a floating-point dtype, got .*"):
                 make(**{name: dtype}, rngs=nnx.Rngs(0))
-    for precision in ("higest", 3):
+    for precision in ("sharp", 3):
         with pytest.raises(ValueError, match="precision must be None or a precision of JAX's"):
             make(precision=precision, rngs=nnx.Rngs(0))
     assert make(dtype="bfloat16", precision="highest", rngs=nnx.Rngs(0)) is not None
