@@ -119,7 +119,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_csv(path: Path, heading: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Writes a table as :func:`write_text` writes a text."""
+    """Writes a UTF-8 CSV file; an error or a crash leaves the old one or the new one."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(heading)

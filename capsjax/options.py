@@ -22,7 +22,7 @@ def check_types(config: Any) -> None:
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
         try:
-            converted = msgspec.convert(value, kind, dec_hook=as_path)
+            converted = msgspec.convert(_plain(value), kind, dec_hook=as_path)
         except msgspec.ValidationError:
             raise ConfigError(f"{flag(name)} must be {_expected(kind)}, got {value!r}") from None
         object.__setattr__(config, name, converted)
@@ -35,6 +35,13 @@ _TYPES = {
     str: "a string",
     Path: "a path",
 }
+
+
+def _plain(value: Any) -> Any:
+    """Converts scalars of NumPy or JAX, also in tuples, to Python numbers."""
+    if isinstance(value, list | tuple | range):
+        return tuple(map(_plain, value))
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _expected(kind: Any) -> str:

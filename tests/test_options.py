@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from capsjax.bench.config import BenchConfig, CompareConfig
@@ -58,6 +59,16 @@ RUN = Path("mnist_small")
 def test_a_wrong_option_is_named(kind, options, message):
     with pytest.raises(ConfigError, match=message):
         kind(**options)
+
+
+def test_numbers_may_be_those_of_numpy():
+    assert BenchConfig(repetitions=np.int64(3), run_seconds=np.float64(0.25)).repetitions == 3
+    explored = ExploreConfig(run=RUN, export="x.html", examples=tuple(np.arange(2)))
+    assert explored.examples == (0, 1)
+    assert DrawConfig(name="lengths", runs=(RUN,), index=np.argmax([0, 1])).index == 1
+    assert ReproduceConfig(table="small", seeds=np.int64(2)).seeds == 2
+    with pytest.raises(ConfigError, match="--seeds must be an integer, got array"):
+        ReproduceConfig(table="small", seeds=np.arange(2))
 
 
 def test_texts_become_paths(monkeypatch):

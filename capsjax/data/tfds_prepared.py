@@ -106,7 +106,7 @@ def _find(name: str, root: Path) -> Path:
     Raises:
       DataError: the set is not prepared, or ambiguous; the message names the prepared ones.
     """
-    if not re.fullmatch(r"\w+(/[^/:]+)?(:\d+(\.\d+)*)?", name):
+    if ".." in name or not re.fullmatch(r"\w[^/:*]*(/[^/:*]+)*(:\d+(\.\d+)*)?", name):
         raise DataError(f"a TFDS set must be named like NAME[/CONFIG][:VERSION], got {name!r}")
     path, _, version = name.partition(":")
     prepared = _versions(root, f"{glob.escape(path)}/**")

@@ -114,7 +114,7 @@ class BaselineCNN(nnx.Module):
           :class:`capsjax.models.Prediction`, whose scores are logits.
 
         Raises:
-          TypeError: the images are not floating point, or ``keys`` are no random keys.
+          TypeError: the images are not floating point, or ``keys`` are not random keys.
           ValueError: ``images`` or ``keys`` have the wrong shape.
         """
         del target
@@ -133,7 +133,8 @@ class BaselineCNN(nnx.Module):
 
 def _check_keys(keys: Any, shape: tuple[int, ...]) -> None:
     if not jnp.issubdtype(getattr(keys, "dtype", object), jax.dtypes.prng_key):
-        raise TypeError(f"keys must be random keys, such as jax.random.split(key, n), got {keys!r}")
+        found = getattr(keys, "dtype", type(keys).__name__)
+        raise TypeError(f"keys must be typed as by jax.random.key, got {found}")
     if keys.shape != shape:
         raise ValueError(f"keys must have shape [...] = {shape}, got shape {keys.shape}")
 

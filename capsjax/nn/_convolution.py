@@ -19,18 +19,28 @@ class Convolution(nnx.Conv):
     None.
     """
 
+    # Of the class, so that layers that earlier versions stored have it.
+    _function: Callable[..., jax.Array] = staticmethod(conv_general_dilated)
+
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, conv_general_dilated=conv_general_dilated, **options)
         self.use_bias = False
 
     @property
     def conv_general_dilated(self) -> Callable[..., jax.Array]:
-        """What ``nnx.Conv`` calls; it adds the bias to the result of the function that was set."""
+        """What ``nnx.Conv`` calls: the function that was set, and the bias."""
         return self._convolve
 
     @conv_general_dilated.setter
     def conv_general_dilated(self, function: Callable[..., jax.Array]) -> None:
+        # What the property of this layer or another one returned adds a bias itself.
+        if getattr(function, "__func__", None) is Convolution._convolve:
+            function = function.__self__._function  # type: ignore[attr-defined]
         self._function = function
+
+    @conv_general_dilated.deleter
+    def conv_general_dilated(self) -> None:
+        self._function = conv_general_dilated
 
     def _convolve(self, *args: Any, **options: Any) -> jax.Array:
         if self.bias is None:

@@ -57,10 +57,12 @@ class ConvCapsules(SharedWeights):
       **options: options of the routing function, such as ``num_iterations``.
 
     Raises:
-      TypeError: a size is not an integer, a switch is not a bool, an initialiser is not a function,
-        or ``rngs`` is not an ``nnx.Rngs``.
-      ValueError: the algorithm, one of its options or the implementation is unknown, the algorithm
-        makes its own votes, a size is not positive, or kernel size, strides or padding are invalid.
+      TypeError: a size is not an integer, a switch is not a bool, a dtype is not floating point, an
+        initialiser is not a function or returns no floating-point array, or ``rngs`` is not an
+        ``nnx.Rngs``.
+      ValueError: the algorithm, one of its options, the precision or the implementation is unknown,
+        the algorithm makes its own votes, a size is not positive, kernel size, strides or padding
+        are invalid, or an initialiser returns another shape.
 
     Example:
       >>> import jax, jax.numpy as jnp

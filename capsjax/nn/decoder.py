@@ -34,6 +34,11 @@ class Decoder(nnx.Module):
       bias_init: initialiser of the biases.
       rngs: random streams; uses ``params``.
 
+    Raises:
+      TypeError: as :class:`DenseCapsules`.
+      ValueError: a size is not positive, the precision is unknown, or an initialiser returns
+        another shape.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx

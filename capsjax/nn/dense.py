@@ -50,10 +50,11 @@ class DenseCapsules(nnx.Module):
       **options: options of the routing function, such as ``num_iterations``.
 
     Raises:
-      TypeError: a size is not an integer, a switch is not a bool, an initialiser is not a function,
-        or ``rngs`` is not an ``nnx.Rngs``.
-      ValueError: the algorithm, one of its options or the implementation is unknown, or a size is
-        not positive.
+      TypeError: a size is not an integer, a switch is not a bool, a dtype is not floating point, an
+        initialiser is not a function or returns no floating-point array, or ``rngs`` is not an
+        ``nnx.Rngs``.
+      ValueError: the algorithm, one of its options, the precision or the implementation is unknown,
+        a size is not positive, or an initialiser returns another shape.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -49,11 +49,12 @@ class GridCapsules(SharedWeights):
       **options: options of the routing function, such as ``num_iterations``.
 
     Raises:
-      TypeError: a size is not an integer, a switch is not a bool, an initialiser is not a function,
-        or ``rngs`` is not an ``nnx.Rngs``.
-      ValueError: the algorithm, one of its options or the implementation is unknown, the algorithm
-        makes its own votes, a size is not positive, or there are more coordinates than
-        ``out_features``.
+      TypeError: a size is not an integer, a switch is not a bool, a dtype is not floating point, an
+        initialiser is not a function or returns no floating-point array, or ``rngs`` is not an
+        ``nnx.Rngs``.
+      ValueError: the algorithm, one of its options, the precision or the implementation is unknown,
+        the algorithm makes its own votes, a size is not positive, an initialiser returns another
+        shape, or there are more coordinates than ``out_features``.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -40,6 +40,10 @@ class MatrixPrimaryCapsules(nnx.Module):
       bias_init: initialiser of the bias.
       rngs: random streams; uses ``params``.
 
+    Raises:
+      TypeError: as :class:`PrimaryCapsules`.
+      ValueError: as :class:`PrimaryCapsules`.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx

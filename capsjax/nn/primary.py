@@ -48,7 +48,9 @@ class PrimaryCapsules(nnx.Module):
       rngs: random streams; uses ``params``.
 
     Raises:
-      ValueError: kernel size, strides or padding are invalid.
+      TypeError: as :class:`DenseCapsules`, or ``coupling`` is not a number.
+      ValueError: kernel size, strides or padding are invalid, a size is not positive, the precision
+        is unknown, or an initialiser returns another shape.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -18,10 +18,12 @@ def as_array(name: str, value: ArrayLike) -> jax.Array:
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
-        what = "None" if value is None else type(value).__name__
         if isinstance(value, np.ndarray):
-            what = f"one of dtype {value.dtype}"
-        raise TypeError(f"{name} must be an array of numbers, got {what}") from None
+            message = f"{name} must be an array of numbers or bools, got dtype {value.dtype}"
+        else:
+            what = "None" if value is None else type(value).__name__
+            message = f"{name} must be an array, got {what}"
+        raise TypeError(message) from None
 
 
 def as_floating(name: str, value: ArrayLike) -> jax.Array:
@@ -137,6 +139,8 @@ def as_sizes(**sizes: Any) -> tuple[int, ...]:
 
 def check_number(name: str, value: Any, *, least: float = -math.inf) -> None:
     """Raises unless an option is a finite number of at least `least`, or traced."""
+    if (convert := getattr(value, "__jax_array__", None)) is not None:  # a variable of a module
+        value = convert()
     if isinstance(value, jax.Array | np.ndarray):
         if not is_real(value.dtype):
             raise TypeError(f"{name} must be a number, got an array of dtype {value.dtype}")

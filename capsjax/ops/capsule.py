@@ -101,7 +101,11 @@ def squash_channels(
 
 def _scale(squared: jax.Array, epsilon: float = 0.0) -> jax.Array:
     """The factor of a vector, given its squared length."""
-    if is_traced(epsilon) or epsilon:
+    if is_traced(epsilon):  # it may be zero, as may be the length
+        total = squared + epsilon
+        zero = total < jnp.finfo(total.dtype).tiny
+        return jnp.where(zero, 0, squared / (1 + squared) / jnp.sqrt(jnp.where(zero, 1, total)))
+    if epsilon:
         return squared / (1 + squared) / jnp.sqrt(squared + epsilon)
     return safe_sqrt(squared) / (1 + squared)
 

@@ -40,7 +40,7 @@ def margin_loss(
 
     Args:
       lengths: lengths of the class capsules, ``[..., J]``, any floating dtype; without a softmax.
-      labels: :math:`T`, one-hot or multi-hot, ``[..., J]``, any numeric dtype or bool.
+      labels: :math:`T`, one-hot or multi-hot, ``[..., J]``, any real dtype or bool.
       m_plus: length that a present class should reach.
       m_minus: length that an absent class should stay below.
       lambda_: weight of the absent classes.
@@ -51,9 +51,10 @@ def margin_loss(
       Loss per example, ``[...]``, in the dtype of ``lengths``.
 
     Raises:
-      TypeError: ``lengths`` is not floating point, or a margin or the weight is not a number.
-      ValueError: ``labels`` does not have the shape of ``lengths``, or a margin or the weight is an
-        array of several numbers.
+      TypeError: ``lengths`` is not floating point, ``labels`` are not real, or a margin or the
+        weight is not a number.
+      ValueError: ``labels`` does not have the shape of ``lengths``, or a margin or the weight is
+        not finite, or an array with axes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -99,7 +100,7 @@ def spread_loss(
 
     Args:
       activations: activations of the class capsules, ``[..., J]``, any floating dtype.
-      labels: one-hot or multi-hot, ``[..., J]``, any numeric dtype or bool; nonzero for the correct
+      labels: one-hot or multi-hot, ``[..., J]``, any real dtype or bool; nonzero for the correct
         classes.
       margin: m, broadcastable to the loss; the paper raises it from 0.2 to 0.9 during training.
       axis: the class axis.
@@ -109,7 +110,8 @@ def spread_loss(
       Loss per example, ``[...]``, in the dtype of ``activations``.
 
     Raises:
-      TypeError: the activations are not floating point, or ``where`` is not bool.
+      TypeError: the activations are not floating point, ``labels`` or ``margin`` are not real, or
+        ``where`` is not bool.
       ValueError: ``labels`` does not have the shape of ``activations``, or another shape does not
         match.
 

@@ -44,7 +44,7 @@ from capsjax.training import (
     train_seeds,
 )
 from capsjax.training.data_description import DataDescription
-from capsjax.training.run_directory import RunDirectory
+from capsjax.training.run_directory import RunDirectory, seconds_of
 from capsjax.training.starting import check_same_run
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ class _Row:
             other = self.get(self.recipe.also_tested_on)
             found = evaluate(self._evaluation(seed, self.recipe.also_tested_on), dataset=other)
             errors[other.name], counts[other.name] = found.test.error, found.test.count
-        seconds = directory.read_metrics()[-1].get("seconds", 0.0)
+        seconds = seconds_of(directory.read_metrics())
         line = self.line(
             seed=seed,
             steps=result.step,

@@ -51,9 +51,10 @@ def attention_routing(
       :math:`\|\mathrm{squash}(\sum_i c_{ij} \hat u_{j|i})\|`.
 
     Raises:
-      TypeError: votes, scale or offset are not floating point, ``where`` is not bool, or
-        ``num_iterations`` is not an integer.
-      ValueError: an argument has the wrong shape, or ``num_iterations`` is below 1.
+      TypeError: votes, scale or offset are not floating point, ``where`` is not bool,
+        ``num_iterations`` is not an integer, or ``epsilon`` is not a number.
+      ValueError: an argument has the wrong shape, ``num_iterations`` is below 1, or ``epsilon`` is
+        negative or not finite.
 
     Example:
       >>> import jax

@@ -73,9 +73,10 @@ def em_routing(
       of a parent with less than 1e-6 of a child is zero.
 
     Raises:
-      TypeError: an array is not floating point, ``where`` is not bool, or ``num_iterations`` is not
-        an integer.
-      ValueError: an argument has the wrong shape, or ``num_iterations`` is below 1.
+      TypeError: an array is not floating point, ``where`` is not bool, ``num_iterations`` is not an
+        integer, another option is not a number, or ``normalize`` is not a function.
+      ValueError: an argument has the wrong shape, ``num_iterations`` is below 1, ``epsilon`` is
+        negative, or it or the inverse temperature is not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -117,9 +117,10 @@ def heinsen_routing(
       they are the lengths of the squashed y, as in :func:`capsjax.attention_routing`.
 
     Raises:
-      TypeError: an array is not floating point, ``where`` is not bool, or ``num_iterations`` is not
-        an integer.
-      ValueError: an argument has the wrong shape, or ``num_iterations`` is below 1.
+      TypeError: an array is not floating point, ``where`` is not bool, ``num_iterations`` is not an
+        integer, or ``epsilon`` is not a number.
+      ValueError: an argument has the wrong shape, ``num_iterations`` is below 1, or ``epsilon`` is
+        negative or not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -77,8 +77,8 @@ def variational_routing(
       responsibilities R of the last M-step ``[..., I, J]``, in the dtype of the votes.
 
     Raises:
-      TypeError: an array is not floating point, ``where`` is not bool, or ``num_iterations`` is not
-        an integer.
+      TypeError: an array is not floating point, ``where`` is not bool, ``num_iterations`` is not an
+        integer, another option is not a number, or ``normalize`` is not a function.
       ValueError: an argument has the wrong shape, ``num_iterations`` is below 1, or a prior is out
         of its range.
 

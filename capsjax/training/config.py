@@ -258,7 +258,7 @@ class TrainConfig:
         require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
         for name in ("class_weights", "freeze", "override"):
             if getattr(self, name) == ():
-                raise ConfigError(f"--{name.replace('_', '-')} needs at least one value")
+                raise ConfigError(f"{flag(name)} needs at least one value")
         if isinstance(self.class_weights, tuple):
             positive = all(0 < weight < math.inf for weight in self.class_weights)
             require(self, "class_weights", positive, "positive")

@@ -280,8 +280,8 @@ def _write_predictions(
             yield "+".join(names[c] for c in sorted(some))
 
     heading = ["image", "label", "prediction", *(f"score of {name}" for name in names)]
-    rows = ([image, *classes(n), *scores[n].tolist()] for n, image in enumerate(images))
-    write_csv(path, heading, rows)
+    lines = zip(images, map(classes, range(len(labels))), scores.tolist(), strict=True)
+    write_csv(path, heading, ([image, *both, *values] for image, both, values in lines))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,7 +352,7 @@ def _open(
         name=dataset.name,
         class_names=dataset.class_names,
         test=dataset.test,
-        files=dataset.test_files if task.classes_per_image == 1 else None,  # pairs are of two
+        files=None if task.is_made else dataset.test_files,
         streamed=streamed is not None,
         number=number,
         step=step,

@@ -22,7 +22,7 @@ from capsjax.training.counting import Evaluation, count_errors
 from capsjax.training.drivers import local
 from capsjax.training.programs import NEVER, Pace, StepSums, stack, unstack
 from capsjax.training.reporting import Report, say
-from capsjax.training.run_directory import Record, RunDirectory
+from capsjax.training.run_directory import Record, RunDirectory, seconds_of
 from capsjax.training.setup import Setup
 from capsjax.training.step import TrainState
 from capsjax.training.stopping import StopRequest
@@ -39,7 +39,7 @@ class Progress:
       validated: last validated step.
       history: result of each validation so far, for each run: the error, or the loss for
         regression.
-      seconds: time that the steps so far took when the runs were resumed.
+      seconds: time that training had taken before the runs were resumed.
     """
 
     state: TrainState
@@ -302,7 +302,7 @@ def begin(
         each.forget_after(step)  # steps that other runs of the group have not reached
     kept = [directory.forget_metrics_after(step) for directory in directories]
     progress.validated, progress.history = read_history(setup, kept)
-    progress.seconds = max(each[-1].get("seconds", 0.0) if each else 0.0 for each in kept)
+    progress.seconds = max(map(seconds_of, kept))
     return progress
 
 

@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, TypeVar
 
@@ -101,6 +102,15 @@ class Record(TypedDict):
     count: NotRequired[Count]
     examples_per_second: NotRequired[Seconds]
     metrics: NotRequired[dict[str, float | None]]
+
+
+def seconds_of(records: Sequence[Record]) -> float:
+    """Time that training took, of records of version 0.1 as well.
+
+    There the time begins at 0 after each resumption: this sums the last records of all parts.
+    """
+    times = [record.get("seconds", 0.0) for record in records] + [0.0]
+    return sum(a for a, b in itertools.pairwise(times) if a > b)
 
 
 class StoredResult(msgspec.Struct):

@@ -56,7 +56,7 @@ _EPOCHS = 20
 
 
 _NONE = Custom()
-# Options that the programs of a run depend on directly, besides the parts made from others.
+# Options that the programs read themselves; the others act through the other parts.
 _COMPILED = (*OF_OPTIMIZER, "freeze", "batch_size")
 
 

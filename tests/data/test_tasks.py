@@ -129,7 +129,7 @@ def test_other_bad_arguments_are_named():
         is_right(jnp.ones((2, 3)), jnp.ones((2, 1), bool))
     with pytest.raises(ValueError, match=r"scores must have shape \[B, J\], got shape \(3,\)"):
         is_right(jnp.ones(3), jnp.zeros(3, int))
-    with pytest.raises(TypeError, match="split.labels must be an array of numbers, got None"):
+    with pytest.raises(TypeError, match="split.labels must be an array, got None"):
         Sampler(Shifted(), CLASSES).test(split()._replace(labels=None), jnp.arange(2))
 
 

@@ -1,6 +1,7 @@
 import copy
 import functools
 import pickle
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -425,18 +426,33 @@ def test_streams_initialisers_and_inputs_are_named(make):
     assert make(dtype="bfloat16", precision="highest", rngs=nnx.Rngs(0)) is not None
     name = "inputs" if "Primary" in make.func.__name__ else "poses"
     arguments = (None, None) if make.func is Decoder else (None,)
-    with pytest.raises(TypeError, match=f"{name} must be an array of numbers, got None"):
+    with pytest.raises(TypeError, match=f"{name} must be an array, got None"):
         make(rngs=nnx.Rngs(0))(*arguments)
 
 
 def test_the_function_of_a_convolution_can_be_replaced():
     layer = MatrixPrimaryCapsules(3, 2, 4, bias_init=bias_init, rngs=nnx.Rngs(0))
     inputs = jax.random.normal(jax.random.key(0), (2, 5, 6, 3))
-    expected = layer(inputs)
-    layer.conv.conv_general_dilated = jax.lax.conv_general_dilated
+    other = MatrixPrimaryCapsules(3, 2, 4, rngs=nnx.Rngs(0))
+    expected, without_bias = layer(inputs)[0], other(inputs)[0]
+    own = layer.conv.conv_general_dilated
+
+    def doubled(*args, **options):
+        return 2 * jax.lax.conv_general_dilated(*args, **options)
+
+    layer.conv.conv_general_dilated = doubled
     for each in (layer, nnx.clone(layer), copy.deepcopy(layer), nnx.merge(*nnx.split(layer))):
-        for a, b in zip(each(inputs), expected, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(each(inputs)[0], expected + without_bias, rtol=1e-5, atol=1e-5)
+    # What another layer or this one has computed with brings no bias along.
+    other.conv.conv_general_dilated = layer.conv.conv_general_dilated
+    np.testing.assert_allclose(other(inputs)[0], 2 * without_bias, rtol=1e-5, atol=1e-5)
+    layer.conv.conv_general_dilated = own
+    del other.conv.conv_general_dilated
+    for each, value in ((other, without_bias), (layer, expected + without_bias)):
+        np.testing.assert_allclose(each(inputs)[0], value, rtol=1e-5, atol=1e-5)
+    with mock.patch.object(other.conv, "conv_general_dilated", doubled):
+        np.testing.assert_allclose(other(inputs)[0], 2 * without_bias, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(other(inputs)[0], without_bias, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -162,6 +162,9 @@ def test_epsilon_may_be_traced():
     for epsilon in (0.0, 0.5):
         expected = squash(s, epsilon=epsilon)
         np.testing.assert_allclose(jax.jit(squash)(s, epsilon=epsilon), expected, rtol=1e-6)
+        zero, back = jax.vjp(lambda s, epsilon=epsilon: jax.jit(squash)(s, epsilon=epsilon), 0 * s)
+        np.testing.assert_array_equal(zero, 0)
+        np.testing.assert_array_equal(back(s)[0], 0)
 
 
 def test_float64_stays_float64():

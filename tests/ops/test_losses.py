@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import references
 from comparing import FLOATS, assert_close
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -60,6 +61,10 @@ def test_margins_and_weights_are_single_numbers(name):
         margin_loss(lengths, labels, **{name: jnp.float32(0.75)}),
         margin_loss(lengths, labels, **{name: 0.75}),
     )
+    np.testing.assert_array_equal(
+        jax.jit(margin_loss)(lengths, labels, **{name: nnx.Param(jnp.float32(0.75))}),
+        margin_loss(lengths, labels, **{name: 0.75}),
+    )
     with pytest.raises(ValueError, match=rf"{name} must be one number, got shape \(2,\)"):
         margin_loss(lengths, labels, **{name: jnp.ones(2)})
     with pytest.raises(ValueError, match=f"{name} must be finite, got nan"):
@@ -76,7 +81,9 @@ def test_labels_and_margins_are_real_numbers(loss):
     for labels in (keys, jnp.eye(2, dtype=complex)):
         with pytest.raises(TypeError, match="labels must be real numbers or bool, got dtype"):
             loss(lengths, labels)
-    with pytest.raises(TypeError, match="labels must be an array of numbers, got one of dtype <U1"):
+    with pytest.raises(
+        TypeError, match="labels must be an array of numbers or bools, got dtype <U1"
+    ):
         loss(lengths, np.array([["a", "b"], ["b", "a"]]))
     if loss is spread_loss:
         for margin in (True, 1j, keys[0]):

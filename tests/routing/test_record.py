@@ -197,7 +197,7 @@ RESULTS = {
     "no activations": (
         lambda v: routing.Routed(v.sum(-3), None, None),
         TypeError,
-        "activations of routing 'own' must be an array of numbers, got None",
+        "activations of routing 'own' must be an array, got None",
     ),
     "children": (
         lambda v: routing.Routed(v.sum(-2), v[..., 0, :, 0], None),

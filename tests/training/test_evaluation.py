@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from runs import write_run
 
-from capsjax.data import Dataset, Split
+from capsjax.data import Dataset, Placed, Split
 from capsjax.training import (
     CheckpointError,
     ConfigError,
@@ -96,6 +96,12 @@ def test_predictions_name_the_files_of_images(run, galaxies, tmp_path):
     predict_test(options(run, predictions=predictions), dataset=dataset)
     text = predictions.read_text(errors="surrogateescape")  # file names need not be UTF-8
     assert [row["image"] for row in csv.DictReader(text.splitlines())] == files
+    # Generated test images are in another order, and as many as wanted.
+    made = dataclasses.replace(dataset, task=Placed(galaxies.image_shape[0]))
+    for number in (len(files) - 1, len(files) + 1):
+        predict_test(options(run, predictions=predictions, test_size=number), dataset=made)
+        lines = csv.DictReader(predictions.read_text().splitlines())
+        assert [line["image"] for line in lines] == [str(n) for n in range(number)]
     with pytest.raises(ValueError, match="test_files must name all [0-9]+ test images, got 1"):
         dataclasses.replace(galaxies, test_files=("0.png",))
 

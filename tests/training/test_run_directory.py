@@ -10,7 +10,7 @@ import pytest
 from capsjax import data, models
 from capsjax.training import ConfigError, TrainConfig, config
 from capsjax.training.data_description import DataDescription
-from capsjax.training.run_directory import RunConfig, RunDirectory
+from capsjax.training.run_directory import RunConfig, RunDirectory, seconds_of
 
 
 @pytest.fixture
@@ -125,6 +125,15 @@ def test_an_error_of_the_operating_system_names_the_file(tmp_path):
     with pytest.raises(OSError, match="No space left on device") as error:
         full.append_metrics({"step": 1})
     assert error.value.filename == str(full.metrics)
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [([], 0), ([1.0, 2.5], 2.5), ([100, 200, 50, 90, 10, 20], 310), ([None, 3.0], 3.0)],
+)
+def test_the_time_of_a_run_is_that_of_all_its_parts(times, expected):
+    records = [{} if time is None else {"seconds": time} for time in times]
+    assert seconds_of(records) == expected
 
 
 def test_a_metrics_record_needs_its_keys_and_the_last_may_be_cut_short(directory):

@@ -24,7 +24,7 @@ from capsjax.bench.targets import parse_target, take_libtpu
 from capsjax.errors import ConfigError, DataError
 
 _TARGET_SECONDS = 300  # to look a target up
-# What all rows of a file must have in common; sizes of the machine and its kernel may differ.
+# What all rows of a file must have in common. Instruction sets, memory and system may differ.
 _VERSIONS = {field.name for field in dataclasses.fields(Environment)}.difference(
     ("cpu_features", "memory_bytes", "system")
 )
