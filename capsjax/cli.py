@@ -14,7 +14,7 @@ import tyro
 
 import capsjax.process as process  # `from capsjax import process` would import JAX
 from capsjax.errors import CapsjaxError, CheckpointError, ConfigError
-from capsjax.options import expanded
+from capsjax.options import expanded, flag
 from capsjax.parsing import Command, complete, imported, parse
 from capsjax.version import __version__
 
@@ -244,8 +244,9 @@ def _process_options(arguments: Sequence[str]) -> Any:
                 try:
                     given[field.name] = int(text)
                 except ValueError:
-                    name = f"--{field.name.replace('_', '-')}"
-                    raise ConfigError(f"{name} must be an integer, got {text!r}") from None
+                    raise ConfigError(
+                        f"{flag(field.name)} must be an integer, got {text!r}"
+                    ) from None
     return kind(**given)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
 from capsjax.data.transforms import as_keys_and_images
-from capsjax.ops._checks import as_integer, check_number
+from capsjax.ops._checks import as_integer, as_number
 
 
 class AffineRanges(NamedTuple):
@@ -70,7 +70,7 @@ def random_affine(
     keys, images = as_keys_and_images(keys, images)
     drawn = AffineRanges() if ranges is None else AffineRanges(*map(float, ranges))
     for name, value in drawn._asdict().items():
-        check_number(name, value)
+        as_number(name, value)
     if not 0 < drawn.least_scale <= drawn.most_scale:
         raise ValueError(
             "least_scale must be positive and at most most_scale, got"

@@ -13,8 +13,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from capsjax.data.tasks import Batch, Sample, Task, has_vectors
-from capsjax.data.transforms import Flip, check_key, random_flip, split_each
-from capsjax.ops._checks import as_array, as_integer, check_choice
+from capsjax.data.transforms import Flip, random_flip, split_each
+from capsjax.ops._checks import as_array, as_integer, check_choice, check_key
 
 _TEST = 2017  # seed of the test samples
 # Numbers folded into an example's key; `jax.random.split` uses 0 and 1.

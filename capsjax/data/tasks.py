@@ -21,7 +21,7 @@ from capsjax.data.transforms import (
     split_each,
     white_of,
 )
-from capsjax.ops._checks import as_integer, check_number
+from capsjax.ops._checks import as_integer, as_number
 
 
 class Batch(NamedTuple):
@@ -243,11 +243,11 @@ class Cropped(_Resized):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("brightness", self.brightness, least=0)
+        as_number("brightness", self.brightness, least=0)
         if not isinstance(self.contrast, tuple) or len(self.contrast) != 2:
             raise ValueError(f"contrast must be a pair (smallest, largest), got {self.contrast!r}")
         for end in self.contrast:
-            check_number("contrast", end)
+            as_number("contrast", end)
         if self.contrast[0] > self.contrast[1]:
             raise ValueError(f"contrast must be (smallest, largest), got {self.contrast!r}")
 

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from capsjax.ops._checks import as_array, as_integer, check_choice, check_number, is_sharded
+from capsjax.ops._checks import (
+    as_array,
+    as_integer,
+    as_number,
+    check_choice,
+    check_key,
+    is_sharded,
+)
 
 Fill = float | Literal["edge"]
 Flip = Literal["horizontal", "vertical", "both"]
@@ -257,15 +264,6 @@ def as_keys_and_images(
     return keys, images
 
 
-def check_key(name: str, key: Any) -> None:
-    """Raises a TypeError unless the argument is a typed key, or an array of them."""
-    dtype = getattr(key, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        raise TypeError(
-            f"{name} must be typed as by jax.random.key, got {dtype or type(key).__name__}"
-        )
-
-
 def _check_fill(fill: Any, dtype: np.dtype) -> None:
     """Raises unless pixels can have the value."""
     if isinstance(fill, str):
@@ -273,7 +271,7 @@ def _check_fill(fill: Any, dtype: np.dtype) -> None:
         return
     if isinstance(fill, jax.Array | np.ndarray):
         raise TypeError(f"fill must be a number or 'edge', got an array of dtype {fill.dtype}")
-    check_number("fill", fill)
+    as_number("fill", fill)
     if np.dtype(dtype).kind not in "iu":
         return
     if not np.iinfo(dtype).min <= fill <= np.iinfo(dtype).max:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from capsjax.models.network import NetworkConfig, Prediction, check_build, check_images
 from capsjax.nn._convolution import make_conv
+from capsjax.ops._checks import check_key
 from capsjax.ops.relu import relu
 
 
@@ -132,9 +133,7 @@ class BaselineCNN(nnx.Module):
 
 
 def _check_keys(keys: Any, shape: tuple[int, ...]) -> None:
-    if not jnp.issubdtype(getattr(keys, "dtype", object), jax.dtypes.prng_key):
-        found = getattr(keys, "dtype", type(keys).__name__)
-        raise TypeError(f"keys must be typed as by jax.random.key, got {found}")
+    check_key("keys", keys)
     if keys.shape != shape:
         raise ValueError(f"keys must have shape [...] = {shape}, got shape {keys.shape}")
 

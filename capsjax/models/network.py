@@ -12,7 +12,7 @@ from flax.typing import Dtype
 from capsjax.nn import Decoder
 from capsjax.nn._checks import check_rngs
 from capsjax.ops import length
-from capsjax.ops._checks import as_array, as_integer, as_integers, check_flags, check_number
+from capsjax.ops._checks import as_array, as_integer, as_integers, as_number, check_flags
 from capsjax.routing import Routed, algorithm
 from capsjax.routing.fused import check_implementation
 
@@ -68,7 +68,7 @@ def _check_field(field: "dataclasses.Field[Any]", value: Any) -> None:
     elif kind is int or (kind == int | None and value is not None):
         as_integer(name, value)
     elif kind is float:
-        check_number(name, value)
+        as_number(name, value)
     elif kind is bool:
         check_flags(**{name: value})
 

@@ -19,7 +19,7 @@ class Convolution(nnx.Conv):
     None.
     """
 
-    # Of the class, so that layers that earlier versions stored have it.
+    # On the class, for layers that earlier versions have pickled.
     _function: Callable[..., jax.Array] = staticmethod(conv_general_dilated)
 
     def __init__(self, *args: Any, **options: Any):

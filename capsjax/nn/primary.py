@@ -9,7 +9,7 @@ from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
 from capsjax.nn._checks import as_constant, check_numerics, check_rngs, named_inits
 from capsjax.nn._convolution import convolve, make_conv
-from capsjax.ops._checks import as_sizes, check_flags, check_number
+from capsjax.ops._checks import as_number, as_sizes, check_flags
 from capsjax.ops.bias import add_bias
 from capsjax.ops.capsule import squash_channels
 
@@ -91,7 +91,7 @@ class PrimaryCapsules(nnx.Module):
         in_features, num_types, features = as_sizes(
             in_features=in_features, num_types=num_types, features=features
         )
-        check_number("coupling", coupling)
+        as_number("coupling", coupling)
         check_flags(keep_grid=keep_grid)
         self.conv = make_conv(
             in_features,

@@ -137,8 +137,11 @@ def as_sizes(**sizes: Any) -> tuple[int, ...]:
     return tuple(as_integer(name, value) for name, value in sizes.items())
 
 
-def check_number(name: str, value: Any, *, least: float = -math.inf) -> None:
-    """Raises unless an option is a finite number of at least `least`, or traced."""
+def as_number(name: str, value: Any, *, least: float = -math.inf) -> Any:
+    """Returns an option as a number, or raises unless it is finite and at least `least`.
+
+    A scalar array becomes a Python number, unless it is traced: then it is not checked.
+    """
     if (convert := getattr(value, "__jax_array__", None)) is not None:  # a variable of a module
         value = convert()
     if isinstance(value, jax.Array | np.ndarray):
@@ -147,7 +150,7 @@ def check_number(name: str, value: Any, *, least: float = -math.inf) -> None:
         if value.ndim:
             raise ValueError(f"{name} must be one number, got shape {value.shape}")
         if is_traced(value):
-            return
+            return value
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -159,6 +162,16 @@ def check_number(name: str, value: Any, *, least: float = -math.inf) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
     if value < least:
         raise ValueError(f"{name} must be at least {least:g}, got {value}")
+    return value
+
+
+def check_key(name: str, key: Any) -> None:
+    """Raises a TypeError unless the argument is a typed key, or an array of them."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"{name} must be typed as by jax.random.key, got {dtype or type(key).__name__}"
+        )
 
 
 def check_flags(**flags: Any) -> None:

@@ -11,7 +11,7 @@ from capsjax.ops._checks import (
     accumulator,
     as_axis,
     as_floating,
-    check_number,
+    as_number,
     is_sharded,
     is_traced,
     safe_sqrt,
@@ -58,7 +58,7 @@ def squash(s: ArrayLike, axis: int = -1, *, epsilon: float = 0.0) -> jax.Array:
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, equation 1.
     """
     s, axis = as_floating("s", s), as_axis(axis)
-    check_number("epsilon", epsilon, least=0)
+    epsilon = as_number("epsilon", epsilon, least=0)
     wide = s.astype(accumulator(s.dtype))
     squared = jnp.sum(wide * wide, axis=axis, keepdims=True)
     return (wide * _scale(squared, epsilon)).astype(s.dtype)

@@ -119,7 +119,7 @@ def conv_general_dilated(
             f" {implementation!r}"
         )
 
-    def xla(lhs: jax.Array, rhs: jax.Array, *bias: jax.Array) -> jax.Array:
+    def xla(lhs: jax.Array, rhs: jax.Array, bias: jax.Array | None) -> jax.Array:
         sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
         result = lax.conv_general_dilated(
             lhs,
@@ -135,15 +135,15 @@ def conv_general_dilated(
             preferred_element_type,
             **sharding,
         )
-        if not bias:
+        if bias is None:
             return result
         axis = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers).out_spec[1]
-        return jnp.moveaxis(add_bias(jnp.moveaxis(result, axis, -1), *bias), -1, axis)
+        return jnp.moveaxis(add_bias(jnp.moveaxis(result, axis, -1), bias), -1, axis)
 
     lhs, rhs = as_array("lhs", lhs), as_array("rhs", rhs)
-    biases = [] if bias is None else [_as_bias(bias, lhs, rhs, dimension_numbers)]
+    added = None if bias is None else _as_bias(bias, lhs, rhs, dimension_numbers)
     if implementation == "xla":
-        return xla(lhs, rhs, *biases)
+        return xla(lhs, rhs, added)
     reason = _why_only_xla(
         lhs,
         rhs,
@@ -156,12 +156,12 @@ def conv_general_dilated(
         batch_group_count,
         preferred_element_type,
         out_sharding,
-        biases,
+        added,
     )
     if reason and implementation:
         raise NotImplementedError(f"implementation={implementation!r} {reason}")
     if reason:
-        return xla(lhs, rhs, *biases)
+        return xla(lhs, rhs, added)
     fields = _fields(lhs, rhs, window_strides, padding)
     by_name: dict[str, Callable[..., jax.Array]]
     by_name = {
@@ -178,27 +178,27 @@ def conv_general_dilated(
     why_not = why_not_by_gathering(lhs, rhs, fields, precision, preferred_element_type)
 
     def products(name: str) -> Callable[..., jax.Array]:
-        def convolve(lhs: jax.Array, rhs: jax.Array, *bias: jax.Array) -> jax.Array:
+        def convolve(lhs: jax.Array, rhs: jax.Array, bias: jax.Array | None) -> jax.Array:
             options = fields, precision, preferred_element_type
             if name == "lookup":
-                return conv_by_lookup(lhs, rhs, *options, *bias)
+                return conv_by_lookup(lhs, rhs, *options, bias)
             if name == "mosaic_gpu":
                 otherwise = None if implementation else by_name[on_gpu]
                 result = conv_by_gathering(lhs, rhs, fields, otherwise)
             else:
                 result = by_name[name](lhs, rhs, *options)
-            return add_bias(result, *bias) if bias else result
+            return result if bias is None else add_bias(result, bias)
 
         return convolve
 
     if implementation == "mosaic_gpu" and why_not:
         raise NotImplementedError(f"implementation={implementation!r} {why_not}")
     if implementation:
-        return products(implementation)(lhs, rhs, *biases)
+        return products(implementation)(lhs, rhs, added)
     return lax.platform_dependent(
         lhs,
         rhs,
-        *biases,
+        added,
         cpu=products("fourier" if by_fourier else "patches"),
         cuda=products("mosaic_gpu" if by_fourier and why_not is None else on_gpu),
         tpu=products("phases" if gains_by_phases(fields) else "xla"),
@@ -218,7 +218,7 @@ def _why_only_xla(
     batch_group_count: int,
     preferred_element_type: Any,
     out_sharding: Any,
-    biases: Sequence[jax.Array],
+    bias: jax.Array | None,
 ) -> str | None:
     """Returns why the arguments need XLA, or None. XLA itself reports invalid arguments."""
     rank = lhs.ndim - 2
@@ -238,8 +238,9 @@ def _why_only_xla(
         )
     if out_sharding is not None:
         return f"supports no explicit sharding, got out_sharding={out_sharding}"
-    if is_sharded(lhs, rhs, *biases):
-        types = " and ".join(str(jax.typeof(each)) for each in (lhs, rhs, *biases))
+    given = [lhs, rhs] if bias is None else [lhs, rhs, bias]
+    if is_sharded(*given):
+        types = " and ".join(str(jax.typeof(each)) for each in given)
         return f"supports no explicit sharding, got {types}"
     if not is_constant((*lhs.shape[1:], *rhs.shape[:-1])):
         return (

@@ -12,9 +12,9 @@ from capsjax.ops._checks import (
     as_axis,
     as_floating,
     as_mask,
+    as_number,
     as_one_hot,
     broadcast,
-    check_number,
     is_real,
     is_sharded,
 )
@@ -69,7 +69,7 @@ def margin_loss(
     lengths = as_floating("lengths", lengths)
     labels = as_one_hot("labels", labels, "lengths", lengths.shape)
     for name, value in {"m_plus": m_plus, "m_minus": m_minus, "lambda_": lambda_}.items():
-        check_number(name, value)
+        as_number(name, value)
     wide = lengths.astype(accumulator(lengths.dtype))
     present = labels.astype(wide.dtype)
 

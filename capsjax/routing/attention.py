@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from capsjax.ops import length, squash
-from capsjax.ops._checks import check_number
+from capsjax.ops._checks import as_number
 from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.routing._passes import Passes, as_parameter, inputs, layer_norm, not_folded
 from capsjax.routing.record import Algorithm, Parameter, Sizes, register
@@ -80,7 +80,7 @@ def attention_passes(
     where: ArrayLike | None = None,
 ) -> Passes:
     """The passes of :func:`attention_routing`, whose carry is the logits."""
-    check_number("epsilon", epsilon, least=0)
+    epsilon = as_number("epsilon", epsilon, least=0)
     given = inputs(votes, where=where)
     features = given.votes.shape[-1]
     factor = None if scale is None else as_parameter("scale", scale, "[D]", (features,), given)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from capsjax.ops._checks import check_callable, check_number
+from capsjax.ops._checks import as_number, check_callable
 from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.routing._passes import Passes, as_activations, as_parameter, inputs, per_mass
 from capsjax.routing.record import Algorithm, Parameter, Sizes, register
@@ -117,8 +117,8 @@ def em_passes(
     normalize: Normalize | None = None,
 ) -> Passes:
     """The passes of :func:`em_routing`, whose carry is the logarithm of :math:`a_j p_{ij}`."""
-    check_number("inverse_temperature", inverse_temperature)
-    check_number("epsilon", epsilon, least=0)
+    inverse_temperature = as_number("inverse_temperature", inverse_temperature)
+    epsilon = as_number("epsilon", epsilon, least=0)
     given = inputs(votes, where=where)
     if normalize is not None:
         check_callable(normalize=normalize)

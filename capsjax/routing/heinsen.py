@@ -12,7 +12,7 @@ from capsjax.ops._checks import (
     accumulator,
     as_floating,
     as_integer,
-    check_number,
+    as_number,
     taking_part,
     zeros_of,
 )
@@ -137,7 +137,7 @@ def heinsen_routing(
       optimisations of its section on efficiency.
     """
     iterations = as_integer("num_iterations", num_iterations)
-    check_number("epsilon", epsilon, least=0)
+    epsilon = as_number("epsilon", epsilon, least=0)
     poses = as_floating("poses", poses)
     if poses.ndim < 2:
         raise ValueError(f"poses must have shape [..., I, K], got shape {poses.shape}")

@@ -1,13 +1,14 @@
 """Variational Bayes routing: EM routing with priors on every cluster."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import digamma
 from jax.typing import ArrayLike
 
-from capsjax.ops._checks import check_callable, check_number, is_traced
+from capsjax.ops._checks import as_number, check_callable, is_traced
 from capsjax.ops._compiled import compiled_outside_jit
 from capsjax.routing._passes import Passes, as_activations, as_parameter, inputs
 from capsjax.routing.em import Normalize, beta_parameters
@@ -112,6 +113,14 @@ def variational_routing(
     return passes.run(num_iterations)
 
 
+def _above(least: int, name: str, value: Any) -> Any:
+    """Returns an option as a number, or raises unless it is above `least`."""
+    number = as_number(name, value)
+    if not is_traced(number) and not number > least:
+        raise ValueError(f"{name} must be above {least}, got {number}")
+    return number
+
+
 def variational_passes(
     votes: ArrayLike,
     activations: ArrayLike,
@@ -132,15 +141,8 @@ def variational_passes(
     present = as_activations(activations, given)
     parents, features = given.votes.shape[-2:]
     nu = features + 1.0 if nu is None else nu
-    for name, value, least in (
-        ("alpha", alpha, 0),
-        ("kappa", kappa, 0),
-        ("nu", nu, features - 1),
-        ("psi", psi, 0),
-    ):
-        check_number(name, value)
-        if not is_traced(value) and not value > least:
-            raise ValueError(f"{name} must be above {least}, got {value}")
+    alpha, kappa = _above(0, "alpha", alpha), _above(0, "kappa", kappa)
+    nu, psi = _above(features - 1, "nu", nu), _above(0, "psi", psi)
     use = as_parameter("beta_a", beta_a, "[J]", (parents,), given)
     cost = as_parameter("beta_u", beta_u, "[J]", (parents,), given)
     wide_votes = given.votes.astype(given.wide)

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from capsjax.models import BaselineConfig, MatrixCapsNetConfig, ModelConfig, Prediction
 from capsjax.ops import margin_loss, reconstruction_loss, spread_loss
-from capsjax.ops._checks import as_one_hot, check_choice, check_number
+from capsjax.ops._checks import as_number, as_one_hot, check_choice
 
 RECONSTRUCTION_WEIGHT = 0.0005
 
@@ -214,7 +214,7 @@ def weigh_classes(objective: Objective, weights: Sequence[float] | jax.Array) ->
     """
     if not any(isinstance(weight, jax.core.Tracer) for weight in jax.tree.leaves(weights)):
         for number, weight in enumerate(np.ravel(weights).tolist()):
-            check_number(f"weights[{number}]", weight, least=0)
+            as_number(f"weights[{number}]", weight, least=0)
 
     @functools.wraps(objective)
     def with_weights(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from capsjax.ops._checks import check_number
+from capsjax.ops._checks import as_number
 from capsjax.training.config import TrainConfig
 from capsjax.training.step import is_part
 
@@ -42,10 +42,10 @@ def paper_optimizer(
       Sabour, Frosst, Hinton, *Dynamic Routing Between Capsules*, NIPS 2017, section 4; the
       constants are those of the authors' code.
     """
-    check_number("learning_rate", learning_rate, least=0)
-    check_number("decay_rate", decay_rate, least=0)
-    check_number("decay_steps", decay_steps, least=1)
-    check_number("floor", floor, least=0)
+    as_number("learning_rate", learning_rate, least=0)
+    as_number("decay_rate", decay_rate, least=0)
+    as_number("decay_steps", decay_steps, least=1)
+    as_number("floor", floor, least=0)
 
     return optax.adam(exponential_schedule(learning_rate, decay_rate, decay_steps, floor))
 

@@ -220,7 +220,7 @@ def _check_alike(
         "custom": custom.shaping,
         "a data set given in Python": dataset is not None,
     }
-    # Of directories, the contents are compared; paths may differ.
+    # The contents of the first two are compared elsewhere; paths may differ.
     processes.check_options(configs[0], "data_dir", "init_from", "run_dir", others=others)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import references
 from comparing import FLOATS, all_finite, assert_close
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -165,6 +166,9 @@ def test_epsilon_may_be_traced():
         zero, back = jax.vjp(lambda s, epsilon=epsilon: jax.jit(squash)(s, epsilon=epsilon), 0 * s)
         np.testing.assert_array_equal(zero, 0)
         np.testing.assert_array_equal(back(s)[0], 0)
+        variable = nnx.Param(jnp.float32(epsilon))
+        for function in (squash, jax.jit(squash)):
+            np.testing.assert_allclose(function(s, epsilon=variable), expected, rtol=1e-6)
 
 
 def test_float64_stays_float64():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import references
 from comparing import FLOATS, all_finite, assert_close, assert_gradients
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
@@ -563,8 +564,12 @@ def test_numbers_of_variational_routing_may_be_traced():
     function = functools.partial(capsjax.variational_routing, beta_a=beta, beta_u=beta)
     numbers = {"alpha": 0.5, "kappa": 2.0, "nu": 9.0, "psi": 1.5}
     expected = function(votes, present, **numbers)
-    traced = jax.jit(function)(votes, present, **numbers)
-    np.testing.assert_allclose(traced.poses, expected.poses, rtol=1e-4, atol=1e-5)
+    variables = {name: nnx.Param(jnp.float32(value)) for name, value in numbers.items()}
+    for options in (numbers, variables):
+        traced = jax.jit(function)(votes, present, **options)
+        np.testing.assert_allclose(traced.poses, expected.poses, rtol=1e-4, atol=1e-5)
+    untraced = function(votes, present, **variables)
+    np.testing.assert_allclose(untraced.poses, expected.poses, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="psi must be above 0, got 0"):
         function(votes, present, psi=jnp.float32(0))
 

@@ -25,8 +25,10 @@ from capsjax.errors import ConfigError, DataError
 
 _TARGET_SECONDS = 300  # to look a target up
 # What all rows of a file must have in common. Instruction sets, memory and system may differ.
-_VERSIONS = {field.name for field in dataclasses.fields(Environment)}.difference(
-    ("cpu_features", "memory_bytes", "system")
+_VERSIONS = tuple(
+    field.name
+    for field in dataclasses.fields(Environment)
+    if field.name not in ("cpu_features", "memory_bytes", "system")
 )
 
 
@@ -73,7 +75,7 @@ def remaining(cells: Sequence[Cell], plan: Plan) -> list[Cell]:
     rows = [row for row in read_rows(plan.output) if not row.error or row.error.is_unsupported]
     here = dataclasses.asdict(read_environment())
     for row in rows:
-        for name in sorted(_VERSIONS):
+        for name in _VERSIONS:
             if (there := row.base_environment.get(name)) != here[name]:
                 raise DataError(
                     f"{plan.output} was measured with {name} {there}, but here it is {here[name]}"
